@@ -1,0 +1,48 @@
+"""Files that are whole or absent: written under a temporary name in the same folder, synced, then renamed."""
+import json
+import os
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+
+def _publish(path, write):
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass  # the folder itself may be the trouble; the first error says so
+        raise
+
+
+def write_bytes(path, data):
+    """Replace `path` by `data` (bytes). Raises OSError, which names the path, and leaves nothing half-written."""
+    try:
+        _publish(path, lambda temporary: temporary.write_bytes(data))
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+
+
+def write_text(path, text):
+    write_bytes(path, text.encode())
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """Replace `path` by a safetensors file of {name: tensor} with string metadata, atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        _publish(path, lambda temporary: save_file(tensors, temporary, metadata))
+    except Exception as error:  # safetensors reports a full disk as its own error
+        raise OSError(getattr(error, "errno", None) or 5, f"cannot write: {error}", str(path)) from error

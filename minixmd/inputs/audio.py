@@ -1,0 +1,111 @@
+"""Whisper's log-mel frames, as Qwen2-Audio takes them, without the reference's padding to 30 s; and resampling.
+
+Letters: S samples at 16 kHz, M = 128 mel bins, A mel frames of 10 ms.
+"""
+
+import functools
+import math
+from fractions import Fraction
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+SAMPLE_RATE = 16_000
+N_FFT, HOP, MELS = 400, 160, 128
+MAX_SAMPLES = 30 * SAMPLE_RATE  # the window the tower was made for: only the first 30 s are heard
+MAX_FRAMES = MAX_SAMPLES // HOP
+RESAMPLE_BLOCK = 1 << 20  # samples handed to libswresample at once
+HALO = 2  # frames after the last real one that sound still reaches; the tower's convolutions look no further ahead
+MIN_SAMPLES = 2 * HOP + 1  # fewer give no audio token
+
+
+def num_mel_frames(num_samples: int) -> int:
+    """Mel frames that a clip of so many samples fills: one per started 10 ms, at most 3000."""
+    return min(-(-num_samples // HOP), MAX_FRAMES)
+
+
+def num_audio_tokens(mel_frames: int) -> int:
+    """Tokens that so many mel frames become: a stride-2 convolution, then pooling by 2. Fewer than 3 frames give 0."""
+    return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1
+
+
+def log_mel(wave_S: torch.Tensor) -> torch.Tensor:
+    """The log-mel frames of a clip: all that hold sound, and a halo of two.
+
+    Equal to the first columns of WhisperFeatureExtractor(feature_size=128)'s (128, 3000) for the clip padded to 30
+    s: there every column that is left out holds the same value, the floor `max(-10, loudest - 8)` scaled. The
+    loudest value is taken over the whole padded clip, halo included, as the reference takes it.
+
+    Args:
+        wave_S: (S,) float32, 16 kHz mono; what lies beyond 30 s is not heard.
+    Returns:
+        mel_MA: (128, min(l + 2, 3000)) float32 where l = num_mel_frames(S).
+    Raises:
+        ValueError: "too short" for 320 samples (20 ms) or fewer, which give no token; not 1-D floating point; values
+            so large (above about 1e16) that their power overflows.
+    Source: transformers 5.23 models/whisper/feature_extraction_whisper.py; tests/test_audio.py compares.
+    """
+    if wave_S.dim() != 1 or not wave_S.is_floating_point():
+        raise ValueError(f"log_mel needs a 1-D floating-point wave, got {wave_S.dtype} {tuple(wave_S.shape)}")
+    if len(wave_S) < MIN_SAMPLES:
+        raise ValueError(f"too short: {len(wave_S)} samples give no audio token, {MIN_SAMPLES} are needed")
+    wave_S = wave_S[:MAX_SAMPLES].float()
+    frames = min(num_mel_frames(len(wave_S)) + HALO, MAX_FRAMES)
+    # Silence enough that no kept frame reaches the padded end, where stft reflects; at 30 s so does the reference.
+    padded = F.pad(wave_S, (0, min(frames * HOP + N_FFT, MAX_SAMPLES) - len(wave_S)))
+    window = torch.hann_window(N_FFT, device=wave_S.device)  # periodic
+    power = torch.stft(padded, N_FFT, HOP, window=window, return_complex=True)[:, :frames].abs() ** 2
+    mel_MA = (mel_filters().to(wave_S.device) @ power.contiguous()).clamp(min=1e-10).log10()
+    mel_MA = (torch.maximum(mel_MA, mel_MA.max() - 8.0) + 4.0) / 4.0
+    if not torch.isfinite(mel_MA).all():
+        raise ValueError(f"log_mel: samples up to {wave_S.abs().max().item():.3g} are not finite as power")
+    return mel_MA
+
+
+@functools.cache
+def mel_filters() -> torch.Tensor:
+    """Slaney's filter bank, (128, 201) float32, computed in float64: triangles between 0 and 8 kHz, each with an
+    area of one.
+
+    The mel scale is linear to 1 kHz (15 mel) and logarithmic above (27 steps for a factor of 6.4).
+    """
+    step = np.log(6.4) / 27
+    mel = np.linspace(0.0, 15 + np.log(SAMPLE_RATE / 2 / 1000) / step, MELS + 2)
+    edge_hz = np.where(mel < 15, mel * 200 / 3, 1000 * np.exp(step * (mel - 15)))
+    bin_hz = np.linspace(0.0, SAMPLE_RATE / 2, N_FFT // 2 + 1)
+    left, centre, right = edge_hz[:-2, None], edge_hz[1:-1, None], edge_hz[2:, None]
+    rise, fall = (bin_hz - left) / (centre - left), (right - bin_hz) / (right - centre)
+    triangles = np.maximum(0.0, np.minimum(rise, fall)) * 2 / (right - left)
+    return torch.from_numpy(triangles.astype(np.float32))
+
+
+def resample(wave_S: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
+    """Resample float32 samples with libswresample's windowed sinc; no shift in time.
+
+    To 16 kHz it measures -0.4 dB at 7 kHz, and tones from 9 kHz up are 60 dB down. Beyond both ends is silence, given
+    explicitly: libswresample alone mirrors the ends and drops a very short input.
+
+    Args:
+        wave_S: (S,) float32 numpy array.
+        rate, sample_rate: its rate and the wanted one, in Hz.
+    Returns:
+        (round(S * sample_rate / rate),) float32, halves up; wave_S itself when the rates are equal.
+    """
+    if rate == sample_rate:
+        return wave_S
+    common = math.gcd(rate, sample_rate)
+    reach = 64 * (rate // sample_rate + 1)  # twice its 32 taps, which stretch when the rate falls
+    periods = -(-reach * common // rate)  # whole ones, so that the silence is an integer number of output samples too
+    edge = np.zeros(periods * rate // common, np.float32)
+    padded = np.concatenate([edge, wave_S, edge])
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate)
+    parts = []
+    for start in range(0, len(padded), RESAMPLE_BLOCK):
+        frame = av.AudioFrame.from_ndarray(padded[None, start : start + RESAMPLE_BLOCK], format="flt", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+        parts += [out.to_ndarray()[0] for out in resampler.resample(frame)]
+    parts += [out.to_ndarray()[0] for out in resampler.resample(None)]
+    first, count = periods * sample_rate // common, (2 * len(wave_S) * sample_rate + rate) // (2 * rate)
+    return np.concatenate(parts)[first : first + count].copy()  # a copy: the padding is freed

@@ -1,0 +1,143 @@
+"""Prompt, Batch and pack: padding does not exist; a batch is one row of tokens cut into segments.
+
+A segment sees itself (causally) and all of its parent. A Prompt is one segment; a Group is a prompt and the completions
+that hang on it as children, so that the prompt is computed once for all of them.
+"""
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Media:
+    """One clip's features and the rows of the token sequence that they fill."""
+
+    kind: str  # "audio" | "video"
+    features: torch.Tensor  # audio: mel_MA with its halo (fp32); video: patches_PC (fp32)
+    start: int  # first placeholder row
+    tokens: int  # placeholder rows
+    frames: int = 0  # audio: mel frames that hold sound (the halo not counted)
+    grid_thw: tuple[int, int, int] | None = None  # video: patch grid, before the 2x2 merge
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation as numbers: ids with placeholders expanded, its media, positions, and what is to be learnt."""
+
+    ids_N: torch.Tensor  # (N,) int64
+    positions_3N: torch.Tensor  # (3, N) int64: time, height, width; equal rows for text and audio
+    media: tuple[Media, ...] = ()
+    target_N: torch.Tensor | None = None  # (N,) bool: tokens of the last assistant turn and its end; None = nothing
+
+    def __len__(self):
+        return len(self.ids_N)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its sampled continuations (each an int64 vector), which all become targets."""
+
+    prompt: Prompt
+    completions: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows start:start+length, which also see every row of segment number `parent` (-1: none)."""
+
+    start: int
+    length: int
+    parent: int = -1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N packed rows. Targets are parallel vectors: the hidden state of row target_row predicts token target_id."""
+
+    ids_N: torch.Tensor
+    positions_3N: torch.Tensor
+    segments: tuple[Segment, ...]
+    media: tuple[Media, ...]  # `start` counts packed rows
+    target_row_T: torch.Tensor
+    target_id_T: torch.Tensor
+    target_weight_T: torch.Tensor  # fp32, 1 until the objective says otherwise
+    target_segment_T: torch.Tensor
+    spans: tuple[tuple[int, int], ...]  # rows [start, end) of item i
+
+    def to(self, device):
+        move = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        media = tuple(replace(m, features=m.features.to(device)) for m in self.media)
+        return replace(self, media=media, **move)
+
+
+def positions_of(length, media):
+    """M-RoPE positions (3, length) of a sequence whose media stand at known rows.
+
+    Text and audio advance all three rows by one. A video's rows are its grid (time, height, width) from the position
+    reached, one step a frame pair; what follows resumes at the largest position used + 1, the rule under which the
+    published checkpoints were trained.
+    """
+    positions_3N = torch.empty(3, length, dtype=torch.int64)
+    row, at = 0, 0
+    for m in sorted((m for m in media if m.grid_thw), key=lambda m: m.start):
+        positions_3N[:, row:m.start] = torch.arange(at, at + m.start - row)
+        at += m.start - row
+        t, h, w = m.grid_thw[0], m.grid_thw[1] // 2, m.grid_thw[2] // 2
+        grid = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
+        positions_3N[:, m.start:m.start + m.tokens] = at + torch.stack(grid).reshape(3, -1)
+        row, at = m.start + m.tokens, at + max(t, h, w)
+    positions_3N[:, row:] = torch.arange(at, at + length - row)
+    return positions_3N
+
+
+def pack(items):
+    """Concatenate Prompts and Groups into one Batch.
+
+    Args:
+        items: non-empty list of Prompt | Group.
+    Returns:
+        Batch; item i's rows are `spans[i]`, its prompt first, then its completions.
+    Raises:
+        ValueError: no items, an empty completion, or a target that nothing precedes.
+    """
+    if not items:
+        raise ValueError("pack needs at least one Prompt or Group")
+    ids, positions, segments, media, spans = [], [], [], [], []
+    rows, targets, owners = [], [], []
+    at = 0
+    for item in items:
+        prompt, completions = (item.prompt, item.completions) if isinstance(item, Group) else (item, ())
+        first, parent = at, len(segments)
+        segments.append(Segment(at, len(prompt)))
+        ids.append(prompt.ids_N)
+        positions.append(prompt.positions_3N)
+        media += [replace(m, start=m.start + at) for m in prompt.media]
+        if prompt.target_N is not None and not isinstance(item, Group):
+            learn_T = prompt.target_N.nonzero().squeeze(1)
+            if len(learn_T) and learn_T[0] == 0:
+                raise ValueError("the first token of a Prompt cannot be a target: nothing precedes it")
+            rows.append(at + learn_T - 1)
+            targets.append(prompt.ids_N[learn_T])
+            owners.append(torch.full_like(learn_T, parent))
+        at += len(prompt)
+        last = at - 1
+        for completion_T in completions:
+            if len(completion_T) == 0:
+                raise ValueError("a Group has an empty completion")
+            start = int(prompt.positions_3N[:, -1].max()) + 1
+            segments.append(Segment(at, len(completion_T), parent))
+            ids.append(completion_T)
+            positions.append(torch.arange(start, start + len(completion_T)).expand(3, -1))
+            rows.append(torch.cat([torch.tensor([last]), torch.arange(at, at + len(completion_T) - 1)]))
+            targets.append(completion_T)
+            owners.append(torch.full_like(completion_T, len(segments) - 1))
+            at += len(completion_T)
+        spans.append((first, at))
+    none = torch.empty(0, dtype=torch.int64)
+    target_id_T = torch.cat(targets) if targets else none
+    return Batch(
+        ids_N=torch.cat(ids), positions_3N=torch.cat(positions, dim=1), segments=tuple(segments), media=tuple(media),
+        target_row_T=torch.cat(rows) if rows else none, target_id_T=target_id_T,
+        target_weight_T=torch.ones(len(target_id_T)), target_segment_T=torch.cat(owners) if owners else none,
+        spans=tuple(spans),
+    )  # fmt: skip

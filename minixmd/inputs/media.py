@@ -1,0 +1,291 @@
+"""Decode clips: sound to 16 kHz mono float32, video to a few RGB frames. Whatever is wrong with a file is a
+MediaError.
+
+The content, not the name, decides who decodes: libsndfile (soundfile) reads what starts like WAV, FLAC, OGG or MP3;
+FFmpeg's libraries (PyAV) read everything else and what libsndfile refuses. Neither is run as a program.
+
+Policy for broken files: nothing is repaired and no part of a clip is passed off as the whole. A file is `truncated`
+when it is shorter than its own header says (WAV data chunk, FLAC frame count, OGG end-of-stream flag, MP3 frame
+count, MP4 boxes) or when the decoder reports an error after some frames came out; when none came out it is
+`unreadable`. A WAV whose size field is the placeholder of a program that wrote to a pipe is whole. Not seen: errors
+that a video decoder hides, and a cut in a format that does not say how long it is (Matroska between two clusters).
+Both libraries are silent, except that libsndfile's MP3 decoder prints notes of its own on a damaged MP3.
+"""
+
+import os
+import re
+import stat
+import struct
+
+import av
+import numpy as np
+import soundfile
+import torch
+
+from minixmd.inputs.audio import SAMPLE_RATE, resample
+from minixmd.inputs.image import sample_frames
+
+BLOCK_SAMPLES = 1 << 18  # soundfile allocates what the header promises: in blocks a lying header costs nothing
+HELD_BYTES = 256 << 20  # decoded frames kept while their number is unknown; a longer video is decoded twice
+MP4_BOXES = (b"ftyp", b"styp", b"sidx", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"uuid")
+MP3_SLACK = 2 * 1152  # samples: an MP3's announced length is right to a frame or two
+RATES = range(1_000, 768_001)  # Hz; outside, a header is broken and would ask for gigabytes
+MAX_LATE_S = 3600.0  # sound that starts later than this after the picture is a broken time stamp, not a pause
+
+av.logging.set_level(av.logging.PANIC)  # FFmpeg writes its notes straight to stderr, where a progress bar lives
+
+
+class MediaError(ValueError):
+    """A clip that cannot be used, and why.
+
+    Attributes: path; reason, a short phrase from a fixed set that a ledger can count (missing, not a file, empty
+    file, unreadable, truncated, no audio track, no video track, no samples, no frames, no frame rate, not finite,
+    too short); detail, free text. str() is one line that names the file.
+    """
+
+    def __init__(self, path, reason: str, detail: str = ""):
+        super().__init__(path, reason, detail)  # all three in args: the error survives pickling out of a worker process
+        self.path, self.reason, self.detail = path, reason, detail
+
+    def __str__(self):
+        name = str(self.path)
+        name = name if name.isprintable() else repr(name)
+        return f"{name}: {self.reason}" + (f" ({' '.join(self.detail.split())})" if self.detail else "")
+
+
+def read_audio(path, *, sample_rate: int = SAMPLE_RATE) -> torch.Tensor:
+    """Decode the first audio track of a sound or video file to mono.
+
+    Channels are averaged (opposite channels cancel), then `audio.resample` sets the rate. Values are not clipped to
+    +-1. In a file with pictures, sound that starts later than they do is preceded by silence, so sample n is heard at
+    n / sample_rate on the video's clock; codec priming is dropped; gaps inside the track are closed up.
+
+    Args:
+        path: str or os.PathLike; taken literally, never as a URL or pattern.
+        sample_rate: of the result, in Hz.
+    Returns:
+        wave_S: (S,) float32, finite, S >= 1; S is round(samples * sample_rate / the file's rate), halves up.
+    Raises:
+        MediaError: see the module's policy.
+    """
+    mono, rate = _read_sndfile(path) if _is_sndfile(_check_file(path)) else (None, 0)
+    if mono is None:
+        mono, rate = _read_pyav_audio(path)
+    if not len(mono):
+        raise MediaError(path, "no samples")
+    if rate not in RATES:
+        raise MediaError(path, "unreadable", f"a sample rate of {rate} Hz")
+    if not np.isfinite(mono).all():
+        raise MediaError(path, "not finite", f"{(~np.isfinite(mono)).sum()} of {len(mono)} samples are NaN or infinite")
+    wave_S = resample(mono, rate, sample_rate)
+    if not len(wave_S):
+        raise MediaError(path, "no samples", f"{len(mono)} samples at {rate} Hz are none at {sample_rate} Hz")
+    return torch.from_numpy(wave_S)
+
+
+def read_video(path, *, fps: float = 1.0, nframes: int | None = None) -> torch.Tensor:
+    """Decode the frames that Qwen's rule picks (`image.sample_frames`) from the first video track, never the sound.
+
+    What counts is the number of frames that decode, not the header's: clips cut without re-encoding list frames that
+    an edit list hides. The rate is the track's average. As in the reference, a rotation tag and a sample aspect
+    ratio are ignored. Every frame is decoded, as which to keep depends on their number; they are held in the codec's
+    own format up to HELD_BYTES, a longer clip is decoded twice, and only the chosen ones become RGB.
+
+    Args:
+        path: str or os.PathLike; taken literally.
+        fps: frames to pick per second of video.
+        nframes: a fixed number of frames instead, even and >= 2.
+    Returns:
+        frames_TCHW: (T, 3, H, W) uint8 RGB. T is even, or 1 for a video of one frame.
+    Raises:
+        MediaError: see the module's policy; `too short` when nframes is more than there are.
+        ValueError: fps or nframes out of range.
+    """
+    sample_frames(1 << 20, 1.0, fps=fps, nframes=nframes)  # a wrong argument is the caller's fault, not the file's
+    _check_file(path)
+    held, total, held_bytes = [], 0, 0
+    with _open(path) as container:
+        stream = _first_video(container, path)
+        rate = stream.average_rate  # None in a few formats
+        for frame in _decode(container, stream, path):
+            total += 1
+            held_bytes += sum(plane.buffer_size for plane in frame.planes)
+            if held_bytes <= HELD_BYTES:
+                held.append(frame)
+    if not total:
+        raise MediaError(path, "no frames")
+    if not rate and nframes is None:
+        raise MediaError(path, "no frame rate", "ask for a fixed number of frames")
+    if nframes is not None and nframes > total:
+        raise MediaError(path, "too short", f"{nframes} frames wanted, {total} in the file")
+    index_T = sample_frames(total, float(rate or 1), fps=fps, nframes=nframes)
+    if len(held) == total:
+        images = [_to_rgb(held[i], path) for i in index_T]
+    else:
+        del held
+        wanted = set(index_T)  # strictly increasing: there are never more picks than frames
+        with _open(path) as container:
+            decoded = enumerate(_decode(container, _first_video(container, path), path))
+            images = [_to_rgb(frame, path) for i, frame in decoded if i in wanted]
+    if len({image.shape for image in images}) > 1:
+        raise MediaError(path, "unreadable", "the picture size changes in the middle")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def _check_file(path) -> bytes:
+    """The file's first 12 bytes. Refuses what is missing, no regular file (a pipe would block), empty or cut short."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise MediaError(path, "not a file")
+        if not status.st_size:
+            raise MediaError(path, "empty file")
+        with open(path, "rb") as file:
+            head = file.read(12)
+            declared = _declared_bytes(file, head, status.st_size)
+    except FileNotFoundError:
+        raise MediaError(path, "missing") from None
+    except MediaError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise MediaError(path, "unreadable", _why(error)) from None
+    if declared > status.st_size:
+        raise MediaError(path, "truncated", f"{status.st_size} bytes of the {declared} its header announces")
+    return head
+
+
+def _declared_bytes(file, head: bytes, size: int) -> int:
+    """How long the container itself says the file is at least, in bytes; 0 if it does not say."""
+    at = 0
+    if head[4:8] == b"ftyp":  # MP4: a chain of boxes, each 4 bytes of size and 4 of name
+        while at + 16 <= size:
+            file.seek(at)
+            length, name, long_length = struct.unpack(">I4sQ", file.read(16))
+            length = long_length if length == 1 else length
+            if length < 8 or name not in MP4_BOXES:
+                break  # 0 means "to the end"; anything else is padding or junk, the decoder's business
+            at += length
+    elif head[:4] == b"RIFF" and head[8:12] == b"WAVE":
+        at = 12
+        while at + 8 <= size:
+            file.seek(at)
+            name, length = struct.unpack("<4sI", file.read(8))
+            if name == b"data":
+                return at + 8 + length if length < 0x7FFFF000 else 0  # above: a placeholder for a length not yet known
+            at += 8 + length + length % 2
+        at = 0
+    elif head[:4] == b"OggS":
+        file.seek(max(0, size - (1 << 17)))  # a page is at most 65,307 bytes
+        pages = re.findall(rb"OggS\0[\0-\7]", file.read())
+        if not pages or not pages[-1][5] & 4:  # the flag "last page of the stream"
+            return size + 1
+    return at
+
+
+def _is_sndfile(head: bytes) -> bool:
+    mpeg = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06  # layer bits 00 would be AAC
+    return head[:4] in (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS") or head[:3] == b"ID3" or bool(mpeg)
+
+
+def _read_sndfile(path):
+    """(mono float32 samples, rate), or (None, 0) when libsndfile does not know the format."""
+    try:
+        file = soundfile.SoundFile(os.fspath(path))
+    except (soundfile.LibsndfileError, UnicodeError):
+        return None, 0
+    with file:
+        parts, count, why = [], 0, ""
+        try:
+            while len(block := file.read(BLOCK_SAMPLES, dtype="float32", always_2d=True)):
+                parts.append(block.mean(1))
+                count += len(block)
+        except soundfile.LibsndfileError as error:
+            why = str(error)
+        if why or count + (MP3_SLACK if file.format == "MP3" else 0) < file.frames < 1 << 62:  # above: length unknown
+            raise MediaError(path, "truncated", f"decoding stops after {count} of {file.frames} samples")
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32), file.samplerate
+
+
+def _open(path):
+    try:  # "file:" and the whitelist: a name with a colon is no URL, and a playlist cannot reach the network
+        return av.open("file:" + os.fspath(path), options={"protocol_whitelist": "file"}, metadata_errors="replace")
+    except (OSError, ValueError) as error:
+        raise MediaError(path, "unreadable", _why(error)) from None
+
+
+def _why(error) -> str:
+    return getattr(error, "strerror", None) or str(error)  # FFmpeg's errors are OSErrors or ValueErrors with a strerror
+
+
+def _first_video(container, path):
+    if not (streams := _pictures(container)):
+        raise MediaError(path, "no video track")
+    return streams[0]
+
+
+def _pictures(container) -> list:
+    """The video tracks; the cover picture of a song is none."""
+    return [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+
+
+def _decode(container, stream, path):
+    """Yield the stream's frames; whatever goes wrong becomes a MediaError."""
+    count, why = 0, ""
+    try:
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                why = "a packet is incomplete"
+                break
+            for frame in packet.decode():
+                count += 1
+                yield frame
+    except (OSError, ValueError) as error:
+        why = _why(error)
+    if why:
+        raise MediaError(path, "truncated" if count else "unreadable", f"decoding fails after {count} frames: {why}")
+
+
+def _to_rgb(frame, path):
+    try:
+        return frame.to_ndarray(format="rgb24")  # (H, W, 3)
+    except (OSError, ValueError) as error:
+        raise MediaError(path, "unreadable", f"no RGB from {frame.format.name}: {error}") from None
+
+
+def _read_pyav_audio(path):
+    with _open(path) as container:
+        if not container.streams.audio:
+            raise MediaError(path, "no audio track")
+        stream = container.streams.audio[0]
+        parts, rate, late_s = [], 0, 0.0
+        for frame in _decode(container, stream, path):
+            if not parts:
+                rate, late_s = frame.sample_rate, _late_seconds(container, frame)
+            if frame.sample_rate != rate:
+                raise MediaError(path, "unreadable", "the sample rate changes in the middle")
+            parts.append(_mono(frame, path))
+    if late_s > MAX_LATE_S:
+        raise MediaError(path, "unreadable", f"the sound starts {late_s:.0f} s after the picture")
+    return np.concatenate([np.zeros(round(late_s * rate), np.float32), *parts]), rate
+
+
+def _late_seconds(container, first_frame) -> float:
+    """How much later than the picture the sound starts, >= 0; 0 without pictures, when the clock is the sound's own."""
+    streams = _pictures(container)
+    if not streams or first_frame.pts is None:
+        return 0.0
+    start = max(0, streams[0].start_time or 0) * streams[0].time_base  # below 0: decoding delay or hidden frames
+    return max(0.0, float(first_frame.pts * first_frame.time_base - start))
+
+
+def _mono(frame, path) -> np.ndarray:
+    try:
+        x = frame.to_ndarray()  # (channels, samples) or, packed, (1, samples * channels)
+    except ValueError as error:
+        raise MediaError(path, "unreadable", f"no samples from {frame.format.name}: {error}") from None
+    x = x if frame.format.is_planar else x.reshape(-1, len(frame.layout.channels)).T
+    if x.dtype == np.uint8:
+        x = (x.astype(np.float32) - 128) / 128
+    elif x.dtype.kind == "i":
+        x = x / 2.0 ** (8 * x.dtype.itemsize - 1)
+    return x.mean(0).astype(np.float32)

@@ -1,0 +1,10 @@
+"""`minixmd.kernels` is the top-level kernels/ folder; huggingface owns the name `kernels` (README, "Layout")."""
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # lets editors jump from minixmd.kernels.logprob to kernels/logprob.py
+    from kernels import logprob as logprob
+    from kernels import lora as lora
+
+_here = Path(__file__).resolve().parent
+__path__ = [str(p) for p in (_here / "kernels", _here.parent / "kernels") if p.is_dir()][:1]  # wheel, else checkout

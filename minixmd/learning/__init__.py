@@ -1,0 +1,1 @@
+"""What turns hidden states into learning: the head and its objectives, the optimizer, checkpoints."""

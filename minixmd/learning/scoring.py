@@ -1,0 +1,140 @@
+"""Asking a model the questions of a manifest: clips are decoded ahead, packed by tokens, and the letters scored.
+
+A clip that cannot be used never stops a run and never vanishes: it becomes a record with the reason, and a stage fails
+only when more than its `max_bad` share are bad.
+"""
+import json
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from minixmd.files import write_text
+from minixmd.inputs.batch import pack
+from minixmd.inputs.examples import build_conversation
+from minixmd.inputs.media import MediaError
+
+SHARD = 512  # examples; a killed stage redoes at most one shard
+
+
+def device_of(stage):
+    """ "auto" is CUDA where there is one; the runner prints what it came to."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if stage.device == "auto" else stage.device
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"config: {stage.name}: device 'cuda' was asked for, but torch sees no GPU")
+    return name
+
+
+def dtype_of(stage):
+    return getattr(torch, stage.dtype)
+
+
+def ask(stage, processor, example, answer=None):
+    """The Prompt with which a stage asks an example's question (and, to learn it, gives `answer`), or the MediaError
+    that its clip raised."""
+    video_options = {name: getattr(stage, name) for name in ("fps", "min_pixels", "max_pixels", "nframes")}
+    conversation = build_conversation(example, media=stage.media, prompt=stage.prompt, answer=answer,
+                                      video_options=video_options)
+    try:
+        return processor(conversation)
+    except MediaError as error:
+        return error
+
+
+def prefetch(function, items, workers=2, ahead=16):
+    """function(item) for every item, in order, computed by threads up to `ahead` items early."""
+    items = iter(items)
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque()
+        try:
+            while True:
+                for item in items:
+                    waiting.append(pool.submit(function, item))
+                    if len(waiting) > ahead:
+                        break
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _batches(prompts, batch_tokens):
+    """Runs of (example, prompt) whose prompts together hold at most batch_tokens (a longer one goes alone)."""
+    run, tokens = [], 0
+    for pair in prompts:
+        if run and tokens + len(pair[1]) > batch_tokens:
+            yield run
+            run, tokens = [], 0
+        run.append(pair)
+        tokens += len(pair[1])
+    if run:
+        yield run
+
+
+@torch.inference_mode()
+def score_letters(model, processor, stage, examples):
+    """Ask every example and read the letters' logits where the answer would start, in one forward pass a batch.
+
+    Args:
+        stage: Evaluate, Label or Train: media, prompt, video options, batch_tokens.
+    Returns:
+        One JSON-able record an example, in order: {"id", "answer": index, "option", "logits"} or {"id", "bad", "detail"}.
+    Raises:
+        ValueError: an example that lacks the medium, or a prompt over the model's limit.
+    """
+    device = model.lm_head.weight.device
+    records, good = {}, []
+
+    def prompts():
+        for example, prompt in prefetch(lambda e: (e, ask(stage, processor, e)), examples):
+            if isinstance(prompt, MediaError):
+                records[example.id] = {"id": example.id, "bad": prompt.reason, "detail": str(prompt)}
+            else:
+                yield example, prompt
+
+    for run in _batches(prompts(), getattr(stage, "batch_tokens", 8192)):
+        batch = pack([prompt for _, prompt in run]).to(device)
+        last_B = torch.tensor([end - 1 for _, end in batch.spans], device=device)
+        logits_BV = model.logits(model(batch)[last_B]).cpu()
+        for (example, _), logits_V in zip(run, logits_BV, strict=True):
+            letters = logits_V[processor.letter_ids(len(example.options))]
+            best = int(letters.argmax())
+            records[example.id] = {"id": example.id, "answer": best, "option": example.options[best],
+                                   "logits": [round(x, 4) for x in letters.tolist()]}
+    return [records[example.id] for example in examples]
+
+
+def score_in_shards(model, processor, stage, examples, folder, progress):
+    """score_letters by shards fixed by the manifest's order, each written whole; finished ones are read back."""
+    records = []
+    for start in range(0, len(examples), SHARD):
+        part, path = examples[start:start + SHARD], folder / f"{start:07d}.jsonl"
+        if not path.exists():
+            scored = score_letters(model, processor, stage, part)
+            write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in scored))
+        records += read_records(path)
+        progress(len(part))
+    return records
+
+
+def read_records(path):
+    """The JSON lines that a stage wrote. Raises ValueError with file and line for one that is not JSON."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error.msg}") from None
+    return records
+
+
+def count_bad(records, stage):
+    """{reason: count} of the bad records. Raises ValueError when their share is above the stage's max_bad."""
+    bad = [record for record in records if "bad" in record]
+    reasons = dict(Counter(record["bad"] for record in bad).most_common())
+    if len(bad) > stage.max_bad * len(records):
+        raise ValueError(f"{stage.name}: {len(bad)} of {len(records)} clips are bad ({reasons}), above max_bad "
+                         f"{stage.max_bad}; the first: {bad[0]['detail']}")
+    return reasons

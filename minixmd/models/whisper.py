@@ -1,0 +1,77 @@
+"""Whisper's encoder as Qwen2-Audio uses it, on the frames that exist instead of a padded 30 seconds.
+
+The padded encoder masks the keys beyond the clip, so only its convolutions look past the end: two mel frames, which the
+log-mel carries as a halo. Everything after runs on the clip's own A frames and gives the same numbers.
+"""
+from itertools import accumulate, groupby
+
+import torch
+from torch import nn
+
+from minixmd.inputs.batch import Segment
+from minixmd.models.attention import attend
+from minixmd.models.lora import Linear
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.H = config.encoder_attention_heads
+        self.k_proj = Linear(config.d_model, config.d_model, bias=False)
+        self.v_proj = Linear(config.d_model, config.d_model)
+        self.q_proj = Linear(config.d_model, config.d_model)
+        self.out_proj = Linear(config.d_model, config.d_model)
+
+    def forward(self, x_AE, segments):
+        q, k, v = (proj(x_AE).unflatten(-1, (self.H, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attend(q, k, v, segments, causal=False).flatten(1))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.fc1 = Linear(config.d_model, config.encoder_ffn_dim)
+        self.fc2 = Linear(config.encoder_ffn_dim, config.d_model)
+        self.final_layer_norm = nn.LayerNorm(config.d_model)
+
+    def forward(self, x_AE, segments):
+        x_AE = x_AE + self.self_attn(self.self_attn_layer_norm(x_AE), segments)
+        return x_AE + self.fc2(nn.functional.gelu(self.fc1(self.final_layer_norm(x_AE))))
+
+
+class Whisper(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.conv1 = nn.Conv1d(config.num_mel_bins, config.d_model, 3, padding=1)
+        self.conv2 = nn.Conv1d(config.d_model, config.d_model, 3, stride=2, padding=1)
+        self.embed_positions = nn.Embedding(config.max_source_positions, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.encoder_layers))
+        self.layer_norm = nn.LayerNorm(config.d_model)
+
+    def forward(self, media):
+        """Clips to audio tokens.
+
+        Args:
+            media: list of audio Media; features mel_MA with up to two frames of halo after `frames`.
+        Returns:
+            (sum of tokens, E): each clip's A = ceil(frames / 2) positions, averaged in pairs (an odd last one drops).
+        """
+        x_AE, lengths = self.convolve(media)
+        segments = [Segment(end - A, A) for A, end in zip(lengths, accumulate(lengths), strict=True)]
+        for layer in self.layers:
+            x_AE = layer(x_AE, segments)
+        first = torch.cat([torch.arange(s.start, s.start + s.length - 1, 2) for s in segments]).to(x_AE.device)
+        return self.layer_norm((x_AE[first] + x_AE[first + 1]) / 2)
+
+    def convolve(self, media):
+        """Both convolutions and the position table: (sum of A, E) and each clip's A. Neighbours of one shape share a call."""
+        rows, lengths = [], []
+        for (frames, _), run in groupby(media, key=lambda m: (m.frames, m.features.shape)):
+            mel_BMA = torch.stack([m.features for m in run]).to(self.conv1.weight.dtype)
+            A = (frames + 1) // 2
+            x = nn.functional.gelu(self.conv2(nn.functional.gelu(self.conv1(mel_BMA))))[:, :, :A].transpose(1, 2)
+            rows.append((x + self.embed_positions.weight[:A]).flatten(0, 1))
+            lengths += [A] * len(mel_BMA)
+        return torch.cat(rows), lengths

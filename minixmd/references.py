@@ -1,0 +1,78 @@
+"""What "@name" in a field stands for: the output of an earlier stage; "@name/file" is another of that stage's files."""
+from dataclasses import fields
+from pathlib import Path
+
+from minixmd.fields import ConfigError, kind, nearest
+
+OUTPUTS = {"train": "best", "label": "labels.jsonl", "switch": "switch.jsonl", "evaluate": "results.json"}  # of "@name"
+INPUTS = {  # the fields that name a file or folder, and the kind of stage that a bare "@name" in them must be
+    "model": "train",
+    "manifest": None,
+    "val_manifest": None,
+    "teacher": "evaluate",
+    "student": "evaluate",
+    "labels": "label",
+    "teacher_labels": "label",
+    "student_labels": "label",
+    "switch": "switch",
+    "tables": "evaluate",
+}
+
+
+def references(item):
+    """The (field, stage name) pairs of a stage's "@name" and "@name/file" references."""
+    return [(field, value[1:].partition("/")[0]) for field, value, _ in _inputs(item) if value.startswith("@")]
+
+
+def resolve(value, run_dir, stages):
+    """The path that a field's value stands for: the output of the stage it refers to, or itself."""
+    if not value.startswith("@"):
+        return Path(value)
+    name, _, file = value[1:].partition("/")
+    kinds = {item.name: kind(type(item)) for item in stages}
+    return Path(run_dir) / name / (file or OUTPUTS[kinds[name]])
+
+
+def input_paths(item, run_dir, stages):
+    """Field -> path of every file or folder that a stage reads; a table's field reads "tables.row.column"."""
+    return {field: resolve(value, run_dir, stages) for field, value, _ in _inputs(item)}
+
+
+def check_files(stages):
+    """Raises ConfigError for a file or folder that the user must bring and has not. Called before any work starts."""
+    for item in stages:
+        for field, value, _ in _inputs(item):
+            if not value.startswith("@") and not Path(value).exists():
+                raise ConfigError(f"config: {kind(type(item))} {item.name!r} {field} {value!r} does not exist")
+
+
+def check_references(stages):
+    """Raises ConfigError for a reference that no earlier stage answers, or one of another kind."""
+    before = {}  # name -> kind of the stages that have run
+    for item in stages:
+        for field, value, needs in _inputs(item):
+            where = f"config: {kind(type(item))} {item.name!r} {field} {value!r}"
+            name, _, file = value[1:].partition("/")
+            if not value.startswith("@"):
+                continue
+            if name not in before and name in [other.name for other in stages]:
+                raise ConfigError(f"{where} names a stage that does not run before it")
+            if name not in before:
+                raise ConfigError(f"{where} names no stage{nearest('@' + name, ['@' + known for known in before])}")
+            if not file and before[name] not in OUTPUTS:
+                raise ConfigError(f"{where} names no file; write '@{name}/FILE'")
+            if not file and before[name] != needs:
+                wanted = f"the output of a {needs} stage" if needs else "a manifest"
+                raise ConfigError(f"{where} is the output of a {before[name]} stage, not {wanted}")
+        before[item.name] = kind(type(item))
+
+
+def _inputs(item):
+    """(field, value, kind of stage that a bare "@name" must be) of every field that names a file and is set."""
+    for field in fields(item):
+        value, needs = getattr(item, field.name), INPUTS.get(field.name)
+        if isinstance(value, dict):
+            for row, cells in value.items():
+                yield from ((f"{field.name}.{row}.{column}", cell, needs) for column, cell in cells.items())
+        elif field.name in INPUTS and value is not None:
+            yield field.name, value, needs

@@ -1,0 +1,17 @@
+"""Stage Label: a model's predicted letters for a split, with the letters' logits, as labels.jsonl."""
+import json
+
+from tqdm import tqdm
+
+from minixmd.files import write_text
+from minixmd.learning.scoring import count_bad
+from minixmd.stages.evaluate import score
+
+
+def run(stage, folder, log):
+    """The manifest's true answers are not read: a record depends on the clip, the question and the model alone."""
+    _, records = score(stage, folder)
+    bad = count_bad(records, stage)
+    write_text(folder / "labels.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    log({"count": len(records), "bad": bad})
+    tqdm.write(f"{stage.name}: {len(records) - sum(bad.values())} clips labelled" + (f", bad: {bad}" if bad else ""))

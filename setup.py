@@ -1,0 +1,35 @@
+from setuptools import setup
+
+setup(
+    name="minixmd",
+    version="0.1.0",
+    description="Cross-modal distillation between audio and vision language models, small enough to read",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "triton>=3.6; platform_system == 'Linux'",  # CUDA builds of torch bring it, CPU builds do not
+        "safetensors>=0.5",
+        "tokenizers>=0.21",
+        "huggingface-hub>=0.30",
+        "soundfile>=0.12.1",
+        "av>=14",
+        "numpy>=1.26",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "report": ["matplotlib>=3.8"],
+        "test": ["pytest>=8", "ruff>=0.9", "transformers>=5", "peft>=0.18"],  # the last two: parity tests only
+    },
+    packages=[  # explicit: find_packages() would also see tools/, tests/, bench/
+        "minixmd",
+        "minixmd.inputs",
+        "minixmd.models",
+        "minixmd.learning",
+        "minixmd.stages",
+        "minixmd.recipes",
+        "minixmd.kernels",
+    ],
+    package_dir={"minixmd.kernels": "kernels"},
+)

@@ -1,0 +1,103 @@
+"""Both families against transformers, fp32, every parameter re-randomised: hidden states, logits, every gradient."""
+from functools import partial
+
+import pytest
+import torch
+from tiny import audio_media, prompt, reference_audio, reference_vision, video_media
+
+from minixmd.inputs.batch import pack
+from minixmd.models.weights import load_model, published_name
+
+pytest.importorskip("transformers")
+
+
+def assert_close(ours, theirs, bound=1e-5):
+    error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    assert ours.shape == theirs.shape and error <= bound * scale, f"max error {error:.2e} of {scale:.2e}"
+
+
+@pytest.fixture(scope="module", params=[("audio", 4, False), ("audio", 2, False), ("vision", 4, False),
+                                        ("vision", 2, False), ("vision", 1, True)],
+                ids=lambda p: f"{p[0]}-{p[1]}kv{'-tied' * p[2]}")
+def pair(request, tmp_path_factory):
+    kind, kv, tie = request.param
+    reference = reference_audio(kv) if kind == "audio" else reference_vision(kv, tie)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    reference.save_pretrained(folder)
+    return kind, reference, load_model(folder)
+
+
+def audio_cases():
+    return [
+        prompt([5, audio_media(11, 0, 1)[0], 4]),
+        prompt([3, audio_media(2999, 0, 2)[0], 2, audio_media(150, 0, 3)[0], 7]),
+        prompt([6]),
+        prompt([1, audio_media(3000, 0, 4)[0], 9]),
+        prompt([2, audio_media(4, 0, 5)[0], 1, audio_media(37, 0, 6)[0], audio_media(38, 0, 7)[0], 2]),
+    ]
+
+
+def video_cases():
+    return [
+        prompt([5, video_media((5, 4, 6), 0, 1), 4]),  # longer in time than half its side: the two rules differ
+        prompt([3, video_media((1, 2, 2), 0, 2), 2, video_media((2, 8, 4), 0, 3), 7]),
+        prompt([6]),
+        prompt([1, video_media((3, 6, 10), 0, 4), 9]),
+    ]
+
+
+def reference_forward(kind, reference, p):
+    """The reference on one prompt: hidden states after the final norm, and logits, each (N, ·)."""
+    inputs = dict(input_ids=p.ids_N[None], attention_mask=torch.ones(1, len(p), dtype=torch.long))
+    if kind == "audio" and p.media:
+        mels, mask = [], torch.zeros(len(p.media), 3000, dtype=torch.long)
+        for i, m in enumerate(p.media):
+            mels.append(full_mel(m))
+            mask[i, : m.frames] = 1
+        inputs.update(input_features=torch.stack(mels), feature_attention_mask=mask)
+    if kind == "vision":
+        inputs.update(position_ids=p.positions_3N[:, None])
+        if p.media:
+            inputs.update(pixel_values_videos=torch.cat([m.features for m in p.media]),
+                          video_grid_thw=torch.tensor([m.grid_thw for m in p.media]))
+    out = reference(**inputs, output_hidden_states=True)
+    return out.hidden_states[-1][0], out.logits[0]
+
+
+def full_mel(media):
+    mel_MA = torch.randn(128, 3000, generator=torch.Generator().manual_seed(0))  # beyond the halo: masked, so anything
+    mel_MA[:, : media.features.shape[1]] = media.features
+    return mel_MA
+
+
+def test_hidden_states_and_logits_equal_the_reference_for_clips_of_all_lengths_in_one_batch(pair):
+    kind, reference, model = pair
+    cases = audio_cases() if kind == "audio" else video_cases()
+    batch = pack(cases)
+    with torch.no_grad():
+        hidden_ND = model(batch)
+        for case, (start, end) in zip(cases, batch.spans, strict=True):
+            theirs_ND, theirs_NV = reference_forward(kind, reference, case)
+            assert_close(hidden_ND[start:end], theirs_ND)
+            assert_close(model.logits(hidden_ND[start:end]), theirs_NV)
+
+
+def test_every_gradient_equals_the_reference(pair):
+    kind, reference, model = pair
+    case = (audio_cases() if kind == "audio" else video_cases())[1]
+    generator = torch.Generator().manual_seed(1)
+    weight_NV = torch.randn(len(case), 97, generator=generator)
+    reference.requires_grad_(True).zero_grad()  # it freezes the position table; its gradient must still agree
+    (reference_forward(kind, reference, case)[1] * weight_NV).sum().backward()
+    model.requires_grad_(True).zero_grad()
+    (model.logits(model(pack([case]))) * weight_NV).sum().backward()
+    theirs = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    prefixes = sorted(model.config.family.modules.items(), key=lambda item: -len(item[0]))
+    compared = 0
+    for name, p in model.named_parameters():
+        ours, path = next(item for item in prefixes if name.startswith(item[0]))
+        grad = theirs[path + name[len(ours):]]
+        assert (p.grad - grad).norm() <= 1e-4 * grad.norm() + 1e-12, f"{name}: {(p.grad - grad).norm() / grad.norm():.1e}"
+        compared += 1
+    model.requires_grad_(False)
+    assert compared == len(list(model.parameters())) and compared >= len(theirs)

@@ -1,0 +1,78 @@
+"""Tiny checkpoints written by the reference, every parameter re-randomised, and the same inputs for both sides."""
+import torch
+
+from minixmd.inputs.batch import Media, Prompt, positions_of
+
+AUDIO_ID, VIDEO_ID = 90, 91  # placeholders inside a vocabulary of 97
+
+
+def randomise(model, seed=0):
+    """std 0.3 on matrices, 1 ± 0.3 on norm gains: at the default initialisation parity tests are nearly blind."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            gain = p.ndim == 1 and name.endswith("weight")
+            p.copy_(1 + 0.3 * noise if gain else noise * (0.3 if p.ndim == 1 else p[0].numel() ** -0.5))
+    return model
+
+
+def text_config(kv, vocab=97, **more):
+    return dict(vocab_size=vocab, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=kv, max_position_embeddings=4096, bos_token_id=None, eos_token_id=None, **more)
+
+
+def reference_audio(kv=2):
+    from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = Qwen2AudioConfig(
+        text_config=dict(model_type="qwen2", rms_norm_eps=1e-5, rope_theta=10000.0, **text_config(kv)),
+        audio_config=dict(model_type="qwen2_audio_encoder", num_mel_bins=128, encoder_layers=2, d_model=36,
+                          encoder_attention_heads=3, encoder_ffn_dim=44, max_source_positions=1500),
+        audio_token_index=AUDIO_ID,
+    )  # fmt: skip
+    return randomise(Qwen2AudioForConditionalGeneration(config).eval())
+
+
+def reference_vision(kv=2, tie=False):
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [2, 2, 2]}
+    config = Qwen2VLConfig(
+        text_config=dict(rms_norm_eps=1e-6, rope_parameters=rope, **text_config(kv)),
+        vision_config=dict(depth=2, embed_dim=32, num_heads=2, hidden_size=48, mlp_ratio=3),
+        tie_word_embeddings=tie, image_token_id=92, video_token_id=VIDEO_ID, vision_start_token_id=93,
+        vision_end_token_id=94,
+    )  # fmt: skip
+    return randomise(Qwen2VLForConditionalGeneration(config).eval())
+
+
+def audio_media(frames, start, seed):
+    """Noise in place of a log-mel of `frames` real frames; returns the Media and the (128, 3000) input it is cut from."""
+    mel_MA = torch.randn(128, 3000, generator=torch.Generator().manual_seed(seed))
+    tokens = ((frames + 1) // 2) // 2
+    return Media("audio", mel_MA[:, :min(frames + 2, 3000)], start, tokens, frames=frames), mel_MA
+
+
+def video_media(grid, start, seed):
+    t, h, w = grid
+    patches_PC = torch.randn(t * h * w, 1176, generator=torch.Generator().manual_seed(seed))
+    return Media("video", patches_PC, start, t * h * w // 4, grid_thw=grid)
+
+
+def prompt(parts, seed=0, targets=0):
+    """A Prompt from parts: an int is that many random text ids, a Media (its start is set here) its placeholders."""
+    from dataclasses import replace
+
+    generator = torch.Generator().manual_seed(seed)
+    ids, media = [], []
+    for part in parts:
+        if isinstance(part, int):
+            ids += torch.randint(0, 89, (part,), generator=generator).tolist()
+        else:
+            media.append(replace(part, start=len(ids)))
+            ids += [AUDIO_ID if part.kind == "audio" else VIDEO_ID] * part.tokens
+    target_N = torch.arange(len(ids)) >= len(ids) - targets
+    return Prompt(torch.tensor(ids), positions_of(len(ids), media), tuple(media), target_N)
