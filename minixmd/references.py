@@ -1,4 +1,4 @@
-"""What "@name" in a field stands for: the output of an earlier stage; "@name/file" is another of that stage's files."""
+"""What "@name" in a field stands for: the output of an earlier stage; "@name/file" is another of its files."""
 from dataclasses import fields
 from pathlib import Path
 

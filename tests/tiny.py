@@ -50,7 +50,7 @@ def reference_vision(kv=2, tie=False):
 
 
 def audio_media(frames, start, seed):
-    """Noise in place of a log-mel of `frames` real frames; returns the Media and the (128, 3000) input it is cut from."""
+    """Noise in place of a log-mel of `frames` real frames: the Media, and the (128, 3000) input it is cut from."""
     mel_MA = torch.randn(128, 3000, generator=torch.Generator().manual_seed(seed))
     tokens = ((frames + 1) // 2) // 2
     return Media("audio", mel_MA[:, :min(frames + 2, 3000)], start, tokens, frames=frames), mel_MA

@@ -30,6 +30,7 @@ HELD_BYTES = 256 << 20  # decoded frames kept while their number is unknown; a l
 MP4_BOXES = (b"ftyp", b"styp", b"sidx", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"uuid")
 MP3_SLACK = 2 * 1152  # samples: an MP3's announced length is right to a frame or two
 RATES = range(1_000, 768_001)  # Hz; outside, a header is broken and would ask for gigabytes
+LOUDEST = 1e9  # full scale is 1; far beyond, the power of the spectrum overflows float32
 MAX_LATE_S = 3600.0  # sound that starts later than this after the picture is a broken time stamp, not a pause
 
 av.logging.set_level(av.logging.PANIC)  # FFmpeg writes its notes straight to stderr, where a progress bar lives
@@ -40,7 +41,7 @@ class MediaError(ValueError):
 
     Attributes: path; reason, a short phrase from a fixed set that a ledger can count (missing, not a file, empty
     file, unreadable, truncated, no audio track, no video track, no samples, no frames, no frame rate, not finite,
-    too short); detail, free text. str() is one line that names the file.
+    too short, bad shape); detail, free text. str() is one line that names the file.
     """
 
     def __init__(self, path, reason: str, detail: str = ""):
@@ -75,8 +76,8 @@ def read_audio(path, *, sample_rate: int = SAMPLE_RATE) -> torch.Tensor:
         raise MediaError(path, "no samples")
     if rate not in RATES:
         raise MediaError(path, "unreadable", f"a sample rate of {rate} Hz")
-    if not np.isfinite(mono).all():
-        raise MediaError(path, "not finite", f"{(~np.isfinite(mono)).sum()} of {len(mono)} samples are NaN or infinite")
+    if bad := int((~(np.abs(mono) <= LOUDEST)).sum()):  # written so that NaN counts as bad
+        raise MediaError(path, "not finite", f"{bad} of {len(mono)} samples are NaN, infinite or above {LOUDEST:g}")
     wave_S = resample(mono, rate, sample_rate)
     if not len(wave_S):
         raise MediaError(path, "no samples", f"{len(mono)} samples at {rate} Hz are none at {sample_rate} Hz")

@@ -1,4 +1,4 @@
-"""Processor: a conversation to a Prompt, in the family's chat template with placeholders expanded to their exact count."""
+"""Processor: a conversation to a Prompt, in the family's chat template, placeholders expanded to their exact count."""
 from pathlib import Path
 
 import torch
@@ -41,12 +41,14 @@ class Processor:
             if self.tokenizer.token_to_id(token) is None:
                 raise ValueError(f"{path}: has no token {token}; it is not a {family.model_type} tokenizer")
         for name, token in family.token_fields.items():
-            if config.get(name, self.tokenizer.token_to_id(token)) != self.tokenizer.token_to_id(token):
-                raise ValueError(f"{path}: {token} is {self.tokenizer.token_to_id(token)}, but config.json has {name} "
-                                 f"{config[name]}; wrong tokenizer for the model")
+            found = self.tokenizer.token_to_id(token)
+            if config.get(name, found) != found:
+                raise ValueError(f"{path}: {token} is {found}, but config.json has {name} {config[name]}; wrong "
+                                 "tokenizer for the model")
         top = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
         if top >= vocab_size:
-            raise ValueError(f"{path}: highest id {top}, but the model has {vocab_size} rows; wrong tokenizer for the model")
+            raise ValueError(f"{path}: highest id {top}, but the model has {vocab_size} rows; wrong tokenizer for the "
+                             "model")
         self.end_id = self.tokenizer.token_to_id(END)
 
     @property
@@ -72,15 +74,16 @@ class Processor:
         ids = [self.encode(chr(ord("A") + i)) for i in range(count)]
         for i, one in enumerate(ids):
             if len(one) != 1:
-                raise ValueError(f"{self.folder / 'tokenizer.json'}: letter {chr(ord('A') + i)} is {len(one)} tokens, not one")
+                raise ValueError(f"{self.folder / 'tokenizer.json'}: letter {chr(ord('A') + i)} is {len(one)} tokens, "
+                                 "not one")
         return [one[0] for one in ids]
 
     def __call__(self, conversation):
         """A conversation in the ecosystem's form to a Prompt.
 
         Args:
-            conversation: [{"role": "user", "content": [{"type": "audio", "audio": path}, {"type": "text", "text": …}]}];
-                media are paths, 16 kHz mono waves (float tensor (S,)) or frames (uint8 tensor (T, 3, H, W)); a video
+            conversation: [{"role": "user", "content": [{"type": "audio", "audio": path}, {"type": "text", …}]}]; media
+                are paths, 16 kHz mono waves (float tensor (S,)) or frames (uint8 tensor (T, 3, H, W)); a video
                 part may carry fps, min_pixels, max_pixels, nframes. A last assistant turn becomes the target; without
                 one the prompt ends where the assistant would speak.
         Returns:
@@ -150,7 +153,7 @@ class Processor:
             tokens = num_audio_tokens(frames)
             if tokens == 0:
                 name = "audio" if isinstance(source, torch.Tensor) else source
-                raise MediaError(name, "too short", f"{len(wave_S)} samples at 16 kHz give no audio token; 321 give one")
+                raise MediaError(name, "too short", f"{len(wave_S)} samples at 16 kHz; one audio token takes 321")
             return before, dict(kind="audio", features=log_mel(wave_S), tokens=tokens, frames=frames), after
         options = {"fps": 1.0, "min_pixels": 100_352, "max_pixels": 262_144, "nframes": None}
         options.update({k: part[k] for k in VIDEO_OPTIONS if part.get(k) is not None})

@@ -6,14 +6,13 @@
     log.jsonl      a line a `log_line`
 
 A file's fingerprint is the SHA-256 of its content, or above 64 MiB of its size and of 256 blocks spread evenly over it:
-the whole of a 15 GB checkpoint would take a minute on every start, and a time stamp would change when a folder is copied.
-A folder's is that of its files' names and fingerprints. The clips that a manifest lists are not looked at.
+the whole of a 15 GB checkpoint would take a minute on every start, and a time stamp changes when a folder is copied. A
+folder's is that of its files' names and fingerprints. The clips that a manifest lists are not looked at.
 """
 import hashlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 from dataclasses import asdict
 from importlib import metadata
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minixmd.files import write_json, write_safetensors
+from minixmd.files import write_bytes, write_json, write_safetensors
 
 WHOLE_BYTES = 64 << 20  # up to here a file is read whole
 SAMPLES, SAMPLE_BYTES = 256, 64 << 10  # beyond it, so many blocks of so many bytes
@@ -51,8 +50,7 @@ def begin(run_dir, stage, inputs, source):
         differences = _differences(old_config, config)
         if differences:
             _refuse(folder, "another config", differences)
-        # a field that is new or gone is a difference of configs, found above
-        changed = [f"{field} {path} changed" for field, path in inputs.items() if prints[field] != old_prints.get(field)]
+        changed = [f"{field} {inputs[field]} changed" for field in inputs if prints[field] != old_prints.get(field)]
         if changed:
             _refuse(folder, "other inputs", changed)
         if (folder / "done.json").exists():
@@ -63,7 +61,7 @@ def begin(run_dir, stage, inputs, source):
     _drop_torn_line(folder / "log.jsonl")
     write_json(folder / "versions.json", versions())
     if not (folder / "config.json").exists():
-        shutil.copyfile(source, folder / "config.py")
+        write_bytes(folder / "config.py", Path(source).read_bytes())
         write_json(folder / "inputs.json", prints)
         write_json(folder / "config.json", config)  # last: with it the directory is complete
     return folder
@@ -77,8 +75,12 @@ def finish(folder):
 
 def log_line(folder, record):
     """Appends a dict to the stage's log.jsonl."""
-    with open(Path(folder) / "log.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
+    path = Path(folder) / "log.jsonl"
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:  # a full disk's own error names no file
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
 
 
 def fingerprint(path):
@@ -93,7 +95,7 @@ def fingerprint(path):
         size = path.stat().st_size
         with open(path, "rb") as file:
             if size <= WHOLE_BYTES:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+                return hashlib.sha256(file.read()).hexdigest()
             digest = hashlib.sha256(str(size).encode())
             for i in range(SAMPLES):
                 file.seek((size - SAMPLE_BYTES) * i // (SAMPLES - 1))
@@ -117,7 +119,7 @@ def versions():
 
 
 def save_state(folder, tensors, meta):
-    """Replaces the stage's training state by named tensors and a JSON-able `meta`; a kill leaves the old or the new one."""
+    """Replaces the training state, named tensors and a JSON-able `meta`. A kill leaves the old one or the new one."""
     write_safetensors(Path(folder) / STATE, tensors, {"meta": json.dumps(meta)})
 
 
@@ -137,7 +139,7 @@ def _read(path):
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{path}: missing or not JSON ({error}); delete {path.parent} to run the stage anew") from error
+        raise ValueError(f"{path}: missing or not JSON; delete {path.parent} to run the stage anew") from error
 
 
 def _differences(old, new):

@@ -1,8 +1,9 @@
 """The LM head over the target rows only, in chunks, with the gradient computed in the forward pass.
 
-Row t of the targets contributes weight[t] * nll[t], and the gradient of its logits is known as soon as its normaliser is:
-weight[t] * (softmax(z) - onehot). So each chunk is finished before the next one starts: logits in fp32, loss, dLogits,
-then dHidden (and dWeight when the head trains): two matrix products with a frozen head, no logits kept, none recomputed.
+Row t of the targets contributes weight[t] * nll[t]; the gradient of its logits, weight[t] * (softmax(z) - onehot), is
+known as soon as its normaliser is. So each chunk is finished before the next one starts: logits in fp32, loss, dLogits,
+then dHidden (and dWeight when the head trains). A frozen head takes two matrix products; no logits are kept, none
+recomputed.
 """
 import torch
 

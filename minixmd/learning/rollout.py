@@ -1,4 +1,4 @@
-"""generate: sampling with a key-value cache, whose randomness is a pure function of (seed, step, key, sample, position)."""
+"""generate: sampling with a key-value cache; randomness is a pure function of (seed, step, key, sample, position)."""
 import hashlib
 from dataclasses import dataclass
 

@@ -39,6 +39,8 @@ def ask(stage, processor, example, answer=None):
         return processor(conversation)
     except MediaError as error:
         return error
+    except ValueError as error:
+        raise ValueError(f"example {example.id!r}: {error}") from error
 
 
 def prefetch(function, items, workers=2, ahead=16):
@@ -74,18 +76,19 @@ def _batches(prompts, batch_tokens):
 
 
 @torch.inference_mode()
-def score_letters(model, processor, stage, examples):
+def score_letters(model, processor, stage, examples, batch_tokens=8192):
     """Ask every example and read the letters' logits where the answer would start, in one forward pass a batch.
 
     Args:
-        stage: Evaluate, Label or Train: media, prompt, video options, batch_tokens.
+        stage: Evaluate, Label or Train: media, prompt and video options.
+        batch_tokens: packed into a forward pass.
     Returns:
-        One JSON-able record an example, in order: {"id", "answer": index, "option", "logits"} or {"id", "bad", "detail"}.
+        A JSON-able record an example, in order: {"id", "answer": index, "option", "logits"} or {"id", "bad", "detail"}.
     Raises:
         ValueError: an example that lacks the medium, or a prompt over the model's limit.
     """
     device = model.lm_head.weight.device
-    records, good = {}, []
+    records = {}
 
     def prompts():
         for example, prompt in prefetch(lambda e: (e, ask(stage, processor, e)), examples):
@@ -94,7 +97,7 @@ def score_letters(model, processor, stage, examples):
             else:
                 yield example, prompt
 
-    for run in _batches(prompts(), getattr(stage, "batch_tokens", 8192)):
+    for run in _batches(prompts(), batch_tokens):
         batch = pack([prompt for _, prompt in run]).to(device)
         last_B = torch.tensor([end - 1 for _, end in batch.spans], device=device)
         logits_BV = model.logits(model(batch)[last_B]).cpu()
@@ -112,7 +115,7 @@ def score_in_shards(model, processor, stage, examples, folder, progress):
     for start in range(0, len(examples), SHARD):
         part, path = examples[start:start + SHARD], folder / f"{start:07d}.jsonl"
         if not path.exists():
-            scored = score_letters(model, processor, stage, part)
+            scored = score_letters(model, processor, stage, part, stage.batch_tokens)
             write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in scored))
         records += read_records(path)
         progress(len(part))

@@ -134,6 +134,8 @@ def _read(cls, section, defaults, where):
     values = {**defaults, **{k: v for k, v in section.items() if k in known and v is not None}}
     if cls is TextConfig:
         values.update(_rope(section, where))
+    elif (section.get("rope_parameters") or {}).get("rope_theta", 10000.0) != 10000.0:
+        raise ValueError(f"config.json: {where}rope_parameters = {section['rope_parameters']} is not implemented")
     for name, value in section.items():
         if name in known or name in INERT or name.startswith(("_", "rope_")) or value is None:
             continue
@@ -142,7 +144,7 @@ def _read(cls, section, defaults, where):
         if name not in FIXED or value not in FIXED[name]:
             raise ValueError(f"config.json: {where}{name} = {value!r} is not implemented")
     for name, value in values.items():
-        if value is not None and name != "mrope_section" and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if name != "mrope_section" and type(value) not in (int, float):
             raise ValueError(f"config.json: {where}{name} must be a number, got {value!r}")
     return cls(**values)
 
@@ -163,10 +165,11 @@ def read_config(raw):
         text = {k: v for k, v in raw.items() if not k.endswith("_config") and k not in family.token_fields}
     else:
         _read(TextConfig, {k: v for k, v in top.items() if k != "vocab_size"}, defaults["text"], "")
-    audio = _read(AudioConfig, raw.get("audio_config") or {}, defaults["audio"], "audio_config.") if family.audio else None
-    vision = raw.get("vision_config") or {}
-    vision = {k: v for k, v in vision.items() if k != "rope_parameters"}  # the tower's rotary base is fixed at 10,000
-    vision = _read(VisionConfig, vision, defaults["vision"], "vision_config.") if family.video else None
+    audio = vision = None
+    if family.audio:
+        audio = _read(AudioConfig, raw.get("audio_config") or {}, defaults["audio"], "audio_config.")
+    if family.video:
+        vision = _read(VisionConfig, raw.get("vision_config") or {}, defaults["vision"], "vision_config.")
     text_config = _read(TextConfig, text, defaults["text"], "text_config.")
     if vision is not None and vision.hidden_size != text_config.hidden_size:
         raise ValueError(f"config.json: vision_config.hidden_size {vision.hidden_size} differs from the decoder's "

@@ -1,4 +1,5 @@
-"""The Linear that every model here is made of, with room for a low-rank adapter, and the functions that handle adapters."""
+"""The Linear that every model here is made of, with room for a low-rank adapter, and what makes and merges adapters."""
+import hashlib
 import re
 
 import torch
@@ -34,7 +35,8 @@ def add_lora(model, *, rank, alpha, targets, seed):
         ValueError: the pattern matches no Linear.
     """
     model.requires_grad_(False)
-    names = [name for name, module in model.named_modules() if isinstance(module, Linear) and re.fullmatch(targets, name)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, Linear)]
+    names = [name for name in linears if re.fullmatch(targets, name)]
     if not names:
         raise ValueError(f"lora_targets {targets!r} matches no linear layer of this model")
     for name in names:
@@ -63,6 +65,4 @@ def merge_lora(model):
 
 def hash_seed(*parts):
     """A 63-bit seed that is a pure function of its parts (ints and strings)."""
-    import hashlib
-
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1

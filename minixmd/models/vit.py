@@ -86,8 +86,9 @@ class ViT(nn.Module):
             t, h, w = clip.grid_thw
             device = clip.features.device
             inv_freq = 1.0 / 10000.0 ** (torch.arange(0, K // 2, 2, device=device).float() / (K // 2))
-            rows, columns = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
-            place_P2 = torch.stack([rows, columns], -1).unflatten(0, (h // m, m)).unflatten(2, (w // m, m))
+            rows_hw = torch.arange(h, device=device)[:, None].expand(h, w)
+            columns_hw = torch.arange(w, device=device).expand(h, w)
+            place_P2 = torch.stack([rows_hw, columns_hw], -1).unflatten(0, (h // m, m)).unflatten(2, (w // m, m))
             place_P2 = place_P2.transpose(1, 2).reshape(-1, 2).repeat(t, 1)
             angles.append((place_P2[..., None].float() * inv_freq).flatten(1))
         angle_PK = torch.cat(angles).repeat(1, 2)

@@ -89,8 +89,10 @@ def load_model(folder, *, device="cpu", dtype=torch.float32):
     if config.tie_word_embeddings and head in seen:
         for path in _tensor_files(folder):
             with _open(path) as file:
-                if head in file.keys() and not torch.equal(file.get_tensor(head).to(device, dtype), model.lm_head.weight):
-                    raise ValueError(f"{folder}: config.json ties {head} to {embedding}, but the file's two tensors differ")
+                if head not in file.keys():
+                    continue
+                if not torch.equal(file.get_tensor(head).to(device, dtype), model.lm_head.weight):
+                    raise ValueError(f"{folder}: config.json ties {head} to {embedding}, but the file's two differ")
     return model
 
 
@@ -140,8 +142,8 @@ def load_adapter(model, folder):
     """Attach the adapter of a PEFT folder to a loaded model.
 
     Raises:
-        ValueError: a tensor that belongs to no linear layer of the model, a half of a pair, another shape, or an adapter
-            kind that is not plain LoRA.
+        ValueError: a tensor that belongs to no linear layer of the model, half a pair, another shape, or an adapter
+            that is not plain LoRA.
     """
     folder = Path(folder)
     config = read_json(folder / "adapter_config.json")

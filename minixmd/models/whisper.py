@@ -66,7 +66,7 @@ class Whisper(nn.Module):
         return self.layer_norm((x_AE[first] + x_AE[first + 1]) / 2)
 
     def convolve(self, media):
-        """Both convolutions and the position table: (sum of A, E) and each clip's A. Neighbours of one shape share a call."""
+        """Both convolutions and the position table: (sum of A, E) and each clip's A; like neighbours share a call."""
         rows, lengths = [], []
         for (frames, _), run in groupby(media, key=lambda m: (m.frames, m.features.shape)):
             mel_BMA = torch.stack([m.features for m in run]).to(self.conv1.weight.dtype)

@@ -64,4 +64,5 @@ def run(stage, folder, log):
     log({name: results[name] for name in ("count", "correct", "accuracy", "interval", "bad")})
     low, high = results["interval"]
     tqdm.write(f"{stage.name}: {100 * results['accuracy']:.1f} % of {results['count']} right "
-               f"(95 % interval {100 * low:.1f} to {100 * high:.1f})" + (f", bad: {results['bad']}" if results["bad"] else ""))
+               f"(95 % interval {100 * low:.1f} to {100 * high:.1f})"
+               + (f", bad: {results['bad']}" if results["bad"] else ""))

@@ -19,8 +19,8 @@ def run(stage, folder, log):
     teacher, student = (read_json(path)["classes"] for path in (stage.teacher, stage.student))
     if set(teacher) != set(student):
         odd = sorted(set(teacher) ^ set(student))[0]
-        raise ValueError(f"{stage.name}: teacher {stage.teacher} and student {stage.student} were evaluated on different "
-                         f"classes, for example {odd!r}")
+        raise ValueError(f"{stage.name}: teacher {stage.teacher} and student {stage.student} were evaluated on "
+                         f"different classes, for example {odd!r}")
     gain = {name: teacher[name]["accuracy"] - student[name]["accuracy"] for name in teacher}
     won, lost = sum(g > 0 for g in gain.values()), sum(g < 0 for g in gain.values())
     lines, on, unknown = [], 0, 0
@@ -30,7 +30,8 @@ def run(stage, folder, log):
         unknown += record["option"] not in gain
         p_teacher = float(gain.get(record["option"], 0.0) > 0)
         on += p_teacher > 0
-        lines.append(json.dumps({"id": record["id"], "class": record["option"], "p_teacher": p_teacher}, ensure_ascii=False))
+        decision = {"id": record["id"], "class": record["option"], "p_teacher": p_teacher}
+        lines.append(json.dumps(decision, ensure_ascii=False))
     write_text(folder / "switch.jsonl", "".join(line + "\n" for line in lines))
     log({"classes_won": won, "classes_tied": len(gain) - won - lost, "classes_lost": lost, "clips": len(lines),
          "clips_to_teacher": int(on), "clips_of_unknown_class": unknown})

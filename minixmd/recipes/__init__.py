@@ -1,0 +1,1 @@
+"""Bundled configs: python -m minixmd.train NAME"""

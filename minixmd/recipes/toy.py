@@ -1,0 +1,34 @@
+"""XMD on the toy world: a vision model teaches an audio model on the same clips, gated by a switch.
+
+    python -m minixmd.train toy            (another world: python -m minixmd.train toy seed=1 run_dir=runs/toy-1)
+
+CPU, 2 cores. The last table shows the teacher, the student before and the student after.
+"""
+from minixmd.config import Evaluate, Label, Report, Switch, Toy, Train
+
+FRAMES = dict(min_pixels=3_136, max_pixels=3_136)  # the clips are 56 x 56
+EAR, EYE = dict(media="audio"), dict(media="video", **FRAMES)
+
+stages = [
+    Toy(name="toy"),
+    # the gap: what each model hears or sees before
+    *(Evaluate(name=f"teacher_{split}", model="@toy/teacher", manifest=f"@toy/{split}.jsonl", **EYE)
+      for split in ("analysis", "test", "unseen")),
+    *(Evaluate(name=f"student_{split}", model="@toy/student", manifest=f"@toy/{split}.jsonl", **EAR)
+      for split in ("analysis", "test", "unseen")),
+    # labels without truth: each model's own answers on the train split
+    Label(name="teacher_labels", model="@toy/teacher", manifest="@toy/train.jsonl", **EYE),
+    Label(name="student_labels", model="@toy/student", manifest="@toy/train.jsonl", **EAR),
+    Switch(name="switch", teacher="@teacher_analysis", student="@student_analysis", labels="@student_labels"),
+    # the student learns from the teacher where the switch is closed, from itself where it is open
+    Train(name="distilled", objective="distill", model="@toy/student", manifest="@toy/train.jsonl",
+          val_manifest="@toy/val.jsonl", teacher_labels="@teacher_labels", student_labels="@student_labels",
+          switch="@switch", lr=1e-3, batch_size=32, micro_batch_size=32, epochs=4, eval_every=50, save_every=50, **EAR),
+    *(Evaluate(name=f"distilled_{split}", model="@distilled", manifest=f"@toy/{split}.jsonl", **EAR)
+      for split in ("analysis", "test", "unseen")),
+    Report(name="report", tables={
+        "teacher (video)": {split: f"@teacher_{split}" for split in ("analysis", "test", "unseen")},
+        "student before (audio)": {split: f"@student_{split}" for split in ("analysis", "test", "unseen")},
+        "student after (audio)": {split: f"@distilled_{split}" for split in ("analysis", "test", "unseen")},
+    }),
+]  # fmt: skip

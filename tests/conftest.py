@@ -1,0 +1,47 @@
+"""Without a GPU the Triton kernels run in the interpreter; torch.empty is poisoned with NaN; warnings are errors."""
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel module is imported
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
+    config.addinivalue_line("filterwarnings", "error")
+
+
+def pytest_sessionstart():
+    torch.set_num_threads(2)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+
+
+@pytest.fixture
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poison_empty(monkeypatch):
+    """Code that forgets to write an element must fail, not read zeros (idea: fla tests/conftest.py)."""
+
+    def poisoned(fn):
+        def wrapper(*args, **kwargs):
+            t = fn(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() and not t.requires_grad else t
+
+        return wrapper
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))

@@ -1,0 +1,384 @@
+"""Files are whole or absent; a stage's directory knows what made it; a killed run resumes from a whole state."""
+import errno
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minixmd.config import Evaluate, Train
+from minixmd.files import write_json, write_safetensors, write_text
+from minixmd.learning import checkpoint
+from minixmd.learning.checkpoint import begin, fingerprint, finish, load_state, log_line, save_state, versions
+
+ROOT = Path(__file__).resolve().parents[1]
+WRITERS = [(write_text, "new"), (write_json, {"new": 1}), (write_safetensors, {"new": torch.ones(3)})]
+IDS = ["text", "json", "safetensors"]
+
+
+def files(folder):
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+# writers
+
+
+@pytest.mark.parametrize("write, value", WRITERS, ids=IDS)
+def test_a_written_file_replaces_the_old_one_and_leaves_nothing_else(tmp_path, write, value):
+    path = tmp_path / "file"
+    path.write_text("old")
+    write(path, value)
+    assert files(tmp_path) == ["file"] and b"new" in path.read_bytes()
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+@pytest.mark.parametrize("write, value", WRITERS, ids=IDS)
+def test_a_full_disk_names_the_path_and_keeps_the_old_file(tmp_path, monkeypatch, write, value, broken):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "file"
+    path.write_text("old")
+    monkeypatch.setattr(os, broken, full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write(path, value)
+    assert str(path) in str(caught.value)
+    assert files(tmp_path) == ["file"] and path.read_text() == "old"
+
+
+LIMITED = """
+import resource, sys, torch
+from pathlib import Path
+from minixmd.files import write_text, write_safetensors
+from minixmd.learning.checkpoint import log_line
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # the system refuses to let a file grow, also for root
+folder = Path(sys.argv[1])
+for write in (lambda: write_text(folder / "text", "x" * 9999),
+              lambda: write_safetensors(folder / "tensors", {"w": torch.zeros(9999)}),
+              lambda: log_line(folder, {"x": "x" * 9999})):
+    try:
+        write()
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_a_write_that_the_system_cuts_short_names_the_path_and_leaves_no_part(tmp_path):
+    done = subprocess.run([sys.executable, "-c", LIMITED, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert len(said) == 3 and all("File too large" in line for line in said)
+    assert all(str(tmp_path / name) in line for name, line in zip(["text", "tensors", "log.jsonl"], said, strict=True))
+    assert files(tmp_path) == ["log.jsonl"]  # the log is appended to; its torn line is dropped by the next `begin`
+
+
+@pytest.mark.parametrize("write, value", WRITERS, ids=IDS)
+def test_an_unwritable_directory_names_the_path(tmp_path, write, value):
+    (tmp_path / "file").write_text("a file cannot hold files, not even root's")
+    path = tmp_path / "file" / "inner"
+    with pytest.raises(OSError) as caught:
+        write(path, value)
+    assert str(path) in str(caught.value)
+    assert files(tmp_path) == ["file"]
+
+
+KILLED = """
+import os, signal, sys, torch
+from minixmd.files import write_safetensors
+os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)  # after the write, before the rename
+write_safetensors(sys.argv[1], {"w": torch.ones(3)})
+"""
+
+
+def test_a_kill_between_write_and_rename_leaves_the_old_file(tmp_path):
+    path = tmp_path / "w.safetensors"
+    write_safetensors(path, {"w": torch.zeros(3)})
+    done = subprocess.run([sys.executable, "-c", KILLED, path], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+    assert torch.equal(load_file(path)["w"], torch.zeros(3))
+
+
+# training state
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path):
+    assert load_state(tmp_path) is None
+    nan = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)  # a NaN with a payload
+    tensors = {"w": torch.randn(3, 5).T, "step": torch.tensor(7), "half": torch.randn(4).bfloat16(), "nan": nan,
+               "none": torch.zeros(0, 3), "f64": torch.randn(2, dtype=torch.float64)}
+    save_state(tmp_path, tensors, {"step": 7, "best": 0.1 + 0.2, "inf": math.inf, "order": ["a", "é"]})
+    loaded, meta = load_state(tmp_path)
+    assert loaded.keys() == tensors.keys() and meta == {"step": 7, "best": 0.1 + 0.2, "inf": math.inf,
+                                                        "order": ["a", "é"]}
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype and loaded[name].shape == tensor.shape
+        bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (loaded[name], tensor)]
+        assert torch.equal(*bits), name
+
+
+def test_a_loaded_state_outlives_its_replacement(tmp_path):
+    save_state(tmp_path, {"w": torch.zeros(100_000)}, {"step": 1})
+    loaded, _ = load_state(tmp_path)
+    save_state(tmp_path, {"w": torch.ones(100_000)}, {"step": 2})
+    assert loaded["w"].sum() == 0 and load_state(tmp_path)[0]["w"].sum() == 100_000
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-10], lambda b: b[:4], lambda b: b"", lambda b: b"\xff" * len(b)])
+def test_a_damaged_state_is_one_line_that_names_it(tmp_path, damage):
+    save_state(tmp_path, {"w": torch.ones(9)}, {})
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="not a training state") as caught:
+        load_state(tmp_path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_of_another_origin_is_no_state(tmp_path):
+    write_safetensors(tmp_path / "state.safetensors", {"w": torch.ones(9)})
+    with pytest.raises(ValueError, match="not a training state"):
+        load_state(tmp_path)
+
+
+SAVING = """
+import sys, torch
+from minixmd.learning.checkpoint import save_state
+step = 0
+while True:
+    step += 1
+    save_state(sys.argv[1], {name: torch.full((200_000,), float(step)) for name in "ab"}, {"step": step})
+    print(step, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_state(tmp_path):
+    moments = random.Random(0)
+    for _ in range(3):
+        saving = subprocess.Popen([sys.executable, "-c", SAVING, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(2):
+            said = int(saving.stdout.readline())
+        time.sleep(moments.uniform(0, 0.05))
+        saving.kill()
+        rest, _ = saving.communicate()
+        said = int((rest.splitlines() or [said])[-1])
+        tensors, meta = load_state(tmp_path)
+        assert meta["step"] in (said, said + 1)  # a kill may fall between a save and its line
+        assert all((tensor == meta["step"]).all() and len(tensor) == 200_000 for tensor in tensors.values())
+
+
+# stage directories
+
+
+@pytest.fixture
+def world(tmp_path):
+    """(run_dir, stage, inputs, source) as `begin` takes them, over real files."""
+    (tmp_path / "my.py").write_text("stages = []  # as given\n")
+    (tmp_path / "d.jsonl").write_text("{}\n")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"weights")
+    stage = Train(name="student", objective="sft", model="m", manifest="d.jsonl")
+    return tmp_path / "runs", stage, {"model": tmp_path / "m", "manifest": tmp_path / "d.jsonl"}, tmp_path / "my.py"
+
+
+def refusal(*args):
+    with pytest.raises(ValueError) as caught:
+        begin(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_directory_records_what_made_it(world):
+    run_dir, stage, inputs, source = world
+    folder = begin(*world)
+    assert folder == run_dir / "student"
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["stage"], config["lr"], config["betas"]) == ("train", 1e-4, [0.9, 0.999])
+    assert (folder / "config.py").read_bytes() == source.read_bytes()
+    assert json.loads((folder / "inputs.json").read_text()) == {n: fingerprint(p) for n, p in inputs.items()}
+    found = json.loads((folder / "versions.json").read_text())
+    assert found == versions() and found["torch"] == torch.__version__ and found["python"] == sys.version.split()[0]
+    assert not (folder / "done.json").exists()
+
+
+def test_a_finished_stage_is_skipped(world):
+    finish(begin(*world))
+    before = {path: path.stat().st_mtime_ns for path in world[0].rglob("*")}
+    assert begin(*world) is None
+    assert {path: path.stat().st_mtime_ns for path in world[0].rglob("*")} == before
+    assert json.loads((world[0] / "student" / "done.json").read_text()).keys() == {"config", "inputs"}
+
+
+def test_an_unfinished_stage_goes_on_with_what_it_wrote(world):
+    folder = begin(*world)
+    log_line(folder, {"step": 1})
+    save_state(folder, {"w": torch.ones(2)}, {"step": 1})
+    assert begin(*world) == folder
+    log_line(folder, {"step": 2})
+    assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [1, 2]
+    assert load_state(folder)[1] == {"step": 1}
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_changed_config_stops_with_every_difference_and_what_to_do(world, finished):
+    run_dir, stage, inputs, source = world
+    folder = begin(*world)
+    if finished:
+        finish(folder)
+    changed = replace(stage, lr=2e-4, max_steps=5, media="video")
+    assert refusal(run_dir, changed, inputs, source) == (
+        f'{folder} was made by another config: media "audio" -> "video", max_steps null -> 5, lr 0.0001 -> 0.0002; '
+        f"set another run_dir or delete {folder}"
+    )
+    assert begin(*world) == (None if finished else folder)  # the refusal changed nothing
+
+
+def test_a_stage_of_another_kind_shows_fields_that_only_one_has(world):
+    run_dir, _, inputs, source = world
+    begin(*world)
+    said = refusal(run_dir, Evaluate(name="student", model="m", manifest="d.jsonl"), inputs, source)
+    assert 'stage "train" -> "evaluate"' in said and "batch_tokens (no such field) -> 8192" in said
+    assert "lr 0.0001 -> (no such field)" in said and "seed" not in said
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("field, file", [("manifest", "d.jsonl"), ("model", "m/model.safetensors"),
+                                         ("model", "m/config.json"), ("model", "m/another.json")])
+def test_a_changed_input_is_named(world, field, file, finished):
+    run_dir, stage, inputs, source = world
+    folder = begin(*world)
+    if finished:
+        finish(folder)
+    (run_dir.parent / file).write_text("changed")
+    assert refusal(*world) == (f"{folder} was made by other inputs: {field} {inputs[field]} changed; "
+                               f"set another run_dir or delete {folder}")
+
+
+def test_an_input_that_is_written_again_the_same_has_not_changed(world):
+    finish(begin(*world))
+    path = world[2]["manifest"]
+    path.write_bytes(path.read_bytes())
+    os.utime(path, (0, 0))
+    assert begin(*world) is None
+
+
+def test_a_missing_input_is_named_before_anything_is_written(world):
+    world[2]["manifest"].unlink()
+    assert refusal(*world) == f"{world[2]['manifest']}: no such file or folder"
+    assert not world[0].exists()
+
+
+def test_a_run_directory_that_cannot_be_made_is_named(world):
+    world[0].write_text("a file")
+    with pytest.raises(OSError) as caught:
+        begin(*world)
+    assert str(world[0]) in str(caught.value)
+
+
+@pytest.mark.parametrize("last", range(4))
+def test_a_start_that_was_killed_starts_again(world, monkeypatch, last):
+    """`begin` writes four files; a kill after any of them leaves a directory that the next `begin` completes."""
+    replace_file, left = os.replace, [last]
+
+    def replace_until_killed(*paths):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        replace_file(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            begin(*world)
+    finish(begin(*world))
+    assert files(world[0] / "student") == ["config.json", "config.py", "done.json", "inputs.json", "versions.json"]
+
+
+def test_what_a_kill_left_behind_is_cleared_away(world):
+    folder = begin(*world)
+    log_line(folder, {"step": 1})
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"step": ')  # a line that a kill cut short
+    (folder / "best").mkdir()
+    (folder / "best" / ".model.safetensors.123.tmp").write_text("half")
+    begin(*world)
+    log_line(folder, {"step": 2})
+    assert (folder / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert files(folder / "best") == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "inputs.json"])
+def test_a_damaged_record_is_one_line_that_names_it(world, name):
+    path = begin(*world) / name
+    path.write_text("{")
+    assert refusal(*world) == f"{path}: missing or not JSON; delete {path.parent} to run the stage anew"
+
+
+# fingerprints
+
+
+def test_a_small_file_is_read_whole(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert fingerprint(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180
+
+
+def test_a_large_file_is_known_by_its_size_and_by_blocks_from_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(checkpoint, "SAMPLES", 5)
+    monkeypatch.setattr(checkpoint, "SAMPLE_BYTES", 10)
+    data = bytes(random.Random(0).randbytes(2000))
+    path = tmp_path / "a"
+
+    def of(content):
+        path.write_bytes(content)
+        return fingerprint(path)
+
+    def flipped(at):
+        return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+    assert of(data) == of(data)
+    for at in (0, 9, 497, 1000, 1999):  # blocks start at 0, 497, 995, 1492 and 1990
+        assert of(flipped(at)) != of(data), at
+    assert of(flipped(10)) == of(data)  # what the rule gives up: a byte between two blocks
+    assert of(data[:1990] + b"\0" + data[1990:]) != of(data)
+
+
+def test_a_folder_is_known_by_the_names_and_contents_of_its_files(tmp_path):
+    (tmp_path / "m" / "sub").mkdir(parents=True)
+    (tmp_path / "m" / "a").write_text("1")
+    (tmp_path / "m" / "sub" / "b").write_text("2")
+    first = fingerprint(tmp_path / "m")
+    (tmp_path / "m" / ".a.5.tmp").write_text("a write in progress is not content")
+    assert fingerprint(tmp_path / "m") == first
+    (tmp_path / "m").rename(tmp_path / "moved")
+    assert fingerprint(tmp_path / "moved") == first
+    (tmp_path / "moved" / "sub" / "b").rename(tmp_path / "moved" / "sub" / "c")
+    assert fingerprint(tmp_path / "moved") != first
+
+
+def test_versions_tell_a_changed_checkout_from_a_clean_one(tmp_path, monkeypatch):
+    def git(*command):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=t", "-c", "user.email=t@t", *command], check=True,
+                       capture_output=True)
+
+    assert checkpoint._git(tmp_path) == (None, None)
+    git("init")
+    (tmp_path / "a").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "first")
+    commit, dirty = checkpoint._git(tmp_path)
+    assert len(commit) == 40 and dirty is False
+    (tmp_path / "a").write_text("2")
+    assert checkpoint._git(tmp_path) == (commit, True)
+    (tmp_path / "venv").mkdir()
+    assert checkpoint._git(tmp_path / "venv") == (None, None)  # inside another project's checkout
+    monkeypatch.setenv("PATH", "")
+    assert checkpoint._git(tmp_path) == (None, None)
