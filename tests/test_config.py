@@ -149,6 +149,11 @@ def test_a_contradiction_names_both_values(given, said):
     assert message(Train, **{**TRAIN, **given}) == f"config: {said}"
 
 
+def test_the_ends_of_a_range_are_allowed():
+    Train(**TRAIN, warmup=1.0, max_bad=1.0, clip=0.0, weight_decay=0.0, epochs=1, min_pixels=9, max_pixels=9, nframes=2)
+    Train(**TRAIN, warmup=0.0, max_bad=0.0, max_steps=1, batch_size=1, micro_batch_size=1, save_every=0, betas=(0, 0))
+
+
 def test_a_switch_without_student_labels_is_allowed():
     assert Train(**DISTILL, switch="@w").student_labels is None
 

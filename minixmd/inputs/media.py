@@ -31,6 +31,7 @@ MP4_BOXES = (b"ftyp", b"styp", b"sidx", b"moov", b"moof", b"mdat", b"free", b"sk
 MP3_SLACK = 2 * 1152  # samples: an MP3's announced length is right to a frame or two
 RATES = range(1_000, 768_001)  # Hz; outside, a header is broken and would ask for gigabytes
 LOUDEST = 1e9  # full scale is 1; far beyond, the power of the spectrum overflows float32
+AV_ERRORS = (av.FFmpegError, OSError, ValueError)  # PyAV: codec errors, names it cannot encode, formats without arrays
 MAX_LATE_S = 3600.0  # sound that starts later than this after the picture is a broken time stamp, not a pause
 
 av.logging.set_level(av.logging.PANIC)  # FFmpeg writes its notes straight to stderr, where a progress bar lives
@@ -210,12 +211,12 @@ def _read_sndfile(path):
 def _open(path):
     try:  # "file:" and the whitelist: a name with a colon is no URL, and a playlist cannot reach the network
         return av.open("file:" + os.fspath(path), options={"protocol_whitelist": "file"}, metadata_errors="replace")
-    except (OSError, ValueError) as error:
+    except AV_ERRORS as error:
         raise MediaError(path, "unreadable", _why(error)) from None
 
 
 def _why(error) -> str:
-    return getattr(error, "strerror", None) or str(error)  # FFmpeg's errors are OSErrors or ValueErrors with a strerror
+    return getattr(error, "strerror", None) or str(error)  # strerror leaves out the path, which MediaError names
 
 
 def _first_video(container, path):
@@ -240,7 +241,7 @@ def _decode(container, stream, path):
             for frame in packet.decode():
                 count += 1
                 yield frame
-    except (OSError, ValueError) as error:
+    except AV_ERRORS as error:
         why = _why(error)
     if why:
         raise MediaError(path, "truncated" if count else "unreadable", f"decoding fails after {count} frames: {why}")
@@ -249,7 +250,7 @@ def _decode(container, stream, path):
 def _to_rgb(frame, path):
     try:
         return frame.to_ndarray(format="rgb24")  # (H, W, 3)
-    except (OSError, ValueError) as error:
+    except AV_ERRORS as error:
         raise MediaError(path, "unreadable", f"no RGB from {frame.format.name}: {error}") from None
 
 
@@ -282,7 +283,7 @@ def _late_seconds(container, first_frame) -> float:
 def _mono(frame, path) -> np.ndarray:
     try:
         x = frame.to_ndarray()  # (channels, samples) or, packed, (1, samples * channels)
-    except ValueError as error:
+    except AV_ERRORS as error:
         raise MediaError(path, "unreadable", f"no samples from {frame.format.name}: {error}") from None
     x = x if frame.format.is_planar else x.reshape(-1, len(frame.layout.channels)).T
     if x.dtype == np.uint8:

@@ -2,7 +2,7 @@
 
 Every class has a sound and a look, and every clip varies both in ways that mean nothing: pitch, loudness, place, size,
 noise. Two clusters of six classes share a loud sound and differ by a faint tone ("eye": told apart at a glance, hard by
-ear); one cluster of six shares a look and differs by the place of a faint spot on the ground ("ear"); the rest are distinct
+ear); one cluster of six shares a look and differs by the weave of a faint pattern on the ground ("ear"); the rest are distinct
 both ways ("both"). The faint cue is always there. What makes it hard is the number of clips it takes to find it.
 
 A clip is a pure function of (seed, split, class, number), so an interrupted run makes the rest of the same world.
@@ -27,9 +27,9 @@ RATE, DURATION_S, FPS, SIDE = 16_000, 1.0, 8, 56
 SAMPLES, FRAMES = int(RATE * DURATION_S), int(FPS * DURATION_S)
 # what makes the clusters hard, fixed on worlds of seed 100 and up (bench/LOG.md); loudness is relative to the main sound
 CUE_DB, FLOOR_DB = -44.0, -30.0  # the faint tone; the noise that it hides in, over the whole band
-CUE_LEVELS, GRAIN_LEVELS = 10.0, 6.0  # of 255: the faint spot's depth; the standard deviation of the grain around it
+CUE_LEVELS, GRAIN_LEVELS = 2.0, 6.0  # of 255: the faint weave's amplitude; the standard deviation of the grain over it
 CUE_HZ = 2200.0 * 2.0 ** (1.5 * np.arange(7) / 7)
-CUE_ANGLE = 2 * np.pi * np.arange(7) / 7
+CUE_WEAVE = ((4, 0), (0, 4), (4, 4), (4, -4), (8, 0), (0, 8), (8, 4))  # waves across and down a frame
 SHAPES = ("disc", "ring", "cross", "bars")
 COLOURS = ((215, 50, 50), (50, 190, 60), (60, 80, 225), (225, 205, 40), (200, 60, 205), (60, 205, 210))
 
@@ -43,7 +43,7 @@ class Kind:
     sound: tuple[str, float, float]
     look: tuple[str, int]
     tone: int | None = None  # index into CUE_HZ
-    spot: int | None = None  # index into CUE_ANGLE
+    weave: int | None = None  # index into CUE_WEAVE
     seen: bool = True  # False: only in the unseen split
 
 
@@ -58,7 +58,7 @@ def _kinds():
     for sound, names in ((hiss, ("kettle", "shower", "fountain", "rain", "fire", "wave", "river")),
                          (hum, ("mower", "drill", "fan", "mixer", "pump", "tractor", "saw"))):
         kinds += [Kind(name, "eye", sound, looks.pop(0), tone=i, seen=i < 6) for i, name in enumerate(names)]
-    kinds += [Kind(name, "ear", plain.pop(0), bird, spot=i, seen=i < 6)
+    kinds += [Kind(name, "ear", plain.pop(0), bird, weave=i, seen=i < 6)
               for i, name in enumerate(("robin", "crow", "owl", "duck", "goose", "parrot", "hawk"))]
     return tuple(kinds)
 
@@ -101,15 +101,14 @@ def _gain(db):
 
 
 def make_frames(kind, rng):
-    """A clip's picture: (FRAMES, SIDE, SIDE, 3) uint8. The shape drifts; ground, grain and spot stand still."""
+    """A clip's picture: (FRAMES, SIDE, SIDE, 3) uint8. The shape drifts; ground, grain and weave stand still."""
     shape, colour = kind.look
     y, x = np.mgrid[:SIDE, :SIDE] / SIDE - 0.5
     ground = 110 + rng.uniform(-25, 25) + rng.uniform(-25, 25) * x + rng.uniform(-25, 25) * y
     ground = ground + rng.normal(0, GRAIN_LEVELS, (SIDE, SIDE))
-    if kind.spot is not None:
-        angle = CUE_ANGLE[kind.spot] + rng.uniform(-0.15, 0.15)
-        spot = np.exp(-((x - 0.42 * np.cos(angle)) ** 2 + (y - 0.42 * np.sin(angle)) ** 2) / (2 * 0.06**2))
-        ground = ground - CUE_LEVELS * _gain(rng.uniform(-3, 3)) * spot
+    if kind.weave is not None:
+        across, down = CUE_WEAVE[kind.weave]
+        ground = ground + CUE_LEVELS * _gain(rng.uniform(-3, 3)) * np.cos(2 * np.pi * (across * x + down * y))
     paint = np.array(COLOURS[colour]) + rng.uniform(-20, 20, 3)
     centre, step = rng.uniform(-0.06, 0.06, 2), rng.uniform(-0.01, 0.01, 2)
     size = rng.uniform(0.24, 0.32)

@@ -1,0 +1,319 @@
+"""The loop and the runner: what is learnt, exact resume after SIGKILL, and one clear line for every wrong input."""
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mini import CLASSES, write_clips, write_config, write_model
+from safetensors.torch import load_file
+
+import minixmd
+from minixmd.config import Train
+from minixmd.inputs.examples import Example, read_manifest
+from minixmd.train import main, order, sources
+
+FRAMES = "min_pixels=3136, max_pixels=3136"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Models and clips that every test here may read."""
+    folder = tmp_path_factory.mktemp("world")
+    write_model(folder / "ears", "audio")
+    write_model(folder / "eyes", "vision")
+    write_clips(folder / "clips")
+    write_clips(folder / "blind", answers=False)
+    return folder
+
+
+def train(world, **more):
+    fields = dict(name="student", objective="sft", model=f"{world}/ears", manifest=f"{world}/clips/manifest.jsonl",
+                  batch_size=4, micro_batch_size=2, lr=1e-2, device="cpu")
+    return f"Train({', '.join(f'{key}={value!r}' for key, value in {**fields, **more}.items())})"
+
+
+def run(tmp_path, stages, *overrides):
+    config = write_config(tmp_path / "config.py", f"[{stages}]")
+    return main([str(config), f"run_dir={tmp_path / 'run'}", *overrides])
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# ---- what it does ----
+
+
+def test_sft_learns_what_it_has_seen_and_evaluates_as_it_validated(world, tmp_path):
+    seen = f"{world}/clips/manifest.jsonl"
+    more = dict(epochs=60, val_manifest=seen, eval_every=30, trainable="full", lr=3e-3)
+    assert run(tmp_path, train(world, **more) + f", Evaluate(name='after', model='@student', manifest='{seen}')") == 0
+    log = log_of(tmp_path / "run" / "student")
+    losses = [line["loss"] for line in log if "loss" in line]
+    assert len(losses) == 180 and losses[-1] < losses[0] / 10
+    best = max(line["val_accuracy"] for line in log if "val_accuracy" in line)
+    results = json.loads((tmp_path / "run" / "after" / "results.json").read_text())
+    assert results["accuracy"] == best == 1.0
+    assert set(results["classes"]) == set(CLASSES) and results["groups"]["one"]["count"] == 12
+
+
+def test_full_training_changes_every_tensor_but_the_position_table(world, tmp_path):
+    assert run(tmp_path, train(world, trainable="full", max_steps=2, lr=1e-3)) == 0
+    before, _ = minixmd.load(world / "ears")
+    after, _ = minixmd.load(tmp_path / "run" / "student" / "best")
+    same = {name for name, p in after.named_parameters() if torch.equal(p, before.get_parameter(name))}
+    assert same == {"audio_tower.embed_positions.weight"}
+
+
+def test_lora_training_leaves_the_base_alone_and_writes_an_adapter_that_loads(world, tmp_path):
+    assert run(tmp_path, train(world, max_steps=3)) == 0
+    before, _ = minixmd.load(world / "ears")
+    after, processor = minixmd.load(tmp_path / "run" / "student" / "best")
+    adapter = {name for name, p in after.named_parameters() if "lora_" in name}
+    assert all(torch.equal(p, before.get_parameter(name)) for name, p in after.named_parameters() if name not in adapter)
+    assert len(adapter) == 2 * 7 * 2 and all(after.get_parameter(name).abs().sum() > 0 for name in adapter)
+
+
+def test_the_whole_distillation_line_runs_without_an_answer_in_the_training_manifest(world, tmp_path, capsys):
+    blind, seen = f"{world}/blind/manifest.jsonl", f"{world}/clips/manifest.jsonl"
+    stages = f"""
+        Evaluate(name='ears', model='{world}/ears', manifest='{seen}'),
+        Evaluate(name='eyes', model='{world}/eyes', manifest='{seen}', media='video', {FRAMES}),
+        Label(name='own', model='{world}/ears', manifest='{blind}'),
+        Label(name='taught', model='{world}/eyes', manifest='{blind}', media='video', {FRAMES}),
+        Switch(name='switch', teacher='@eyes', student='@ears', labels='@own'),
+        {train(world, objective='distill', manifest=blind, teacher_labels='@taught', student_labels='@own',
+               switch='@switch')},
+        Evaluate(name='after', model='@student', manifest='{seen}'),
+        Report(tables={{'before': {{'seen': '@ears'}}, 'after': {{'seen': '@after'}}}})"""
+    assert run(tmp_path, stages) == 0
+    out = capsys.readouterr().out
+    assert "| before" in out and "| after" in out
+    learns = log_of(tmp_path / "run" / "student")[0]["learns_from"]
+    closed = sum(json.loads(line)["p_teacher"] for line in (tmp_path / "run/switch/switch.jsonl").read_text().splitlines())
+    assert learns.get("teacher", 0) == closed and sum(learns.values()) == 12
+    assert run(tmp_path, stages) == 0
+    assert capsys.readouterr().out.count("finished before, skipped") == 8
+
+
+def test_a_closed_switch_takes_the_teachers_letter_an_open_one_the_students(tmp_path):
+    examples = [Example(id=i, audio=None, video=None, question="?", options=CLASSES, answer=2) for i in "abcd"]
+
+    def write(name, records):
+        (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in records))
+        return str(tmp_path / name)
+
+    teacher = write("teacher", [dict(id=i, option="dog") for i in "abc"] + [dict(id="d", bad="missing", detail="")])
+    student = write("student", [dict(id=i, option="cat") for i in "abcd"])
+    switch = write("switch", [dict(id="a", p_teacher=1.0), dict(id="b", p_teacher=0.0), dict(id="d", p_teacher=1.0)])
+    base = dict(objective="distill", manifest="m", name="s", teacher_labels=teacher, student_labels=None, switch=None)
+
+    def learnt(**more):
+        pairs, counts = sources(SimpleNamespace(**{**base, **more}), examples)
+        return {e.id: answer for e, answer in pairs}, counts
+
+    assert learnt() == ({"a": 0, "b": 0, "c": 0}, {"teacher": 3, "left out: missing": 1})
+    assert learnt(switch=switch) == ({"a": 0}, {"teacher": 1, "left out: switch open": 2, "left out: missing": 1})
+    assert learnt(switch=switch, student_labels=student) == (
+        {"a": 0, "b": 1, "c": 1}, {"teacher": 1, "student": 2, "left out: missing": 1})  # fmt: skip
+
+
+def test_every_epoch_is_a_new_permutation_of_all_examples():
+    stage = SimpleNamespace(seed=3, batch_size=4)
+    epochs = [[i for step in range(3 * epoch, 3 * epoch + 3) for i in order(stage, 10, step)] for epoch in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10)) and epochs[0] != epochs[1]
+
+
+# ---- exact resume ----
+
+
+def start(config, run_dir):
+    command = [sys.executable, "-m", "minixmd.train", str(config), f"run_dir={run_dir}"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                            cwd=Path(__file__).resolve().parents[1])
+
+
+def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_uninterrupted_one(world, tmp_path):
+    stages = train(world, epochs=40, batch_size=3, micro_batch_size=3, eval_every=10, save_every=7,
+                   val_manifest=f"{world}/clips/manifest.jsonl")
+    config = write_config(tmp_path / "config.py", f"[{stages}]")
+    assert start(config, tmp_path / "whole").wait() == 0
+    seed = random.randrange(10**6)
+    killed = []
+    for stop in sorted(random.Random(seed).sample(range(2, 120), 2)):
+        process, log = start(config, tmp_path / "killed"), tmp_path / "killed" / "student" / "log.jsonl"
+        while process.poll() is None and (not log.exists() or f'"step": {stop},' not in log.read_text()):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        killed.append(process.wait())
+    assert -signal.SIGKILL in killed, f"seed {seed}: the runs ended before they were killed"
+    assert start(config, tmp_path / "killed").wait() == 0
+    for name in ("best/adapter_model.safetensors", "state.safetensors", "best.safetensors"):
+        whole, again = (load_file(tmp_path / side / "student" / name) for side in ("whole", "killed"))
+        assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole), f"seed {seed}: {name}"
+    steps = [[(line["step"], line.get("loss"), line.get("val_accuracy")) for line in log_of(tmp_path / side / "student")]
+             for side in ("whole", "killed")]
+    assert steps[0] == steps[1], f"seed {seed}"
+
+
+# ---- wrong input: one line, exit status 1, nothing half-written ----
+
+
+def refused(tmp_path, capsys, stages, *overrides):
+    """The one line that a run ends with."""
+    assert run(tmp_path, stages, *overrides) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minixmd: ")]
+    assert len(lines) == 1
+    assert not list((tmp_path / "run").rglob("best/*")) and not list((tmp_path / "run").rglob("done.json"))
+    return lines[0]
+
+
+def broken_clip(world, tmp_path, name, data):
+    """A copy of the clips in which clip 0's sound is `data` (bytes, or None for no file) under `name`."""
+    shutil.copytree(world / "clips", tmp_path / "clips")
+    manifest = tmp_path / "clips" / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace('"0.wav"', json.dumps(name)))
+    if data is not None:
+        (tmp_path / "clips" / name).write_bytes(data)
+    return manifest
+
+
+def audio_bytes(world, kind):
+    wav, mp4 = (world / "clips" / "0.wav").read_bytes(), (world / "clips" / "0.mp4").read_bytes()
+    return {"missing": None, "empty file": b"", "truncated": wav[: len(wav) // 2], "unreadable": b"no media at all" * 9,
+            "too short": wav[:44] + wav[44:244], "truncated mp4": mp4[: len(mp4) // 2]}[kind]
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty file", "truncated", "unreadable", "truncated mp4"])
+def test_a_bad_clip_is_named_with_its_reason_when_too_many_are_bad(world, tmp_path, capsys, kind):
+    manifest = broken_clip(world, tmp_path, "odd name é.wav", audio_bytes(world, kind))
+    line = refused(tmp_path, capsys, f"Label(name='own', model='{world}/ears', manifest='{manifest}', max_bad=0.05)")
+    assert "1 of 12 clips are bad" in line and "odd name é.wav" in line and "max_bad 0.05" in line
+    assert kind.split(" mp4")[0] in line or "unreadable" in line
+
+
+@pytest.mark.parametrize("stage", ["Label", "Evaluate"])
+def test_a_bad_clip_below_the_limit_is_counted_and_left_out(world, tmp_path, stage):
+    manifest = broken_clip(world, tmp_path, "gone.wav", None)
+    assert run(tmp_path, f"{stage}(name='own', model='{world}/ears', manifest='{manifest}', max_bad=0.1)") == 0
+    assert log_of(tmp_path / "run" / "own")[-1]["bad"] == {"missing": 1}
+
+
+def test_training_counts_bad_clips_and_stops_above_the_limit(world, tmp_path, capsys):
+    manifest = broken_clip(world, tmp_path, "gone.wav", None)
+    assert run(tmp_path, train(world, manifest=str(manifest), max_bad=0.1)) == 0
+    assert [line["bad"] for line in log_of(tmp_path / "run" / "student") if "bad" in line] == ["missing"]
+    shutil.rmtree(tmp_path / "run")
+    line = refused(tmp_path, capsys, train(world, manifest=str(manifest), max_bad=0.05))
+    assert "1 bad clips, above max_bad 0.05" in line and "gone.wav: missing" in line
+
+
+def test_a_file_without_the_needed_track_is_refused(world, tmp_path, capsys):
+    from media_files import grey_frames, write_mp4
+
+    silent = write_mp4(tmp_path / "silent.mp4", grey_frames(4))
+    manifest = broken_clip(world, tmp_path, "silent.mp4", silent.read_bytes())
+    line = refused(tmp_path, capsys, f"Label(name='own', model='{world}/ears', manifest='{manifest}')")
+    assert "silent.mp4: no audio track" in line
+
+
+def test_audio_too_short_for_one_token_is_refused(world, tmp_path, capsys):
+    from media_files import sine, write_wav
+
+    short = write_wav(tmp_path / "short.wav", sine(440, 0.02))
+    manifest = broken_clip(world, tmp_path, "short.wav", short.read_bytes())
+    line = refused(tmp_path, capsys, f"Label(name='own', model='{world}/ears', manifest='{manifest}')")
+    assert "short.wav: too short" in line and "320 samples" in line
+
+
+def test_a_prompt_over_the_models_limit_is_refused(world, tmp_path, capsys):
+    write_model(tmp_path / "narrow", "audio", limit=40)
+    line = refused(tmp_path, capsys, train(world, model=f"{tmp_path}/narrow"))
+    assert "example 'clip" in line and "over the model's limit of 40" in line
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "has shape"])
+def test_a_checkpoint_with_a_wrong_tensor_is_refused(world, tmp_path, capsys, fault):
+    from safetensors.torch import save_file
+
+    shutil.copytree(world / "ears", tmp_path / "ears")
+    path, name = tmp_path / "ears" / "model.safetensors", "language_model.model.norm.weight"
+    tensors = load_file(path)
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "unexpected":
+        name = "language_model.extra.weight"
+        tensors[name] = torch.zeros(2)
+    else:
+        tensors[name] = torch.zeros(31)
+    save_file(tensors, path)
+    line = refused(tmp_path, capsys, train(world, model=f"{tmp_path}/ears"))
+    assert fault in line and name in line and "1 tensors do not fit" in line
+
+
+@pytest.mark.parametrize("override, message", [
+    ("student.batch_sise=2", "config: train 'student' has no field 'batch_sise'; did you mean 'batch_size'?"),
+    ("lr=fast", "config: lr must be a float, got 'fast'"),
+    ("batch_size=5", "config: batch_size 5 is not a multiple of micro_batch_size 2"),
+])  # fmt: skip
+def test_a_wrong_config_is_refused_before_any_work(world, tmp_path, capsys, override, message):
+    assert message in refused(tmp_path, capsys, train(world), override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_of_another_config_is_refused_with_the_difference(world, tmp_path, capsys):
+    assert run(tmp_path, train(world, max_steps=1)) == 0
+    assert run(tmp_path, train(world, max_steps=1), "lr=0.5") == 1
+    assert "lr 0.01 -> 0.5" in capsys.readouterr().err
+
+
+def test_an_unwritable_run_directory_is_named(world, tmp_path, capsys):
+    (tmp_path / "run").write_text("a file stands where the directory should be")
+    config = write_config(tmp_path / "config.py", f"[{train(world)}]")
+    assert main([str(config), f"run_dir={tmp_path / 'run'}"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("minixmd: ") and str(tmp_path / "run") in error and error.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_state_whole(world, tmp_path, capsys, monkeypatch):
+    import minixmd.files
+
+    real, states = minixmd.files.save_file, []
+
+    def full(tensors, path, metadata=None):
+        if "state" in path.name and states:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        states.append(path.name)
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(minixmd.files, "save_file", full)
+    assert "No space left on device" in refused(tmp_path, capsys, train(world, save_every=1))
+    left = [path.name for path in (tmp_path / "run" / "student").iterdir()]
+    assert "state.safetensors" in left and not [name for name in left if "tmp" in name]
+    monkeypatch.undo()
+    assert run(tmp_path, train(world, save_every=1)) == 0
+
+
+def test_a_manifest_line_that_is_no_example_is_named_by_file_line_and_field(tmp_path):
+    good = dict(id="a", question="?", options=["x", "y"])
+    cases = [("{", "not JSON"), ("[]", "must be a JSON object"), (json.dumps({**good, "anser": 1}), "'anser'"),
+             (json.dumps({"id": "a", "question": "?"}), "'options' is missing"), (json.dumps({**good, "answer": 2}), "'answer'"),
+             (json.dumps({**good, "options": ["x", None]}), "'options'"), (json.dumps({**good, "audio": 3}), "'audio'"),
+             (json.dumps(good) + "\n" + json.dumps(good), "'id' 'a' already stands in line 1")]  # fmt: skip
+    for text, message in cases:
+        (tmp_path / "m.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="m.jsonl:[12]: ") as caught:
+            read_manifest(tmp_path / "m.jsonl")
+        assert message in str(caught.value)
+
+
+def test_the_stage_that_trains_accepts_its_own_defaults():
+    assert Train(name="t", objective="sft", model="m", manifest="x").lr == 1e-4
