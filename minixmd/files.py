@@ -3,6 +3,7 @@ import json
 import os
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 
@@ -44,5 +45,5 @@ def write_safetensors(path, tensors, metadata=None):
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         _publish(path, lambda temporary: save_file(tensors, temporary, metadata))
-    except Exception as error:  # safetensors reports a full disk as its own error
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         raise OSError(getattr(error, "errno", None) or 5, f"cannot write: {error}", str(path)) from error

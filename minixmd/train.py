@@ -30,7 +30,7 @@ from minixmd.learning.optim import adamw, learning_rate, optimizer_tensors, rest
 from minixmd.learning.scoring import ask, count_bad, device_of, dtype_of, prefetch, read_records, score_letters
 from minixmd.models.lora import add_lora, hash_seed
 from minixmd.models.weights import adapted, save_adapter, save_model
-from minixmd.references import input_paths, resolve
+from minixmd.references import check_files, input_paths, resolve
 from minixmd.stages import evaluate, label, report, switch, toy
 
 # ---- what is learnt: one answer an example ----
@@ -253,6 +253,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         config = load_config(args.config, args.overrides)
+        check_files(config.stages)
         for stage in config.stages:
             paths = input_paths(stage, config.run_dir, config.stages)
             folder = begin(config.run_dir, stage, paths, config.source)

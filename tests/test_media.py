@@ -1,5 +1,6 @@
 import os
 import pickle
+import socket
 import subprocess
 import sys
 
@@ -206,11 +207,19 @@ def test_files_that_are_no_media(tmp_path, read, name):
     assert reason(read, path) == "unreadable"
     path.write_text("ffconcat version 1.0\nfile /dev/zero\n")  # a playlist that points elsewhere
     assert reason(read, path) == "unreadable"
-    path.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://192.0.2.1/a.ts\n")  # and one to the network
-    assert reason(read, path) == "unreadable"
     path.unlink()
     path.mkdir()
     assert reason(read, path) == "not a file"
+
+
+def test_a_playlist_does_not_reach_the_network(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        path, url = tmp_path / "list.m3u8", f"http://127.0.0.1:{server.getsockname()[1]}/a.ts"
+        path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{url}\n#EXT-X-ENDLIST\n")
+        reason(read_audio, path), reason(read_video, path)
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody knocked
+            server.accept()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

@@ -1,7 +1,11 @@
-"""Tiny checkpoints written by the reference, every parameter re-randomised, and the same inputs for both sides."""
+"""Tiny models, ours and the reference's, every parameter re-randomised, and the same inputs for both sides."""
+from dataclasses import replace
+
 import torch
 
 from minixmd.inputs.batch import Media, Prompt, positions_of
+from minixmd.models.families import read_config
+from minixmd.models.multimodal import MultimodalLM
 
 AUDIO_ID, VIDEO_ID = 90, 91  # placeholders inside a vocabulary of 97
 
@@ -22,7 +26,26 @@ def text_config(kv, vocab=97, **more):
                 num_key_value_heads=kv, max_position_embeddings=4096, bos_token_id=None, eos_token_id=None, **more)
 
 
-def reference_audio(kv=2):
+def published_config(kind, kv=2, tie=False, vocab=97, **text):
+    """A tiny config.json in the form that is published: sparse and nested for "audio", flat for "vision"."""
+    text = text_config(kv, vocab, **text)
+    if kind == "audio":
+        return dict(model_type="qwen2_audio", audio_token_index=AUDIO_ID, tie_word_embeddings=tie,
+                    audio_config=dict(num_mel_bins=128, encoder_layers=2, d_model=36, encoder_attention_heads=3,
+                                      encoder_ffn_dim=44, max_source_positions=1500),
+                    text_config=dict(model_type="qwen2", rms_norm_eps=1e-5, rope_theta=10000, **text))  # fmt: skip
+    return dict(model_type="qwen2_vl", rms_norm_eps=1e-6, rope_theta=1000000.0, tie_word_embeddings=tie,
+                rope_scaling={"type": "mrope", "mrope_section": [2, 2, 2]}, image_token_id=92, video_token_id=VIDEO_ID,
+                vision_config=dict(depth=2, embed_dim=32, num_heads=2, hidden_size=48, mlp_ratio=3),
+                **text)  # fmt: skip
+
+
+def tiny_model(kind, kv=2, tie=False, seed=0, **more):
+    """Our own model, all of whose parameters train."""
+    return randomise(MultimodalLM(read_config(published_config(kind, kv, tie, **more))), seed)
+
+
+def reference_audio(kv=2, tie=False):
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
     torch.manual_seed(0)
@@ -30,7 +53,7 @@ def reference_audio(kv=2):
         text_config=dict(model_type="qwen2", rms_norm_eps=1e-5, rope_theta=10000.0, **text_config(kv)),
         audio_config=dict(model_type="qwen2_audio_encoder", num_mel_bins=128, encoder_layers=2, d_model=36,
                           encoder_attention_heads=3, encoder_ffn_dim=44, max_source_positions=1500),
-        audio_token_index=AUDIO_ID,
+        audio_token_index=AUDIO_ID, tie_word_embeddings=tie,
     )  # fmt: skip
     return randomise(Qwen2AudioForConditionalGeneration(config).eval())
 
@@ -64,8 +87,6 @@ def video_media(grid, start, seed):
 
 def prompt(parts, seed=0, targets=0):
     """A Prompt from parts: an int is that many random text ids, a Media (its start is set here) its placeholders."""
-    from dataclasses import replace
-
     generator = torch.Generator().manual_seed(seed)
     ids, media = [], []
     for part in parts:

@@ -209,8 +209,8 @@ def _read_sndfile(path):
 
 
 def _open(path):
-    try:  # "file:" and the whitelist: a name with a colon is no URL, and a playlist cannot reach the network
-        return av.open("file:" + os.fspath(path), options={"protocol_whitelist": "file"}, metadata_errors="replace")
+    try:  # "file:": a name with a colon is no URL, and FFmpeg keeps a playlist inside such a file off the network
+        return av.open("file:" + os.fspath(path), metadata_errors="replace")
     except AV_ERRORS as error:
         raise MediaError(path, "unreadable", _why(error)) from None
 

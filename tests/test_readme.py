@@ -1,0 +1,40 @@
+"""README stays true: its configs load, its manifest line is one, and every path of its layout exists."""
+import re
+from pathlib import Path
+
+import pytest
+
+from minixmd.config import load_config
+from minixmd.inputs.examples import read_manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_the_example_config_loads(tmp_path):
+    (config,) = [block for block in blocks("python") if "stages = " in block]
+    (tmp_path / "mine.py").write_text(config)
+    assert len(load_config(tmp_path / "mine.py").stages) == 8
+
+
+def test_the_example_manifest_line_is_an_example(tmp_path):
+    (line,) = blocks("json")
+    (tmp_path / "m.jsonl").write_text(line)
+    assert read_manifest(tmp_path / "m.jsonl")[0].options == ("dog barking", "cat purring")
+
+
+def test_the_files_of_the_layout_and_no_others_exist():
+    (layout,) = [block for block in re.findall(r"```\n(.*?)```", README, re.S) if "minixmd/\n" in block]
+    named = set(re.findall(r"\w+\.py", layout))
+    there = {path.name for path in (ROOT / "minixmd").rglob("*.py")} - {"__init__.py"}
+    bundled = {path.name for path in (ROOT / "minixmd" / "recipes").glob("*.py")}
+    assert named - {"__init__.py"} == (there - bundled) | {"toy.py", "kernels.py"} & named
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "minixmd" / "recipes").glob("[!_]*.py")))
+def test_every_bundled_recipe_loads(name):
+    assert load_config(name).stages
