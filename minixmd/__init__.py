@@ -34,7 +34,7 @@ def load(path, *, device="cpu", dtype=torch.float32):
         raise ValueError(f"{path}: no such model folder")
     base = path
     if (path / "adapter_config.json").is_file():
-        base = Path(read_json(path / "adapter_config.json")["base_model_name_or_path"])
+        base = Path(read_json(path / "adapter_config.json").get("base_model_name_or_path") or "unnamed")
         if not base.is_dir():
             raise ValueError(f"{path}: the adapter's base model {base} is not there")
     model = load_model(base, device=device, dtype=dtype)

@@ -14,7 +14,9 @@ def pytest_configure(config):
 
 
 def pytest_sessionstart():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # the tests' tensors are tiny, and a second thread spins where a core is busy
+    with torch.device("meta"):
+        torch.empty(0)  # this mode lists the functions that it redirects once; it must not list the poisoned ones
 
 
 def pytest_runtest_setup(item):

@@ -18,15 +18,16 @@ VISION = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>
 CLASSES = ("dog", "cat", "owl")
 
 
-def write_tokenizer(folder, special):
-    """A byte-level BPE in Qwen2's form whose last ids are `special`. Returns it."""
+def write_tokenizer(folder, special, texts=()):
+    """A byte-level BPE in Qwen2's form, trained on `texts` too, whose last ids are `special`. Returns it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decode.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(["Classify the sounding object", "You are a helpful assistant.", *CLASSES] * 3, trainer)
+    texts = ["Classify the sounding object", "You are a helpful assistant.", *CLASSES, *texts]
+    tokenizer.train_from_iterator(texts * 3, trainer)
     tokenizer.add_special_tokens([*COMMON, *special])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -1,7 +1,7 @@
 """Both families against transformers, fp32, every parameter re-randomised: hidden states, logits, every gradient."""
 import pytest
 import torch
-from tiny import audio_media, prompt, reference_audio, reference_vision, video_media
+from tiny import audio_media, prompt, reference_audio, reference_forward, reference_vision, video_media
 
 from minixmd.inputs.batch import pack
 from minixmd.models.weights import load_model
@@ -42,30 +42,6 @@ def video_cases():
         prompt([6]),
         prompt([1, video_media((3, 6, 10), 0, 4), 9]),
     ]
-
-
-def reference_forward(kind, reference, p):
-    """The reference on one prompt: hidden states after the final norm, and logits, each (N, ·)."""
-    inputs = dict(input_ids=p.ids_N[None], attention_mask=torch.ones(1, len(p), dtype=torch.long))
-    if kind == "audio" and p.media:
-        mels, mask = [], torch.zeros(len(p.media), 3000, dtype=torch.long)
-        for i, m in enumerate(p.media):
-            mels.append(full_mel(m))
-            mask[i, : m.frames] = 1
-        inputs.update(input_features=torch.stack(mels), feature_attention_mask=mask)
-    if kind == "vision":
-        inputs.update(position_ids=p.positions_3N[:, None])
-        if p.media:
-            inputs.update(pixel_values_videos=torch.cat([m.features for m in p.media]),
-                          video_grid_thw=torch.tensor([m.grid_thw for m in p.media]))
-    out = reference(**inputs, output_hidden_states=True)
-    return out.hidden_states[-1][0], out.logits[0]
-
-
-def full_mel(media):
-    mel_MA = torch.randn(128, 3000, generator=torch.Generator().manual_seed(0))  # beyond the halo: masked, so anything
-    mel_MA[:, : media.features.shape[1]] = media.features
-    return mel_MA
 
 
 def test_hidden_states_and_logits_equal_the_reference_for_clips_of_all_lengths_in_one_batch(pair):

@@ -27,8 +27,10 @@ def say(speaker, conversations, **options):
 
 def ask(text, seed=None):
     """A conversation; `seed` makes the clip it is about."""
-    clip = [] if seed is None else [{"type": "audio", "audio": torch.randn(4000, generator=torch.Generator().manual_seed(seed))}]
-    return [{"role": "user", "content": [*clip, {"type": "text", "text": text}]}]
+    content = [{"type": "text", "text": text}]
+    if seed is not None:
+        content.insert(0, {"type": "audio", "audio": torch.randn(4000, generator=torch.Generator().manual_seed(seed))})
+    return [{"role": "user", "content": content}]
 
 
 def ids_of(answers):
@@ -97,25 +99,34 @@ def test_the_ends_of_the_unit_interval_never_draw_a_banned_or_impossible_id(u, e
     assert ids_B.item() == expected
 
 
-def test_a_draw_over_a_real_vocabulary_keeps_its_rare_tokens():
-    logits_BV = torch.zeros(1, 152_064)
-    for u in (0.25, 0.5, 0.999999):  # an fp32 running sum misplaces these
-        ids_B, _ = sample(logits_BV, torch.tensor([u], dtype=torch.float64), 1.0, torch.tensor([], dtype=torch.long))
+def test_tokens_of_probability_1e_8_beside_a_likely_one_are_drawn_in_their_place():
+    logits_1V = torch.full((1, 101), 1e-8).log()
+    logits_1V[0, 0] = 0.0
+    for k in (0, 1, 57, 99):  # an fp32 running sum steps by 6e-8 here
+        u_B = torch.tensor([(1 + (k + 0.5) * 1e-8) / (1 + 100e-8)], dtype=torch.float64)
+        assert sample(logits_1V, u_B, 1.0, torch.tensor([], dtype=torch.long))[0].item() == 1 + k
+
+
+def test_a_uniform_number_over_a_real_vocabulary_lands_on_its_share():
+    for u in (0.25, 0.5, 0.999999):
+        u_B = torch.tensor([u], dtype=torch.float64)
+        ids_B, _ = sample(torch.zeros(1, 152_064), u_B, 1.0, torch.tensor([], dtype=torch.long))
         assert abs(ids_B.item() - int(u * 152_064)) <= 1
 
 
 def test_temperature_0_takes_the_largest_allowed_logit_at_every_position(speaker):
     model, processor = speaker
-    conversation = ask("What is this?", 1)
-    (one,), (other,) = (say(speaker, [conversation], temperature=0, seed=seed)[0] for seed in (0, 1))
-    assert one == other
-    start = processor(conversation)
-    ids_N = torch.cat([start.ids_N, torch.tensor(one.ids)])
-    hidden_ND = model(pack([Prompt(ids_N, positions_of(len(ids_N), start.media), start.media)]))
-    logits_TV = model.logits(hidden_ND[len(start) - 1:-1]).index_fill(1, torch.tensor(processor.banned), -torch.inf)
-    assert logits_TV.argmax(-1).tolist() == list(one.ids)
-    logp_TV = logits_TV.log_softmax(-1)  # at temperature 1
-    assert torch.allclose(torch.tensor(one.logprobs), logp_TV.amax(-1), atol=2e-5)
+    conversations = [ask("What is this?", 1), ask("Hm")]
+    answers, others = (say(speaker, conversations, temperature=0, seed=seed) for seed in (0, 1))
+    assert answers == others and answers[0][0].ids != answers[1][0].ids
+    for conversation, (answer,) in zip(conversations, answers, strict=True):
+        start = processor(conversation)
+        ids_N = torch.cat([start.ids_N, torch.tensor(answer.ids)])
+        hidden_ND = model(pack([Prompt(ids_N, positions_of(len(ids_N), start.media), start.media)]))
+        logits_TV = model.logits(hidden_ND[len(start) - 1:-1]).index_fill(1, torch.tensor(processor.banned), -torch.inf)
+        assert logits_TV.argmax(-1).tolist() == list(answer.ids)
+        logp_TV = logits_TV.log_softmax(-1)  # at temperature 1
+        assert torch.allclose(torch.tensor(answer.logprobs), logp_TV.amax(-1), atol=2e-5)
 
 
 # ---- where it ends ----
@@ -137,7 +148,9 @@ def test_a_stop_string_ends_a_completion_and_leaves_the_others_and_what_came_bef
     decode = speaker[1].decode
     conversations = [ask("What is this?"), ask("Hm", 1)]
     free, ended = sum(say(speaker, conversations, n=5), []), 0
-    stop = (decode(free[0].ids[3:5]), decode(free[7].ids[6:7]), "no such text")
+    pairs = [decode(c.ids[i:i + 2]) for c in free for i in range(2, len(c.ids) - 3)]
+    pairs = [pair for pair in pairs if pair.isascii() and pair.isprintable() and len(pair) == 2]  # of two tokens each
+    stop = (pairs[0], pairs[-1], "no such text")
     for before, after in zip(free, sum(say(speaker, conversations, n=5, stop=stop), []), strict=True):
         cut = next((i for i in range(1, len(before.ids)) if any(s in decode(before.ids[:i]) for s in stop)), None)
         assert after.ids == before.ids[:cut]

@@ -27,14 +27,15 @@ def text_config(kv, vocab=97, **more):
 
 
 def published_config(kind, kv=2, tie=False, vocab=97, **text):
-    """A tiny config.json in the form that is published: sparse and nested for "audio", flat for "vision"."""
+    """A tiny config.json in the form that is published: sparse and nested for "audio", flat for "vision". No field has
+    the value that it would have if it were absent."""
     text = text_config(kv, vocab, **text)
     if kind == "audio":
-        return dict(model_type="qwen2_audio", audio_token_index=AUDIO_ID, tie_word_embeddings=tie,
+        return dict(model_type="qwen2_audio", audio_token_index=AUDIO_ID,
                     audio_config=dict(num_mel_bins=128, encoder_layers=2, d_model=36, encoder_attention_heads=3,
                                       encoder_ffn_dim=44, max_source_positions=1500),
-                    text_config=dict(model_type="qwen2", rms_norm_eps=1e-5, rope_theta=10000, **text))  # fmt: skip
-    return dict(model_type="qwen2_vl", rms_norm_eps=1e-6, rope_theta=1000000.0, tie_word_embeddings=tie,
+                    text_config=dict(model_type="qwen2", rms_norm_eps=1e-5, rope_theta=20000, **text))  # fmt: skip
+    return dict(model_type="qwen2_vl", rms_norm_eps=1e-6, rope_theta=500000.0, tie_word_embeddings=tie,
                 rope_scaling={"type": "mrope", "mrope_section": [2, 2, 2]}, image_token_id=92, video_token_id=VIDEO_ID,
                 vision_config=dict(depth=2, embed_dim=32, num_heads=2, hidden_size=48, mlp_ratio=3),
                 **text)  # fmt: skip
@@ -45,7 +46,7 @@ def tiny_model(kind, kv=2, tie=False, seed=0, **more):
     return randomise(MultimodalLM(read_config(published_config(kind, kv, tie, **more))), seed)
 
 
-def reference_audio(kv=2, tie=False):
+def reference_audio(kv=2):
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
     torch.manual_seed(0)
@@ -53,7 +54,7 @@ def reference_audio(kv=2, tie=False):
         text_config=dict(model_type="qwen2", rms_norm_eps=1e-5, rope_theta=10000.0, **text_config(kv)),
         audio_config=dict(model_type="qwen2_audio_encoder", num_mel_bins=128, encoder_layers=2, d_model=36,
                           encoder_attention_heads=3, encoder_ffn_dim=44, max_source_positions=1500),
-        audio_token_index=AUDIO_ID, tie_word_embeddings=tie,
+        audio_token_index=AUDIO_ID,
     )  # fmt: skip
     return randomise(Qwen2AudioForConditionalGeneration(config).eval())
 
@@ -97,3 +98,27 @@ def prompt(parts, seed=0, targets=0):
             ids += [AUDIO_ID if part.kind == "audio" else VIDEO_ID] * part.tokens
     target_N = torch.arange(len(ids)) >= len(ids) - targets
     return Prompt(torch.tensor(ids), positions_of(len(ids), media), tuple(media), target_N)
+
+
+def reference_forward(kind, reference, p):
+    """The reference on one prompt: hidden states after the final norm, and logits, each (N, ·)."""
+    inputs = dict(input_ids=p.ids_N[None], attention_mask=torch.ones(1, len(p), dtype=torch.long))
+    if kind == "audio" and p.media:
+        mels, mask = [], torch.zeros(len(p.media), 3000, dtype=torch.long)
+        for i, m in enumerate(p.media):
+            mels.append(full_mel(m))
+            mask[i, : m.frames] = 1
+        inputs.update(input_features=torch.stack(mels), feature_attention_mask=mask)
+    if kind == "vision":
+        inputs.update(position_ids=p.positions_3N[:, None])
+        if p.media:
+            inputs.update(pixel_values_videos=torch.cat([m.features for m in p.media]),
+                          video_grid_thw=torch.tensor([m.grid_thw for m in p.media]))
+    out = reference(**inputs, output_hidden_states=True)
+    return out.hidden_states[-1][0], out.logits[0]
+
+
+def full_mel(media):
+    mel_MA = torch.randn(128, 3000, generator=torch.Generator().manual_seed(0))  # beyond the halo: masked, so anything
+    mel_MA[:, : media.features.shape[1]] = media.features
+    return mel_MA

@@ -112,11 +112,13 @@ class Processor:
             if learn:  # a boundary that generation has too, so that no token spans it
                 text(pending)
                 pending = ""
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+                raise ValueError(f"turn {number}: content must be a string or a list of {{'type': …}} parts")
+            for part in parts:
                 kind = part.get("type")
                 if kind == "text":
-                    self._refuse_placeholders(part["text"])
-                    pending += part["text"]
+                    pending += self._text(part, number)
                     continue
                 before, clip, after = self._media(part, kind, number)
                 audios += kind == "audio"
@@ -133,10 +135,14 @@ class Processor:
             raise ValueError(f"the prompt has {len(ids)} tokens, over the model's limit of {self.max_positions}")
         return Prompt(torch.tensor(ids), positions_of(len(ids), media), tuple(media), torch.tensor(target))
 
-    def _refuse_placeholders(self, string):
+    def _text(self, part, number):
+        string = part.get("text")
+        if not isinstance(string, str):
+            raise ValueError(f"turn {number}: a text part's 'text' must be a string, got {string!r}")
         for kind in (self.family.audio, self.family.video):
             if kind and kind[1] in string:
                 raise ValueError(f"text must not hold the placeholder {kind[1]}; give the clip as a media part")
+        return string
 
     def _media(self, part, kind, number):
         if kind not in ("audio", "video") or getattr(self.family, kind) is None:

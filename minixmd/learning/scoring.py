@@ -4,6 +4,7 @@ A clip that cannot be used never stops a run and never vanishes: it becomes a re
 only when more than its `max_bad` share are bad.
 """
 import json
+import os
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -43,9 +44,9 @@ def ask(stage, processor, example, answer=None):
         raise ValueError(f"example {example.id!r}: {error}") from error
 
 
-def prefetch(function, items, workers=2, ahead=16):
+def prefetch(function, items, ahead=16):
     """function(item) for every item, in order, computed by threads up to `ahead` items early."""
-    items = iter(items)
+    items, workers = iter(items), max(2, min(8, (os.cpu_count() or 2) // 2))
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
         try:

@@ -107,10 +107,11 @@ INERT = set(  # recorded by other programs; nothing in a forward pass depends on
     vision_end_token_id vision_token_id spatial_patch_size in_chans""".split()
 )
 FIXED = {  # implemented at this value only
-    "hidden_act": ("silu", "quick_gelu"), "activation_function": ("gelu",), "attention_dropout": (0.0,),
-    "dropout": (0.0,), "activation_dropout": (0.0,), "encoder_layerdrop": (0.0,), "scale_embedding": (False,),
-    "use_sliding_window": (False,), "use_mrope": (False,), "tie_word_embeddings": (False, True),
+    "activation_function": ("gelu",), "attention_dropout": (0.0,), "dropout": (0.0,), "activation_dropout": (0.0,),
+    "encoder_layerdrop": (0.0,), "scale_embedding": (False,), "use_sliding_window": (False,), "use_mrope": (False,),
+    "tie_word_embeddings": (False, True),
 }  # fmt: skip
+ACTIVATION = {TextConfig: ("silu",), AudioConfig: (), VisionConfig: ("quick_gelu",)}  # hidden_act of each part
 
 
 def _rope(section, where):
@@ -141,11 +142,13 @@ def _read(cls, section, defaults, where):
             continue
         if name == "layer_types" and set(value) == {"full_attention"}:
             continue
-        if name not in FIXED or value not in FIXED[name]:
+        fixed = ACTIVATION[cls] if name == "hidden_act" else FIXED.get(name, ())
+        if value not in fixed:
             raise ValueError(f"config.json: {where}{name} = {value!r} is not implemented")
-    for name, value in values.items():
-        if name != "mrope_section" and type(value) not in (int, float):
-            raise ValueError(f"config.json: {where}{name} must be a number, got {value!r}")
+    for field in fields(cls):
+        name, value = field.name, values[field.name]
+        if name != "mrope_section" and (type(value) not in {int, field.type} or value <= 0):
+            raise ValueError(f"config.json: {where}{name} must be a positive {field.type.__name__}, got {value!r}")
     return cls(**values)
 
 
@@ -156,9 +159,12 @@ def read_config(raw):
         ValueError: an unsupported model_type, or a field that is not implemented at its value (it is named).
     """
     kind = raw.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"config.json: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
     family, defaults = FAMILIES[kind], DEFAULTS[kind]
+    for name in ("text_config", "audio_config", "vision_config"):
+        if not isinstance(raw.get(name), dict | None):
+            raise ValueError(f"config.json: {name} must be an object, got {raw[name]!r}")
     top = {k: v for k, v in raw.items() if not isinstance(v, dict) and k not in family.token_fields}
     text = raw.get("text_config")
     if text is None:  # flat: the decoder's fields stand at the top

@@ -15,18 +15,30 @@ from minixmd.models.multimodal import MultimodalLM
 
 PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "generation_config.json",
                    "preprocessor_config.json", "chat_template.json", "chat_template.jinja", "special_tokens_map.json")
+# fields of PEFT's LoraConfig under which an adapter is more than scale (x Aᵀ) Bᵀ with one rank and one scale
+NOT_PLAIN_LORA = ("peft_type", "bias", "fan_in_fan_out", "use_rslora", "use_dora", "use_qalora", "rank_pattern",
+                  "alpha_pattern", "layer_replication", "alora_invocation_tokens")
 
 
 def read_json(path):
+    """The object in a JSON file; ValueError, naming the file, if it holds none."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(found).__name__}")
+    return found
 
 
 def _tensor_files(folder):
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    names = ["model.safetensors"]
+    if index.is_file():
+        shard_of = read_json(index).get("weight_map")
+        if not isinstance(shard_of, dict):
+            raise ValueError(f"{index}: has no weight_map that says which file holds which tensor")
+        names = sorted(set(shard_of.values()))
     for name in names:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name}: no such file")
@@ -34,6 +46,8 @@ def _tensor_files(folder):
 
 
 def _open(path):
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -59,7 +73,11 @@ def load_model(folder, *, device="cpu", dtype=torch.float32):
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder / 'config.json'}: no such file")
-    config = read_config(read_json(folder / "config.json"))
+    raw = read_json(folder / "config.json")
+    try:
+        config = read_config(raw)
+    except ValueError as error:  # "config.json: …"
+        raise ValueError(f"{folder}/{error}") from None
     with torch.device("meta"):
         model = MultimodalLM(config)
     wanted = {published_name(config.family, name): name for name, _ in model.named_parameters()}
@@ -147,11 +165,14 @@ def load_adapter(model, folder):
     """
     folder = Path(folder)
     config = read_json(folder / "adapter_config.json")
-    plain = {"peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False}
-    for name, value in plain.items():
-        if config.get(name, value) != value:
+    for name in NOT_PLAIN_LORA:
+        if config.get(name) not in (None, False, "none", "LORA", {}, []):
             raise ValueError(f"{folder}: adapter_config.json {name} = {config[name]!r} is not implemented")
-    back = {theirs: ours for ours, theirs in model.config.family.modules.items()}
+    for name in ("r", "lora_alpha"):
+        if type(config.get(name)) not in (int, float) or config[name] <= 0:
+            raise ValueError(f"{folder}: adapter_config.json {name} must be a number above 0, got {config.get(name)!r}")
+    family = model.config.family  # older adapters have the published file's module paths
+    back = {theirs: ours for paths in (family.published, family.modules) for ours, theirs in paths.items()}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
     pairs, faults = {}, []
     with _open(folder / "adapter_model.safetensors") as file:

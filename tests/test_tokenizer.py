@@ -1,0 +1,326 @@
+"""Conversations to Prompts: the published chat templates, targets, media rows, positions, and what is refused."""
+import json
+
+import pytest
+import torch
+from media_files import write_wav
+from mini import AUDIO, COMMON, VISION, write_tokenizer
+from tiny import audio_media, reference_vision, video_media
+
+from minixmd import Processor
+from minixmd.inputs.audio import log_mel
+from minixmd.inputs.batch import positions_of
+from minixmd.inputs.media import MediaError
+from minixmd.models.families import FAMILIES
+
+# chat_template of Qwen/Qwen2-Audio-7B-Instruct and of Qwen/Qwen2-VL-7B-Instruct, as published
+TEMPLATES = {
+    "audio": (
+        "{% set audio_count = namespace(value=0) %}{% for message in messages %}{% if loop.first and "
+        "message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif "
+        "%}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] "
+        "}}<|im_end|>\n{% else %}{% for content in message['content'] %}{% if 'audio' in content or 'audio_url' in "
+        "content or message['type'] == 'audio' or content['type'] == 'audio' %}{% set audio_count.value = "
+        "audio_count.value + 1 %}Audio {{ audio_count.value }}: <|audio_bos|><|AUDIO|><|audio_eos|>\n{% elif "
+        "'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if "
+        "add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "vision": (
+        "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in "
+        "messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful "
+        "assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string "
+        "%}{{ message['content'] }}<|im_end|>\n{% else %}{% for content in message['content'] %}{% if "
+        "content['type'] == 'image' or 'image' in content or 'image_url' in content %}{% set image_count.value = "
+        "image_count.value + 1 %}{% if add_vision_id %}Picture {{ image_count.value }}: {% endif "
+        "%}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' or 'video' in content "
+        "%}{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}Video {{ video_count.value }}: "
+        "{% endif %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% "
+        "endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt "
+        "%}<|im_start|>assistant\n{% endif %}"
+    ),
+}
+KINDS = ("audio", "vision")
+SPECIAL, FAMILY = {"audio": AUDIO, "vision": VISION}, {"audio": "qwen2_audio", "vision": "qwen2_vl"}
+MEDIUM = {"audio": "audio", "vision": "video"}
+PLACEHOLDER = {"audio": "<|AUDIO|>", "vision": "<|video_pad|>"}
+TEXTS = ["Which sound is it?\n\nA. dog\nB. cat", "\n\n", "\n\n\n", ":\n\n", "assistant\n\n", "it's a dog.\n", "  two"]
+
+
+def processor_of(folder, kind, **options):
+    options = {"vocab_size": 400, "max_positions": 4096, "config": {}} | options
+    return Processor(folder, FAMILIES[FAMILY[kind]], **options)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{"audio", "vision": a folder with tokenizer.json}"""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+    for kind, folder in folders.items():
+        write_tokenizer(folder, SPECIAL[kind], TEXTS)
+    return folders
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def processor(kind, folders):
+    return processor_of(folders[kind], kind)
+
+
+def media(kind, size=1, seed=0):
+    """A part whose clip takes `size` tokens."""
+    g = torch.Generator().manual_seed(seed)
+    if kind == "audio":
+        return {"type": "audio", "audio": 0.1 * torch.randn(640 * size, generator=g)}
+    frames_TCHW = torch.randint(0, 256, (2, 3, 28, 28 * size), generator=g, dtype=torch.uint8)
+    return {"type": "video", "video": frames_TCHW, "min_pixels": 784, "max_pixels": 784 * size}
+
+
+def text(string):
+    return {"type": "text", "text": string}
+
+
+def turn(role, *content):
+    return {"role": role, "content": content[0] if len(content) == 1 and isinstance(content[0], str) else list(content)}
+
+
+# ---- the published templates ----
+
+CONVERSATIONS = {  # m(size) is a clip of so many tokens
+    "one clip": lambda m: [turn("user", m(5), text("Which sound is it?\n\nA. dog\nB. cat"))],
+    "text only, as a string": lambda m: [turn("user", "Which  sound is it, naïve 音?\n")],
+    "a system turn of its own": lambda m: [turn("system", "You hear.\n"), turn("user", m(2), text("Well?"))],
+    "a system turn of parts": lambda m: [turn("system", text("You "), text("hear.")), turn("user", m(2), text("\nHm"))],
+    "several clips": lambda m: [turn("user", m(3), m(1), text("Same?"), m(7))],
+    "text on both sides": lambda m: [turn("user", text("Here:\n"), text("\n"), m(2), text("\n"), text("\nNow?"))],
+    "an answer to learn": lambda m: [turn("user", m(4), text("Which?")), turn("assistant", "A")],
+    "earlier answers": lambda m: [turn("user", m(4), text("Which?")), turn("assistant", text("A."), text(" dog")),
+                                  turn("user", m(2), text("And this?")), turn("assistant", "it's a cat.\n"),
+                                  turn("user", "Sure?")],
+    "earlier answers and one to learn": lambda m: [turn("system", "Listen."), turn("user", m(1)),
+                                                   turn("assistant", "A"), turn("user", m(2)),
+                                                   turn("assistant", text("B"), text(" dog\n"))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONVERSATIONS)
+def test_ids_equal_the_published_template_tokenised_by_transformers(kind, processor, folders, case):
+    jinja2, transformers = pytest.importorskip("jinja2"), pytest.importorskip("transformers")
+    conversation = CONVERSATIONS[case](lambda size: media(kind, size))
+    string = jinja2.Environment().from_string(TEMPLATES[kind]).render(
+        messages=conversation, add_generation_prompt=conversation[-1]["role"] != "assistant")
+    prompt = processor(conversation)
+    head, *pieces = string.split(PLACEHOLDER[kind])
+    assert len(pieces) == len(prompt.media)
+    string = head + "".join(PLACEHOLDER[kind] * m.tokens + piece for m, piece in zip(prompt.media, pieces, strict=True))
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folders[kind] / "tokenizer.json"))
+    assert prompt.ids_N.tolist() == reference(string, add_special_tokens=False)["input_ids"]
+
+
+def test_the_two_templates_by_eye(folders):
+    for kind, middle in (("audio", "Audio 1: <|audio_bos|><|AUDIO|><|AUDIO|><|audio_eos|>\nWell?"),
+                         ("vision", "<|vision_start|><|video_pad|><|video_pad|><|vision_end|>Well?")):
+        processor = processor_of(folders[kind], kind)
+        prompt = processor([turn("user", media(kind, 2), text("Well?"))])
+        assert processor.tokenizer.decode(prompt.ids_N.tolist(), skip_special_tokens=False) == (
+            f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{middle}<|im_end|>\n"
+            "<|im_start|>assistant\n")
+
+
+# ---- targets ----
+
+
+@pytest.mark.parametrize("content", ["A", "it's a dog.\n", "\n\nA", "", [text("A."), text(" dog")]])
+def test_targets_are_the_last_answer_and_its_end_but_not_the_newline_after_it(kind, processor, content):
+    asked = [turn("user", media(kind, 3), text("Which?")), turn("assistant", "B"), turn("user", "Sure?")]
+    prompt = processor([*asked, {"role": "assistant", "content": content}])
+    string = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    learnt = prompt.ids_N[prompt.target_N].tolist()
+    assert processor.tokenizer.decode(learnt, skip_special_tokens=False) == string + "<|im_end|>"
+    assert prompt.target_N[-len(learnt) - 1:].tolist() == [True] * len(learnt) + [False]  # one run, then the newline
+    assert processor.decode(prompt.ids_N[-1:].tolist()) == "\n"
+    assert len(processor.encode("\n\n")) == 1  # "assistant\n" and an answer of "\nA" would share this token
+    start = processor(asked)
+    assert not start.target_N.any()
+    assert torch.equal(prompt.ids_N[: len(start)], start.ids_N)  # learnt from where generation starts
+    assert len(start) + len(learnt) + 1 == len(prompt)
+
+
+# ---- media ----
+
+
+def test_media_know_their_rows_and_hold_the_features_of_their_clip(kind, processor):
+    parts = [media(kind, 3, seed=1), media(kind, 1, seed=2), media(kind, 6, seed=3)]
+    prompt = processor([turn("user", parts[0], text("and"), parts[1], parts[2], text("Which?"))])
+    placeholder = processor.tokenizer.token_to_id(PLACEHOLDER[kind])
+    rows = [row for m in prompt.media for row in range(m.start, m.start + m.tokens)]
+    assert (prompt.ids_N == placeholder).nonzero().squeeze(1).tolist() == rows and len(rows) == 10
+    for part, m in zip(parts, prompt.media, strict=True):
+        assert m.kind == MEDIUM[kind]
+        if kind == "audio":
+            assert torch.equal(m.features, log_mel(part["audio"])) and m.frames == 4 * m.tokens
+        else:
+            assert m.grid_thw == (1, 2, 2 * m.tokens) and m.features.shape == (4 * m.tokens, 1176)
+    alone = processor([turn("user", parts[2])])
+    assert torch.equal(alone.media[0].features, prompt.media[2].features)
+
+
+def test_a_file_gives_the_prompt_of_its_samples(folders, tmp_path):
+    wave_S = media("audio", 9)["audio"].numpy()
+    write_wav(tmp_path / "clip.wav", wave_S)
+    processor = processor_of(folders["audio"], "audio")
+    file, tensor = (processor([turn("user", {"type": "audio", "audio": source})])
+                    for source in (str(tmp_path / "clip.wav"), torch.from_numpy(wave_S)))
+    assert torch.equal(file.ids_N, tensor.ids_N)
+    assert torch.allclose(file.media[0].features, tensor.media[0].features, atol=0.05)  # 16-bit samples
+
+
+# ---- M-RoPE positions ----
+
+
+def test_positions_by_hand():
+    videos = [video_media((2, 4, 4), 2, 0), video_media((3, 2, 2), 11, 0)]  # 8 tokens at row 2, 3 tokens at row 11
+    assert positions_of(16, videos).tolist() == [
+        [0, 1] + [2, 2, 2, 2, 3, 3, 3, 3] + [4] + [5, 6, 7] + [8, 9],
+        [0, 1] + [2, 2, 3, 3, 2, 2, 3, 3] + [4] + [5, 5, 5] + [8, 9],
+        [0, 1] + [2, 3, 2, 3, 2, 3, 2, 3] + [4] + [5, 5, 5] + [8, 9],
+    ]
+    assert positions_of(10, [audio_media(15, 3, 0)[0]]).tolist() == [list(range(10))] * 3
+
+
+@pytest.mark.parametrize("grid, last, text_at", [
+    ((5, 20, 28), (8, 13, 17), 18),  # 10 s at 1 fps of 320 x 240: width ends last
+    ((30, 36, 36), (33, 21, 21), 34),  # a minute: time ends last; resuming at max(h, w) / 2 would repeat 22 to 33
+    ((1, 40, 2), (4, 23, 4), 24),
+])  # fmt: skip
+def test_text_after_a_video_resumes_at_the_largest_position_plus_one(grid, last, text_at):
+    video = video_media(grid, 4, 0)
+    positions_3N = positions_of(4 + video.tokens + 2, [video])
+    assert positions_3N[:, :5].tolist() == [[0, 1, 2, 3, 4]] * 3
+    assert tuple(positions_3N[:, 3 + video.tokens].tolist()) == last
+    assert positions_3N[:, -2:].tolist() == [[text_at, text_at + 1]] * 3
+
+
+def test_positions_equal_transformers_where_no_video_is_longer_in_time_than_in_height_or_width():
+    pytest.importorskip("transformers")
+    videos = [video_media((5, 20, 28), 4, 0), video_media((2, 8, 4), 4 + 700 + 3, 0)]
+    kinds_N = torch.zeros(4 + 700 + 3 + 16 + 6, dtype=torch.long)
+    for video in videos:
+        kinds_N[video.start:video.start + video.tokens] = 2
+    theirs_3N = reference_vision().model.get_rope_index(
+        kinds_N[None], kinds_N[None], video_grid_thw=torch.tensor([video.grid_thw for video in videos]))[0][:, 0]
+    assert torch.equal(positions_of(len(kinds_N), videos), theirs_3N)
+
+
+def test_a_prompts_positions_are_those_of_its_media(kind, processor):
+    prompt = processor([turn("user", text("Here"), media(kind, 5), text("which?"))])
+    assert torch.equal(prompt.positions_3N, positions_of(len(prompt), prompt.media))
+    assert prompt.positions_3N.amax() == len(prompt) - 1  # 5 tokens in a row of 5 columns: as long as text
+
+
+# ---- letters, banned ids ----
+
+
+def test_letters_are_the_tokens_that_an_answer_starts_with(kind, processor):
+    ids = processor.letter_ids(26)
+    assert len(set(ids)) == 26 and processor.decode(ids) == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    prompt = processor([turn("user", "Which?"), turn("assistant", "C")])
+    assert prompt.ids_N[prompt.target_N].tolist() == [ids[2], processor.end_id]
+
+
+def test_banned_are_the_rows_without_a_string_and_every_special_token_but_the_end_of_turn(kind, processor):
+    rows = len(processor.tokenizer.get_vocab())
+    special = {processor.tokenizer.token_to_id(token) for token in COMMON + SPECIAL[kind]} - {processor.end_id}
+    assert processor.banned == sorted(special | set(range(rows, 400)))
+    assert not set(processor.banned) & {*processor.letter_ids(26), processor.end_id}
+
+
+# ---- what is refused ----
+
+BAD = {
+    "a placeholder in a part": ("audio", [turn("user", text("<|AUDIO|>"))], "must not hold the placeholder <.AUDIO.>"),
+    "a placeholder in a system turn": ("vision", [turn("system", "a <|video_pad|>"), turn("user", "b")],
+                                       "must not hold the placeholder <.video_pad.>"),
+    "a placeholder in an answer": ("audio", [turn("user", "a"), turn("assistant", "<|AUDIO|>")], "must not hold"),
+    "no turn": ("audio", [], "non-empty list"),
+    "a turn without content": ("audio", [{"role": "user"}], "non-empty list"),
+    "a turn that is a string": ("audio", ["Which?"], "non-empty list"),
+    "an unknown role": ("audio", [turn("user", "a"), turn("tool", "b")], "turn 1: role must be .*, got 'tool'"),
+    "a part of another type": ("vision", [turn("user", {"type": "image", "image": "a.png"})], "turn 0: .*'image'"),
+    "a part without a type": ("vision", [turn("user", {"video": "a.mp4"})], "turn 0: .*None"),
+    "a part that is a string": ("audio", [turn("user", "a", "b")], "turn 0: content must be"),
+    "content that is a number": ("audio", [{"role": "user", "content": 3}], "turn 0: content must be"),
+    "content that is null": ("audio", [{"role": "user", "content": None}], "turn 0: content must be"),
+    "a text part without text": ("audio", [turn("user", {"type": "text"})], "turn 0: .*'text'"),
+    "a text that is a number": ("audio", [turn("user", {"type": "text", "text": 3})], "turn 0: .*string, got 3"),
+    "a misspelt key": ("vision", [turn("user", {**media("vision"), "fsp": 1})], "turn 0: .*unknown key 'fsp'"),
+    "a video's key on an audio": ("audio", [turn("user", {**media("audio"), "fps": 1})], "turn 0: .*key 'fps'"),
+    "a media part without its clip": ("audio", [turn("user", {"type": "audio"})], "turn 0: .*no key 'audio'"),
+    "a video for an audio model": ("audio", [turn("user", media("vision"))], "qwen2_audio model cannot .*'video'"),
+    "an audio for a vision model": ("vision", [turn("user", media("audio"))], "qwen2_vl model cannot .*'audio'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_malformed_conversation_is_one_line_that_says_where(folders, case):
+    kind, conversation, message = BAD[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        processor_of(folders[kind], kind)(conversation)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_at_the_limit_is_taken_whole_and_one_over_it_is_an_error(kind, folders):
+    conversation = [turn("user", media(kind, 10), text("Which?"))]
+    length = len(processor_of(folders[kind], kind)(conversation))
+    assert len(processor_of(folders[kind], kind, max_positions=length)(conversation)) == length
+    with pytest.raises(ValueError, match=f"{length} tokens, over the model's limit of {length - 1}"):
+        processor_of(folders[kind], kind, max_positions=length - 1)(conversation)
+
+
+def test_audio_of_320_samples_is_too_short_and_of_321_is_one_token(folders, tmp_path):
+    processor = processor_of(folders["audio"], "audio")
+    prompt = processor([turn("user", {"type": "audio", "audio": torch.zeros(321)})])
+    assert [m.tokens for m in prompt.media] == [1]
+    write_wav(tmp_path / "short.wav", torch.zeros(320).numpy())
+    for source, name in ((torch.zeros(320), "audio"), (str(tmp_path / "short.wav"), "short.wav")):
+        with pytest.raises(MediaError, match=f"{name}.*320 samples") as caught:
+            processor([turn("user", {"type": "audio", "audio": source})])
+        assert caught.value.reason == "too short"
+
+
+def test_frames_of_an_impossible_shape_are_a_bad_clip(folders):
+    processor = processor_of(folders["vision"], "vision")
+    with pytest.raises(MediaError, match="200") as caught:
+        processor([turn("user", {"type": "video", "video": torch.zeros(2, 3, 1, 300, dtype=torch.uint8)})])
+    assert caught.value.reason == "bad shape"
+
+
+def test_a_letter_that_is_not_one_token_is_an_error(folders, tmp_path):
+    record = json.loads((folders["audio"] / "tokenizer.json").read_text())
+    record["normalizer"] = {"type": "Replace", "pattern": {"String": "C"}, "content": "CC"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(record))
+    processor = processor_of(tmp_path, "audio")
+    assert len(processor.letter_ids(2)) == 2
+    with pytest.raises(ValueError, match="tokenizer.json: letter C is 2 tokens, not one"):
+        processor.letter_ids(3)
+
+
+def test_a_missing_or_broken_tokenizer_or_one_of_another_model_is_an_error(folders, tmp_path):
+    with pytest.raises(ValueError, match="tokenizer.json: no such file"):
+        processor_of(tmp_path, "audio")
+    for damage in ("", "{}", (folders["audio"] / "tokenizer.json").read_text()[:500]):
+        (tmp_path / "tokenizer.json").write_text(damage)
+        with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer"):
+            processor_of(tmp_path, "audio")
+    for kind, other in (("audio", "vision"), ("vision", "audio")):
+        with pytest.raises(ValueError, match=f"not a {FAMILY[kind]} tokenizer"):
+            processor_of(folders[other], kind)
+        rows = len(processor_of(folders[kind], kind).tokenizer.get_vocab())
+        with pytest.raises(ValueError, match=f"highest id {rows - 1}, but the model has {rows - 1} rows"):
+            processor_of(folders[kind], kind, vocab_size=rows - 1)
+        field = next(iter(FAMILIES[FAMILY[kind]].token_fields))
+        with pytest.raises(ValueError, match=f"config.json has {field} 5; wrong tokenizer"):
+            processor_of(folders[kind], kind, config={field: 5})

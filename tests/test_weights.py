@@ -1,0 +1,489 @@
+"""Checkpoints and adapters: what other programs write is read, what we write they read, and a misfit is one line."""
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import (
+    audio_media,
+    prompt,
+    published_config,
+    reference_audio,
+    reference_forward,
+    reference_vision,
+    tiny_model,
+    video_media,
+)
+
+import minixmd
+from minixmd import pack
+from minixmd.models.families import read_config
+from minixmd.models.lora import add_lora, merge_lora
+from minixmd.models.multimodal import MultimodalLM
+from minixmd.models.weights import adapted, load_adapter, load_model, save_adapter, save_model
+
+transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+
+# PEFT asks transformers for an attribute by its old name
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+# config.json as published: Qwen2-Audio's is sparse (absent fields take the reference's defaults), Qwen2-VL's is flat
+QWEN2_AUDIO_7B = {
+    "architectures": ["Qwen2AudioForConditionalGeneration"],
+    "audio_config": {
+        "model_type": "qwen2_audio_encoder", "num_mel_bins": 128, "encoder_layers": 32, "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120, "encoder_layerdrop": 0.0, "d_model": 1280, "dropout": 0.0, "attention_dropout": 0.0,
+        "activation_function": "gelu", "activation_dropout": 0.0, "scale_embedding": False, "init_std": 0.02,
+        "max_source_positions": 1500,
+    },
+    "audio_token_index": 151646, "ignore_index": -100, "model_type": "qwen2_audio",
+    "text_config": {
+        "bos_token_id": 151643, "eos_token_id": 151645, "intermediate_size": 11008, "max_position_embeddings": 8192,
+        "model_type": "qwen2", "rope_theta": 10000, "rms_norm_eps": 1e-05, "sliding_window": 32768,
+        "torch_dtype": "bfloat16", "use_mrope": False, "vocab_size": 156032,
+    },
+    "torch_dtype": "bfloat16", "vocab_size": 156032,
+}  # fmt: skip
+QWEN2_VL_7B = {
+    "architectures": ["Qwen2VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 151643,
+    "eos_token_id": 151645, "vision_start_token_id": 151652, "vision_end_token_id": 151653, "vision_token_id": 151654,
+    "image_token_id": 151655, "video_token_id": 151656, "hidden_act": "silu", "hidden_size": 3584,
+    "initializer_range": 0.02, "intermediate_size": 18944, "max_position_embeddings": 32768, "max_window_layers": 28,
+    "model_type": "qwen2_vl", "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.41.2", "use_cache": True, "use_sliding_window": False,
+    "vision_config": {
+        "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3, "hidden_size": 3584,
+        "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2,
+    },
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vocab_size": 152064,
+}  # fmt: skip
+QWEN2_VL_2B = QWEN2_VL_7B | {
+    "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2,
+    "tie_word_embeddings": True, "vision_config": QWEN2_VL_7B["vision_config"] | {"hidden_size": 1536},
+    "vocab_size": 151936,
+}  # fmt: skip
+LINEARS = r"(model\.layers|audio_tower|visual|multi_modal_projector)\..*"
+
+
+def reference_of(kind, kv=2, tie=False):
+    return reference_audio(kv) if kind == "audio" else reference_vision(kv, tie)
+
+
+def example_of(kind):
+    clip = audio_media(22, 0, 1)[0] if kind == "audio" else video_media((2, 4, 6), 0, 1)
+    return prompt([4, clip, 3])
+
+
+def logits_of(model, kind):
+    with torch.no_grad():
+        return model.logits(model(pack([example_of(kind)])))
+
+
+def reference_logits(reference, kind):
+    with torch.no_grad():
+        return reference_forward(kind, reference, example_of(kind))[1]
+
+
+def assert_close(ours, theirs, bound=1e-5):
+    error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    assert ours.shape == theirs.shape and error <= bound * scale, f"max error {error:.2e} of {scale:.2e}"
+
+
+def assert_same_weights(ours, theirs):
+    ours, theirs = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module", params=[("audio", 2, False), ("audio", 4, False), ("vision", 2, False),
+                                        ("vision", 1, True)], ids=lambda p: f"{p[0]}-{p[1]}kv{'-tied' * p[2]}")
+def written(request, tmp_path_factory):
+    """A checkpoint that transformers wrote: (kind, whether tied, folder)."""
+    kind, kv, tie = request.param
+    folder = tmp_path_factory.mktemp("written")
+    reference_of(kind, kv, tie).save_pretrained(folder)
+    return kind, tie, folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{"audio", "vision", "tied": a checkpoint in the published layout}"""
+    found = {}
+    for name, kind, tie in (("audio", "audio", False), ("vision", "vision", False), ("tied", "vision", True)):
+        found[name] = tmp_path_factory.mktemp(name)
+        save_model(tiny_model(kind, tie=tie), found[name], found[name])
+    return found
+
+
+# ---- whole models ----
+
+
+def test_what_we_save_transformers_reads_and_we_read_again_bit_for_bit(written, tmp_path):
+    kind, tie, folder = written
+    model = load_model(folder)
+    save_model(model, folder, tmp_path / "saved")
+    assert load_file(tmp_path / "saved/model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
+    reference = transformers.AutoModelForMultimodalLM.from_pretrained(tmp_path / "saved")
+    assert_same_weights(reference, transformers.AutoModelForMultimodalLM.from_pretrained(folder))
+    assert (reference.lm_head.weight is reference.get_input_embeddings().weight) == tie
+    assert_close(logits_of(model, kind), reference_logits(reference, kind))
+    again = load_model(tmp_path / "saved")
+    assert_same_weights(again, model)
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tie
+    assert torch.equal(logits_of(again, kind), logits_of(model, kind))
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+@pytest.mark.parametrize("name", ["audio", "vision", "tied"])
+def test_a_checkpoint_with_a_config_of_the_published_form_gives_the_same_logits_in_transformers(folders, name):
+    kind = "vision" if name == "tied" else name
+    assert ("text_config" in json.loads((folders[name] / "config.json").read_text())) == (kind == "audio")
+    reference = transformers.AutoModelForMultimodalLM.from_pretrained(folders[name])
+    assert_close(logits_of(load_model(folders[name]), kind), reference_logits(reference, kind))
+
+
+def test_shards_and_one_file_give_the_same_model(written, tmp_path):
+    _, _, folder = written
+    transformers.AutoModelForMultimodalLM.from_pretrained(folder).save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_same_weights(load_model(tmp_path), load_model(folder))
+
+
+def test_the_dtype_asked_for_is_that_of_every_weight(folders):
+    whole, half = load_model(folders["audio"]), load_model(folders["audio"], dtype=torch.bfloat16)
+    for (name, p), q in zip(whole.named_parameters(), half.parameters(), strict=True):
+        assert torch.equal(p.to(torch.bfloat16), q), name
+    assert_close(logits_of(half, "audio"), logits_of(whole, "audio"), 0.05)
+
+
+def test_the_tokenizers_files_go_with_a_saved_model(folders, tmp_path):
+    (tmp_path / "from").mkdir()
+    for name in ("tokenizer.json", "preprocessor_config.json", "secrets.txt"):
+        (tmp_path / "from" / name).write_text(name)
+    save_model(load_model(folders["audio"]), tmp_path / "from", tmp_path / "to")
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == [
+        "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("raw, parameters", [(QWEN2_AUDIO_7B, 8_397_094_912), (QWEN2_VL_7B, 16_582_751_232 // 2),
+                                             (QWEN2_VL_2B, 4_417_971_200 // 2)], ids=["Audio-7B", "VL-7B", "VL-2B"])
+def test_published_configs_give_models_of_the_published_size(raw, parameters):
+    with torch.device("meta"):
+        model = MultimodalLM(read_config(raw))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_absent_fields_take_the_references_defaults():
+    config = read_config(QWEN2_AUDIO_7B)
+    text = transformers.Qwen2AudioConfig(**QWEN2_AUDIO_7B).text_config
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        assert getattr(config.text, name) == getattr(text, name), name
+    assert (config.text.rope_theta, config.text.mrope_section) == (10000, None)
+    config = read_config(QWEN2_VL_7B)
+    assert (config.text.rope_theta, config.text.mrope_section) == (1e6, (16, 24, 24))
+    for kind in ("qwen2_audio", "qwen2_vl"):  # an empty file is all defaults
+        theirs = transformers.AutoConfig.for_model(kind)
+        for section in ("text", "audio" if kind == "qwen2_audio" else "vision"):
+            ours = vars(getattr(read_config({"model_type": kind} | (
+                {"vision_config": {"hidden_size": 8192}} if kind == "qwen2_vl" else {})), section))
+            for name, value in ours.items():
+                if name not in ("rope_theta", "mrope_section") and (section, name) != ("vision", "hidden_size"):
+                    assert value == getattr(getattr(theirs, f"{section}_config"), name), f"{kind} {section} {name}"
+
+
+# ---- whole models that do not fit ----
+
+
+def error_of(call):
+    """The one line that a call fails with."""
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) > 20
+    return str(caught.value)
+
+
+def broken(folder, tmp_path, tensors=lambda state: None, config=lambda raw: None):
+    """A copy of a checkpoint whose tensors and config the two functions have changed in place."""
+    copy = tmp_path / "broken"
+    shutil.copytree(folder, copy)
+    state, raw = load_file(copy / "model.safetensors"), json.loads((copy / "config.json").read_text())
+    tensors(state)
+    config(raw)
+    save_file(state, copy / "model.safetensors")
+    (copy / "config.json").write_text(json.dumps(raw))
+    return copy
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_listed_in_one_message(folders, tmp_path):
+    def damage(state):
+        del state["language_model.model.layers.1.mlp.up_proj.weight"], state["audio_tower.conv1.bias"]
+        state["language_model.model.layers.0.self_attn.q_norm.weight"] = torch.ones(12)
+        name = "language_model.model.layers.0.self_attn.k_proj.weight"
+        state[name] = state[name].T.contiguous()
+
+    folder = broken(folders["audio"], tmp_path, damage)
+    assert error_of(lambda: load_model(folder)) == (
+        f"{folder}: 4 tensors do not fit config.json: "
+        "language_model.model.layers.0.self_attn.k_proj.weight has shape [48, 24], expected [24, 48]; "
+        "missing audio_tower.conv1.bias; missing language_model.model.layers.1.mlp.up_proj.weight; "
+        "unexpected language_model.model.layers.0.self_attn.q_norm.weight")
+
+
+@pytest.mark.parametrize("kind", ["audio", "vision"])
+def test_each_missing_tensor_is_found(folders, tmp_path, kind):
+    state = load_file(folders[kind] / "model.safetensors")
+    shutil.copytree(folders[kind], tmp_path, dirs_exist_ok=True)
+    for name in state:
+        save_file({other: tensor for other, tensor in state.items() if other != name}, tmp_path / "model.safetensors")
+        assert error_of(lambda: load_model(tmp_path)).endswith(f": 1 tensors do not fit config.json: missing {name}")
+
+
+def test_the_other_familys_checkpoint_is_refused(folders, tmp_path):
+    folder = broken(folders["vision"], tmp_path)
+    shutil.copy(folders["audio"] / "model.safetensors", folder)
+    message = error_of(lambda: load_model(folder))
+    assert "unexpected audio_tower.conv1.bias" in message and "missing visual.merger.mlp.2.bias" in message
+
+
+def test_a_tied_config_over_a_file_with_a_head_of_its_own_is_refused_and_over_a_copy_is_not(folders, tmp_path):
+    folder = broken(folders["vision"], tmp_path, config=lambda raw: raw.update(tie_word_embeddings=True))
+    assert error_of(lambda: load_model(folder)) == (
+        f"{folder}: config.json ties lm_head.weight to model.embed_tokens.weight, but the file's two differ")
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+    model = load_model(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_an_untied_config_over_a_file_without_a_head_is_refused(folders, tmp_path):
+    folder = broken(folders["tied"], tmp_path, config=lambda raw: raw.update(tie_word_embeddings=False))
+    assert error_of(lambda: load_model(folder)).endswith("missing lm_head.weight")
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, 5_000, -1])
+def test_a_truncated_file_is_one_line_that_names_it(folders, tmp_path, size):
+    folder = broken(folders["audio"], tmp_path)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    assert error_of(lambda: load_model(folder)).startswith(f"{path}: not a whole safetensors file: ")
+
+
+def test_a_missing_file_shard_or_index_entry_is_one_line_that_names_it(folders, tmp_path):
+    reference_audio().save_pretrained(tmp_path, max_shard_size="40KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.rename(tmp_path / "gone")
+    assert error_of(lambda: load_model(tmp_path)) == f"{shard}: no such file"
+    for damage in ("{", "[]", "{}", '{"weight_map": []}'):
+        (tmp_path / "model.safetensors.index.json").write_text(damage)
+        assert error_of(lambda: load_model(tmp_path)).startswith(f"{tmp_path / 'model.safetensors.index.json'}: ")
+    folder = broken(folders["audio"], tmp_path)
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+        assert error_of(lambda: load_model(folder)) == f"{folder / name}: no such file"
+    assert "no such model folder" in error_of(lambda: minixmd.load(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]", "null", '"qwen2_vl"', "{}", '{"model_type": "qwen3"}',
+                                    '{"model_type": ["qwen2_vl"]}'])
+def test_a_config_that_is_no_config_is_one_line_that_names_it(folders, tmp_path, damage):
+    folder = broken(folders["audio"], tmp_path)
+    (folder / "config.json").write_text(damage)
+    assert error_of(lambda: load_model(folder)).startswith(f"{folder / 'config.json'}: ")
+
+
+FIELDS = [  # kind, where, what is set, what the message names
+    ("vision", "", {"use_sliding_window": True}, "use_sliding_window = True"),
+    ("audio", "text_config", {"use_sliding_window": True}, "use_sliding_window = True"),
+    ("audio", "text_config", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+    ("vision", "", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
+    ("audio", "text_config", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}}, "dynamic"),
+    ("vision", "", {"rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 1]}}, "mrope_section"),
+    ("vision", "", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ("vision", "", {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu'"),
+    ("vision", "vision_config", {"hidden_act": "silu"}, "vision_config.hidden_act = 'silu'"),
+    ("audio", "audio_config", {"activation_function": "relu"}, "audio_config.activation_function = 'relu'"),
+    ("audio", "audio_config", {"scale_embedding": True}, "audio_config.scale_embedding = True"),
+    ("audio", "text_config", {"attention_dropout": 0.1}, "attention_dropout = 0.1"),
+    ("audio", "text_config", {"num_experts": 8}, "num_experts = 8"),
+    ("vision", "vision_config", {"window_size": 112}, "vision_config.window_size = 112"),
+    ("vision", "vision_config", {"hidden_size": 40}, "hidden_size 40"),
+    ("vision", "", {"hidden_size": "48"}, "hidden_size must be a positive int, got '48'"),
+    ("audio", "audio_config", {"d_model": 36.0}, "audio_config.d_model must be a positive int, got 36.0"),
+    ("audio", "text_config", {"vocab_size": 0}, "vocab_size must be a positive int, got 0"),
+    ("audio", "text_config", {"rms_norm_eps": True}, "rms_norm_eps must be a positive float, got True"),
+    ("audio", "", {"text_config": "qwen2"}, "text_config"),
+    ("audio", "", {"audio_config": [1]}, "audio_config"),
+    ("vision", "", {"model_type": "qwen2_5_vl"}, "model_type 'qwen2_5_vl' is not supported; supported: qwen2_audio, "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, where, change, message", FIELDS, ids=str)
+def test_a_config_field_that_is_not_implemented_at_its_value_is_named(kind, where, change, message):
+    raw = published_config(kind)
+    read_config(raw)
+    (raw[where] if where else raw).update(change)
+    line = error_of(lambda: read_config(raw))
+    assert line.startswith("config.json: ") and message in line
+
+
+# ---- adapters ----
+
+
+def fill(named_parameters):
+    """Random LoRA matrices: as made, B is zero and hides every mistake. A and B differ in size to tell them apart."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in sorted(named_parameters, key=lambda item: item[0].replace("default.", "")):
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if "lora_A" in name else 0.2))
+
+
+def with_adapter(folder, targets=LINEARS):
+    model = load_model(folder)
+    names = add_lora(model, rank=3, alpha=5, targets=targets, seed=0)
+    fill(model.named_parameters())
+    return model, names
+
+
+@pytest.fixture(scope="module", params=["audio", "vision"])
+def base(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    reference_of(request.param).save_pretrained(folder)
+    return request.param, folder
+
+
+@pytest.mark.parametrize("targets, count", [(LINEARS, None), (r"model\.layers\.\d+\.self_attn\.(q|v)_proj", 4),
+                                            (r".*(fc1|linear|qkv|merger\.mlp\.0)", None)],
+                         ids=["all", "decoder", "towers"])
+def test_an_adapter_of_ours_gives_the_same_logits_in_peft_and_loaded_again(base, tmp_path, targets, count):
+    kind, folder = base
+    plain = logits_of(load_model(folder), kind)
+    model, names = with_adapter(folder, targets)
+    assert count in (None, len(names)) and adapted(model).keys() == set(names)
+    save_adapter(model, folder, tmp_path)
+    assert_close(logits_of(model, kind), logits_of(model, kind))
+    assert (logits_of(model, kind) - plain).abs().max() > 0.1 * plain.abs().max()
+    reference = transformers.AutoModelForMultimodalLM.from_pretrained(folder)
+    reference = peft.PeftModel.from_pretrained(reference, tmp_path)
+    assert_close(logits_of(model, kind), reference_logits(reference, kind))
+    again = load_model(folder)
+    load_adapter(again, tmp_path)
+    assert_same_weights(again, model)
+    assert torch.equal(logits_of(again, kind), logits_of(model, kind))
+
+
+def peft_adapter(kind, folder, out, **options):
+    """An adapter made by PEFT in `out`, and the logits that it gives there."""
+    reference = transformers.AutoModelForMultimodalLM.from_pretrained(folder)
+    modules = ["q_proj", "v_proj", "down_proj", *(["fc1", "linear"] if kind == "audio" else ["qkv", "mlp.2"])]
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": modules, "task_type": "CAUSAL_LM"} | options)
+    model = peft.get_peft_model(reference, config).eval()
+    fill(model.named_parameters())
+    model.save_pretrained(out)
+    return reference_logits(model, kind)
+
+
+def test_an_adapter_of_pefts_gives_the_same_logits_here_under_new_and_old_module_paths(base, tmp_path):
+    kind, folder = base
+    theirs = peft_adapter(kind, folder, tmp_path)
+    model = load_model(folder)
+    load_adapter(model, tmp_path)
+    assert_close(logits_of(model, kind), theirs)
+    old = {"audio": {"model.language_model.": "language_model.model.", "model.audio_tower.": "audio_tower.",
+                     "model.multi_modal_projector.": "multi_modal_projector."},
+           "vision": {"model.language_model.": "model.", "model.visual.": "visual."}}[kind]  # fmt: skip
+    state = {}
+    for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
+        path = key.removeprefix("base_model.model.")
+        new = next(prefix for prefix in old if path.startswith(prefix))
+        state[f"base_model.model.{old[new]}{path.removeprefix(new)}"] = tensor
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    again = load_model(folder)
+    load_adapter(again, tmp_path)
+    assert_same_weights(again, model)
+
+
+def test_a_merged_adapter_gives_the_logits_of_the_unmerged_one_and_can_be_saved(base, tmp_path):
+    kind, folder = base
+    model, _ = with_adapter(folder)
+    unmerged = logits_of(model, kind)
+    assert "merge the adapter first" in error_of(lambda: save_model(model, folder, tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+    merge_lora(model)
+    assert not adapted(model) and not [name for name, _ in model.named_parameters() if "lora" in name]
+    assert_close(logits_of(model, kind), unmerged)
+    save_model(model, folder, tmp_path / "merged")
+    assert torch.equal(logits_of(load_model(tmp_path / "merged"), kind), logits_of(model, kind))
+
+
+def test_a_new_adapter_changes_nothing_and_its_draw_depends_on_seed_and_module_name_alone(base):
+    kind, folder = base
+    models = [load_model(folder) for _ in range(3)]
+    add_lora(models[0], rank=3, alpha=5, targets=LINEARS, seed=0)
+    add_lora(models[1], rank=3, alpha=5, targets=r"model\.layers\.1\..*", seed=0)
+    add_lora(models[2], rank=3, alpha=5, targets=r"model\.layers\.1\..*", seed=1)
+    assert torch.equal(logits_of(models[0], kind), logits_of(load_model(folder), kind))
+    a, b, c = (model.get_submodule("model.layers.1.mlp.up_proj").lora_A for model in models)
+    assert torch.equal(a, b) and not torch.equal(a, c) and a.abs().max() <= 48**-0.5
+    assert not torch.equal(a, models[0].get_submodule("model.layers.1.mlp.gate_proj").lora_A)
+    trained = {name for name, p in models[1].named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in models[1].named_parameters() if "lora_" in name}
+    assert "matches no linear layer" in error_of(
+        lambda: add_lora(models[2], rank=3, alpha=5, targets="lm_head", seed=0))
+
+
+CONFIG_FAULTS = {"use_dora": True, "use_rslora": True, "bias": "all", "peft_type": "IA3", "fan_in_fan_out": True,
+                 "alpha_pattern": {"q_proj": 8}, "rank_pattern": {"q_proj": 8}, "layer_replication": [[0, 1]],
+                 "r": None, "lora_alpha": "8"}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", CONFIG_FAULTS)
+def test_an_adapter_kind_that_is_not_plain_lora_is_refused_by_field(folders, tmp_path, field):
+    model, _ = with_adapter(folders["audio"])
+    save_adapter(model, folders["audio"], tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: CONFIG_FAULTS[field]}))
+    again = load_model(folders["audio"])
+    line = error_of(lambda: load_adapter(again, tmp_path))
+    assert line.startswith(f"{tmp_path}: ") and field in line and not adapted(again)
+
+
+def test_pefts_dora_is_refused(base, tmp_path):
+    kind, folder = base
+    peft_adapter(kind, folder, tmp_path, use_dora=True)
+    assert "use_dora" in error_of(lambda: load_adapter(load_model(folder), tmp_path))
+
+
+def test_misfitting_adapter_tensors_are_listed_in_one_message(folders, tmp_path):
+    model, _ = with_adapter(folders["audio"])
+    save_adapter(model, folders["audio"], tmp_path)
+    path, prefix = tmp_path / "adapter_model.safetensors", "base_model.model.model.language_model.layers.0."
+    state = load_file(path)
+    del state[f"{prefix}self_attn.q_proj.lora_B.weight"]
+    state[f"{prefix}self_attn.k_proj.lora_A.weight"] = torch.ones(3, 40)
+    state[f"{prefix}self_attn.v_proj.lora_A.weight"] = torch.ones(2, 48)  # another rank
+    state[f"{prefix}self_attn.q_norm.lora_A.weight"] = torch.ones(3, 48)
+    state[f"{prefix}mlp.up_proj.lora_magnitude_vector"] = torch.ones(40)
+    save_file(state, path)
+    again = load_model(folders["audio"])
+    line = error_of(lambda: load_adapter(again, tmp_path))
+    assert line.startswith(f"{tmp_path}: adapter does not fit the model: ") and not adapted(again)
+    for part in ("q_proj", "k_proj", "v_proj", "q_norm", "lora_magnitude_vector", "(3, 40)", "(2, 48)", "(3, 48)"):
+        assert part in line
+
+
+def test_an_adapter_without_tensors_file_or_base_is_one_line_that_says_so(folders, tmp_path):
+    model, _ = with_adapter(folders["audio"])
+    save_adapter(model, tmp_path / "gone", tmp_path)
+    assert f"base model {tmp_path / 'gone'} is not there" in error_of(lambda: minixmd.load(tmp_path))
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
+    assert "base model unnamed is not there" in error_of(lambda: minixmd.load(tmp_path))
+    path, again = tmp_path / "adapter_model.safetensors", load_model(folders["audio"])
+    path.write_bytes(path.read_bytes()[:1000])
+    assert error_of(lambda: load_adapter(again, tmp_path)).startswith(f"{path}: not a whole safetensors file")
+    save_file({}, path)
+    assert "it holds no tensor" in error_of(lambda: load_adapter(again, tmp_path))
+    path.unlink()
+    assert error_of(lambda: load_adapter(again, tmp_path)) == f"{path}: no such file"
