@@ -135,7 +135,6 @@ def clips(durations_s, vocab):
 def losses(pair, prompts, target_BT, inputs):
     """{side: forward and backward, returning the loss}."""
     ids_BT = inputs["input_ids"]
-    labels_BT = ids_BT.masked_fill(~target_BT, -100)
 
     def rows():
         hidden_BTD = pair.reference.model(**inputs).last_hidden_state
@@ -147,7 +146,7 @@ def losses(pair, prompts, target_BT, inputs):
         return loss.item()
 
     return {MINE: lambda: accumulate(pair.run, STAGE, prompts), ROWS: lambda: backward(rows()),
-            FULL: lambda: backward(pair.peft(**inputs, labels=labels_BT).loss)}
+            FULL: lambda: backward(pair.peft(**inputs, labels=ids_BT.masked_fill(~target_BT, -100)).loss)}
 
 
 def steps(pair, sides):
@@ -185,10 +184,9 @@ def check_parity(pair, sides):
 def flops(function):
     """(a call's floating-point operations, {module: of its forward}); attention counts as if nothing were masked."""
     aten = torch.ops.aten
-    attention = aten._scaled_dot_product_flash_attention_for_cpu
+    attention, backward = (getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{s}") for s in ("", "_backward"))
     unknown = {aten.addmm_: addmm_flop, attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-               aten._scaled_dot_product_flash_attention_for_cpu_backward:
-                   lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)}  # to FlopCounterMode
+               backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)}  # to FlopCounterMode
     with FlopCounterMode(display=False, depth=None, custom_mapping=unknown) as counter:
         function()
     return counter.get_total_flops(), {name: sum(c.values()) for name, c in counter.get_flop_counts().items()}
@@ -244,8 +242,8 @@ def speed(name, durations_s, rounds):
     row = {"what": name, "durations_s": durations_s, "parity": check_parity(pair, sides), "target": TARGETS[name],
            "padded_tokens": target_BT.numel(), "tokens": sum(map(len, prompts)), **proportions(pair, inputs),
            "sides": time_steps(steps(pair, sides), rounds)}
-    print(f"{name}: {row['tokens']} tokens, padded {row['padded_tokens']}; head / decoder {row['head_of_decoder']:.1%}, "
-          f"tower / baseline's forward {row['tower_of_baseline_forward']:.1%}; target {row['target']}")
+    print(f"{name}: {row['tokens']} tokens of {row['padded_tokens']}; head / decoder {row['head_of_decoder']:.1%}, "
+          f"30 s tower / baseline's forward {row['tower_of_baseline_forward']:.1%}; target {row['target']}")
     for side, cells in row["sides"].items():
         ms, x = ({k: scale * v for k, v in cells[key].items()} for key, scale in (("step_s", 1000), ("ratio", 1)))
         print(f"  {side:12} {ms['median']:6.0f} ms ({ms['p20']:.0f} to {ms['p80']:.0f})  {cells['gflop']:4.0f} GFLOP  "

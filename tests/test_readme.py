@@ -12,7 +12,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+    """The fenced blocks of one language ("" for none)."""
+    return [text for name, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M) if name == language]
 
 
 def test_the_example_config_loads(tmp_path):
@@ -27,12 +28,10 @@ def test_the_example_manifest_line_is_an_example(tmp_path):
     assert read_manifest(tmp_path / "m.jsonl")[0].options == ("dog barking", "cat purring")
 
 
-def test_the_files_of_the_layout_and_no_others_exist():
-    (layout,) = [block for block in re.findall(r"```\n(.*?)```", README, re.S) if "minixmd/\n" in block]
-    named = set(re.findall(r"\w+\.py", layout))
-    there = {path.name for path in (ROOT / "minixmd").rglob("*.py")} - {"__init__.py"}
-    bundled = {path.name for path in (ROOT / "minixmd" / "recipes").glob("*.py")}
-    assert named - {"__init__.py"} == (there - bundled) | {"toy.py", "kernels.py"} & named
+def test_the_layout_names_every_file_and_no_others():
+    (layout,) = [block for block in blocks("") if "minixmd/\n" in block]
+    there = {path.name for path in (ROOT / "minixmd").rglob("*.py") if path.parent.name != "recipes"}
+    assert set(re.findall(r"\w+\.py", layout)) == there - {"kernels.py"}
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "minixmd" / "recipes").glob("[!_]*.py")))

@@ -166,3 +166,10 @@ def test_one_new_token_is_enough_and_fewer_is_an_error(speaker):
     assert len(completion.ids) == 1
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         say(speaker, [ask("Hm")], max_new_tokens=0)
+
+
+def test_an_empty_stop_string_and_a_length_over_the_models_limit_are_errors(speaker):
+    with pytest.raises(ValueError, match="stop string must not be empty"):
+        say(speaker, [ask("Hm")], max_new_tokens=2, stop=("x", ""))
+    with pytest.raises(ValueError, match="over the model's limit of"):
+        say(speaker, [ask("Hm")], max_new_tokens=10**6)

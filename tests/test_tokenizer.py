@@ -260,6 +260,7 @@ BAD = {
     "a video's key on an audio": ("audio", [turn("user", {**media("audio"), "fps": 1})], "turn 0: .*key 'fps'"),
     "a media part without its clip": ("audio", [turn("user", {"type": "audio"})], "turn 0: .*no key 'audio'"),
     "a video for an audio model": ("audio", [turn("user", media("vision"))], "qwen2_audio model cannot .*'video'"),
+    "a clip in the answer": ("audio", [turn("user", "a"), turn("assistant", media("audio"))], "turn 1: .* be text"),
     "an audio for a vision model": ("vision", [turn("user", media("audio"))], "qwen2_vl model cannot .*'audio'"),
 }  # fmt: skip
 

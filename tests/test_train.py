@@ -77,7 +77,8 @@ def test_lora_training_leaves_the_base_alone_and_writes_an_adapter_that_loads(wo
     before, _ = minixmd.load(world / "ears")
     after, processor = minixmd.load(tmp_path / "run" / "student" / "best")
     adapter = {name for name, p in after.named_parameters() if "lora_" in name}
-    assert all(torch.equal(p, before.get_parameter(name)) for name, p in after.named_parameters() if name not in adapter)
+    base = {name: p for name, p in after.named_parameters() if name not in adapter}
+    assert all(torch.equal(p, before.get_parameter(name)) for name, p in base.items())
     assert len(adapter) == 2 * 7 * 2 and all(after.get_parameter(name).abs().sum() > 0 for name in adapter)
 
 
@@ -97,7 +98,8 @@ def test_the_whole_distillation_line_runs_without_an_answer_in_the_training_mani
     out = capsys.readouterr().out
     assert "| before" in out and "| after" in out
     learns = log_of(tmp_path / "run" / "student")[0]["learns_from"]
-    closed = sum(json.loads(line)["p_teacher"] for line in (tmp_path / "run/switch/switch.jsonl").read_text().splitlines())
+    switch = (tmp_path / "run/switch/switch.jsonl").read_text().splitlines()
+    closed = sum(json.loads(line)["p_teacher"] for line in switch)
     assert learns.get("teacher", 0) == closed and sum(learns.values()) == 12
     assert run(tmp_path, stages) == 0
     assert capsys.readouterr().out.count("finished before, skipped") == 8
@@ -157,9 +159,10 @@ def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_uninterrupted_
     assert start(config, tmp_path / "killed").wait() == 0
     for name in ("best/adapter_model.safetensors", "state.safetensors", "best.safetensors"):
         whole, again = (load_file(tmp_path / side / "student" / name) for side in ("whole", "killed"))
-        assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole), f"seed {seed}: {name}"
-    steps = [[(line["step"], line.get("loss"), line.get("val_accuracy")) for line in log_of(tmp_path / side / "student")]
-             for side in ("whole", "killed")]
+        assert whole.keys() == again.keys(), f"seed {seed}: {name}"
+        assert all(torch.equal(whole[key], again[key]) for key in whole), f"seed {seed}: {name}"
+    steps = [[(line["step"], line.get("loss"), line.get("val_accuracy")) for line in log_of(folder / "student")]
+             for folder in (tmp_path / "whole", tmp_path / "killed")]
     assert steps[0] == steps[1], f"seed {seed}"
 
 
@@ -305,7 +308,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state_whole(world, tmp_path
 def test_a_manifest_line_that_is_no_example_is_named_by_file_line_and_field(tmp_path):
     good = dict(id="a", question="?", options=["x", "y"])
     cases = [("{", "not JSON"), ("[]", "must be a JSON object"), (json.dumps({**good, "anser": 1}), "'anser'"),
-             (json.dumps({"id": "a", "question": "?"}), "'options' is missing"), (json.dumps({**good, "answer": 2}), "'answer'"),
+             (json.dumps({"id": "a", "question": "?"}), "'options' is missing"),
+             (json.dumps({**good, "answer": 2}), "'answer'"),
              (json.dumps({**good, "options": ["x", None]}), "'options'"), (json.dumps({**good, "audio": 3}), "'audio'"),
              (json.dumps(good) + "\n" + json.dumps(good), "'id' 'a' already stands in line 1")]  # fmt: skip
     for text, message in cases:

@@ -120,6 +120,8 @@ class Processor:
                 if kind == "text":
                     pending += self._text(part, number)
                     continue
+                if learn:
+                    raise ValueError(f"turn {number}: the last assistant turn is the target and must be text")
                 before, clip, after = self._media(part, kind, number)
                 audios += kind == "audio"
                 text(pending + before.format(n=audios))

@@ -100,11 +100,17 @@ def generate(model, processor, conversations, *, n=1, max_new_tokens, temperatur
     Returns:
         A list of n Completions for each conversation.
     Raises:
-        ValueError: a conversation that the processor refuses, or max_new_tokens < 1.
+        ValueError: a conversation that the processor refuses, max_new_tokens < 1 or past the model's limit, an empty
+            stop string.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if "" in stop:
+        raise ValueError("a stop string must not be empty")
     prompts = [processor(conversation) for conversation in conversations]
+    if (longest := max(map(len, prompts)) + max_new_tokens) > processor.max_positions:
+        raise ValueError(f"prompt and max_new_tokens make {longest} tokens, over the model's limit of "
+                         f"{processor.max_positions}")
     keys = [prompt_key(prompt) for prompt in prompts] if keys is None else keys
     device = model.lm_head.weight.device
     batch = pack(prompts).to(device)

@@ -17,12 +17,14 @@ from minixmd.models.lora import hash_seed
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.stages.world import KINDS, QUESTION
 
-QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+               r"\s+(?!\S)|\s+")
 BASE = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SPECIAL = {
     "qwen2_audio": BASE + ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"),
     "qwen2_vl": BASE + ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
-                        "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+                        "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+                        "<|video_pad|>"),
 }  # fmt: skip
 ROWS = {"qwen2_audio": 704, "qwen2_vl": 672}  # of the embedding; as published, more than the tokenizer names
 WIDTH, LAYERS, HEADS, MLP = 128, 3, 4, 256  # the decoder
@@ -34,13 +36,13 @@ def train_tokenizer():
     """A byte-level BPE in Qwen2's format, without special tokens, in which every class name is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    words = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    words, bytelevel = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated"), pre_tokenizers.ByteLevel
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bytelevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     options = "\n".join(f"{letter}. {kind.name}" for letter, kind in zip("ABCDEFGHIJ" * 3, KINDS, strict=False))
     ask = PROMPT.format(question=QUESTION, options=options, first="A", last="J")
     corpus = [f"system\n{SYSTEM}\nuser\nAudio 1: \n{ask}\nassistant\n" + "".join(f" {kind.name}" for kind in KINDS)]
-    trainer = trainers.BpeTrainer(vocab_size=640, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    trainer = trainers.BpeTrainer(vocab_size=640, initial_alphabet=sorted(bytelevel.alphabet()),
                                   special_tokens=[], show_progress=False)
     tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer
@@ -77,22 +79,25 @@ def make_config(model_type, ids):
     """config.json in the published form: nested and sparse for Qwen2-Audio, flat for Qwen2-VL. ids: token -> id."""
     text = {"hidden_size": WIDTH, "intermediate_size": MLP, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
             "num_key_value_heads": HEADS // 2, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu",
-            "max_position_embeddings": MAX_POSITIONS, "vocab_size": ROWS[model_type], "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"], "torch_dtype": "float32"}  # fmt: skip
+            "max_position_embeddings": MAX_POSITIONS, "vocab_size": ROWS[model_type], "torch_dtype": "float32",
+            "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}  # fmt: skip
     if model_type == "qwen2_audio":
-        tower = {"model_type": "qwen2_audio_encoder", "num_mel_bins": 128, "d_model": TOWER_WIDTH, "encoder_layers": TOWER_LAYERS,
-                 "encoder_attention_heads": TOWER_HEADS, "encoder_ffn_dim": 4 * TOWER_WIDTH, "max_source_positions": 1500,
-                 "activation_function": "gelu", "scale_embedding": False}  # fmt: skip
-        return {"architectures": ["Qwen2AudioForConditionalGeneration"], "model_type": model_type, "audio_config": tower,
-                "audio_token_index": ids["<|AUDIO|>"], "ignore_index": -100, "text_config": {"model_type": "qwen2", **text},
-                "torch_dtype": "float32", "vocab_size": ROWS[model_type]}  # fmt: skip
+        tower = {"model_type": "qwen2_audio_encoder", "num_mel_bins": 128, "d_model": TOWER_WIDTH,
+                 "encoder_layers": TOWER_LAYERS, "encoder_attention_heads": TOWER_HEADS,
+                 "encoder_ffn_dim": 4 * TOWER_WIDTH, "max_source_positions": 1500, "activation_function": "gelu",
+                 "scale_embedding": False}  # fmt: skip
+        return {"architectures": ["Qwen2AudioForConditionalGeneration"], "model_type": model_type,
+                "audio_config": tower, "audio_token_index": ids["<|AUDIO|>"], "ignore_index": -100,
+                "vocab_size": text["vocab_size"],
+                "text_config": {"model_type": "qwen2", **text}, "torch_dtype": "float32"}  # fmt: skip
     half = WIDTH // HEADS // 2
     rope = {"type": "mrope", "mrope_section": [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]}
     tower = {"depth": TOWER_LAYERS, "embed_dim": TOWER_WIDTH, "mlp_ratio": 4, "num_heads": TOWER_HEADS, "in_chans": 3,
-             "hidden_size": WIDTH, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2}
+             "hidden_size": WIDTH, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
+             "temporal_patch_size": 2}
     places = {f"{name}_token_id": ids[f"<|{token}|>"] for name, token in (
-        ("vision_start", "vision_start"), ("vision_end", "vision_end"), ("vision", "vision_pad"), ("image", "image_pad"),
-        ("video", "video_pad"))}
+        ("vision_start", "vision_start"), ("vision_end", "vision_end"), ("vision", "vision_pad"),
+        ("image", "image_pad"), ("video", "video_pad"))}
     return {"architectures": ["Qwen2VLForConditionalGeneration"], "model_type": model_type, **text, **places,
             "rope_scaling": rope, "vision_config": tower, "tie_word_embeddings": False, "use_sliding_window": False}
 
@@ -115,7 +120,7 @@ def make_model(folder, model_type, seed):
             elif p.ndim == 1:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                std = 1.0 if name.endswith("embed_tokens.weight") else math.prod(p.shape[1:]) ** -0.5
+                std = 0.5 if name.endswith("embed_tokens.weight") else math.prod(p.shape[1:]) ** -0.5
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
     return model
 

@@ -2,8 +2,8 @@
 
 Every class has a sound and a look, and every clip varies both in ways that mean nothing: pitch, loudness, place, size,
 noise. Two clusters of six classes share a loud sound and differ by a faint tone ("eye": told apart at a glance, hard by
-ear); one cluster of six shares a look and differs by the weave of a faint pattern on the ground ("ear"); the rest are distinct
-both ways ("both"). The faint cue is always there. What makes it hard is the number of clips it takes to find it.
+ear); one cluster of six shares a look and differs by the weave of a faint pattern on the ground ("ear"); the rest are
+distinct both ways ("both"). The faint cue is always there; what makes it hard is the number of clips it takes to find.
 
 A clip is a pure function of (seed, split, class, number), so an interrupted run makes the rest of the same world.
 """
@@ -22,11 +22,11 @@ from minixmd.inputs.examples import Example, manifest_text
 
 QUESTION = "Classify the sounding object into one of the categories below:"
 OPTIONS = 10
-SPLITS = {"base": 20, "train": 80, "analysis": 50, "test": 40, "unseen": 40}  # clips a class
+SPLITS = {"base": 20, "train": 100, "val": 10, "analysis": 50, "test": 40, "unseen": 40}  # clips a class
 RATE, DURATION_S, FPS, SIDE = 16_000, 1.0, 8, 56
 SAMPLES, FRAMES = int(RATE * DURATION_S), int(FPS * DURATION_S)
-# what makes the clusters hard, fixed on worlds of seed 100 and up (bench/LOG.md); loudness is relative to the main sound
-CUE_DB, FLOOR_DB = -44.0, -30.0  # the faint tone; the noise that it hides in, over the whole band
+# what makes the clusters hard, fixed on worlds of seed 100 and up (bench/LOG.md); dB are relative to the main sound
+CUE_DB, FLOOR_DB = -40.5, -30.0  # the faint tone; the noise that it hides in, over the whole band
 CUE_LEVELS, GRAIN_LEVELS = 2.0, 6.0  # of 255: the faint weave's amplitude; the standard deviation of the grain over it
 CUE_HZ = 2200.0 * 2.0 ** (1.5 * np.arange(7) / 7)
 CUE_WEAVE = ((4, 0), (0, 4), (4, 4), (4, -4), (8, 0), (0, 8), (8, 4))  # waves across and down a frame
@@ -48,9 +48,10 @@ class Kind:
 
 
 def _kinds():
-    plain = [("tone", 350, 0), ("sweep", 1000, 0), ("noise", 2500, 0), ("tone", 1000, 8), ("noise", 350, 8), ("tone", 2500, 0),
-             ("sweep", 350, 0), ("tone", 1000, 0), ("noise", 350, 0), ("sweep", 2500, 0), ("noise", 1000, 8), ("tone", 350, 8),
-             ("noise", 2500, 8), ("tone", 2500, 8), ("sweep", 1000, 8)]  # fmt: skip
+    plain = [("tone", 350, 0), ("sweep", 1000, 0), ("noise", 2500, 0), ("tone", 1000, 8), ("noise", 350, 8),
+             ("tone", 2500, 0), ("sweep", 350, 0), ("tone", 1000, 0), ("noise", 350, 0), ("sweep", 2500, 0),
+             ("noise", 1000, 8), ("tone", 350, 8), ("noise", 2500, 8), ("tone", 2500, 8),
+             ("sweep", 1000, 8)]  # fmt: skip
     looks = [(shape, colour) for colour in range(len(COLOURS)) for shape in SHAPES]
     hiss, hum, bird = ("noise", 800, 0), ("tone", 600, 8), looks.pop()
     kinds = [Kind(name, "both", plain.pop(0), looks.pop(0), seen=name not in ("horn", "gong"))
@@ -157,7 +158,13 @@ def mp4_bytes(frames, wave_S):
 
 
 def draw_options(right, frequency, count, rng):
-    """`count` options without repeats in random order, the wrong ones drawn by label frequency: (options, index of `right`)."""
+    """`count` options without repeats, in random order, the wrong ones drawn by label frequency.
+
+    Args:
+        right: the right option. frequency: {label: how often it occurs}.
+    Returns:
+        (options, index of `right` among them).
+    """
     names = [name for name in frequency if name != right]
     weights = np.array([frequency[name] for name in names], float)
     options = [right, *rng.choice(names, count - 1, replace=False, p=weights / weights.sum()).tolist()]
@@ -166,10 +173,10 @@ def draw_options(right, frequency, count, rng):
 
 
 def make_world(folder, seed, splits=SPLITS):
-    """Write base, train, analysis, test and unseen .jsonl, and the clips that they list: <split>/<number>.wav and .mp4.
+    """Write <split>.jsonl for every split and the clips that it lists, <split>/<number>.wav and .mp4.
 
-    The train split is blind: its manifest holds no answer, no label and no group, and neither a clip's number nor its place
-    in the list tells the class. Clips that are there already are not made again.
+    The train split is blind: its manifest holds no answer, no label and no group, and neither a clip's number nor its
+    place in the list tells the class. What is there already is not made again.
 
     Args:
         folder: of the manifests. seed: of the world. splits: clips a class.
@@ -179,6 +186,9 @@ def make_world(folder, seed, splits=SPLITS):
     total = sum(count * len(kinds_of[split]) for split, count in splits.items())
     with tqdm(total=total, desc="toy: clips", unit="clip") as bar:
         for split, count in splits.items():
+            if (folder / f"{split}.jsonl").exists():  # written after its clips
+                bar.update(count * len(kinds_of[split]))
+                continue
             # an unseen thing stands among all the world's names, the others among those that can be met in their split
             frequency = {kind.name: count for kind in (KINDS if split == "unseen" else kinds_of[split])}
             todo = [(kind, number) for kind in kinds_of[split] for number in range(count)]
@@ -193,14 +203,14 @@ def make_world(folder, seed, splits=SPLITS):
                     _put(folder / wav, wav_bytes(wave_S))
                     _put(folder / mp4, mp4_bytes(frames, wave_S))
                 told = {} if split == "train" else dict(answer=answer, label=kind.name, meta={"group": kind.group})
-                examples.append(Example(id=f"{split}_{place:04d}", audio=wav, video=mp4, question=QUESTION, options=options,
-                                        source=f"toy/{split}", **told))
+                examples.append(Example(id=f"{split}_{place:04d}", audio=wav, video=mp4, question=QUESTION,
+                                        options=options, source=f"toy/{split}", **told))
                 bar.update()
             write_text(folder / f"{split}.jsonl", manifest_text(examples))
 
 
 def _put(path, data):
-    """Write a clip whole or not at all. It is not synced: after a power cut it can be made again, and 10,000 syncs take time."""
+    """Write a clip whole or not at all. Not synced: 10,000 syncs take minutes, and a clip can be made again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:

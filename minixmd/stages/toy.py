@@ -1,0 +1,230 @@
+"""Stage Toy: a world of clips (world.py) and two models that start out in it (toy_models.py).
+
+From scratch a model cannot learn to answer by letter: nothing tells its decoder what the options are for. So the models
+grow up as real ones do. The decoder, which both share, first learns the question alone, on text in which a name stands
+where the clip will be. Then each tower learns to say, in the decoder's own embedding, what it hears or sees. Last,
+tower and decoder learn the question together. The two last steps use the base split only.
+"""
+from dataclasses import replace
+from string import ascii_uppercase
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from minixmd.config import PROMPT
+from minixmd.files import write_safetensors
+from minixmd.inputs.batch import Prompt, pack, positions_of
+from minixmd.inputs.examples import build_conversation, read_manifest
+from minixmd.inputs.tokenizer import Processor
+from minixmd.learning.head import cross_entropy
+from minixmd.learning.optim import learning_rate
+from minixmd.models.lora import hash_seed
+from minixmd.models.weights import save_model
+from minixmd.stages.toy_models import make_model, write_processor
+from minixmd.stages.world import KINDS, OPTIONS, QUESTION, draw_options, make_world
+
+FAMILY = {"student": ("qwen2_audio", "audio"), "teacher": ("qwen2_vl", "video")}
+PIXELS = dict(min_pixels=3_136, max_pixels=3_136)  # of a frame, which has 56 x 56
+NAMES = [kind.name for kind in KINDS]
+# (options, prompts a step, most steps): with all options at once the decoder learns nothing, with two it soon does
+LESSONS = ((2, 20, 300), (4, 16, 200), (7, 12, 200), (OPTIONS, 12, 150))
+PASSED = 0.3  # mean loss over the last 20 steps, as a share of guessing's, at which the next lesson begins
+HINT = 0.3  # weight of the hint, see `lesson`
+TEXT_LR, NAMING_LR, ASKING_LR = 3e-3, 1e-3, 1e-3
+NAMING_STEPS, NAMING_BATCH = {"student": 400, "teacher": 400}, 32
+ASKING_STEPS, ASKING_BATCH = {"student": 300, "teacher": 250}, 24
+
+
+def run(stage, folder, log):
+    """Writes <split>.jsonl and their clips, language.safetensors (the decoder that has read), student/ and teacher/."""
+    make_world(folder, stage.seed)
+    language = folder / "language.safetensors"
+    if not language.exists():
+        write_safetensors(language, teach_language(folder, stage.seed, log))
+    for name in FAMILY:
+        if not (folder / name / "config.json").exists():  # written last
+            model, processor = new_model(folder / name, name, stage.seed)
+            adopt(model, load_file(language))
+            teach_tower(model, processor, folder, name, stage.seed, log)
+            save_model(model, processor.folder, folder / name)
+
+
+def new_model(folder, name, seed):
+    """An untrained model and its processor, whose files are written to `folder`."""
+    write_processor(folder, FAMILY[name][0])
+    model = make_model(folder, FAMILY[name][0], hash_seed(seed, "weights"))
+    config = model.config
+    return model, Processor(folder, config.family, vocab_size=config.text.vocab_size,
+                            max_positions=config.text.max_position_embeddings, config=config.raw)
+
+
+def decoder_parameters(model):
+    return {name: p for name, p in model.named_parameters() if name.startswith(("model.", "lm_head."))}
+
+
+def adopt(model, language):
+    """Take over a decoder. Of the embedding and the head only the rows that mean the same in both families."""
+    with torch.no_grad():
+        for name, p in decoder_parameters(model).items():
+            rows = len(language[name])
+            p[:rows] = language[name]
+
+
+# ---- lessons: prompts made of pieces, so that a clip can be asked about with new options every time ----
+
+
+def lesson(processor, before_N, media, right, options, letters):
+    """A Prompt that ends with its answer, and a hint for the decoder.
+
+    The hint: the row of every option's name predicts its letter if it is the right one, and what follows anyway if not.
+    Without it the last row alone has to find out what options are, and does not (bench/LOG.md).
+
+    Args:
+        before_N: ids up to the question. media: the clips in them. right: index into options. letters: of the options.
+    Returns:
+        (Prompt, [(row, id to predict), ...]).
+    """
+    ids, hints = [*before_N, *processor.encode(QUESTION + "\n")], []
+    for i, (letter, name) in enumerate(zip(letters, options, strict=True)):
+        line = processor.encode(f"{letter}. {name}\n")
+        hints.append((len(ids) + 2, line[0] if i == right else line[3]))
+        ids += line
+    _, _, after = PROMPT.partition("{options}\n")
+    after = after.format(first="A", last=ascii_uppercase[OPTIONS - 1])
+    ids += processor.encode(after + "<|im_end|>\n<|im_start|>assistant\n")
+    ids += [*processor.encode(letters[right]), processor.end_id]
+    target_N = torch.arange(len(ids)) >= len(ids) - 2
+    return Prompt(torch.tensor(ids), positions_of(len(ids), media), tuple(media), target_N), hints
+
+
+def lesson_loss(model, lessons):
+    """(mean loss of a batch of lessons, answer and hints; mean loss of the answers alone, a float)"""
+    batch = pack([prompt for prompt, _ in lessons])
+    hints = torch.tensor([(start + row, token) for (start, _), (_, pairs) in zip(batch.spans, lessons, strict=True)
+                          for row, token in pairs])
+    batch = replace(batch, target_row_T=torch.cat([batch.target_row_T, hints[:, 0]]),
+                    target_id_T=torch.cat([batch.target_id_T, hints[:, 1]]),
+                    target_weight_T=torch.cat([batch.target_weight_T, torch.full((len(hints),), HINT)]))
+    loss, nll_T = cross_entropy(model(batch), model.lm_head.weight, batch)
+    return loss / len(lessons), nll_T[:2 * len(lessons):2].mean().item()  # a lesson's targets: letter, end
+
+
+def descend(optimizer, loss, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+
+
+# ---- the three steps ----
+
+
+def teach_language(folder, seed, log):
+    """Step 1, text only. Returns the decoder's parameters, of the embedding and the head the families' common rows."""
+    model, processor = new_model(folder / "student", "student", seed)
+    system = processor.family.system
+    before = processor.encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n")
+    rng = np.random.default_rng([seed, 1])
+    optimizer = torch.optim.AdamW(decoder_parameters(model).values(), betas=(0.9, 0.98), weight_decay=0.0)
+    step = 0
+    with tqdm(desc="toy: language", unit="step") as bar:
+        for count, size, most in LESSONS:
+            recent, last = [], count == OPTIONS
+            for i in range(most):
+                lessons = []
+                for _ in range(size):
+                    options = rng.choice(NAMES, count, replace=False).tolist()
+                    right = int(rng.integers(count))
+                    letters = [ascii_uppercase[j] for j in sorted(rng.choice(OPTIONS, count, replace=False))]
+                    heard = processor.encode(" " + options[right]) * (12 if i % 2 else 6)
+                    lessons.append(lesson(processor, before + heard, (), right, options, letters))
+                loss, answer = lesson_loss(model, lessons)
+                fade = min(1.0, 2 * (most - i) / most) if last else 1.0
+                descend(optimizer, loss, TEXT_LR * min(1.0, (step + 1) / 30) * fade)
+                recent.append(answer / np.log(count))
+                step += 1
+                bar.set_postfix_str(f"{count} options, loss {answer:.3f}", refresh=False)
+                bar.update()
+                if len(recent) >= 20 and np.mean(recent[-20:]) < PASSED and not last:
+                    break
+            loss = float(np.mean(recent[-20:]) * np.log(count))
+            log({"part": "language", "options": count, "step": step, "loss": loss})
+    common = processor.end_id + 1
+    return {name: p[:common] if p.shape[0] == model.config.text.vocab_size else p
+            for name, p in decoder_parameters(model).items()}
+
+
+def teach_tower(model, processor, folder, name, seed, log):
+    """Steps 2 and 3 of a model, on the base split."""
+    media = FAMILY[name][1]
+    examples = read_manifest(folder / "base.jsonl")
+    shown = []  # (ids up to the question, the clip) of every example
+    question = len(processor.encode(QUESTION + "<|im_end|>\n<|im_start|>assistant\n"))
+    for example in tqdm(examples, desc=f"toy: {name} reads", unit="clip"):
+        prompt = processor(build_conversation(example, media=media, prompt=QUESTION,
+                                              video_options=PIXELS if media == "video" else None))
+        shown.append((prompt.ids_N[:-question].tolist(), prompt.media[0]))
+    rng = np.random.default_rng([seed, 2])
+    teach_naming(model, processor, shown, examples, name, rng, log)
+    teach_asking(model, processor, shown, examples, name, rng, log)
+
+
+def batches(examples, size, rng):
+    """Endless index lists in which every class comes up equally often, however many clips it has."""
+    of = {}
+    for i, example in enumerate(examples):
+        of.setdefault(example.label, []).append(i)
+    order = []
+    while True:
+        while len(order) < size:
+            order += [int(rng.choice(of[label])) for label in rng.permutation(sorted(of))]
+        yield order[:size]
+        order = order[size:]
+
+
+def teach_naming(model, processor, shown, examples, name, rng, log):
+    """Step 2: the mean of a clip's tokens should point at the embedding of its class's name, which does not move."""
+    seen = sorted({example.label for example in examples})
+    right_B = torch.tensor([seen.index(example.label) for example in examples])
+    ids = torch.tensor([processor.encode(" " + label)[0] for label in seen])
+    names_BD = model.model.embed_tokens.weight[ids].detach()
+    decoder = decoder_parameters(model)
+    tower = [p for n, p in model.named_parameters() if n not in decoder and "embed_positions" not in n]
+    optimizer = torch.optim.AdamW(tower, betas=(0.9, 0.98), weight_decay=0.05)
+    steps, losses = NAMING_STEPS[name], []
+    with tqdm(total=steps, desc=f"toy: {name} names", unit="step") as bar:
+        for step, chosen in zip(range(steps), batches(examples, NAMING_BATCH, rng), strict=False):
+            clips = [shown[i][1] for i in chosen]
+            tokens = model.encode(clips[0].kind, clips).unflatten(0, (len(clips), -1))  # clips are equally long
+            score = tokens.mean(1) @ names_BD.T * (4 / names_BD.shape[1] ** 0.5)
+            loss = F.cross_entropy(score, right_B[chosen])
+            descend(optimizer, loss, learning_rate(step, steps, NAMING_LR, 0.1))
+            losses.append(loss.item())
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+            bar.update()
+    log({"part": name, "step": "naming", "loss": float(np.mean(losses[-20:]))})
+
+
+def teach_asking(model, processor, shown, examples, name, rng, log):
+    """Step 3: all of the model learns the question, with new options at every turn."""
+    frequency = {label: 1 for label in sorted({example.label for example in examples})}
+    trained = [p for n, p in model.named_parameters() if "embed_positions" not in n]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.05)
+    steps, losses = ASKING_STEPS[name], []
+    with tqdm(total=steps, desc=f"toy: {name} answers", unit="step") as bar:
+        for step, chosen in zip(range(steps), batches(examples, ASKING_BATCH, rng), strict=False):
+            lessons = []
+            for i in chosen:
+                options, right = draw_options(examples[i].label, frequency, OPTIONS, rng)
+                lessons.append(lesson(processor, shown[i][0], [shown[i][1]], right, options, ascii_uppercase[:OPTIONS]))
+            loss, answer = lesson_loss(model, lessons)
+            descend(optimizer, loss, learning_rate(step, steps, ASKING_LR, 0.1))
+            losses.append(answer)
+            bar.set_postfix_str(f"loss {answer:.3f}", refresh=False)
+            bar.update()
+    log({"part": name, "step": "answering", "loss": float(np.mean(losses[-20:]))})
