@@ -26,7 +26,8 @@ def write_tokenizer(folder, special, texts=()):
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decode.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     texts = ["Classify the sounding object", "You are a helpful assistant.", *CLASSES, *texts]
     tokenizer.train_from_iterator(texts * 3, trainer)
     tokenizer.add_special_tokens([*COMMON, *special])

@@ -33,8 +33,33 @@ def attend(q_NHK, k_NJK, v_NJK, segments, causal=True):
     return torch.cat(out)
 
 
+def _turn(x_NHK, cos_NK, sin_NK):
+    half = x_NHK.shape[-1] // 2
+    sin = sin_NK[:, None, :half]  # both halves hold the same angles
+    y_NHK = x_NHK * cos_NK[:, None]
+    y_NHK[..., :half].addcmul_(x_NHK[..., half:], sin, value=-1)
+    y_NHK[..., half:].addcmul_(x_NHK[..., :half], sin)
+    return y_NHK
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the rotation back: autograd would keep and add up five tensors of x's size instead."""
+
+    @staticmethod
+    def forward(ctx, x_NHK, cos_NK, sin_NK):
+        ctx.save_for_backward(cos_NK, sin_NK)
+        return _turn(x_NHK.float(), cos_NK, sin_NK).to(x_NHK.dtype)
+
+    @staticmethod
+    def backward(ctx, g_NHK):
+        cos_NK, sin_NK = ctx.saved_tensors
+        return _turn(g_NHK.float(), cos_NK, -sin_NK).to(g_NHK.dtype), None, None
+
+
 def rotate(x_NHK, cos_NK, sin_NK):
-    """Rotary embedding in the half-split layout, computed in fp32 and returned in x's dtype."""
-    x = x_NHK.float()
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos_NK[:, None] + torch.cat([-b, a], dim=-1) * sin_NK[:, None]).to(x_NHK.dtype)
+    """Rotary embedding in the half-split layout, computed in fp32 and returned in x's dtype.
+
+    Args:
+        x_NHK: (N, heads, K). cos_NK, sin_NK: (N, K) fp32, each angle in both halves; not differentiated.
+    """
+    return _Rotate.apply(x_NHK, cos_NK, sin_NK)

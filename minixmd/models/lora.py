@@ -5,7 +5,7 @@ import re
 import torch
 from torch import nn
 
-from minixmd.kernels.lora import lora_linear_ref
+from minixmd.kernels.lora import lora_linear
 
 
 class Linear(nn.Linear):
@@ -20,7 +20,7 @@ class Linear(nn.Linear):
     def forward(self, x_ND):
         if self.lora_A is None:
             return nn.functional.linear(x_ND, self.weight, self.bias)
-        return lora_linear_ref(x_ND, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
+        return lora_linear(x_ND, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
 
 
 def add_lora(model, *, rank, alpha, targets, seed):

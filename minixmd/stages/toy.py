@@ -29,9 +29,9 @@ from minixmd.stages.world import KINDS, OPTIONS, QUESTION, draw_options, make_wo
 FAMILY = {"student": ("qwen2_audio", "audio"), "teacher": ("qwen2_vl", "video")}
 PIXELS = dict(min_pixels=3_136, max_pixels=3_136)  # of a frame, which has 56 x 56
 NAMES = [kind.name for kind in KINDS]
-# (options, prompts a step, most steps): with all options at once the decoder learns nothing, with two it soon does
-LESSONS = ((2, 20, 300), (4, 16, 200), (7, 12, 200), (OPTIONS, 12, 150))
-PASSED = 0.3  # mean loss over the last 20 steps, as a share of guessing's, at which the next lesson begins
+# (options, prompts a step, most steps, mean loss over 20 steps, as a share of guessing's, that ends the lesson): with all
+# options at once the decoder learns nothing, with two it soon does; in the last lesson the learning rate fades
+LESSONS = ((2, 20, 600, 0.3), (4, 16, 800, 0.3), (7, 12, 600, 0.3), (OPTIONS, 12, 800, 0.1), (OPTIONS, 12, 150, 0.0))
 HINT = 0.3  # weight of the hint, see `lesson`
 TEXT_LR, NAMING_LR, ASKING_LR = 3e-3, 1e-3, 1e-3
 NAMING_STEPS, NAMING_BATCH = {"student": 400, "teacher": 400}, 32
@@ -133,8 +133,8 @@ def teach_language(folder, seed, log):
     optimizer = torch.optim.AdamW(decoder_parameters(model).values(), betas=(0.9, 0.98), weight_decay=0.0)
     step = 0
     with tqdm(desc="toy: language", unit="step") as bar:
-        for count, size, most in LESSONS:
-            recent, last = [], count == OPTIONS
+        for number, (count, size, most, passed) in enumerate(LESSONS, 1):
+            recent = []
             for i in range(most):
                 lessons = []
                 for _ in range(size):
@@ -144,13 +144,13 @@ def teach_language(folder, seed, log):
                     heard = processor.encode(" " + options[right]) * (12 if i % 2 else 6)
                     lessons.append(lesson(processor, before + heard, (), right, options, letters))
                 loss, answer = lesson_loss(model, lessons)
-                fade = min(1.0, 2 * (most - i) / most) if last else 1.0
+                fade = 1 - i / most if number == len(LESSONS) else 1.0
                 descend(optimizer, loss, TEXT_LR * min(1.0, (step + 1) / 30) * fade)
                 recent.append(answer / np.log(count))
                 step += 1
                 bar.set_postfix_str(f"{count} options, loss {answer:.3f}", refresh=False)
                 bar.update()
-                if len(recent) >= 20 and np.mean(recent[-20:]) < PASSED and not last:
+                if len(recent) >= 20 and np.mean(recent[-20:]) < passed:
                     break
             loss = float(np.mean(recent[-20:]) * np.log(count))
             log({"part": "language", "options": count, "step": step, "loss": loss})
