@@ -31,7 +31,7 @@ def lora_linear_ref(x_ND, w_FD, bias_F, a_RD, b_FR, scale):
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Two passes over y and dX fewer than autograd of the _ref: the update is added in place, scale (g B) is made once."""
+    """Fewer passes over y and dX than autograd of the _ref: updates are added in place, scale (g B) is made once."""
 
     @staticmethod
     def forward(ctx, x_ND, w_FD, bias_F, a_RD, b_FR, scale):

@@ -239,13 +239,18 @@ def test_other_programs_read_the_tokenizers(untrained):
         assert transformers.AutoConfig.from_pretrained(processor.folder).model_type == config["model_type"]
 
 
-def test_batches_give_every_class_its_turn():
-    class Clip:
-        def __init__(self, label):
-            self.label = label
+def test_batches_are_permutations_one_after_the_other():
+    drawn = [i for _, chosen in zip(range(7), toy.batches(10, 4, np.random.default_rng(0)), strict=False) for i in chosen]
+    assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(10)) and drawn[:10] != drawn[10:20]
 
-    clips = [Clip("often")] * 30 + [Clip("rare")] * 2
-    drawn = Counter()
-    for _, chosen in zip(range(20), toy.batches(clips, 8, np.random.default_rng(0)), strict=False):
-        drawn.update(clips[i].label for i in chosen)
-    assert drawn == {"often": 80, "rare": 80}
+
+def test_most_base_clips_that_are_hard_by_ear_are_silent(tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "SOUNDED", 1)
+    world.make_world(tmp_path, 100, {"base": 2, "val": 2})
+    for split in ("base", "val"):
+        examples = read_manifest(tmp_path / f"{split}.jsonl")
+        silent = Counter(e.meta["group"] for e in examples if e.audio is None)
+        assert silent == ({"eye": 12} if split == "base" else {})
+        for example in examples:
+            with av.open(example.video) as container:
+                assert len(container.streams.audio) == (example.audio is not None)
