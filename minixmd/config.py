@@ -56,31 +56,8 @@ class Evaluate:
 
 
 @stage
-class Label:
-    """A model's predicted letters on a manifest, with the letters' logits."""
-
-    name: str
-    # what is asked
-    model: str  # folder, hub name or "@train"
-    manifest: str  # JSONL file
-    media: str = "audio"  # "audio" | "video" | "both"
-    prompt: str = PROMPT  # format string over {question} {options} {first} {last}
-    # video
-    fps: float = 1.0  # frames a second
-    min_pixels: int = 100_352  # pixels a frame
-    max_pixels: int = 262_144  # pixels a frame
-    nframes: int | None = None  # frames a clip; None = by fps
-    # how it runs
-    batch_tokens: int = 8192  # tokens packed into a forward pass
-    max_bad: float = 0.01  # share of bad clips above which the stage fails; 1 = never
-    device: str = "auto"  # "auto" | "cpu" | "cuda"
-    dtype: str = "float32"  # "float32" | "bfloat16" | "float16"
-    seed: int = 0
-
-    def __post_init__(self):
-        check_types(self)
-        _check_asking(self)
-        require(self, "batch_tokens >= 1")
+class Label(Evaluate):
+    """A model's predicted letters on a manifest, with the letters' logits; the fields are Evaluate's."""
 
 
 @stage
