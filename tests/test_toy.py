@@ -244,13 +244,10 @@ def test_batches_are_permutations_one_after_the_other():
     assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(10)) and drawn[:10] != drawn[10:20]
 
 
-def test_most_base_clips_that_are_hard_by_ear_are_silent(tmp_path, monkeypatch):
-    monkeypatch.setattr(world, "SOUNDED", 1)
-    world.make_world(tmp_path, 100, {"base": 2, "val": 2})
-    for split in ("base", "val"):
-        examples = read_manifest(tmp_path / f"{split}.jsonl")
-        silent = Counter(e.meta["group"] for e in examples if e.audio is None)
-        assert silent == ({"eye": 12} if split == "base" else {})
-        for example in examples:
-            with av.open(example.video) as container:
-                assert len(container.streams.audio) == (example.audio is not None)
+def test_from_afar_the_faint_tone_drowns_and_nothing_else_changes():
+    kind = next(kind for kind in SEEN if kind.group == "eye")
+    near, far = (world.make_wave(kind, world.clip_rng(100, "base", kind, 0), far) for far in (False, True))
+    spectrum = np.abs(np.fft.rfft(near - far))
+    peak_hz = np.fft.rfftfreq(world.SAMPLES, 1 / world.RATE)[spectrum.argmax()]
+    assert abs(peak_hz / world.CUE_HZ[kind.tone] - 1) < 0.04
+    assert np.sort(spectrum)[-20] < spectrum.max() / 10, "the two differ by more than one tone"
