@@ -4,8 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tiny import Largest
 from torch.utils.flop_counter import FlopCounterMode
 
 from minixmd.learning.head import cross_entropy
@@ -173,14 +172,6 @@ def test_a_frozen_head_takes_two_matrix_products_a_training_one_three_and_scorin
 
 
 def largest_tensor(function, train_head, chunk):
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
-            return out
-
     hidden_ND, head_VD, batch = problem(200, 331, D=8)
     with Largest() as largest:
         results(function, hidden_ND, head_VD, batch, train_head, chunk)

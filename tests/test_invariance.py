@@ -6,9 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mini import AUDIO, VISION, write_tokenizer
-from tiny import audio_media, prompt, tiny_model, video_media
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tiny import Largest, audio_media, prompt, tiny_model, video_media
 
 from minixmd import Group, Processor, Prompt, generate, pack
 from minixmd.inputs.batch import positions_of
@@ -155,17 +153,6 @@ def test_a_shared_prompt_gives_the_values_and_gradients_of_separate_sequences(ca
     assert_close(nll["together"], nll["apart"])
     assert_close(ours_loss, theirs_loss)
     assert_same_gradients(ours, theirs)
-
-
-class Largest(TorchDispatchMode):
-    """The element count of the largest tensor that any operation makes, forward or backward."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
-        return out
 
 
 def dense_attend(q_NHK, k_NJK, v_NJK, segments, causal=True):

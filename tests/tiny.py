@@ -2,6 +2,8 @@
 from dataclasses import replace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minixmd.inputs.batch import Media, Prompt, positions_of
 from minixmd.models.families import read_config
@@ -122,3 +124,14 @@ def full_mel(media):
     mel_MA = torch.randn(128, 3000, generator=torch.Generator().manual_seed(0))  # beyond the halo: masked, so anything
     mel_MA[:, : media.features.shape[1]] = media.features
     return mel_MA
+
+
+class Largest(TorchDispatchMode):
+    """The element count of the largest tensor that any operation makes, forward or backward."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out

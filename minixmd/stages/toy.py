@@ -34,7 +34,7 @@ NAMES = [kind.name for kind in KINDS]
 LESSONS = ((2, 20, 600, 0.3), (4, 16, 800, 0.3), (7, 12, 600, 0.3), (OPTIONS, 12, 800, 0.1), (OPTIONS, 12, 150, 0.0))
 HINT = 0.3  # weight of the hint, see `lesson`
 TEXT_LR, NAMING_LR, ASKING_LR = 3e-3, 1e-3, 1e-3
-NAMING_STEPS, NAMING_BATCH = {"student": 400, "teacher": 400}, 32
+NAMING_STEPS, NAMING_BATCH = 400, 32
 ASKING_STEPS, ASKING_BATCH = {"student": 300, "teacher": 400}, 24
 
 
@@ -193,7 +193,7 @@ def teach_naming(model, processor, shown, examples, name, rng, log):
     decoder = decoder_parameters(model)
     tower = [p for n, p in model.named_parameters() if n not in decoder and "embed_positions" not in n]
     optimizer = torch.optim.AdamW(tower, betas=(0.9, 0.98), weight_decay=0.05)
-    steps, losses = NAMING_STEPS[name], []
+    steps, losses = NAMING_STEPS, []
     with tqdm(total=steps, desc=f"toy: {name} names", unit="step") as bar:
         for step, chosen in zip(range(steps), batches(len(shown), NAMING_BATCH, rng), strict=False):
             clips = [shown[i][1] for i in chosen]
