@@ -41,7 +41,7 @@ from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, W
 from transformers.utils import logging
 
 from minixmd.inputs.audio import SAMPLE_RATE, log_mel, num_audio_tokens, num_mel_frames
-from minixmd.inputs.batch import Media, Prompt, positions_of
+from minixmd.inputs.batch import Media, Prompt
 from minixmd.learning.checkpoint import versions
 from minixmd.learning.optim import adamw
 from minixmd.models.lora import add_lora
@@ -117,11 +117,12 @@ def clips(durations_s, vocab):
         tones_S = sum(torch.sin(2 * torch.pi * f * t_S * (1 + 0.05 * t_S)) for f in (180 + 40 * i, 900 + 210 * i))
         wave_S = 0.2 * tones_S + 0.05 * torch.randn(len(t_S), generator=generator)
         frames = num_mel_frames(len(wave_S))
-        media = Media("audio", log_mel(wave_S), BEFORE, num_audio_tokens(frames), frames=frames)
+        rows_P = BEFORE + torch.arange(num_audio_tokens(frames))
+        media = Media("audio", log_mel(wave_S), rows_P, frames=frames)
         text_T = torch.randint(1, min(vocab, AUDIO_ID), (BEFORE + AFTER,), generator=generator)
-        ids_N = torch.cat([text_T[:BEFORE], torch.full((media.tokens,), AUDIO_ID), text_T[BEFORE:]])
+        ids_N = torch.cat([text_T[:BEFORE], torch.full_like(rows_P, AUDIO_ID), text_T[BEFORE:]])
         target_N = torch.arange(len(ids_N)) >= len(ids_N) - 2  # the letter and the end of the turn
-        prompts.append(Prompt(ids_N, positions_of(len(ids_N), [media]), (media,), target_N))
+        prompts.append(Prompt(ids_N, torch.arange(len(ids_N)).expand(3, -1), (media,), target_N))
         waves.append(wave_S.numpy())
     extractor = WhisperFeatureExtractor(feature_size=128)
     heard = extractor(waves, sampling_rate=SAMPLE_RATE, return_attention_mask=True, return_tensors="pt")

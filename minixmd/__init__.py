@@ -40,6 +40,4 @@ def load(path, *, device="cpu", dtype=torch.float32):
     model = load_model(base, device=device, dtype=dtype)
     if base != path:
         load_adapter(model, path)
-    config = model.config
-    return model, Processor(base, config.family, vocab_size=config.text.vocab_size,
-                            max_positions=config.text.max_position_embeddings, config=config.raw)
+    return model, Processor(base, model.config)

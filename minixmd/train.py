@@ -105,7 +105,8 @@ def build(stage, pairs):
     else:
         model.requires_grad_(True)
         for name, p in model.named_parameters():
-            if name.endswith("embed_positions.weight"):  # Whisper's sinusoids are a table, not weights
+            # Whisper's sinusoids are a table, not weights, and Omni's begin and end vectors are read by nothing
+            if name.endswith(("embed_positions.weight", "audio_bos_eos_token.weight")):
                 p.requires_grad_(False)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     steps = stage.epochs * math.ceil(len(pairs) / stage.batch_size)

@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mini import AUDIO, VISION, write_tokenizer
-from tiny import Largest, audio_media, prompt, tiny_model, video_media
+from tiny import Largest, audio_media, positions, processor_of, prompt, tiny_model, video_media
 
-from minixmd import Group, Processor, Prompt, generate, pack
-from minixmd.inputs.batch import positions_of
+from minixmd import Group, Prompt, generate, pack
 from minixmd.learning.head import cross_entropy
 from minixmd.models.multimodal import attend
 from minixmd.train import accumulate
@@ -119,7 +118,7 @@ def completions_of(lengths, seed=0):
 def joined(prompt, completion_T):
     """The Prompt of one completion by itself: all of the completion is to be learnt."""
     ids_N = torch.cat([prompt.ids_N, completion_T])
-    return Prompt(ids_N, positions_of(len(ids_N), prompt.media), prompt.media, torch.arange(len(ids_N)) >= len(prompt))
+    return Prompt(ids_N, positions(len(ids_N), prompt.media), prompt.media, torch.arange(len(ids_N)) >= len(prompt))
 
 
 SHARED = {
@@ -214,7 +213,7 @@ def speaker(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder, AUDIO if kind == "audio" else VISION)
     model = tiny_model(kind, kv, vocab=340).requires_grad_(False)
-    processor = Processor(folder, model.config.family, vocab_size=340, max_positions=4096, config={})
+    processor = processor_of(folder, model.config)
     model.lm_head.weight.mul_(3)
     generator = torch.Generator().manual_seed(0)
 

@@ -2,10 +2,9 @@
 import pytest
 import torch
 from mini import AUDIO, write_tokenizer
-from tiny import tiny_model
+from tiny import positions, processor_of, tiny_model
 
-from minixmd import Processor, Prompt, generate, pack
-from minixmd.inputs.batch import positions_of
+from minixmd import Prompt, generate, pack
 from minixmd.learning.rollout import prompt_key, sample, uniform
 
 LENGTH = 12
@@ -17,7 +16,7 @@ def speaker(tmp_path_factory):
     write_tokenizer(folder, AUDIO)
     model = tiny_model("audio", vocab=340).requires_grad_(False)
     model.lm_head.weight.mul_(3)  # peaked predictions
-    return model, Processor(folder, model.config.family, vocab_size=340, max_positions=4096, config={})
+    return model, processor_of(folder, model.config)
 
 
 def say(speaker, conversations, **options):
@@ -122,7 +121,7 @@ def test_temperature_0_takes_the_largest_allowed_logit_at_every_position(speaker
     for conversation, (answer,) in zip(conversations, answers, strict=True):
         start = processor(conversation)
         ids_N = torch.cat([start.ids_N, torch.tensor(answer.ids)])
-        hidden_ND = model(pack([Prompt(ids_N, positions_of(len(ids_N), start.media), start.media)]))
+        hidden_ND = model(pack([Prompt(ids_N, positions(len(ids_N), start.media), start.media)]))
         logits_TV = model.logits(hidden_ND[len(start) - 1:-1]).index_fill(1, torch.tensor(processor.banned), -torch.inf)
         assert logits_TV.argmax(-1).tolist() == list(answer.ids)
         logp_TV = logits_TV.log_softmax(-1)  # at temperature 1

@@ -1,17 +1,17 @@
 """Conversations to Prompts: the published chat templates, targets, media rows, positions, and what is refused."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from media_files import write_wav
 from mini import AUDIO, COMMON, VISION, write_tokenizer
-from tiny import audio_media, reference_vision, video_media
+from tiny import positions, published_config
 
 from minixmd import Processor
 from minixmd.inputs.audio import log_mel
-from minixmd.inputs.batch import positions_of
 from minixmd.inputs.media import MediaError
-from minixmd.models.families import FAMILIES
+from minixmd.models.families import FAMILIES, read_config
 
 # chat_template of Qwen/Qwen2-Audio-7B-Instruct and of Qwen/Qwen2-VL-7B-Instruct, as published
 TEMPLATES = {
@@ -46,9 +46,12 @@ PLACEHOLDER = {"audio": "<|AUDIO|>", "vision": "<|video_pad|>"}
 TEXTS = ["Which sound is it?\n\nA. dog\nB. cat", "\n\n", "\n\n\n", ":\n\n", "assistant\n\n", "it's a dog.\n", "  two"]
 
 
-def processor_of(folder, kind, **options):
-    options = {"vocab_size": 400, "max_positions": 4096, "config": {}} | options
-    return Processor(folder, FAMILIES[FAMILY[kind]], **options)
+def processor_of(folder, kind, *, vocab_size=400, max_positions=4096, config=None):
+    """A Processor for a model whose config.json says nothing about ids but `config`."""
+    raw = published_config(kind)
+    text = raw.get("text_config", raw)
+    text["vocab_size"], text["max_position_embeddings"] = vocab_size, max_positions
+    return Processor(folder, replace(read_config(raw), part=config or {}))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +118,7 @@ def test_ids_equal_the_published_template_tokenised_by_transformers(kind, proces
     prompt = processor(conversation)
     head, *pieces = string.split(PLACEHOLDER[kind])
     assert len(pieces) == len(prompt.media)
-    string = head + "".join(PLACEHOLDER[kind] * m.tokens + piece for m, piece in zip(prompt.media, pieces, strict=True))
+    string = head + "".join(PLACEHOLDER[kind] * len(m.rows_P) + p for m, p in zip(prompt.media, pieces, strict=True))
     reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folders[kind] / "tokenizer.json"))
     assert prompt.ids_N.tolist() == reference(string, add_special_tokens=False)["input_ids"]
 
@@ -156,14 +159,14 @@ def test_media_know_their_rows_and_hold_the_features_of_their_clip(kind, process
     parts = [media(kind, 3, seed=1), media(kind, 1, seed=2), media(kind, 6, seed=3)]
     prompt = processor([turn("user", parts[0], text("and"), parts[1], parts[2], text("Which?"))])
     placeholder = processor.tokenizer.token_to_id(PLACEHOLDER[kind])
-    rows = [row for m in prompt.media for row in range(m.start, m.start + m.tokens)]
+    rows = [row for m in prompt.media for row in m.rows_P.tolist()]
     assert (prompt.ids_N == placeholder).nonzero().squeeze(1).tolist() == rows and len(rows) == 10
     for part, m in zip(parts, prompt.media, strict=True):
         assert m.kind == MEDIUM[kind]
         if kind == "audio":
-            assert torch.equal(m.features, log_mel(part["audio"])) and m.frames == 4 * m.tokens
+            assert torch.equal(m.features, log_mel(part["audio"])) and m.frames == 4 * len(m.rows_P)
         else:
-            assert m.grid_thw == (1, 2, 2 * m.tokens) and m.features.shape == (4 * m.tokens, 1176)
+            assert m.grid_thw == (1, 2, 2 * len(m.rows_P)) and m.features.shape == (4 * len(m.rows_P), 1176)
     alone = processor([turn("user", parts[2])])
     assert torch.equal(alone.media[0].features, prompt.media[2].features)
 
@@ -178,46 +181,12 @@ def test_a_file_gives_the_prompt_of_its_samples(folders, tmp_path):
     assert torch.allclose(file.media[0].features, tensor.media[0].features, atol=0.05)  # 16-bit samples
 
 
-# ---- M-RoPE positions ----
-
-
-def test_positions_by_hand():
-    videos = [video_media((2, 4, 4), 2, 0), video_media((3, 2, 2), 11, 0)]  # 8 tokens at row 2, 3 tokens at row 11
-    assert positions_of(16, videos).tolist() == [
-        [0, 1] + [2, 2, 2, 2, 3, 3, 3, 3] + [4] + [5, 6, 7] + [8, 9],
-        [0, 1] + [2, 2, 3, 3, 2, 2, 3, 3] + [4] + [5, 5, 5] + [8, 9],
-        [0, 1] + [2, 3, 2, 3, 2, 3, 2, 3] + [4] + [5, 5, 5] + [8, 9],
-    ]
-    assert positions_of(10, [audio_media(15, 3, 0)[0]]).tolist() == [list(range(10))] * 3
-
-
-@pytest.mark.parametrize("grid, last, text_at", [
-    ((5, 20, 28), (8, 13, 17), 18),  # 10 s at 1 fps of 320 x 240: width ends last
-    ((30, 36, 36), (33, 21, 21), 34),  # a minute: time ends last; resuming at max(h, w) / 2 would repeat 22 to 33
-    ((1, 40, 2), (4, 23, 4), 24),
-])  # fmt: skip
-def test_text_after_a_video_resumes_at_the_largest_position_plus_one(grid, last, text_at):
-    video = video_media(grid, 4, 0)
-    positions_3N = positions_of(4 + video.tokens + 2, [video])
-    assert positions_3N[:, :5].tolist() == [[0, 1, 2, 3, 4]] * 3
-    assert tuple(positions_3N[:, 3 + video.tokens].tolist()) == last
-    assert positions_3N[:, -2:].tolist() == [[text_at, text_at + 1]] * 3
-
-
-def test_positions_equal_transformers_where_no_video_is_longer_in_time_than_in_height_or_width():
-    pytest.importorskip("transformers")
-    videos = [video_media((5, 20, 28), 4, 0), video_media((2, 8, 4), 4 + 700 + 3, 0)]
-    kinds_N = torch.zeros(4 + 700 + 3 + 16 + 6, dtype=torch.long)
-    for video in videos:
-        kinds_N[video.start:video.start + video.tokens] = 2
-    theirs_3N = reference_vision().model.get_rope_index(
-        kinds_N[None], kinds_N[None], video_grid_thw=torch.tensor([video.grid_thw for video in videos]))[0][:, 0]
-    assert torch.equal(positions_of(len(kinds_N), videos), theirs_3N)
+# ---- positions ----
 
 
 def test_a_prompts_positions_are_those_of_its_media(kind, processor):
     prompt = processor([turn("user", text("Here"), media(kind, 5), text("which?"))])
-    assert torch.equal(prompt.positions_3N, positions_of(len(prompt), prompt.media))
+    assert torch.equal(prompt.positions_3N, positions(len(prompt), prompt.media))
     assert prompt.positions_3N.amax() == len(prompt) - 1  # 5 tokens in a row of 5 columns: as long as text
 
 
@@ -284,7 +253,7 @@ def test_a_prompt_at_the_limit_is_taken_whole_and_one_over_it_is_an_error(kind, 
 def test_audio_of_320_samples_is_too_short_and_of_321_is_one_token(folders, tmp_path):
     processor = processor_of(folders["audio"], "audio")
     prompt = processor([turn("user", {"type": "audio", "audio": torch.zeros(321)})])
-    assert [m.tokens for m in prompt.media] == [1]
+    assert [len(m.rows_P) for m in prompt.media] == [1]
     write_wav(tmp_path / "short.wav", torch.zeros(320).numpy())
     for source, name in ((torch.zeros(320), "audio"), (str(tmp_path / "short.wav"), "short.wav")):
         with pytest.raises(MediaError, match=f"{name}.*320 samples") as caught:

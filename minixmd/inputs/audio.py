@@ -14,16 +14,15 @@ import torch.nn.functional as F
 
 SAMPLE_RATE = 16_000
 N_FFT, HOP, MELS = 400, 160, 128
-MAX_SAMPLES = 30 * SAMPLE_RATE  # the window the tower was made for: only the first 30 s are heard
-MAX_FRAMES = MAX_SAMPLES // HOP
+WINDOW_S = 30  # seconds that Qwen2-Audio's tower was made for: what comes later is not heard
 RESAMPLE_BLOCK = 1 << 20  # samples handed to libswresample at once
 HALO = 2  # frames after the last real one that sound still reaches; the tower's convolutions look no further ahead
 MIN_SAMPLES = 2 * HOP + 1  # fewer give no audio token
 
 
-def num_mel_frames(num_samples: int) -> int:
-    """Mel frames that a clip of so many samples fills: one per started 10 ms, at most 3000."""
-    return min(-(-num_samples // HOP), MAX_FRAMES)
+def num_mel_frames(num_samples: int, window_s: int = WINDOW_S) -> int:
+    """Mel frames that a clip of so many samples fills: one per started 10 ms, at most those of the window."""
+    return min(-(-num_samples // HOP), window_s * SAMPLE_RATE // HOP)
 
 
 def num_audio_tokens(mel_frames: int) -> int:
@@ -31,7 +30,7 @@ def num_audio_tokens(mel_frames: int) -> int:
     return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1
 
 
-def log_mel(wave_S: torch.Tensor) -> torch.Tensor:
+def log_mel(wave_S: torch.Tensor, window_s: int = WINDOW_S) -> torch.Tensor:
     """The log-mel frames of a clip: all that hold sound, and a halo of two.
 
     Equal to the first columns of WhisperFeatureExtractor(feature_size=128)'s (128, 3000) for the clip padded to 30
@@ -39,9 +38,9 @@ def log_mel(wave_S: torch.Tensor) -> torch.Tensor:
     loudest value is taken over the whole padded clip, halo included, as the reference takes it.
 
     Args:
-        wave_S: (S,) float32, 16 kHz mono; what lies beyond 30 s is not heard.
+        wave_S: (S,) float32, 16 kHz mono; what lies beyond window_s seconds is not heard.
     Returns:
-        mel_MA: (128, min(l + 2, 3000)) float32 where l = num_mel_frames(S).
+        mel_MA: (128, min(l + 2, 100 window_s)) float32 where l = num_mel_frames(S, window_s).
     Raises:
         ValueError: "too short" for 320 samples (20 ms) or fewer, which give no token; not 1-D floating point; values
             so large (above about 1e16) that their power overflows.
@@ -51,10 +50,11 @@ def log_mel(wave_S: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"log_mel needs a 1-D floating-point wave, got {wave_S.dtype} {tuple(wave_S.shape)}")
     if len(wave_S) < MIN_SAMPLES:
         raise ValueError(f"too short: {len(wave_S)} samples give no audio token, {MIN_SAMPLES} are needed")
-    wave_S = wave_S[:MAX_SAMPLES].float()
-    frames = min(num_mel_frames(len(wave_S)) + HALO, MAX_FRAMES)
+    max_samples = window_s * SAMPLE_RATE
+    wave_S = wave_S[:max_samples].float()
+    frames = min(num_mel_frames(len(wave_S), window_s) + HALO, max_samples // HOP)
     # Silence enough that no kept frame reaches the padded end, where stft reflects; at 30 s so does the reference.
-    padded = F.pad(wave_S, (0, min(frames * HOP + N_FFT, MAX_SAMPLES) - len(wave_S)))
+    padded = F.pad(wave_S, (0, min(frames * HOP + N_FFT, max_samples) - len(wave_S)))
     window = torch.hann_window(N_FFT, device=wave_S.device)  # periodic
     power = torch.stft(padded, N_FFT, HOP, window=window, return_complex=True)[:, :frames].abs() ** 2
     mel_MA = (mel_filters().to(wave_S.device) @ power.contiguous()).clamp(min=1e-10).log10()

@@ -14,8 +14,7 @@ class Media:
 
     kind: str  # "audio" | "video"
     features: torch.Tensor  # audio: mel_MA with its halo (fp32); video: patches_PC (fp32)
-    start: int  # first placeholder row
-    tokens: int  # placeholder rows
+    rows_P: torch.Tensor  # its placeholders' rows in the token sequence (int64)
     frames: int = 0  # audio: mel frames that hold sound (the halo not counted)
     grid_thw: tuple[int, int, int] | None = None  # video: patch grid, before the 2x2 merge
 
@@ -57,7 +56,7 @@ class Batch:
     ids_N: torch.Tensor
     positions_3N: torch.Tensor
     segments: tuple[Segment, ...]
-    media: tuple[Media, ...]  # `start` counts packed rows
+    media: tuple[Media, ...]  # `rows_P` are packed rows
     target_row_T: torch.Tensor
     target_id_T: torch.Tensor
     target_weight_T: torch.Tensor  # fp32, 1 until the objective says otherwise
@@ -66,28 +65,8 @@ class Batch:
 
     def to(self, device):
         move = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        media = tuple(replace(m, features=m.features.to(device)) for m in self.media)
+        media = tuple(replace(m, features=m.features.to(device), rows_P=m.rows_P.to(device)) for m in self.media)
         return replace(self, media=media, **move)
-
-
-def positions_of(length, media):
-    """M-RoPE positions (3, length) of a sequence whose media stand at known rows.
-
-    Text and audio advance all three rows by one. A video's rows are its grid (time, height, width) from the position
-    reached, one step a frame pair; what follows resumes at the largest position used + 1, the rule under which the
-    published checkpoints were trained.
-    """
-    positions_3N = torch.empty(3, length, dtype=torch.int64)
-    row, at = 0, 0
-    for m in sorted((m for m in media if m.grid_thw), key=lambda m: m.start):
-        positions_3N[:, row:m.start] = torch.arange(at, at + m.start - row)
-        at += m.start - row
-        t, h, w = m.grid_thw[0], m.grid_thw[1] // 2, m.grid_thw[2] // 2
-        grid = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
-        positions_3N[:, m.start:m.start + m.tokens] = at + torch.stack(grid).reshape(3, -1)
-        row, at = m.start + m.tokens, at + max(t, h, w)
-    positions_3N[:, row:] = torch.arange(at, at + length - row)
-    return positions_3N
 
 
 def pack(items):
@@ -111,7 +90,7 @@ def pack(items):
         segments.append(Segment(at, len(prompt)))
         ids.append(prompt.ids_N)
         positions.append(prompt.positions_3N)
-        media += [replace(m, start=m.start + at) for m in prompt.media]
+        media += [replace(m, rows_P=m.rows_P + at) for m in prompt.media]
         if prompt.target_N is not None and not isinstance(item, Group):
             learn_T = prompt.target_N.nonzero().squeeze(1)
             if len(learn_T) and learn_T[0] == 0:

@@ -86,6 +86,11 @@ def read_audio(path, *, sample_rate: int = SAMPLE_RATE) -> torch.Tensor:
 
 
 def read_video(path, *, fps: float = 1.0, nframes: int | None = None) -> torch.Tensor:
+    """The frames of `read_frames`, without their rate."""
+    return read_frames(path, fps=fps, nframes=nframes)[0]
+
+
+def read_frames(path, *, fps: float = 1.0, nframes: int | None = None) -> tuple[torch.Tensor, float | None]:
     """Decode the frames that Qwen's rule picks (`image.sample_frames`) from the first video track, never the sound.
 
     What counts is the number of frames that decode, not the header's: clips cut without re-encoding list frames that
@@ -99,6 +104,7 @@ def read_video(path, *, fps: float = 1.0, nframes: int | None = None) -> torch.T
         nframes: a fixed number of frames instead, even and >= 2.
     Returns:
         frames_TCHW: (T, 3, H, W) uint8 RGB. T is even, or 1 for a video of one frame.
+        Frames picked per second, T / all frames * the track's rate; None when the file does not say its rate.
     Raises:
         MediaError: see the module's policy; `too short` when nframes is more than there are.
         ValueError: fps or nframes out of range.
@@ -131,7 +137,8 @@ def read_video(path, *, fps: float = 1.0, nframes: int | None = None) -> torch.T
             images = [_to_rgb(frame, path) for i, frame in decoded if i in wanted]
     if len({image.shape for image in images}) > 1:
         raise MediaError(path, "unreadable", "the picture size changes in the middle")
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    frames_TCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return frames_TCHW, float(len(index_T) / total * rate) if rate else None
 
 
 def _check_file(path) -> bytes:

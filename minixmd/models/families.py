@@ -3,7 +3,7 @@
 A published file is flat or sparse, transformers 5 writes a nested one; absent fields take the reference's defaults. A
 field that nothing here implements must stand at the value under which it does nothing, or it raises.
 """
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 
 
 @dataclass(frozen=True)
@@ -12,30 +12,53 @@ class Family:
     system: str  # the template's default system turn
     audio: tuple[str, str, str] | None  # text before, placeholder, text after; {n} counts the conversation's audios
     video: tuple[str, str, str] | None
+    audio_s: int  # seconds of a clip that are heard
     published: dict[str, str]  # our attribute prefix -> prefix in the published file
     modules: dict[str, str]  # our attribute prefix -> module path in transformers 5, which adapters use
-    token_fields: dict[str, str]  # config field -> the placeholder whose id it must hold
+    token_fields: dict[str, str]  # config field -> the token whose id it must hold
+    part: str | None = None  # config.json holds several models; this field is the one that is built
+    skipped: dict[str, str] = field(default_factory=dict)  # prefix in the file of a part that is not built -> its name
+    sampled_fps: bool = True  # a frame's time counts by the rate of the chosen frames, as qwen-vl-utils says; False: by
+    # the rate asked for, as the published Omni processor does
+    split_qkv: bool = False  # the vision tower's queries, keys and values are three matrices in the file
 
 
 SYSTEM = "You are a helpful assistant."
-FAMILIES = {
-    "qwen2_audio": Family(
-        model_type="qwen2_audio", system=SYSTEM,
-        audio=("Audio {n}: <|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>\n"), video=None,
-        published={"audio_tower.": "audio_tower.", "multi_modal_projector.": "multi_modal_projector.",
-                   "model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
-        modules={"audio_tower.": "model.audio_tower.", "multi_modal_projector.": "model.multi_modal_projector.",
-                 "model.": "model.language_model.", "lm_head.": "lm_head."},
-        token_fields={"audio_token_index": "<|AUDIO|>", "audio_token_id": "<|AUDIO|>"},
-    ),
-    "qwen2_vl": Family(
-        model_type="qwen2_vl", system=SYSTEM,
-        audio=None, video=("<|vision_start|>", "<|video_pad|>", "<|vision_end|>"),
-        published={"visual.": "visual.", "model.": "model.", "lm_head.": "lm_head."},
-        modules={"visual.": "model.visual.", "model.": "model.language_model.", "lm_head.": "lm_head."},
-        token_fields={"video_token_id": "<|video_pad|>", "image_token_id": "<|image_pad|>"},
-    ),
-}  # fmt: skip
+DECODER = {"model.": "model.language_model.", "lm_head.": "lm_head."}
+VISION_TOKENS = {"video_token_id": "<|video_pad|>", "image_token_id": "<|image_pad|>",
+                 "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+QWEN2_AUDIO = Family(
+    model_type="qwen2_audio", system=SYSTEM,
+    audio=("Audio {n}: <|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>\n"), video=None, audio_s=30,
+    published={"audio_tower.": "audio_tower.", "multi_modal_projector.": "multi_modal_projector.",
+               "model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
+    modules={"audio_tower.": "model.audio_tower.", "multi_modal_projector.": "model.multi_modal_projector.", **DECODER},
+    token_fields={"audio_token_index": "<|AUDIO|>", "audio_token_id": "<|AUDIO|>"},
+)
+QWEN2_VL = Family(
+    model_type="qwen2_vl", system=SYSTEM,
+    audio=None, video=("<|vision_start|>", "<|video_pad|>", "<|vision_end|>"), audio_s=0,
+    published={"visual.": "visual.", "model.": "model.", "lm_head.": "lm_head."},
+    modules={"visual.": "model.visual.", **DECODER}, token_fields=VISION_TOKENS,
+)
+OMNI_THINKER = Family(  # the part of Qwen2.5-Omni that listens, looks and writes; saved on its own
+    model_type="qwen2_5_omni_thinker", system=SYSTEM,
+    audio=("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"),
+    video=("<|vision_bos|>", "<|VIDEO|>", "<|vision_eos|>"), audio_s=300,
+    published={"audio_tower.": "audio_tower.", "visual.": "visual.", "model.": "model.", "lm_head.": "lm_head."},
+    modules={"audio_tower.": "model.audio_tower.", "visual.": "model.visual.", **DECODER},
+    token_fields={"audio_token_index": "<|AUDIO|>", "audio_token_id": "<|AUDIO|>", "video_token_index": "<|VIDEO|>",
+                  "video_token_id": "<|VIDEO|>", "image_token_index": "<|IMAGE|>", "image_token_id": "<|IMAGE|>",
+                  "audio_start_token_id": "<|audio_bos|>", "audio_end_token_id": "<|audio_eos|>",
+                  "vision_start_token_id": "<|vision_bos|>", "vision_end_token_id": "<|vision_eos|>"},
+    sampled_fps=False, split_qkv=True,
+)
+FAMILIES = {family.model_type: family for family in (
+    QWEN2_AUDIO, QWEN2_VL, replace(QWEN2_VL, model_type="qwen2_5_vl"), OMNI_THINKER,
+    replace(OMNI_THINKER, model_type="qwen2_5_omni", part="thinker_config",
+            published={ours: "thinker." + theirs for ours, theirs in OMNI_THINKER.published.items()},
+            skipped={"talker.": "talker", "token2wav.": "token2wav"}),
+)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,19 +83,30 @@ class AudioConfig:
     encoder_ffn_dim: int
     d_model: int
     max_source_positions: int
+    n_window: int | None  # half the mel frames of a chunk that is encoded on its own; None = the whole clip at once
+    output_dim: int | None  # width after the tower's own projection; None = the projector stands outside
 
 
 @dataclass(frozen=True)
 class VisionConfig:
     depth: int
-    embed_dim: int
+    width: int  # E
+    out_width: int  # the decoder's D
     num_heads: int
-    mlp_ratio: float
     in_channels: int
-    hidden_size: int
     patch_size: int
     spatial_merge_size: int
     temporal_patch_size: int
+    mlp_ratio: float | None  # a plain MLP of this many times the width, after LayerNorm
+    intermediate_size: int | None  # or a gated MLP of this width, after RMSNorm
+    window_size: int | None  # side of an attention window in pixels; None = every block sees the whole frame
+    fullatt_block_indexes: tuple[int, ...] | None  # blocks that see the whole frame all the same
+    tokens_per_second: int | None  # ids that a second of video takes; None = one id a frame pair
+
+
+# config.json's names of the vision tower's widths: Qwen2-VL says hidden_size where the others say out_hidden_size
+WIDTHS = {"qwen2_vl": {"width": "embed_dim", "out_width": "hidden_size"}}
+OTHER_WIDTHS = {"width": "hidden_size", "out_width": "out_hidden_size"}
 
 
 @dataclass(frozen=True)
@@ -82,36 +116,50 @@ class ModelConfig:
     audio: AudioConfig | None
     vision: VisionConfig | None
     tie_word_embeddings: bool
+    ids_per_s: int | None  # positions that a second of video takes; None = one a frame pair
+    chunk_s: int | None  # seconds after which picture and sound take turns in a sounded video
+    part: dict  # the part of config.json that describes this model
     raw: dict  # config.json as read, for saving
 
 
-DEFAULTS = {
-    "qwen2_audio": {
-        "text": dict(vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
-                     num_attention_heads=32, num_key_value_heads=32, rms_norm_eps=1e-6, max_position_embeddings=32768,
-                     rope_theta=10000.0, mrope_section=None),
-        "audio": dict(num_mel_bins=128, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120,
-                      d_model=1280, max_source_positions=1500),
-    },
-    "qwen2_vl": {
-        "text": dict(vocab_size=152064, hidden_size=8192, intermediate_size=29568, num_hidden_layers=80,
-                     num_attention_heads=64, num_key_value_heads=8, rms_norm_eps=1e-5, max_position_embeddings=32768,
-                     rope_theta=1000000.0, mrope_section=(16, 24, 24)),
-        "vision": dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4, in_channels=3, hidden_size=3584,
-                       patch_size=14, spatial_merge_size=2, temporal_patch_size=2),
-    },
+_TEXT = dict(vocab_size=152064, hidden_size=8192, intermediate_size=29568, num_hidden_layers=80,
+             num_attention_heads=64, num_key_value_heads=8, rms_norm_eps=1e-5, max_position_embeddings=32768,
+             rope_theta=1000000.0, mrope_section=(16, 24, 24))
+_AUDIO = dict(num_mel_bins=128, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120, d_model=1280,
+              max_source_positions=1500, n_window=None, output_dim=None)
+_VISION = dict(depth=32, width=1280, out_width=3584, num_heads=16, in_channels=3, patch_size=14, spatial_merge_size=2,
+               temporal_patch_size=2, mlp_ratio=4, intermediate_size=None, window_size=None,
+               fullatt_block_indexes=None, tokens_per_second=None)
+_WINDOWED = {**_VISION, "width": 3584, "mlp_ratio": None, "intermediate_size": 3420, "window_size": 112,
+             "fullatt_block_indexes": (7, 15, 23, 31)}
+_OMNI = dict(
+    text={**_TEXT, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+          "num_key_value_heads": 4, "rms_norm_eps": 1e-6},
+    audio={**_AUDIO, "n_window": 100, "output_dim": 3584}, vision=_WINDOWED,
+)  # fmt: skip
+DEFAULTS = {  # the reference's values of fields that a config.json leaves out; None: the family has no such field
+    "qwen2_audio": dict(
+        text={**_TEXT, "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
+              "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+              "mrope_section": None},
+        audio=_AUDIO,
+    ),
+    "qwen2_vl": dict(text=_TEXT, vision=_VISION),
+    "qwen2_5_vl": dict(text=_TEXT, vision={**_WINDOWED, "tokens_per_second": 4}),
+    "qwen2_5_omni_thinker": _OMNI,
+    "qwen2_5_omni": _OMNI,
 }  # fmt: skip
 INERT = set(  # recorded by other programs; nothing in a forward pass depends on them
     """model_type architectures torch_dtype dtype transformers_version use_cache initializer_range init_std ignore_index
-    bos_token_id eos_token_id pad_token_id sliding_window max_window_layers vocab_size vision_start_token_id
-    vision_end_token_id vision_token_id spatial_patch_size in_chans""".split()
+    bos_token_id eos_token_id pad_token_id sliding_window max_window_layers vocab_size vision_token_id user_token_id
+    spatial_patch_size in_chans embed_dim tokens_per_second""".split()
 )
 FIXED = {  # implemented at this value only
     "activation_function": ("gelu",), "attention_dropout": (0.0,), "dropout": (0.0,), "activation_dropout": (0.0,),
     "encoder_layerdrop": (0.0,), "scale_embedding": (False,), "use_sliding_window": (False,), "use_mrope": (False,),
     "tie_word_embeddings": (False, True),
 }  # fmt: skip
-ACTIVATION = {TextConfig: ("silu",), AudioConfig: (), VisionConfig: ("quick_gelu",)}  # hidden_act of each part
+FRONT_END = {"num_mel_bins": 128, "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
 
 
 def _rope(section, where):
@@ -130,26 +178,42 @@ def _rope(section, where):
     return out
 
 
-def _read(cls, section, defaults, where):
-    known = {f.name for f in fields(cls)}
-    values = {**defaults, **{k: v for k, v in section.items() if k in known and v is not None}}
+def _read(cls, section, defaults, where, names=None, act="silu"):
+    """A section of config.json as `cls`; `names` are the fields that config.json calls otherwise."""
+    theirs = {f.name: (names or {}).get(f.name, f.name) for f in fields(cls) if defaults[f.name] is not None}
+    values = {**defaults, **{ours: section[k] for ours, k in theirs.items() if section.get(k) is not None}}
     if cls is TextConfig:
         values.update(_rope(section, where))
     elif (section.get("rope_parameters") or {}).get("rope_theta", 10000.0) != 10000.0:
         raise ValueError(f"config.json: {where}rope_parameters = {section['rope_parameters']} is not implemented")
     for name, value in section.items():
-        if name in known or name in INERT or name.startswith(("_", "rope_")) or value is None:
+        if name in theirs.values() or name in INERT or name.startswith(("_", "rope_")) or value is None:
             continue
         if name == "layer_types" and set(value) == {"full_attention"}:
             continue
-        fixed = ACTIVATION[cls] if name == "hidden_act" else FIXED.get(name, ())
-        if value not in fixed:
+        if value not in ((act,) if name == "hidden_act" else FIXED.get(name, ())):
             raise ValueError(f"config.json: {where}{name} = {value!r} is not implemented")
-    for field in fields(cls):
-        name, value = field.name, values[field.name]
-        if name != "mrope_section" and (type(value) not in {int, field.type} or value <= 0):
-            raise ValueError(f"config.json: {where}{name} must be a positive {field.type.__name__}, got {value!r}")
+    for entry in fields(cls):
+        name, value = theirs.get(entry.name, entry.name), values[entry.name]
+        if defaults[entry.name] is None or entry.name == "mrope_section":
+            continue
+        if entry.name == "fullatt_block_indexes":
+            if not isinstance(value, list | tuple) or not all(type(i) is int and i >= 0 for i in value):
+                raise ValueError(f"config.json: {where}{name} must be a list of block numbers, got {value!r}")
+            values[entry.name] = tuple(value)
+            continue
+        kind = float if entry.type in (float, float | None) else int
+        if type(value) not in {int, kind} or value <= 0:
+            raise ValueError(f"config.json: {where}{name} must be a positive {kind.__name__}, got {value!r}")
+        if FRONT_END.get(name, value) != value:
+            raise ValueError(f"config.json: {where}{name} = {value!r} is not implemented; it must be {FRONT_END[name]}")
     return cls(**values)
+
+
+def _section(raw, name, where=""):
+    if not isinstance(raw.get(name), dict | None):
+        raise ValueError(f"config.json: {where}{name} must be an object, got {raw[name]!r}")
+    return raw.get(name)
 
 
 def read_config(raw):
@@ -161,27 +225,41 @@ def read_config(raw):
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"config.json: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
-    family, defaults = FAMILIES[kind], DEFAULTS[kind]
-    for name in ("text_config", "audio_config", "vision_config"):
-        if not isinstance(raw.get(name), dict | None):
-            raise ValueError(f"config.json: {name} must be an object, got {raw[name]!r}")
-    top = {k: v for k, v in raw.items() if not isinstance(v, dict) and k not in family.token_fields}
-    text = raw.get("text_config")
+    family, defaults, where, part = FAMILIES[kind], DEFAULTS[kind], "", raw
+    if family.part:  # what stands beside the part concerns other models
+        where, part = family.part + ".", _section(raw, family.part)
+        if part is None:
+            raise ValueError(f"config.json: {family.part} is missing")
+    text, audio, vision = (_section(part, name, where) for name in ("text_config", "audio_config", "vision_config"))
+    own = {"position_id_per_seconds", "seconds_per_chunk"} if family.audio and family.video else set()
+    top = {k: v for k, v in part.items() if not isinstance(v, dict) and k not in {*family.token_fields, *own}}
     if text is None:  # flat: the decoder's fields stand at the top
-        text = {k: v for k, v in raw.items() if not k.endswith("_config") and k not in family.token_fields}
+        text = {k: v for k, v in top.items() if not k.endswith("_config")} | {
+            k: v for k, v in part.items() if k in ("rope_scaling", "rope_parameters")}
     else:
-        _read(TextConfig, {k: v for k, v in top.items() if k != "vocab_size"}, defaults["text"], "")
-    audio = vision = None
+        _read(TextConfig, {k: v for k, v in top.items() if k != "vocab_size"}, defaults["text"], where)
+    text = {k: v for k, v in text.items() if k not in family.token_fields}
+    names = WIDTHS.get(kind, OTHER_WIDTHS)
+    audio_config = vision_config = ids_per_s = chunk_s = None
     if family.audio:
-        audio = _read(AudioConfig, raw.get("audio_config") or {}, defaults["audio"], "audio_config.")
+        audio_config = _read(AudioConfig, audio or {}, defaults["audio"], where + "audio_config.")
     if family.video:
-        vision = _read(VisionConfig, raw.get("vision_config") or {}, defaults["vision"], "vision_config.")
-    text_config = _read(TextConfig, text, defaults["text"], "text_config.")
-    if vision is not None and vision.hidden_size != text_config.hidden_size:
-        raise ValueError(f"config.json: vision_config.hidden_size {vision.hidden_size} differs from the decoder's "
-                         f"hidden_size {text_config.hidden_size}")
+        act = "silu" if defaults["vision"]["window_size"] else "quick_gelu"
+        vision_config = _read(VisionConfig, vision or {}, defaults["vision"], where + "vision_config.", names, act)
+        ids_per_s = vision_config.tokens_per_second
+    if own:
+        ids_per_s, chunk_s = part.get("position_id_per_seconds", 25), part.get("seconds_per_chunk", 2)
+        for name, value in (("position_id_per_seconds", ids_per_s), ("seconds_per_chunk", chunk_s)):
+            if type(value) is not int or value <= 0:
+                raise ValueError(f"config.json: {where}{name} must be a positive int, got {value!r}")
+    text_config = _read(TextConfig, text, defaults["text"], where + "text_config.")
+    for name, width in (("audio_config.output_dim", audio_config and audio_config.output_dim),
+                        (f"vision_config.{names['out_width']}", vision_config and vision_config.out_width)):
+        if width not in (None, text_config.hidden_size):
+            raise ValueError(f"config.json: {where}{name} {width} differs from the decoder's hidden_size "
+                             f"{text_config.hidden_size}")
     if sum(text_config.mrope_section or ()) not in (0, text_config.hidden_size // text_config.num_attention_heads // 2):
         raise ValueError(f"config.json: mrope_section {text_config.mrope_section} does not add up to half a head "
                          f"({text_config.hidden_size // text_config.num_attention_heads // 2})")
-    tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    return ModelConfig(family, text_config, audio, vision, bool(tied), raw)
+    tied = bool(part.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+    return ModelConfig(family, text_config, audio_config, vision_config, tied, ids_per_s, chunk_s, part, raw)

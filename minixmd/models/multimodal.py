@@ -8,7 +8,7 @@ from minixmd.models.attention import attend
 from minixmd.models.lora import Linear
 from minixmd.models.qwen2 import Qwen2
 from minixmd.models.vit import ViT
-from minixmd.models.whisper import Whisper
+from minixmd.models.whisper import ChunkedWhisper, Whisper
 
 
 def raw_logits(hidden_ND, weight_VD):
@@ -44,10 +44,11 @@ class MultimodalLM(nn.Module):
         super().__init__()
         self.config = config
         if config.audio is not None:
-            self.audio_tower = Whisper(config.audio)
-            self.multi_modal_projector = Projector(config)
+            whole = config.audio.n_window is None
+            self.audio_tower = Whisper(config.audio) if whole else ChunkedWhisper(config.audio)
+            self.multi_modal_projector = Projector(config) if whole else None
         if config.vision is not None:
-            self.visual = ViT(config.vision)
+            self.visual = ViT(config.vision, config.family.split_qkv)
         self.model = Qwen2(config.text)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.tie()
@@ -66,7 +67,7 @@ class MultimodalLM(nn.Module):
         for kind in sorted({m.kind for m in batch.media}):
             media = [m for m in batch.media if m.kind == kind]
             features_PD = self.encode(kind, media)
-            rows_P = torch.cat([torch.arange(m.start, m.start + m.tokens) for m in media]).to(x_ND.device)
+            rows_P = torch.cat([m.rows_P for m in media])
             if len(rows_P) != len(features_PD):
                 raise ValueError(f"{len(rows_P)} {kind} placeholders for {len(features_PD)} features")
             x_ND = x_ND.index_copy(0, rows_P, features_PD.to(x_ND.dtype))
@@ -75,7 +76,8 @@ class MultimodalLM(nn.Module):
     def encode(self, kind, media):
         """A tower's output in the decoder's width, one row a placeholder."""
         if kind == "audio" and self.config.audio is not None:
-            return self.multi_modal_projector(self.audio_tower(media))
+            features = self.audio_tower(media)
+            return features if self.multi_modal_projector is None else self.multi_modal_projector(features)
         if kind == "video" and self.config.vision is not None:
             return self.visual(media)
         raise ValueError(f"a {self.config.family.model_type} model cannot take {kind}")

@@ -1,10 +1,17 @@
-"""Qwen2-VL's vision tower: a ViT over frame pairs with two-dimensional rotary positions, then a 2x2 merge."""
+"""The vision tower: a ViT over frame pairs with two-dimensional rotary positions, then a 2x2 merge.
+
+Qwen2-VL: LayerNorm, a plain MLP, every block sees a whole frame pair. Qwen2.5-VL and Omni: RMSNorm, a gated MLP, and
+most blocks see windows of 112 pixels; the rows are put in window order once, so that a window is a run of neighbours.
+"""
+from itertools import accumulate
+
 import torch
 from torch import nn
 
 from minixmd.inputs.batch import Segment
 from minixmd.models.attention import attend, rotate
 from minixmd.models.lora import Linear
+from minixmd.models.qwen2 import RMSNorm
 
 
 class PatchEmbed(nn.Module):
@@ -13,21 +20,25 @@ class PatchEmbed(nn.Module):
     def __init__(self, config):
         super().__init__()
         size = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(config.in_channels, config.embed_dim, size, stride=size, bias=False)
+        self.proj = nn.Conv3d(config.in_channels, config.width, size, stride=size, bias=False)
 
     def forward(self, patches_PC):
         return nn.functional.linear(patches_PC.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, split_qkv):
         super().__init__()
-        self.H = config.num_heads
-        self.qkv = Linear(config.embed_dim, 3 * config.embed_dim)
-        self.proj = Linear(config.embed_dim, config.embed_dim)
+        self.H, self.split_qkv = config.num_heads, split_qkv
+        if split_qkv:
+            self.q, self.k, self.v = (Linear(config.width, config.width) for _ in range(3))
+        else:
+            self.qkv = Linear(config.width, 3 * config.width)
+        self.proj = Linear(config.width, config.width)
 
     def forward(self, x_PE, cos_PK, sin_PK, segments):
-        q, k, v = self.qkv(x_PE).unflatten(-1, (3, self.H, -1)).unbind(1)
+        three = (self.q(x_PE), self.k(x_PE), self.v(x_PE)) if self.split_qkv else self.qkv(x_PE).chunk(3, dim=-1)
+        q, k, v = (x.unflatten(-1, (self.H, -1)) for x in three)
         o_PHK = attend(rotate(q, cos_PK, sin_PK), rotate(k, cos_PK, sin_PK), v, segments, causal=False)
         return self.proj(o_PHK.flatten(1))
 
@@ -35,21 +46,35 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.fc1 = Linear(config.embed_dim, int(config.embed_dim * config.mlp_ratio))
-        self.fc2 = Linear(int(config.embed_dim * config.mlp_ratio), config.embed_dim)
+        self.fc1 = Linear(config.width, int(config.width * config.mlp_ratio))
+        self.fc2 = Linear(int(config.width * config.mlp_ratio), config.width)
 
     def forward(self, x_PE):
         x = self.fc1(x_PE)
         return self.fc2(x * torch.sigmoid(1.702 * x))  # "quick" GELU
 
 
-class Block(nn.Module):
+class GatedMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.embed_dim, eps=1e-6)
-        self.norm2 = nn.LayerNorm(config.embed_dim, eps=1e-6)
-        self.attn = Attention(config)
-        self.mlp = MLP(config)
+        self.gate_proj = Linear(config.width, config.intermediate_size)
+        self.up_proj = Linear(config.width, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.width)
+
+    def forward(self, x_PE):
+        return self.down_proj(nn.functional.silu(self.gate_proj(x_PE)) * self.up_proj(x_PE))
+
+
+def _norm(config):
+    return nn.LayerNorm(config.width, eps=1e-6) if config.window_size is None else RMSNorm(config.width, 1e-6)
+
+
+class Block(nn.Module):
+    def __init__(self, config, split_qkv):
+        super().__init__()
+        self.norm1, self.norm2 = _norm(config), _norm(config)
+        self.attn = Attention(config, split_qkv)
+        self.mlp = MLP(config) if config.window_size is None else GatedMLP(config)
 
     def forward(self, x_PE, cos_PK, sin_PK, segments):
         x_PE = x_PE + self.attn(self.norm1(x_PE), cos_PK, sin_PK, segments)
@@ -61,26 +86,39 @@ class Merger(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.width = config.embed_dim * config.spatial_merge_size**2
-        self.ln_q = nn.LayerNorm(config.embed_dim, eps=1e-6)
-        self.mlp = nn.Sequential(Linear(self.width, self.width), nn.GELU(), Linear(self.width, config.hidden_size))
+        self.width = config.width * config.spatial_merge_size**2
+        self.ln_q = _norm(config)
+        self.mlp = nn.Sequential(Linear(self.width, self.width), nn.GELU(), Linear(self.width, config.out_width))
 
     def forward(self, x_PE):
         return self.mlp(self.ln_q(x_PE).reshape(-1, self.width))
 
 
+def window_order(grid_thw, side):
+    """The merged tokens of a clip, window by window: their numbers in frame order, and each window's token count.
+
+    Windows are `side` x `side` merged tokens, cut from a frame's top left corner; those at the right and lower edge
+    hold what is left.
+    """
+    t, h, w = grid_thw[0], grid_thw[1] // 2, grid_thw[2] // 2
+    frame_hw = torch.arange(h * w).view(h, w)
+    windows = [tile.flatten() for rows in frame_hw.split(side) for tile in rows.split(side, dim=1)]
+    order = torch.cat([torch.cat(windows) + i * h * w for i in range(t)])
+    return order, [len(window) for window in windows] * t
+
+
 class ViT(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, split_qkv=False):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, split_qkv) for _ in range(config.depth))
         self.merger = Merger(config)
 
     def rotary(self, media):
         """cos, sin (P, K) fp32: the first half of the frequencies turns by patch row, the second by patch column, in
         the order of the patches (merge block by merge block)."""
-        K, m = self.config.embed_dim // self.config.num_heads, self.config.spatial_merge_size
+        K, m = self.config.width // self.config.num_heads, self.config.spatial_merge_size
         angles = []
         for clip in media:
             t, h, w = clip.grid_thw
@@ -100,15 +138,33 @@ class ViT(nn.Module):
         Args:
             media: list of video Media; features patches_PC in merge-block order.
         Returns:
-            (sum of t h w / 4, D): patches of one frame pair see each other, pairs do not.
+            (sum of t h w / 4, D): patches of one frame pair see each other (in most blocks of a tower with windows:
+            those of one window), pairs do not.
         """
         x_PE = self.patch_embed(torch.cat([clip.features for clip in media]))
         cos_PK, sin_PK = self.rotary(media)
-        segments, at = [], 0
+        frames = _runs(h * w for t, h, w in (clip.grid_thw for clip in media) for _ in range(t))
+        if self.config.window_size is None:
+            for block in self.blocks:
+                x_PE = block(x_PE, cos_PK, sin_PK, frames)
+            return self.merger(x_PE)
+        merge = self.config.spatial_merge_size**2
+        side = self.config.window_size // self.config.patch_size // self.config.spatial_merge_size
+        orders, counts, at = [], [], 0
         for clip in media:
-            t, h, w = clip.grid_thw
-            segments += [Segment(at + i * h * w, h * w) for i in range(t)]
-            at += t * h * w
-        for block in self.blocks:
-            x_PE = block(x_PE, cos_PK, sin_PK, segments)
-        return self.merger(x_PE)
+            order, lengths = window_order(clip.grid_thw, side)
+            orders.append(order + at)
+            counts += lengths
+            at += len(order)
+        order = torch.cat(orders).to(x_PE.device)
+        x_PE, cos_PK, sin_PK = (x.unflatten(0, (-1, merge))[order].flatten(0, 1) for x in (x_PE, cos_PK, sin_PK))
+        windows = _runs(merge * count for count in counts)
+        for i, block in enumerate(self.blocks):
+            x_PE = block(x_PE, cos_PK, sin_PK, frames if i in self.config.fullatt_block_indexes else windows)
+        return self.merger(x_PE)[order.argsort()]
+
+
+def _runs(lengths):
+    """Segments of these lengths, one after another."""
+    lengths = list(lengths)
+    return [Segment(end - length, length) for length, end in zip(lengths, accumulate(lengths), strict=True)]

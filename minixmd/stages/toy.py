@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from minixmd.config import PROMPT
 from minixmd.files import write_safetensors
-from minixmd.inputs.batch import Prompt, pack, positions_of
+from minixmd.inputs.batch import Prompt, pack
 from minixmd.inputs.examples import build_conversation, read_manifest
+from minixmd.inputs.positions import grid_offsets, positions_of
 from minixmd.inputs.tokenizer import Processor
 from minixmd.learning.head import cross_entropy
 from minixmd.learning.optim import learning_rate
@@ -56,9 +57,7 @@ def new_model(folder, name, seed):
     """An untrained model and its processor, whose files are written to `folder`."""
     write_processor(folder, FAMILY[name][0])
     model = make_model(folder, FAMILY[name][0], hash_seed(seed, "weights"))
-    config = model.config
-    return model, Processor(folder, config.family, vocab_size=config.text.vocab_size,
-                            max_positions=config.text.max_position_embeddings, config=config.raw)
+    return model, Processor(folder, model.config)
 
 
 def decoder_parameters(model):
@@ -97,7 +96,8 @@ def lesson(processor, before_N, media, right, options, letters):
     ids += processor.encode(after + "<|im_end|>\n<|im_start|>assistant\n")
     ids += [*processor.encode(letters[right]), processor.end_id]
     target_N = torch.arange(len(ids)) >= len(ids) - 2
-    return Prompt(torch.tensor(ids), positions_of(len(ids), media), tuple(media), target_N), hints
+    blocks = [(int(m.rows_P[0]), grid_offsets(m.grid_thw)) for m in media if m.grid_thw]
+    return Prompt(torch.tensor(ids), positions_of(len(ids), blocks), tuple(media), target_N), hints
 
 
 def lesson_loss(model, lessons):
