@@ -2,10 +2,11 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from media_files import write_wav
-from mini import AUDIO, COMMON, VISION, write_tokenizer
+from media_files import write_mp4, write_wav
+from mini import AUDIO, COMMON, OMNI, VISION, write_tokenizer
 from tiny import positions, published_config
 
 from minixmd import Processor
@@ -13,7 +14,7 @@ from minixmd.inputs.audio import log_mel
 from minixmd.inputs.media import MediaError
 from minixmd.models.families import FAMILIES, read_config
 
-# chat_template of Qwen/Qwen2-Audio-7B-Instruct and of Qwen/Qwen2-VL-7B-Instruct, as published
+# chat_template of Qwen/Qwen2-Audio-7B-Instruct, of Qwen/Qwen2-VL-7B-Instruct and of Qwen/Qwen2.5-Omni-7B, as published
 TEMPLATES = {
     "audio": (
         "{% set audio_count = namespace(value=0) %}{% for message in messages %}{% if loop.first and "
@@ -38,18 +39,38 @@ TEMPLATES = {
         "endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt "
         "%}<|im_start|>assistant\n{% endif %}"
     ),
+    "omni": (
+        "{% set audio_count = namespace(value=0) %}{% set image_count = namespace(value=0) %}{% set "
+        "video_count = namespace(value=0) %}{% for message in messages %}{% if loop.first and "
+        "message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif "
+        "%}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] "
+        "}}<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' or "
+        "'image' in content or 'image_url' in content %}{% set image_count.value = image_count.value + 1 "
+        "%}{% if add_vision_id %}Picture {{ image_count.value }}: {% endif "
+        "%}<|vision_bos|><|IMAGE|><|vision_eos|>{% elif content['type'] == 'audio' or 'audio' in content or "
+        "'audio_url' in content %}{% set audio_count.value = audio_count.value + 1 %}{% if add_audio_id "
+        "%}Audio {{ audio_count.value }}: {% endif %}<|audio_bos|><|AUDIO|><|audio_eos|>{% elif "
+        "content['type'] == 'video' or 'video' in content %}{% set video_count.value = video_count.value + 1 "
+        "%}{% if add_vision_id %}Video {{ video_count.value }}: {% endif "
+        "%}<|vision_bos|><|VIDEO|><|vision_eos|>{% elif 'text' in content %}{{ content['text'] }}{% endif "
+        "%}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt "
+        "%}<|im_start|>assistant\n{% endif %}"
+    ),
 }
-KINDS = ("audio", "vision")
-SPECIAL, FAMILY = {"audio": AUDIO, "vision": VISION}, {"audio": "qwen2_audio", "vision": "qwen2_vl"}
-MEDIUM = {"audio": "audio", "vision": "video"}
-PLACEHOLDER = {"audio": "<|AUDIO|>", "vision": "<|video_pad|>"}
+KINDS = ("audio", "vision", "windowed", "omni hears", "omni sees")
+SPECIAL = {"audio": AUDIO, "vision": VISION, "windowed": VISION, "omni hears": OMNI, "omni sees": OMNI}
+FAMILY = {"audio": "qwen2_audio", "vision": "qwen2_vl"}
+MEDIUM = {"audio": "audio", "vision": "video", "windowed": "video", "omni hears": "audio", "omni sees": "video"}
+PLACEHOLDER = {"audio": "<|AUDIO|>", "vision": "<|video_pad|>", "windowed": "<|video_pad|>", "omni hears": "<|AUDIO|>",
+               "omni sees": "<|VIDEO|>"}  # fmt: skip
 TEXTS = ["Which sound is it?\n\nA. dog\nB. cat", "\n\n", "\n\n\n", ":\n\n", "assistant\n\n", "it's a dog.\n", "  two"]
 
 
 def processor_of(folder, kind, *, vocab_size=400, max_positions=4096, config=None):
     """A Processor for a model whose config.json says nothing about ids but `config`."""
-    raw = published_config(kind)
-    text = raw.get("text_config", raw)
+    raw = published_config(kind.split()[0])
+    part = raw.get("thinker_config", raw)
+    text = part.get("text_config", part)
     text["vocab_size"], text["max_position_embeddings"] = vocab_size, max_positions
     return Processor(folder, replace(read_config(raw), part=config or {}))
 
@@ -76,7 +97,7 @@ def processor(kind, folders):
 def media(kind, size=1, seed=0):
     """A part whose clip takes `size` tokens."""
     g = torch.Generator().manual_seed(seed)
-    if kind == "audio":
+    if MEDIUM[kind] == "audio":
         return {"type": "audio", "audio": 0.1 * torch.randn(640 * size, generator=g)}
     frames_TCHW = torch.randint(0, 256, (2, 3, 28, 28 * size), generator=g, dtype=torch.uint8)
     return {"type": "video", "video": frames_TCHW, "min_pixels": 784, "max_pixels": 784 * size}
@@ -113,7 +134,8 @@ CONVERSATIONS = {  # m(size) is a clip of so many tokens
 def test_ids_equal_the_published_template_tokenised_by_transformers(kind, processor, folders, case):
     jinja2, transformers = pytest.importorskip("jinja2"), pytest.importorskip("transformers")
     conversation = CONVERSATIONS[case](lambda size: media(kind, size))
-    string = jinja2.Environment().from_string(TEMPLATES[kind]).render(
+    template = "vision" if kind == "windowed" else kind.split()[0]
+    string = jinja2.Environment().from_string(TEMPLATES[template]).render(
         messages=conversation, add_generation_prompt=conversation[-1]["role"] != "assistant")
     prompt = processor(conversation)
     head, *pieces = string.split(PLACEHOLDER[kind])
@@ -163,7 +185,7 @@ def test_media_know_their_rows_and_hold_the_features_of_their_clip(kind, process
     assert (prompt.ids_N == placeholder).nonzero().squeeze(1).tolist() == rows and len(rows) == 10
     for part, m in zip(parts, prompt.media, strict=True):
         assert m.kind == MEDIUM[kind]
-        if kind == "audio":
+        if MEDIUM[kind] == "audio":
             assert torch.equal(m.features, log_mel(part["audio"])) and m.frames == 4 * len(m.rows_P)
         else:
             assert m.grid_thw == (1, 2, 2 * len(m.rows_P)) and m.features.shape == (4 * len(m.rows_P), 1176)
@@ -179,6 +201,66 @@ def test_a_file_gives_the_prompt_of_its_samples(folders, tmp_path):
                     for source in (str(tmp_path / "clip.wav"), torch.from_numpy(wave_S)))
     assert torch.equal(file.ids_N, tensor.ids_N)
     assert torch.allclose(file.media[0].features, tensor.media[0].features, atol=0.05)  # 16-bit samples
+
+
+# ---- sounded video ----
+
+
+@pytest.fixture(scope="module")
+def sounded(tmp_path_factory):
+    """A 4 s clip: a picture at 5 frames a second, and its sound."""
+    time_S = np.arange(64000) / 16000
+    frames = np.random.default_rng(0).integers(0, 255, (20, 56, 84, 3), dtype=np.uint8)
+    wave_S = (0.2 * np.sin(2000 * time_S)).astype(np.float32)
+    return write_mp4(tmp_path_factory.mktemp("clip") / "s.mp4", frames, wave_S, fps=5)
+
+
+def test_the_sound_of_a_video_is_heard_in_turns_with_its_picture_only_when_asked(folders, sounded):
+    processor = processor_of(folders["omni sees"], "omni sees", config={})
+    part = {"type": "video", "video": str(sounded), "fps": 1.0, "min_pixels": 784, "max_pixels": 4704}
+    silent = processor([turn("user", part, text("What?"))])
+    assert [m.kind for m in silent.media] == ["video"]
+    heard = processor([turn("user", {**part, "use_audio": True}, text("What?"))])
+    assert [m.kind for m in heard.media] == ["video", "audio"]
+    video, audio = heard.media
+    assert torch.equal(video.features, silent.media[0].features)
+    assert 95 <= len(audio.rows_P) <= 103  # 25 tokens a second
+    signs = {processor.tokenizer.token_to_id("<|VIDEO|>"): "V", processor.tokenizer.token_to_id("<|AUDIO|>"): "A"}
+    kinds = "".join(signs.get(i, ".") for i in heard.ids_N.tolist()).strip(".")
+    # this config's chunk is 20 ids, which is 20 audio tokens; a frame pair stands every 40 ids
+    pair = len(video.rows_P) // 2
+    assert kinds == "V" * pair + "A" * 20 + "V" + "A" * 20 + "V" * (pair - 1) + "A" * (len(audio.rows_P) - 40)
+    for m, token in ((video, "<|VIDEO|>"), (audio, "<|AUDIO|>")):
+        assert set(heard.ids_N[m.rows_P].tolist()) == {processor.tokenizer.token_to_id(token)}
+    string = processor.tokenizer.decode(heard.ids_N.tolist(), skip_special_tokens=False)
+    assert "user\n<|vision_bos|><|audio_bos|><|VIDEO|>" in string
+    assert "<|AUDIO|><|audio_eos|><|vision_eos|>What?" in string
+    begin, end = int(video.rows_P[0]), int(audio.rows_P[-1])
+    assert heard.positions_3N[0, begin - 2:begin + 1].tolist() == [begin - 2, begin - 2, begin - 1]  # two signs, one id
+    assert heard.positions_3N[0, end + 1] == heard.positions_3N[0, end + 2] == heard.positions_3N[:, :end + 1].max() + 1
+
+
+def test_a_sounded_video_needs_a_model_that_takes_one_and_a_file_that_has_one(folders, sounded, tmp_path):
+    part = {"type": "video", "video": str(sounded), "use_audio": True}
+    with pytest.raises(ValueError, match="a qwen2_vl model cannot take a video with its sound"):
+        processor_of(folders["vision"], "vision")([turn("user", part)])
+    processor = processor_of(folders["omni sees"], "omni sees")
+    silent = write_mp4(tmp_path / "silent.mp4", np.zeros((8, 56, 56, 3), np.uint8))
+    with pytest.raises(MediaError, match="no audio track"):
+        processor([turn("user", {**part, "video": str(silent)})])
+    with pytest.raises(ValueError, match="frames have no sound"):
+        processor([turn("user", {**part, "video": torch.zeros(2, 3, 56, 56, dtype=torch.uint8)})])
+
+
+def test_time_is_that_of_the_sampled_frames_for_qwen_and_of_the_rate_asked_for_in_omni(folders, tmp_path):
+    clip = write_mp4(tmp_path / "c.mp4", np.zeros((55, 28, 28, 3), np.uint8), fps=5)  # 11 s: 10 frames
+    part = {"type": "video", "video": str(clip), "fps": 1.0, "min_pixels": 784, "max_pixels": 784}
+    times = {}
+    for kind in ("windowed", "omni sees"):
+        prompt = processor_of(folders[kind], kind)([turn("user", part)])
+        rows = prompt.media[0].rows_P
+        times[kind] = (prompt.positions_3N[0, rows] - prompt.positions_3N[0, rows[0]]).tolist()
+    assert times == {"windowed": [0, 6, 13, 19, 26], "omni sees": [0, 40, 80, 120, 160]}  # 3 a second at 10/11, 20 at 1
 
 
 # ---- positions ----

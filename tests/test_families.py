@@ -1,0 +1,116 @@
+"""config.json of every published family: parameter counts, sparse and nested forms, and what is refused."""
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import published_config
+
+from minixmd.models.families import FAMILIES, read_config
+from minixmd.models.multimodal import MultimodalLM
+
+CONFIGS = Path(__file__).parent / "configs"  # as published; the last three are rebuilt from public quotations
+COUNTS = {  # of the published files; half their bytes, in bf16, where only those are published
+    "Qwen2-Audio-7B-Instruct": 8_397_094_912,
+    "Qwen2-VL-7B-Instruct": 8_291_375_616,
+    "Qwen2-VL-2B-Instruct": 2_208_985_600,
+    "Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+    "Qwen2.5-VL-32B-Instruct": 33_452_718_336,
+    "Qwen2.5-Omni-7B-thinker": 8_931_813_888,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_parameters_of_a_published_config_are_counted_to_the_unit(name):
+    raw = json.loads((CONFIGS / f"{name}.json").read_text())
+    with torch.device("meta"):
+        model = MultimodalLM(read_config(raw))
+    assert sum(p.numel() for p in model.parameters()) == COUNTS[name]  # a tied head counts once
+
+
+def test_the_whole_omni_config_is_read_at_its_thinker():
+    thinker = json.loads((CONFIGS / "Qwen2.5-Omni-7B-thinker.json").read_text())
+    whole = {"model_type": "qwen2_5_omni", "enable_audio_output": True, "thinker_config": thinker, "talker_config": {},
+             "token2wav_config": {}}  # fmt: skip
+    alone, part = read_config(thinker), read_config(whole)
+    assert (part.text, part.audio, part.vision) == (alone.text, alone.audio, alone.vision)
+    assert part.part == thinker and part.raw == whole and part.family.skipped
+    assert (part.ids_per_s, part.chunk_s) == (25, 2)
+    with pytest.raises(ValueError, match="config.json: thinker_config is missing"):
+        read_config({"model_type": "qwen2_5_omni"})
+
+
+@pytest.mark.parametrize("kind", ["audio", "vision", "windowed", "omni"])
+def test_absent_fields_take_the_references_defaults(kind):
+    transformers = pytest.importorskip("transformers")
+    kind = published_config(kind)["model_type"].replace("omni", "omni_thinker")
+    names = {"width": "hidden_size", "out_width": "out_hidden_size"}
+    if kind == "qwen2_vl":
+        names = {"width": "embed_dim", "out_width": "hidden_size"}
+    theirs, raw = transformers.AutoConfig.for_model(kind), {"model_type": kind}
+    if kind.endswith("_vl"):  # the reference's defaults are not one model: the tower's width is not the decoder's
+        raw["text_config"] = {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4}
+    ours = read_config(raw)
+    compared = 0
+    for part, section in ((ours.text, theirs.text_config), (ours.audio, getattr(theirs, "audio_config", None)),
+                          (ours.vision, getattr(theirs, "vision_config", None))):  # fmt: skip
+        for field, value in vars(part).items() if part else ():
+            if field == "rope_theta":
+                assert value == section.rope_parameters["rope_theta"]
+            elif value is not None and field != "mrope_section" and field not in raw.get("text_config", ()):
+                found = getattr(section, names.get(field, field) if part is ours.vision else field)
+                assert value == (tuple(found) if isinstance(found, list) else found), field
+                compared += 1
+    assert compared > 13 and ours.tie_word_embeddings == getattr(theirs, "tie_word_embeddings", False)
+
+
+def test_nested_and_flat_forms_are_the_same_config():
+    flat = json.loads((CONFIGS / "Qwen2.5-VL-7B-Instruct.json").read_text())
+    nested = {k: flat[k] for k in ("model_type", "vision_config", "video_token_id", "tie_word_embeddings")}
+    nested["text_config"] = {
+        **{k: flat[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                                "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "vocab_size")},
+        "model_type": "qwen2_5_vl_text", "layer_types": ["full_attention"] * 28, "sliding_window": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]},
+    }  # fmt: skip
+    a, b = read_config(flat), read_config(nested)
+    assert (a.text, a.vision, a.ids_per_s) == (b.text, b.vision, b.ids_per_s)
+    assert a.tie_word_embeddings == b.tie_word_embeddings
+
+
+REFUSED = {  # (kind, path of the field, value, what the line must say)
+    "sliding window": ("windowed", ("use_sliding_window",), True, "use_sliding_window = True is not implemented"),
+    "activation": ("windowed", ("vision_config", "hidden_act"), "gelu", "vision_config.hidden_act = 'gelu'"),
+    "yarn": ("windowed", ("rope_scaling",), {"type": "yarn", "factor": 4}, "rope scaling"),
+    "no window": ("windowed", ("vision_config", "window_size"), 0, "vision_config.window_size must be a positive int"),
+    "blocks": ("windowed", ("vision_config", "fullatt_block_indexes"), ["1"], "must be a list of block numbers"),
+    "patches": ("vision", ("vision_config", "patch_size"), 16, "vision_config.patch_size = 16 is not implemented"),
+    "widths": ("windowed", ("vision_config", "out_hidden_size"), 32, "vision_config.out_hidden_size 32 differs"),
+    "projection": ("omni", ("thinker_config", "audio_config", "output_dim"), 32, "audio_config.output_dim 32 differs"),
+    "mels": ("omni", ("thinker_config", "audio_config", "num_mel_bins"), 80, "audio_config.num_mel_bins = 80"),
+    "seconds": ("omni", ("thinker_config", "seconds_per_chunk"), 2.5, "seconds_per_chunk must be a positive int"),
+    "thinker": ("omni", ("thinker_config",), [1], "thinker_config must be an object, got [1]"),
+    "dropout": ("omni", ("thinker_config", "audio_config", "dropout"), 0.1, "audio_config.dropout = 0.1 is"),
+    "unknown": ("omni", ("thinker_config", "text_config", "head_dim"), 16, "thinker_config.text_config.head_dim = 16"),
+    "family": ("audio", ("model_type",), "llama", "'llama' is not supported; supported: qwen2_audio, "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_config_that_is_not_implemented_is_one_line_that_names_the_field(case):
+    kind, path, value, says = REFUSED[case]
+    raw = deepcopy(published_config(kind))
+    section = raw
+    for name in path[:-1]:
+        section = section[name]
+    section[path[-1]] = value
+    with pytest.raises(ValueError) as caught:
+        read_config(raw)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_family_says_which_tokens_its_ids_belong_to():
+    for family in FAMILIES.values():
+        for kind in (family.audio, family.video):
+            assert kind is None or kind[1] in family.token_fields.values()
