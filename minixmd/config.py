@@ -35,7 +35,7 @@ class Evaluate:
     # what is asked
     model: str  # folder, hub name or "@train"
     manifest: str  # JSONL file
-    media: str = "audio"  # "audio" | "video" | "both"
+    media: str = "audio"  # "audio" | "video" | "both", one after the other | "sounded", a video with its track (Omni)
     prompt: str = PROMPT  # format string over {question} {options} {first} {last}
     # video
     fps: float = 1.0  # frames a second
@@ -83,7 +83,7 @@ class Train:
     model: str  # folder, hub name or "@train"
     manifest: str  # JSONL file
     val_manifest: str | None = None  # JSONL file; None = no validation
-    media: str = "audio"  # "audio" | "video" | "both"
+    media: str = "audio"  # "audio" | "video" | "both", one after the other | "sounded", a video with its track (Omni)
     prompt: str = PROMPT  # format string over {question} {options} {first} {last}
     # video
     fps: float = 1.0  # frames a second
@@ -210,7 +210,7 @@ def load_config(source, overrides=()):
 
 def _check_asking(item):
     """What Evaluate, Label and Train have in common."""
-    one_of(item, "media", "audio", "video", "both")
+    one_of(item, "media", "audio", "video", "both", "sounded")
     one_of(item, "device", "auto", "cpu", "cuda")
     one_of(item, "dtype", "float32", "bfloat16", "float16")
     require(item, "fps > 0", "min_pixels >= 1", "nframes >= 2", "max_bad >= 0", "max_bad <= 1", "seed >= 0")

@@ -102,7 +102,7 @@ def test_report_tables_are_dicts_of_dicts_of_str():
 
 @pytest.mark.parametrize("given, said", [
     (dict(objective="sfd"), "objective must be 'sft' or 'distill', got 'sfd'"),
-    (dict(media="text"), "media must be 'audio', 'video' or 'both', got 'text'"),
+    (dict(media="text"), "media must be 'audio', 'video', 'both' or 'sounded', got 'text'"),
     (dict(device="gpu"), "device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
     (dict(dtype="fp32"), "dtype must be 'float32', 'bfloat16' or 'float16', got 'fp32'"),
     (dict(trainable="all"), "trainable must be 'lora' or 'full', got 'all'"),

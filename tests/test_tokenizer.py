@@ -11,6 +11,7 @@ from tiny import positions, published_config
 
 from minixmd import Processor
 from minixmd.inputs.audio import log_mel
+from minixmd.inputs.examples import Example, build_conversation
 from minixmd.inputs.media import MediaError
 from minixmd.models.families import FAMILIES, read_config
 
@@ -261,6 +262,18 @@ def test_time_is_that_of_the_sampled_frames_for_qwen_and_of_the_rate_asked_for_i
         rows = prompt.media[0].rows_P
         times[kind] = (prompt.positions_3N[0, rows] - prompt.positions_3N[0, rows[0]]).tolist()
     assert times == {"windowed": [0, 6, 13, 19, 26], "omni sees": [0, 40, 80, 120, 160]}  # 3 a second at 10/11, 20 at 1
+
+
+@pytest.mark.parametrize("media, parts", [
+    ("audio", [{"type": "audio", "audio": "c.wav"}]),
+    ("video", [{"type": "video", "video": "c.mp4", "fps": 2.0}]),
+    ("both", [{"type": "video", "video": "c.mp4", "fps": 2.0}, {"type": "audio", "audio": "c.wav"}]),
+    ("sounded", [{"type": "video", "video": "c.mp4", "fps": 2.0, "use_audio": True}]),
+])  # fmt: skip
+def test_a_stages_media_say_which_parts_an_example_is_shown_as(media, parts):
+    example = Example("x", "c.wav", "c.mp4", "Which?", ("dog", "cat"))
+    (shown,) = build_conversation(example, media=media, prompt="{question} {first}-{last}", video_options={"fps": 2.0})
+    assert shown["content"] == [*parts, {"type": "text", "text": "Which? A-B"}]
 
 
 # ---- positions ----

@@ -80,7 +80,7 @@ def build_conversation(example, *, media, prompt, answer=None, video_options=Non
     """The conversation that shows `example` and asks its question.
 
     Args:
-        media: "audio", "video" or "both" (video first).
+        media: "audio", "video", "both" (video first), or "sounded": the video and its own sound track.
         prompt: format string over {question} {options} {first} {last}; options are lettered lines.
         answer: index of the option that the assistant turn gives, or None for no such turn.
         video_options: the video part's fps, min_pixels, max_pixels, nframes.
@@ -89,11 +89,13 @@ def build_conversation(example, *, media, prompt, answer=None, video_options=Non
     """
     content = []
     for kind in ("video", "audio"):
-        if media in (kind, "both"):
+        if media in (kind, "both") or (media == "sounded" and kind == "video"):
             path = getattr(example, kind)
             if path is None:
                 raise ValueError(f"example {example.id!r} has no {kind}")
             content.append({"type": kind, kind: path, **((video_options or {}) if kind == "video" else {})})
+            if media == "sounded":
+                content[-1]["use_audio"] = True
     letters = ascii_uppercase[: len(example.options)]
     options = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, example.options, strict=True))
     text = prompt.format(question=example.question, options=options, first=letters[0], last=letters[-1])
