@@ -5,20 +5,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from mini import AUDIO, VISION, write_tokenizer
-from tiny import Largest, audio_media, positions, processor_of, prompt, tiny_model, video_media
+from mini import AUDIO, OMNI, VISION, write_tokenizer
+from tiny import Largest, audio_media, processor_of, prompt, tiny_model, video_media
 
 from minixmd import Group, Prompt, generate, pack
 from minixmd.learning.head import cross_entropy
 from minixmd.models.multimodal import attend
 from minixmd.train import accumulate
 
-KINDS = ("audio", "vision")
+KINDS = ("audio", "vision", "windowed", "omni")  # an Omni prompt mixes both media
 
 
 def clip(kind, size, seed):
-    """An audio clip of 7 size + 1 mel frames, or a video of `size` frame pairs of 4 x 6 patches."""
-    return audio_media(7 * size + 1, 0, seed)[0] if kind == "audio" else video_media((size, 4, 6), 0, seed)
+    """An audio clip whose frames grow with `size`, or a video of `size` frame pairs of 4 x 6 patches."""
+    if kind == "audio" or (kind == "omni" and seed % 2):
+        return audio_media((37 if kind == "omni" else 7) * size + 1, 0, seed)[0]  # Omni's chunks here are 50 frames
+    return video_media((size, 4, 6), 0, seed)
 
 
 def prompts_of(kind):
@@ -83,7 +85,9 @@ def check_micro_batches(kind, accumulate):
     for size in (6, 1, 2, 4):  # 4 leaves a last one of two
         model.zero_grad(set_to_none=True)
         loss = accumulate(SimpleNamespace(model=model), SimpleNamespace(micro_batch_size=size), prompts)
-        found[size] = {name: p.grad for name, p in model.named_parameters()}, torch.tensor(loss)
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert len(grads) == len(list(model.parameters())) - (kind == "omni")  # see test_models on audio_bos_eos_token
+        found[size] = grads, torch.tensor(loss)
     for grads, loss in found.values():
         assert_same_gradients(grads, found[6][0])
         assert_close(loss, found[6][1])
@@ -118,13 +122,17 @@ def completions_of(lengths, seed=0):
 def joined(prompt, completion_T):
     """The Prompt of one completion by itself: all of the completion is to be learnt."""
     ids_N = torch.cat([prompt.ids_N, completion_T])
-    return Prompt(ids_N, positions(len(ids_N), prompt.media), prompt.media, torch.arange(len(ids_N)) >= len(prompt))
+    after_T = prompt.positions_3N.max() + 1 + torch.arange(len(completion_T))
+    positions_3N = torch.cat([prompt.positions_3N, after_T.expand(3, -1)], dim=1)
+    return Prompt(ids_N, positions_3N, prompt.media, torch.arange(len(ids_N)) >= len(prompt))
 
 
 SHARED = {
     "text": ("audio", lambda: prompt([9], seed=1)),
     "audio": ("audio", lambda: prompt([4, clip("audio", 5, 1), 2, clip("audio", 1, 2), 3], seed=1)),
     "video": ("vision", lambda: prompt([4, clip("vision", 5, 1), 3], seed=1)),  # longer in time than in height or width
+    "windows": ("windowed", lambda: prompt([4, clip("windowed", 5, 1), 3], seed=1)),
+    "omni": ("omni", lambda: prompt([4, clip("omni", 3, 1), 2, clip("omni", 4, 2), 1], seed=1)),
     "text and video": ("vision", lambda: prompt([4, clip("vision", 1, 1), 2, clip("vision", 4, 2), 1], seed=1)),
 }
 
@@ -206,19 +214,22 @@ def test_attend_equals_one_masked_call_for_any_mix_of_segments(J, causal):
 # ---- the key-value cache ----
 
 
-@pytest.fixture(scope="module", params=[("audio", 2), ("vision", 2), ("vision", 1)], ids=lambda p: f"{p[0]}-{p[1]}kv")
+SPEAKERS = [("audio", 2), ("vision", 2), ("vision", 1), ("windowed", 2), ("omni", 2)]
+
+
+@pytest.fixture(scope="module", params=SPEAKERS, ids=lambda p: f"{p[0]}-{p[1]}kv")
 def speaker(request, tmp_path_factory):
     """A model with peaked predictions, its Processor, and conversations of unlike lengths."""
     kind, kv = request.param
     folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder, AUDIO if kind == "audio" else VISION)
+    write_tokenizer(folder, {"audio": AUDIO, "omni": OMNI}.get(kind, VISION))
     model = tiny_model(kind, kv, vocab=340).requires_grad_(False)
     processor = processor_of(folder, model.config)
     model.lm_head.weight.mul_(3)
     generator = torch.Generator().manual_seed(0)
 
     def media(size):
-        if kind == "audio":
+        if kind == "audio" or (kind == "omni" and size % 2):
             return {"type": "audio", "audio": 0.1 * torch.randn(1600 * size, generator=generator)}
         frames_TCHW = torch.randint(0, 256, (2 * size, 3, 56, 84), generator=generator, dtype=torch.uint8)
         return {"type": "video", "video": frames_TCHW, "min_pixels": 56 * 84}
