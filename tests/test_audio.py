@@ -78,6 +78,18 @@ def test_log_mel_equals_transformers(name, wave):
         assert left_out.min() == left_out.max() == reference_MA.min()
 
 
+@pytest.mark.parametrize("samples", [500_001, 4_799_900, 4_900_000])
+def test_omnis_window_of_300_s_equals_transformers(samples):
+    transformers = pytest.importorskip("transformers")
+    wave = (0.1 * np.random.default_rng(0).standard_normal(samples)).astype(np.float32)
+    extractor = transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=300)
+    whole = extractor(wave, sampling_rate=16000, return_attention_mask=True, padding="max_length", return_tensors="pt")
+    frames = int(whole["attention_mask"].sum())
+    assert num_mel_frames(samples, 300) == frames
+    mel_MA = log_mel(torch.from_numpy(wave), 300)[:, :frames]
+    torch.testing.assert_close(mel_MA, whole["input_features"][0][:, :frames], atol=2e-5, rtol=0)
+
+
 def test_the_loudest_value_is_taken_over_the_halo_too():
     """Last sample of a frame's 160: the halo frame centred on the next sample hears the click loudest."""
     wave_S = torch.zeros(16000)
