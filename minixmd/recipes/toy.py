@@ -23,8 +23,8 @@ stages = [
     # the student learns from the teacher where the switch is closed, from itself where it is open
     Train(name="distilled", objective="distill", model="@toy/student", manifest="@toy/train.jsonl",
           val_manifest="@toy/val.jsonl", teacher_labels="@teacher_labels", student_labels="@student_labels",
-          switch="@switch", lora_targets=r"(model\.layers|audio_tower|multi_modal_projector)\..*", lr=2e-3, epochs=8,
-          batch_size=32, micro_batch_size=32, eval_every=100, save_every=100, **EAR),
+          switch="@switch", trainable="full", lr=3e-4, epochs=6, batch_size=32, micro_batch_size=32, eval_every=100,
+          save_every=100, **EAR),
     *(Evaluate(name=f"distilled_{split}", model="@distilled", manifest=f"@toy/{split}.jsonl", **EAR)
       for split in ("analysis", "test", "unseen")),
     Report(name="report", tables={

@@ -36,7 +36,7 @@ LESSONS = ((2, 20, 600, 0.3), (4, 16, 800, 0.3), (7, 12, 600, 0.3), (OPTIONS, 12
 HINT = 0.3  # weight of the hint, see `lesson`
 TEXT_LR, NAMING_LR, ASKING_LR = 3e-3, 1e-3, 1e-3
 NAMING_STEPS, NAMING_BATCH = 400, 32
-ASKING_STEPS, ASKING_BATCH = {"student": 300, "teacher": 400}, 24
+ASKING_STEPS, ASKING_BATCH = {"student": 450, "teacher": 400}, 24
 
 
 def run(stage, folder, log):
