@@ -4,40 +4,43 @@ Dimension letters, the same everywhere: B sequences, G rollouts a prompt, T text
 D decoder width, H query heads, J key-value heads, K head size, F MLP width, V vocabulary, N packed tokens, R LoRA rank,
 L layers, A audio frames after the convolutions, M mel bins, P image patches, E encoder width, C channels.
 """
-from pathlib import Path
+import sys
 
 import torch
 
 from minixmd.inputs.batch import Batch, Group, Prompt, pack
 from minixmd.inputs.tokenizer import Processor
 from minixmd.learning.rollout import Completion, generate
-from minixmd.models.weights import load_adapter, load_model, read_json
+from minixmd.models.hub import base_folder, model_folder
+from minixmd.models.shards import skipped_parts
+from minixmd.models.weights import load_adapter, load_model
 
 __version__ = "0.1.0"
 __all__ = ["Batch", "Completion", "Group", "Processor", "Prompt", "generate", "load", "pack"]
 
 
 def load(path, *, device="cpu", dtype=torch.float32):
-    """A model and its processor from a folder in the published layout, or from a PEFT adapter's folder.
+    """A model and its processor from a folder in the published layout or a PEFT adapter's, here or on the hub.
 
     Args:
         path: folder with config.json, safetensors and tokenizer.json, or with adapter_config.json, whose base is found
-            under the path that it records.
+            under the name that it records; where there is no such folder, "owner/name" or "owner/name@revision" on the
+            hub (models/hub.py).
         device: "cpu", "cuda", … dtype: storage and matmul dtype; adapters stay fp32.
     Returns:
-        (MultimodalLM, Processor). Every parameter is frozen.
+        (MultimodalLM, Processor). Every parameter is frozen. Parts of the checkpoint that are not built are named on
+        stderr.
     Raises:
-        ValueError: no such folder, an unsupported or misfitting checkpoint, or a tokenizer of another model.
+        ValueError: no such folder or repository, an unsupported or misfitting checkpoint, or a tokenizer of another
+            model.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such model folder")
-    base = path
-    if (path / "adapter_config.json").is_file():
-        base = Path(read_json(path / "adapter_config.json").get("base_model_name_or_path") or "unnamed")
-        if not base.is_dir():
-            raise ValueError(f"{path}: the adapter's base model {base} is not there")
+    folder = base = model_folder(path)
+    if (folder / "adapter_config.json").is_file():
+        base = base_folder(folder)
     model = load_model(base, device=device, dtype=dtype)
-    if base != path:
-        load_adapter(model, path)
+    if base != folder:
+        load_adapter(model, folder)
+    if skipped := skipped_parts(base, model.config.family):
+        parts = ", ".join(f"{part} ({count} tensors)" for part, count in skipped.items())
+        print(f"minixmd: {path}: not built: {parts}", file=sys.stderr)
     return model, Processor(base, model.config)

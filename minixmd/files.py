@@ -24,6 +24,17 @@ def _publish(path, write):
         raise
 
 
+def read_json(path):
+    """The object in a JSON file; ValueError, naming the file, if it holds none."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON's, or not UTF-8
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(found).__name__}")
+    return found
+
+
 def write_bytes(path, data):
     """Replace `path` by `data` (bytes). Raises OSError, which names the path, and leaves nothing half-written."""
     try:

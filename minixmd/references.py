@@ -1,4 +1,7 @@
-"""What "@name" in a field stands for: the output of an earlier stage; "@name/file" is another of its files."""
+"""What a field that names a file stands for: "@name", the output of an earlier stage; "@name/file", another of its
+files; a path; or, for a model, "owner/name" or "owner/name@revision" on the hub where there is no such folder.
+"""
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,6 +20,12 @@ INPUTS = {  # the fields that name a file or folder, and the kind of stage that 
     "switch": "switch",
     "tables": "evaluate",
 }
+
+
+def repository(value):
+    """(owner/name, revision or None) of what could be a hub repository's name; None if it can only be a path."""
+    found = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w-][\w.-]*)(?:@([^@\s]+))?", str(value), re.ASCII)
+    return found and found.groups()
 
 
 def references(item):
@@ -42,6 +51,8 @@ def check_files(stages):
     """Raises ConfigError for a file or folder that the user must bring and has not. Called before any work starts."""
     for item in stages:
         for field, value, _ in _inputs(item):
+            if field == "model" and repository(value):
+                continue  # which commit it is, the stage's fingerprint asks the hub
             if not value.startswith("@") and not Path(value).exists():
                 raise ConfigError(f"config: {kind(type(item))} {item.name!r} {field} {value!r} does not exist")
 

@@ -28,6 +28,7 @@ from minixmd.learning.checkpoint import begin, finish, load_state, log_line, sav
 from minixmd.learning.head import cross_entropy
 from minixmd.learning.optim import adamw, learning_rate, optimizer_tensors, restore_optimizer
 from minixmd.learning.scoring import ask, count_bad, device_of, dtype_of, prefetch, read_records, score_letters
+from minixmd.models.hub import pinned
 from minixmd.models.lora import add_lora, hash_seed
 from minixmd.models.weights import adapted, save_adapter, save_model
 from minixmd.references import check_files, input_paths, resolve
@@ -234,7 +235,7 @@ def publish(run, stage, processor, folder):
             for name, tensor in load_file(best).items():
                 run.parameters[name].copy_(tensor)
     if stage.trainable == "lora":
-        save_adapter(run.model, Path(stage.model).resolve(), folder / "best")
+        save_adapter(run.model, pinned(stage.model), folder / "best")
     else:
         save_model(run.model, processor.folder, folder / "best")
 
@@ -255,6 +256,9 @@ def main(argv=None):
     try:
         config = load_config(args.config, args.overrides)
         check_files(config.stages)
+        for stage in config.stages:  # what is not on the hub, or not reachable, shows before the first hour of work
+            if not getattr(stage, "model", "@").startswith("@"):
+                pinned(stage.model)
         for stage in config.stages:
             paths = input_paths(stage, config.run_dir, config.stages)
             folder = begin(config.run_dir, stage, paths, config.source)

@@ -1,14 +1,18 @@
 """Checkpoints and adapters: what other programs write is read, what we write they read, and a misfit is one line."""
 import json
 import shutil
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from mini import write_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny import (
     audio_media,
     prompt,
     published_config,
+    randomise,
     reference_audio,
     reference_forward,
     reference_vision,
@@ -18,7 +22,8 @@ from tiny import (
 
 import minixmd
 from minixmd import pack
-from minixmd.models.families import read_config
+from minixmd.models import shards, weights
+from minixmd.models.families import FAMILIES, read_config
 from minixmd.models.lora import add_lora, merge_lora
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.weights import adapted, load_adapter, load_model, save_adapter, save_model
@@ -28,42 +33,6 @@ transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("p
 # PEFT asks transformers for an attribute by its old name
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-# config.json as published: Qwen2-Audio's is sparse (absent fields take the reference's defaults), Qwen2-VL's is flat
-QWEN2_AUDIO_7B = {
-    "architectures": ["Qwen2AudioForConditionalGeneration"],
-    "audio_config": {
-        "model_type": "qwen2_audio_encoder", "num_mel_bins": 128, "encoder_layers": 32, "encoder_attention_heads": 20,
-        "encoder_ffn_dim": 5120, "encoder_layerdrop": 0.0, "d_model": 1280, "dropout": 0.0, "attention_dropout": 0.0,
-        "activation_function": "gelu", "activation_dropout": 0.0, "scale_embedding": False, "init_std": 0.02,
-        "max_source_positions": 1500,
-    },
-    "audio_token_index": 151646, "ignore_index": -100, "model_type": "qwen2_audio",
-    "text_config": {
-        "bos_token_id": 151643, "eos_token_id": 151645, "intermediate_size": 11008, "max_position_embeddings": 8192,
-        "model_type": "qwen2", "rope_theta": 10000, "rms_norm_eps": 1e-05, "sliding_window": 32768,
-        "torch_dtype": "bfloat16", "use_mrope": False, "vocab_size": 156032,
-    },
-    "torch_dtype": "bfloat16", "vocab_size": 156032,
-}  # fmt: skip
-QWEN2_VL_7B = {
-    "architectures": ["Qwen2VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 151643,
-    "eos_token_id": 151645, "vision_start_token_id": 151652, "vision_end_token_id": 151653, "vision_token_id": 151654,
-    "image_token_id": 151655, "video_token_id": 151656, "hidden_act": "silu", "hidden_size": 3584,
-    "initializer_range": 0.02, "intermediate_size": 18944, "max_position_embeddings": 32768, "max_window_layers": 28,
-    "model_type": "qwen2_vl", "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16", "transformers_version": "4.41.2", "use_cache": True, "use_sliding_window": False,
-    "vision_config": {
-        "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3, "hidden_size": 3584,
-        "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2,
-    },
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vocab_size": 152064,
-}  # fmt: skip
-QWEN2_VL_2B = QWEN2_VL_7B | {
-    "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2,
-    "tie_word_embeddings": True, "vision_config": QWEN2_VL_7B["vision_config"] | {"hidden_size": 1536},
-    "vocab_size": 151936,
-}  # fmt: skip
 LINEARS = r"(model\.layers|audio_tower|visual|multi_modal_projector)\..*"
 
 
@@ -157,6 +126,173 @@ def test_the_dtype_asked_for_is_that_of_every_weight(folders):
     assert_close(logits_of(half, "audio"), logits_of(whole, "audio"), 0.05)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_file_of_any_of_the_three_dtypes_is_rounded_once_to_the_one_asked_for(folders, tmp_path, stored, asked):
+    state = {name: tensor.to(stored) for name, tensor in load_file(folders["tied"] / "model.safetensors").items()}
+    shutil.copytree(folders["tied"], tmp_path, dirs_exist_ok=True)
+    save_file(state, tmp_path / "model.safetensors")
+    model = load_model(tmp_path, dtype=asked)
+    for name, p in model.named_parameters():
+        assert p.dtype == asked and torch.equal(p, state[name].to(asked)), name
+
+
+def test_no_weight_is_part_of_the_file_it_came_from(folders, tmp_path):
+    shutil.copytree(folders["audio"], tmp_path, dirs_exist_ok=True)
+    model, path = load_model(tmp_path), tmp_path / "model.safetensors"
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with open(path, "r+b") as file:  # in place: a mapping of the file would show it
+        file.write(b"\xff" * path.stat().st_size)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    storages = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
+    assert len(storages) == len(before) and all(p.untyped_storage().nbytes() == p.nbytes for p in storages.values())
+
+
+def test_tensors_are_read_one_at_a_time_and_only_after_all_headers_fit(folders, tmp_path, monkeypatch):
+    save_model(load_model(folders["tied"]), folders["tied"], tmp_path, shard_bytes=20_000)
+    alive, most, read = set(), [0], []
+    whole = shards.open_safetensors
+
+    class Watched:
+        def __init__(self, path):
+            self.file = whole(path)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.__exit__(None, None, None)
+
+        def get_tensor(self, name):
+            tensor = self.file.get_tensor(name)
+            read.append(name)
+            alive.add(name)
+            weakref.finalize(tensor, alive.discard, name)
+            most[0] = max(most[0], len(alive))
+            return tensor
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    for module in (shards, weights):
+        monkeypatch.setattr(module, "open_safetensors", Watched)
+    model = load_model(tmp_path)
+    assert most == [1] and sorted(read) == sorted(name for name, _ in model.named_parameters())
+    read.clear()
+    last = sorted(tmp_path.glob("*.safetensors"))[-1]
+    save_file({name: tensor[:1] for name, tensor in load_file(last).items()}, last)
+    assert "has shape" in error_of(lambda: load_model(tmp_path)) and not read
+
+
+def sharded(tmp_path, kind="audio"):
+    """Writes a checkpoint in shards. Returns its index and, in it, {tensor: its file}."""
+    save_model(tiny_model(kind), tmp_path, tmp_path, shard_bytes=120_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    return index, index["weight_map"]
+
+
+def test_a_tensor_that_is_not_where_the_index_says_is_named_with_both_places(tmp_path):
+    index, file_of = sharded(tmp_path)
+    first, second = sorted(set(file_of.values()))[:2]
+    a, b, c = "audio_tower.conv1.bias", "audio_tower.conv2.bias", "audio_tower.conv2.weight"
+    assert file_of[a] == file_of[b] == file_of[c] == first
+    state, other = load_file(tmp_path / first), load_file(tmp_path / second)
+    del state[a]  # the index names it, its shard lacks it
+    other[b] = state[b]  # in two shards
+    other["audio_tower.extra"] = torch.ones(1)
+    save_file(state, tmp_path / first)
+    save_file(other, tmp_path / second)
+    del file_of[c]  # in a shard, but not in the index
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert error_of(lambda: load_model(tmp_path)) == (
+        f"{tmp_path}: 4 tensors do not fit config.json: {a} is in no shard, but the index says {first}; "
+        f"{b} is in {first} and in {second}; {c} is in {first}, but the index does not name it; "
+        f"audio_tower.extra is in {second}, but the index does not name it")
+
+
+def test_a_tensor_in_another_shard_than_the_index_says_is_named(tmp_path):
+    index, file_of = sharded(tmp_path)
+    first, second = sorted(set(file_of.values()))[:2]
+    index["weight_map"]["audio_tower.conv1.bias"] = second
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert error_of(lambda: load_model(tmp_path)).endswith(
+        f": 1 tensors do not fit config.json: audio_tower.conv1.bias is in {first}, but the index says {second}")
+
+
+@pytest.mark.parametrize("damage, said", [
+    ("{", "not JSON"), ("", "not JSON"), ("\xff", "not JSON"), ("[]", "must hold a JSON object, got list"),
+    ("{}", "has no weight_map"), ('{"weight_map": []}', "has no weight_map"), ('{"weight_map": {}}', "names no tensor"),
+    ('{"weight_map": {"a": 1}}', "a must be in a file of the same folder, got 1"),
+    ('{"weight_map": {"a": "../b.safetensors"}}', "a must be in a file of the same folder, got '../b.safetensors'")])
+def test_an_index_that_is_none_is_one_line_that_names_it(tmp_path, damage, said):
+    sharded(tmp_path)
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_bytes(damage.encode("latin-1"))
+    line = error_of(lambda: load_model(tmp_path))
+    assert line.startswith(f"{path}: ") and said in line
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_a_truncated_shard_is_one_line_that_names_it(tmp_path, size):
+    _, file_of = sharded(tmp_path)
+    path = tmp_path / sorted(set(file_of.values()))[1]
+    path.write_bytes(path.read_bytes()[:size])
+    assert error_of(lambda: load_model(tmp_path)).startswith(f"{path}: not a whole safetensors file: ")
+
+
+def test_a_tensor_of_a_dtype_that_is_not_read_is_named(folders, tmp_path):
+    def damage(state):
+        state["audio_tower.conv1.bias"] = state["audio_tower.conv1.bias"].double()
+        state["audio_tower.conv2.bias"] = state["audio_tower.conv2.bias"].to(torch.int8)
+
+    folder = broken(folders["audio"], tmp_path, damage)
+    assert error_of(lambda: load_model(folder)).endswith(
+        ": 2 tensors do not fit config.json: audio_tower.conv1.bias is F64, expected F32, BF16, F16; "
+        "audio_tower.conv2.bias is I8, expected F32, BF16, F16")
+
+
+def whole_omni(folder, extra):
+    """A Qwen2.5-Omni checkpoint in one file, with `extra` tensors beside the thinker's, and its tokenizer."""
+    tokenizer = write_tokenizer(folder, ["<|AUDIO|>", "<|VIDEO|>", "<|IMAGE|>", "<|audio_bos|>", "<|audio_eos|>",
+                                         "<|vision_bos|>", "<|vision_eos|>"])
+    raw = published_config("omni", vocab=340)
+    for name, token in FAMILIES["qwen2_5_omni"].token_fields.items():
+        raw["thinker_config"][name] = tokenizer.token_to_id(token)
+    model = randomise(MultimodalLM(read_config(raw)))
+    save_model(model, folder, folder)
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {name: torch.ones(2, dtype=torch.int64) for name in extra}, path)
+    return model
+
+
+def test_the_parts_of_omni_that_are_not_built_are_skipped_by_name_and_said_once_on_stderr(tmp_path, capsys):
+    model = whole_omni(tmp_path, ["talker.a", "token2wav.b", "talker.c.d"])
+    loaded, _ = minixmd.load(tmp_path)
+    assert_same_weights(loaded, model)
+    assert capsys.readouterr() == ("", f"minixmd: {tmp_path}: not built: talker (2 tensors), token2wav (1 tensors)\n")
+    whole_omni(tmp_path, [])
+    minixmd.load(tmp_path)
+    assert capsys.readouterr() == ("", "")
+    whole_omni(tmp_path, ["talker.a", "talkers.b", "thinker.talker.c"])
+    assert error_of(lambda: minixmd.load(tmp_path)).endswith(
+        ": 2 tensors do not fit config.json: unexpected talkers.b; unexpected thinker.talker.c")
+
+
+def test_a_shard_that_holds_nothing_that_is_built_need_not_be_there(tmp_path):
+    whole_omni(tmp_path / "one", [])
+    model = load_model(tmp_path / "one")
+    save_model(model, tmp_path / "one", tmp_path, shard_bytes=60_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    index["weight_map"].update({"talker.a": "far.safetensors", "token2wav.b": "far.safetensors"})
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same_weights(load_model(tmp_path), model)
+    assert shards.skipped_parts(tmp_path, model.config.family) == {"talker": 1, "token2wav": 1}
+    index["weight_map"]["thinker.x"] = "far.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert error_of(lambda: load_model(tmp_path)) == f"{tmp_path / 'far.safetensors'}: no such file"
+
+
 def test_the_tokenizers_files_go_with_a_saved_model(folders, tmp_path):
     (tmp_path / "from").mkdir()
     for name in ("tokenizer.json", "preprocessor_config.json", "secrets.txt"):
@@ -164,32 +300,6 @@ def test_the_tokenizers_files_go_with_a_saved_model(folders, tmp_path):
     save_model(load_model(folders["audio"]), tmp_path / "from", tmp_path / "to")
     assert sorted(path.name for path in (tmp_path / "to").iterdir()) == [
         "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"]
-
-
-@pytest.mark.parametrize("raw, parameters", [(QWEN2_AUDIO_7B, 8_397_094_912), (QWEN2_VL_7B, 16_582_751_232 // 2),
-                                             (QWEN2_VL_2B, 4_417_971_200 // 2)], ids=["Audio-7B", "VL-7B", "VL-2B"])
-def test_published_configs_give_models_of_the_published_size(raw, parameters):
-    with torch.device("meta"):
-        model = MultimodalLM(read_config(raw))
-    assert sum(p.numel() for p in model.parameters()) == parameters
-
-
-def test_absent_fields_take_the_references_defaults():
-    config = read_config(QWEN2_AUDIO_7B)
-    text = transformers.Qwen2AudioConfig(**QWEN2_AUDIO_7B).text_config
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        assert getattr(config.text, name) == getattr(text, name), name
-    assert (config.text.rope_theta, config.text.mrope_section) == (10000, None)
-    config = read_config(QWEN2_VL_7B)
-    assert (config.text.rope_theta, config.text.mrope_section) == (1e6, (16, 24, 24))
-    for kind in ("qwen2_audio", "qwen2_vl"):  # an empty file is all defaults
-        theirs = transformers.AutoConfig.for_model(kind)
-        for section in ("text", "audio" if kind == "qwen2_audio" else "vision"):
-            ours = vars(getattr(read_config({"model_type": kind} | (
-                {"vision_config": {"hidden_size": 8192}} if kind == "qwen2_vl" else {})), section))
-            for name, value in ours.items():
-                if name not in ("rope_theta", "mrope_section") and (section, name) != ("vision", "hidden_size"):
-                    assert value == getattr(getattr(theirs, f"{section}_config"), name), f"{kind} {section} {name}"
 
 
 # ---- whole models that do not fit ----
@@ -274,9 +384,6 @@ def test_a_missing_file_shard_or_index_entry_is_one_line_that_names_it(folders, 
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.rename(tmp_path / "gone")
     assert error_of(lambda: load_model(tmp_path)) == f"{shard}: no such file"
-    for damage in ("{", "[]", "{}", '{"weight_map": []}'):
-        (tmp_path / "model.safetensors.index.json").write_text(damage)
-        assert error_of(lambda: load_model(tmp_path)).startswith(f"{tmp_path / 'model.safetensors.index.json'}: ")
     folder = broken(folders["audio"], tmp_path)
     for name in ("model.safetensors", "config.json"):
         (folder / name).unlink()
@@ -314,7 +421,7 @@ FIELDS = [  # kind, where, what is set, what the message names
     ("audio", "text_config", {"rms_norm_eps": True}, "rms_norm_eps must be a positive float, got True"),
     ("audio", "", {"text_config": "qwen2"}, "text_config"),
     ("audio", "", {"audio_config": [1]}, "audio_config"),
-    ("vision", "", {"model_type": "qwen2_5_vl"}, "model_type 'qwen2_5_vl' is not supported; supported: qwen2_audio, "),
+    ("vision", "", {"model_type": "qwen3_vl"}, "model_type 'qwen3_vl' is not supported; supported: qwen2_audio, "),
 ]  # fmt: skip
 
 

@@ -7,7 +7,8 @@
 
 A file's fingerprint is the SHA-256 of its content, or above 64 MiB of its size and of 256 blocks spread evenly over it:
 the whole of a 15 GB checkpoint would take a minute on every start, and a time stamp changes when a folder is copied. A
-folder's is that of its files' names and fingerprints. The clips that a manifest lists are not looked at.
+folder's is that of its files' names and fingerprints. A model's that is on the hub is its name with the commit. The
+clips that a manifest lists are not looked at.
 """
 import hashlib
 import json
@@ -22,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from minixmd.files import write_bytes, write_json, write_safetensors
+from minixmd.models.hub import pinned
 
 WHOLE_BYTES = 64 << 20  # up to here a file is read whole
 SAMPLES, SAMPLE_BYTES = 256, 64 << 10  # beyond it, so many blocks of so many bytes
@@ -44,7 +46,8 @@ def begin(run_dir, stage, inputs, source):
     """
     folder = Path(run_dir) / stage.name
     config = json.loads(json.dumps({"stage": type(stage).__name__.lower(), **asdict(stage)}))  # tuples to lists
-    prints = {field: fingerprint(path) for field, path in inputs.items()}
+    prints = {field: pinned(path) if field == "model" and not path.exists() else fingerprint(path)
+              for field, path in inputs.items()}
     if (folder / "config.json").exists():
         old_config, old_prints = _read(folder / "config.json"), _read(folder / "inputs.json")
         differences = _differences(old_config, config)

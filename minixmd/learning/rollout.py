@@ -89,7 +89,8 @@ def _stopped(text, stop):
 
 
 @torch.inference_mode()
-def generate(model, processor, conversations, *, n=1, max_new_tokens, temperature, seed, stop=(), step=0, keys=None):
+def generate(model, processor, conversations, *, n=1, max_new_tokens, temperature, seed, stop=(), step=0, keys=None,
+             on_token=None):
     """n continuations of each conversation.
 
     Args:
@@ -97,6 +98,7 @@ def generate(model, processor, conversations, *, n=1, max_new_tokens, temperatur
         temperature: 0 = greedy. stop: strings that end a completion (they stay in it).
         seed, step, keys: what the randomness depends on, beside the sample's number and the position; a key defaults to
             a digest of the prompt's ids and media.
+        on_token: called as on_token(row, ids so far) after every new token; row = n * conversation + sample.
     Returns:
         A list of n Completions for each conversation.
     Raises:
@@ -132,6 +134,8 @@ def generate(model, processor, conversations, *, n=1, max_new_tokens, temperatur
             if not done[b]:
                 ids[b].append(token)
                 logprobs[b].append(logp)
+                if on_token is not None:
+                    on_token(b, tuple(ids[b]))
                 done[b] = token == processor.end_id or (bool(stop) and _stopped(processor.decode(ids[b]), stop))
         if all(done) or t == max_new_tokens - 1:
             break

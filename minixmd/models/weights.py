@@ -1,57 +1,41 @@
-"""Checkpoints in the published layout: every tensor of the file and of the model is accounted for, both ways."""
-import json
+"""Checkpoints in the published layout and adapters in PEFT's: every tensor of the file and of the model is accounted
+for, both ways.
+"""
 import re
 import shutil
+from itertools import groupby
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from minixmd.files import write_json, write_safetensors
+from minixmd.files import read_json, write_json, write_safetensors
 from minixmd.models.families import read_config
 from minixmd.models.lora import Linear
 from minixmd.models.multimodal import MultimodalLM
+from minixmd.models.shards import DTYPES, open_safetensors, survey, write_shards
+from minixmd.references import repository
 
-PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "generation_config.json",
-                   "preprocessor_config.json", "chat_template.json", "chat_template.jinja", "special_tokens_map.json")
+SPEAKERS = "spk_dict.pt"  # Omni's voices
+PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+                   "special_tokens_map.json", "chat_template.json", "chat_template.jinja", "generation_config.json",
+                   "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", SPEAKERS)
+SHARD_BYTES = 5_000_000_000  # a file's size at most, as on the hub
 # fields of PEFT's LoraConfig under which an adapter is more than scale (x Aᵀ) Bᵀ with one rank and one scale
 NOT_PLAIN_LORA = ("peft_type", "bias", "fan_in_fan_out", "use_rslora", "use_dora", "use_qalora", "rank_pattern",
                   "alpha_pattern", "layer_replication", "alora_invocation_tokens")
 
 
-def read_json(path):
-    """The object in a JSON file; ValueError, naming the file, if it holds none."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(found).__name__}")
-    return found
-
-
-def _tensor_files(folder):
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        shard_of = read_json(index).get("weight_map")
-        if not isinstance(shard_of, dict):
-            raise ValueError(f"{index}: has no weight_map that says which file holds which tensor")
-        names = sorted(set(shard_of.values()))
-    for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: no such file")
-    return [folder / name for name in names]
-
-
-def _open(path):
+def config_of(folder):
+    """ModelConfig from a folder's config.json; ValueError, naming file and field, if it is not supported."""
+    path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    raw = read_json(path)
     try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+        return read_config(raw)
+    except ValueError as error:  # "config.json: …"
+        raise ValueError(f"{folder}/{error}") from None
 
 
 def published_name(family, name):
@@ -60,72 +44,104 @@ def published_name(family, name):
     return family.published[ours] + name[len(ours):]
 
 
+def build(config):
+    """The model without memory: every parameter is on `meta`."""
+    with torch.device("meta"):
+        return MultimodalLM(config)
+
+
 def load_model(folder, *, device="cpu", dtype=torch.float32):
-    """Build on `meta` from config.json and put every tensor of the folder's safetensors files in its place.
+    """Build on `meta` from config.json, then stream every tensor of the folder's safetensors files into its place.
+
+    The headers of all files are read and compared first. Then each tensor gets memory of its own and is copied there
+    from its file, so the peak is the model, and no parameter keeps a file open.
 
     Args:
-        folder: config.json and model.safetensors (or shards with their index).
+        folder: config.json and model.safetensors (or shards with their index) in fp32, bf16 or fp16. Shards that hold
+            nothing but parts that are not built (shards.skipped_parts) need not be there.
     Returns:
         MultimodalLM, frozen, in `dtype` on `device`.
     Raises:
         ValueError: unsupported config; a broken file; or missing, unexpected and misshapen tensors, all in one message.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder / 'config.json'}: no such file")
-    raw = read_json(folder / "config.json")
-    try:
-        config = read_config(raw)
-    except ValueError as error:  # "config.json: …"
-        raise ValueError(f"{folder}/{error}") from None
-    with torch.device("meta"):
-        model = MultimodalLM(config)
-    wanted = {published_name(config.family, name): name for name, _ in model.named_parameters()}
+    config = config_of(folder)
+    model = build(config)
+    ours = {published_name(config.family, name): name for name, _ in model.named_parameters()}
     head, embedding = (published_name(config.family, n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
-    faults, seen = [], set()
-    for path in _tensor_files(folder):
-        with _open(path) as file:
-            for name in file.keys():
-                seen.add(name)
-                if name == head and config.tie_word_embeddings:
-                    continue  # checked below, when the embedding is in place
-                if name not in wanted:
-                    faults.append(f"unexpected {name}")
-                    continue
-                module_name, _, leaf = wanted[name].rpartition(".")
-                module = model.get_submodule(module_name)
-                expected, found = list(getattr(module, leaf).shape), file.get_slice(name).get_shape()
-                if found != expected:
-                    faults.append(f"{name} has shape {found}, expected {expected}")
-                    continue
-                tensor = file.get_tensor(name).to(device=device, dtype=dtype)
-                setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
-    faults += [f"missing {name}" for name in wanted if name not in seen]
+    held, faults = survey(folder, config.family)
+    copied_head = held.pop(head, None) if config.tie_word_embeddings else None
+    for name, found in held.items():
+        if name not in ours:
+            faults.setdefault(name, f"unexpected {name}")
+            continue
+        expected = list(model.get_parameter(ours[name]).shape)
+        if found.shape != expected:
+            faults[name] = f"{name} has shape {found.shape}, expected {expected}"
+        elif found.dtype not in DTYPES:
+            faults[name] = f"{name} is {found.dtype}, expected {', '.join(DTYPES)}"
+    for name in ours.keys() - held.keys():
+        faults.setdefault(name, f"missing {name}")
     if faults:
-        raise ValueError(f"{folder}: {len(faults)} tensors do not fit config.json: " + "; ".join(sorted(faults)))
+        listed = "; ".join(sorted(faults.values()))
+        raise ValueError(f"{folder}: {len(faults)} tensors do not fit config.json: {listed}")
+    for path, names in groupby(sorted(held, key=lambda name: held[name].file), lambda name: held[name].file):
+        with open_safetensors(folder / path) as file:
+            for name in names:
+                module_name, _, leaf = ours[name].rpartition(".")
+                tensor = torch.empty(held[name].shape, device=device, dtype=dtype)
+                tensor.copy_(file.get_tensor(name))
+                setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor, requires_grad=False))
     model.tie()
-    if config.tie_word_embeddings and head in seen:
-        for path in _tensor_files(folder):
-            with _open(path) as file:
-                if head not in file.keys():
-                    continue
-                if not torch.equal(file.get_tensor(head).to(device, dtype), model.lm_head.weight):
-                    raise ValueError(f"{folder}: config.json ties {head} to {embedding}, but the file's two differ")
+    if copied_head is not None:
+        with open_safetensors(folder / copied_head.file) as file:
+            if not torch.equal(file.get_tensor(head).to(device, dtype), model.lm_head.weight):
+                raise ValueError(f"{folder}: config.json ties {head} to {embedding}, but the file's two differ")
     return model
 
 
-def save_model(model, processor_folder, folder):
-    """Write a model without adapters in the published layout, with the tokenizer and processor files of its source."""
-    folder = Path(folder)
-    state = {published_name(model.config.family, name): p for name, p in model.named_parameters()}
+def save_model(model, processor_folder, folder, shard_bytes=SHARD_BYTES):
+    """Write a model without adapters in the published layout, with the tokenizer and processor files of its source.
+
+    config.json names the dtype written. It is written last, and an older one is removed first: without it nothing loads
+    the folder, so a kill leaves no mixture. Of Qwen2.5-Omni the thinker is written, and config.json says so.
+
+    Args:
+        processor_folder: where the tokenizer's files are; may be `folder`.
+        shard_bytes: above this size in all, the weights are cut into files of at most it.
+    Raises:
+        ValueError: the model carries an adapter, or `folder` holds one.
+    """
+    folder, family = Path(folder), model.config.family
+    state = {published_name(family, name): p for name, p in model.named_parameters()}
     if any("lora_" in name for name in state):
         raise ValueError("save_model writes plain weights: merge the adapter first (merge_lora)")
-    write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder}: holds an adapter; a whole model needs another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
     for name in PROCESSOR_FILES:
         source = Path(processor_folder) / name
         if source.is_file() and source.resolve() != (folder / name).resolve():
             shutil.copyfile(source, folder / name)
-    write_json(folder / "config.json", model.config.raw)
+    write_shards(folder, state, shard_bytes)
+    raw = _typed(model.config.raw, str(model.lm_head.weight.dtype).removeprefix("torch."))
+    if model.config.tie_word_embeddings:  # transformers does not look for it in Omni's text_config
+        (raw[family.part] if family.part else raw)["tie_word_embeddings"] = True
+    if family.skipped:
+        raw["enable_audio_output"] = False  # transformers then builds no talker
+        if not (folder / SPEAKERS).exists():
+            torch.save({}, folder / SPEAKERS)  # but asks for its voices
+    write_json(folder / "config.json", raw)
+
+
+def _typed(raw, dtype):
+    """config.json with `dtype` wherever one is named, and at least at the top."""
+    def typed(section):
+        return {key: dtype if key in ("dtype", "torch_dtype") else typed(value) if isinstance(value, dict) else value
+                for key, value in section.items()}
+
+    return typed(raw if {"dtype", "torch_dtype"} & raw.keys() else {**raw, "torch_dtype": dtype})
 
 
 def adapted(model):
@@ -134,31 +150,47 @@ def adapted(model):
 
 
 def save_adapter(model, base, folder):
-    """Write the model's adapter in PEFT's format, with transformers 5 module paths.
+    """Write the model's adapter in PEFT's format, with transformers 5 module paths (of Omni: the thinker class's).
 
     Args:
-        base: path of the model it belongs to, recorded for `load` and PEFT.
+        base: the model it belongs to, recorded for `load` and PEFT: a path, or "owner/name@revision" on the hub.
     """
-    tensors, paths, layers = {}, [], adapted(model)
-    for name, module in layers.items():
-        ours = next(prefix for prefix in model.config.family.modules if name.startswith(prefix))
-        paths.append(model.config.family.modules[ours] + name[len(ours):])
-        tensors[f"base_model.model.{paths[-1]}.lora_A.weight"] = module.lora_A
-        tensors[f"base_model.model.{paths[-1]}.lora_B.weight"] = module.lora_B
-    rank = next(iter(layers.values())).lora_A.shape[0]
+    layers = adapted(model)
+    pairs = {name: {"lora_A": module.lora_A, "lora_B": module.lora_B} for name, module in layers.items()}
+    first = next(iter(layers.values()))
+    name, revision = (not Path(base).is_dir() and repository(base)) or (str(base), None)
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": rank,
-        "lora_alpha": next(iter(layers.values())).scale * rank, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": "|".join(re.escape(path) for path in paths), "inference_mode": True, "fan_in_fan_out": False,
-        "use_rslora": False, "use_dora": False, "init_lora_weights": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision,
+        "r": first.lora_A.shape[0], "lora_alpha": first.scale * first.lora_A.shape[0], "lora_dropout": 0.0,
+        "bias": "none", "inference_mode": True, "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
+        "init_lora_weights": True,
     }  # fmt: skip
+    write_adapter(folder, config, pairs, model.config.family.modules)
+
+
+def write_adapter(folder, config, pairs, paths):
+    """Write an adapter as PEFT does.
+
+    Args:
+        config: adapter_config.json, but for target_modules.
+        pairs: {our module name: {"lora_A": (R, in), "lora_B": (out, R)}}.
+        paths: our attribute prefix -> module path in the program that is to read it (family.modules or .published).
+    """
+    tensors, targets = {}, []
+    for name, pair in sorted(pairs.items()):
+        ours = next(prefix for prefix in paths if name.startswith(prefix))
+        targets.append(paths[ours] + name[len(ours):])
+        tensors.update({f"base_model.model.{targets[-1]}.{half}.weight": tensor for half, tensor in pair.items()})
     write_safetensors(Path(folder) / "adapter_model.safetensors", tensors, {"format": "pt"})
+    config = {**config, "target_modules": "|".join(re.escape(path) for path in targets)}
     write_json(Path(folder) / "adapter_config.json", config)
 
 
-def load_adapter(model, folder):
-    """Attach the adapter of a PEFT folder to a loaded model.
+def read_adapter(model, folder):
+    """A PEFT folder's adapter, matched to the layers of a model (which may be on `meta`).
 
+    Returns:
+        (adapter_config.json, pairs as write_adapter takes them, fp32 on the CPU)
     Raises:
         ValueError: a tensor that belongs to no linear layer of the model, half a pair, another shape, or an adapter
             that is not plain LoRA.
@@ -171,11 +203,10 @@ def load_adapter(model, folder):
     for name in ("r", "lora_alpha"):
         if type(config.get(name)) not in (int, float) or config[name] <= 0:
             raise ValueError(f"{folder}: adapter_config.json {name} must be a number above 0, got {config.get(name)!r}")
-    family = model.config.family  # older adapters have the published file's module paths
-    back = {theirs: ours for paths in (family.published, family.modules) for ours, theirs in paths.items()}
+    back = _our_prefixes(model.config.family)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
     pairs, faults = {}, []
-    with _open(folder / "adapter_model.safetensors") as file:
+    with open_safetensors(folder / "adapter_model.safetensors") as file:
         for key in file.keys():
             path, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
             prefix = max((p for p in back if path.startswith(p)), key=len, default=None)
@@ -183,8 +214,8 @@ def load_adapter(model, folder):
             if half not in ("lora_A", "lora_B") or name not in layers:
                 faults.append(f"{key} fits no linear layer")
                 continue
-            pairs.setdefault(name, {})[half] = file.get_tensor(key).float()
-    rank, scale = config["r"], config["lora_alpha"] / config["r"]
+            pairs.setdefault(name, {})[half] = file.get_tensor(key).to(torch.float32, copy=True)
+    rank = config["r"]
     for name, pair in pairs.items():
         F, D = layers[name].weight.shape
         found = {half: tuple(t.shape) for half, t in pair.items()}
@@ -192,8 +223,24 @@ def load_adapter(model, folder):
             faults.append(f"{name}: expected lora_A {(rank, D)} and lora_B {(F, rank)}, got {found}")
     if faults or not pairs:
         raise ValueError(f"{folder}: adapter does not fit the model: " + "; ".join(faults or ["it holds no tensor"]))
+    return config, pairs
+
+
+def _our_prefixes(family):
+    """Module path prefix in another program -> ours: transformers 5's, and the published file's, which older adapters
+    have; of a family with several models also transformers 5's in the whole."""
+    back = {theirs: ours for paths in (family.published, family.modules) for ours, theirs in paths.items()}
+    if family.part:
+        whole = family.part.removesuffix("config").replace("_", ".")
+        back.update({whole + theirs: ours for ours, theirs in family.modules.items()})
+    return back
+
+
+def load_adapter(model, folder):
+    """Attach the adapter of a PEFT folder to a loaded model; ValueError, as read_adapter's, if it does not fit."""
+    config, pairs = read_adapter(model, folder)
     for name, pair in pairs.items():
-        device = layers[name].weight.device
-        layers[name].lora_A = nn.Parameter(pair["lora_A"].to(device), requires_grad=False)
-        layers[name].lora_B = nn.Parameter(pair["lora_B"].to(device), requires_grad=False)
-        layers[name].scale = scale
+        layer = model.get_submodule(name)
+        layer.lora_A, layer.lora_B = (
+            nn.Parameter(pair[half].to(layer.weight.device), requires_grad=False) for half in ("lora_A", "lora_B"))
+        layer.scale = config["lora_alpha"] / config["r"]

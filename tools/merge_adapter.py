@@ -1,0 +1,92 @@
+"""Fold a LoRA adapter into its base model and write the whole model, or rewrite the adapter for another program.
+
+    python tools/merge_adapter.py ADAPTER OUT                   the base with the adapter merged into it
+    python tools/merge_adapter.py ADAPTER OUT --layout new|old  the adapter itself, under other module paths
+
+ADAPTER is a folder in PEFT's format, or "owner/name[@revision]" on the hub; its base is found under the name that it
+records. OUT must be new or empty. A merge needs the base's size in memory (in float32 if --dtype or the file is).
+"""
+import argparse
+import sys
+from functools import reduce
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
+
+from minixmd.models.hub import base_folder, model_folder  # noqa: E402
+from minixmd.models.lora import merge_lora  # noqa: E402
+from minixmd.models.shards import DTYPES, survey  # noqa: E402
+from minixmd.models.weights import (  # noqa: E402
+    build,
+    config_of,
+    load_adapter,
+    load_model,
+    read_adapter,
+    save_model,
+    write_adapter,
+)
+
+NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+
+
+def stored_dtype(folder):
+    """The dtype of a checkpoint's tensors; of several, the one that holds them all."""
+    held, _ = survey(folder, config_of(folder).family)
+    dtypes = {DTYPES[found.dtype] for found in held.values() if found.dtype in DTYPES}
+    return reduce(torch.promote_types, dtypes) if dtypes else torch.float32  # load_model says what is wrong
+
+
+def merge(adapter, base, out, dtype=None):
+    """Write the base at `out` with the adapter in its weights, in `dtype` or the base's own."""
+    stored = stored_dtype(base)
+    dtype = dtype or stored
+    model = load_model(base, dtype=torch.promote_types(stored, dtype))  # rounded once, at the end
+    load_adapter(model, adapter)
+    merge_lora(model)
+    save_model(model.to(dtype), base, out)
+    return f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters in {str(dtype).removeprefix('torch.')}"
+
+
+def rewrite(adapter, base, out, layout):
+    """Write the adapter at `out` with transformers 5's module paths ("new") or the published file's ("old")."""
+    model = build(config_of(base))
+    config, pairs = read_adapter(model, adapter)
+    family = model.config.family
+    write_adapter(out, config, pairs, family.modules if layout == "new" else family.published)
+    return f"{out}: {len(pairs)} adapted layers under {layout} module paths"
+
+
+def main(argv=None):
+    """Returns the exit status; what is wrong with the input is one line on stderr."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapter", metavar="ADAPTER")
+    parser.add_argument("out", metavar="OUT", type=Path)
+    parser.add_argument("--dtype", choices=NAMES, help="of the merged model; the default is the base's own")
+    parser.add_argument("--layout", choices=("new", "old"), help="do not merge: write the adapter with the module "
+                        "paths of transformers 5 (new; what train writes) or of the published checkpoint (old; what "
+                        "transformers 4 and programs of its time look for)")
+    args = parser.parse_args(argv)
+    try:
+        if args.layout and args.dtype:
+            raise ValueError("--dtype is of a merged model; --layout merges nothing")
+        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+            raise ValueError(f"{args.out}: exists and is not an empty folder")
+        adapter = model_folder(args.adapter)
+        if not (adapter / "adapter_config.json").is_file():
+            raise ValueError(f"{args.adapter}: holds no adapter_config.json, so it is no adapter")
+        base = base_folder(adapter)
+        if args.layout:
+            said = rewrite(adapter, base, args.out, args.layout)
+        else:
+            said = merge(adapter, base, args.out, args.dtype and NAMES[args.dtype])
+    except (ValueError, OSError) as error:
+        print(f"merge_adapter: {error}", file=sys.stderr)
+        return 1
+    print(said)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
