@@ -36,7 +36,7 @@ import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
 from transformers.utils import logging
 
@@ -186,7 +186,8 @@ def flops(function):
     """(a call's floating-point operations, {module: of its forward}); attention counts as if nothing were masked."""
     aten = torch.ops.aten
     attention, backward = (getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{s}") for s in ("", "_backward"))
-    unknown = {aten.addmm_: addmm_flop, attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    unknown = {aten.addmm_: lambda y, a, b, *_, **__: 2 * a[0] * a[1] * b[1],
+               attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
                backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)}  # to FlopCounterMode
     with FlopCounterMode(display=False, depth=None, custom_mapping=unknown) as counter:
         function()
