@@ -45,6 +45,7 @@ def video_cases():
         prompt([3, video_media((1, 2, 2), 0, 2), 2, video_media((2, 8, 4), 0, 3), 7]),
         prompt([6]),
         prompt([1, video_media((3, 6, 10), 0, 4), 9]),
+        prompt([2, video_media((19, 2, 10), 0, 5), 3]),  # many frames, far from square
     ]
 
 
