@@ -6,6 +6,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+UMASK = os.umask(0)
+os.umask(UMASK)  # it can only be read by setting it
+
 
 def _publish(path, write):
     path = Path(path)
@@ -15,6 +18,7 @@ def _publish(path, write):
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~UMASK)  # safetensors makes files that nobody else can read
         os.replace(temporary, path)
     except BaseException:
         try:

@@ -155,6 +155,8 @@ def train(stage, folder, log):
     """Stage Train. Writes best/ (an adapter, or a whole model when all of it trains) and log.jsonl."""
     pairs, counts = sources(stage, read_manifest(stage.manifest))
     validation = read_manifest(stage.val_manifest) if stage.val_manifest else []
+    if missing := next((e for e in validation if e.answer is None), None):
+        raise ValueError(f"{stage.val_manifest}: example {missing.id!r} has no answer to validate against")
     run, processor = build(stage, pairs)
     resume(run, folder)
     if run.step == 0:
@@ -171,7 +173,7 @@ def train(stage, folder, log):
             good = [prompt for prompt in asked if not isinstance(prompt, MediaError)]
             for error in (prompt for prompt in asked if isinstance(prompt, MediaError)):
                 run.bad += 1
-                log({"step": run.step, "bad": error.reason, "detail": str(error)})
+                log({"step": run.step + 1, "bad": error.reason, "detail": str(error)})
             if run.bad > stage.max_bad * stage.epochs * len(pairs):
                 raise ValueError(f"{stage.name}: {run.bad} bad clips, above max_bad {stage.max_bad} of the "
                                  f"{stage.epochs * len(pairs)} to be read; the last: {error}")
@@ -253,6 +255,7 @@ def main(argv=None):
                         help="also field=value (every stage that has the field) and run_dir=path")
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     args = parser.parse_args(argv)
+    torch.backends.cudnn.allow_tf32 = False  # float32 convolutions would multiply with 10 bits
     try:
         config = load_config(args.config, args.overrides)
         check_files(config.stages)
@@ -268,7 +271,7 @@ def main(argv=None):
             print(f"{stage.name}: runs in {folder}" + where(stage), flush=True)
             RUN[type(stage)](resolved(stage, config), folder, partial(log_line, folder))
             finish(folder)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if args.traceback:
             raise
         print(f"minixmd: {error}", file=sys.stderr)

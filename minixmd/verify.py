@@ -238,7 +238,7 @@ def subject(model, processor, dtype, audios=(), videos=(), against=False):
         if getattr(model.config.family, kind) is None and given:
             raise ValueError(f"a {model.config.family.model_type} model cannot take {kind}, got {given[0]}")
         if getattr(model.config.family, kind) is not None:
-            parts = [{"type": kind, kind: path} for path in given]
+            parts = [{"type": kind, kind: path} for path in dict.fromkeys(given)]
             clips[kind], sizes[kind] = [*parts, *made[len(parts):]], list(more)
     return Subject(model, processor, dtype, clips, sizes, against)
 

@@ -93,6 +93,18 @@ REFUSED = {  # (kind, path of the field, value, what the line must say)
     "thinker": ("omni", ("thinker_config",), [1], "thinker_config must be an object, got [1]"),
     "dropout": ("omni", ("thinker_config", "audio_config", "dropout"), 0.1, "audio_config.dropout = 0.1 is"),
     "unknown": ("omni", ("thinker_config", "text_config", "head_dim"), 16, "thinker_config.text_config.head_dim = 16"),
+    "rope list": ("windowed", ("rope_scaling",), [1], "rope_scaling must be an object, got [1]"),
+    "sections": ("windowed", ("rope_scaling",), {"mrope_section": [2, "a", 2]}, "mrope_section must be a list of"),
+    "section": ("windowed", ("rope_scaling",), {"mrope_section": 6}, "mrope_section must be a list of positive ints"),
+    "rope kind": ("windowed", ("rope_scaling",), {"type": ["x"]}, "rope scaling"),
+    "layers": ("windowed", ("layer_types",), 5, "layer_types = 5 is not implemented"),
+    "nan": ("windowed", ("rms_norm_eps",), float("nan"), "rms_norm_eps must be a positive float"),
+    "heads": ("windowed", ("vision_config", "num_heads"), 3, "vision_config.num_heads 3 does not divide 32"),
+    "ears": ("audio", ("audio_config", "encoder_attention_heads"), 5, "encoder_attention_heads 5 does not divide 36"),
+    "small window": ("windowed", ("vision_config", "window_size"), 20, "window_size 20 is less than"),
+    "quantised": ("windowed", ("quantization_config",), {"bits": 4}, "quantised weights are not read"),
+    "an object": ("windowed", ("some_dict",), {"a": 1}, "some_dict = {'a': 1} is not implemented"),
+    "a tower": ("audio", ("vision_config",), {"depth": 2}, "vision_config = {'depth': 2} is not implemented"),
     "family": ("audio", ("model_type",), "llama", "'llama' is not supported; supported: qwen2_audio, "),
 }  # fmt: skip
 

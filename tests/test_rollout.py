@@ -167,6 +167,12 @@ def test_one_new_token_is_enough_and_fewer_is_an_error(speaker):
         say(speaker, [ask("Hm")], max_new_tokens=0)
 
 
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_none_is_an_error(speaker, temperature):
+    with pytest.raises(ValueError, match="temperature must be 0"):
+        say(speaker, [ask("Hm")], temperature=temperature)
+
+
 def test_an_empty_stop_string_and_a_length_over_the_models_limit_are_errors(speaker):
     with pytest.raises(ValueError, match="stop string must not be empty"):
         say(speaker, [ask("Hm")], max_new_tokens=2, stop=("x", ""))

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mini import CLASSES, write_clips, write_config, write_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import minixmd
 from minixmd.config import Train
+from minixmd.files import UMASK
 from minixmd.inputs.examples import Example, read_manifest
+from minixmd.learning.optim import adamw, optimizer_tensors, restore_optimizer
 from minixmd.train import main, order, sources
 
 FRAMES = "min_pixels=3136, max_pixels=3136"
@@ -321,3 +323,84 @@ def test_a_manifest_line_that_is_no_example_is_named_by_file_line_and_field(tmp_
 
 def test_the_stage_that_trains_accepts_its_own_defaults():
     assert Train(name="t", objective="sft", model="m", manifest="x").lr == 1e-4
+
+
+# ---- what must not pass in silence ----
+
+
+def test_logits_that_are_not_finite_stop_a_stage_instead_of_answering_a(world, tmp_path, capsys):
+    folder = tmp_path / "nan"
+    shutil.copytree(world / "ears", folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["language_model.model.norm.weight"][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    stage = f"Evaluate(name='e', model='{folder}', manifest='{world}/clips/manifest.jsonl', device='cpu')"
+    assert "the logits of example 'clip0' are not finite" in refused(tmp_path, capsys, stage)
+    model, processor = minixmd.load(folder)
+    for temperature in (0.0, 0.7):
+        with pytest.raises(ValueError, match="logits are not finite"):
+            minixmd.generate(model, processor, [[{"role": "user", "content": "Hm"}]], max_new_tokens=2, seed=0,
+                             temperature=temperature)
+
+
+def test_a_validation_manifest_without_answers_is_refused(world, tmp_path, capsys):
+    stages = train(world, val_manifest=f"{world}/blind/manifest.jsonl")
+    assert "example 'clip0' has no answer to validate against" in refused(tmp_path, capsys, stages)
+
+
+def test_an_evaluation_in_which_no_clip_can_be_used_is_refused_whatever_max_bad_says(world, tmp_path, capsys):
+    records = [json.loads(line) for line in (world / "clips" / "manifest.jsonl").read_text().splitlines()]
+    path = tmp_path / "gone.jsonl"
+    path.write_text("".join(json.dumps({**record, "audio": "/nowhere.wav"}) + "\n" for record in records))
+    stage = f"Evaluate(name='e', model='{world}/ears', manifest='{path}', max_bad=1.0, device='cpu')"
+    assert "12 of 12 clips are bad" in refused(tmp_path, capsys, stage)
+
+
+def test_line_separators_inside_a_string_do_not_cut_a_manifest_or_a_label(world, tmp_path):
+    lines = (world / "clips" / "manifest.jsonl").read_text().split("\n")
+    record = json.loads(lines[0])
+    record.update(question="Which\u2028one?", options=["d\u2028og", "c\u0085at", "owl"],
+                  audio=str(world / "clips" / record["audio"]))
+    path = tmp_path / "odd.jsonl"
+    path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_manifest(path)[0].options[0] == "d\u2028og"
+    assert run(tmp_path, f"Label(name='l', model='{world}/ears', manifest='{path}', device='cpu')") == 0
+
+
+@pytest.mark.parametrize("fault, says", [
+    ("no labels", "has no classes"), ("other names", "is labelled with a class of"),
+])  # fmt: skip
+def test_a_switch_that_could_decide_nothing_is_refused(world, tmp_path, capsys, fault, says):
+    records = [json.loads(line) for line in (world / "clips" / "manifest.jsonl").read_text().splitlines()]
+    for record in records:
+        record["label"] = None if fault == "no labels" else f"the {record['label']}"
+        record.update({kind: str(world / "clips" / record[kind]) for kind in ("audio", "video")})
+    path = tmp_path / "analysis.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    seen = f"manifest='{path}', device='cpu'"
+    stages = (f"Evaluate(name='t', model='{world}/eyes', media='video', {FRAMES}, {seen}), "
+              f"Evaluate(name='s', model='{world}/ears', {seen}), Label(name='l', model='{world}/ears', {seen}), "
+              "Switch(name='w', teacher='@t', student='@s', labels='@l')")
+    assert run(tmp_path, stages) == 1
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_parameter_that_has_had_no_gradient_yet_is_restored_as_such():
+    stage = SimpleNamespace(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in ("heard", "seen")}
+    optimizer = adamw(parameters, stage)
+    parameters["heard"].grad = torch.ones(2)
+    optimizer.step()
+    tensors = optimizer_tensors(optimizer, parameters)
+    restored = adamw(parameters, stage)
+    restore_optimizer(restored, parameters, tensors)
+    assert set(tensors) == {"heard.step", "heard.exp_avg", "heard.exp_avg_sq"}
+    parameters["seen"].grad = torch.ones(2)
+    restored.step()  # both
+    assert restored.state[parameters["seen"]]["step"] == 1
+
+
+def test_written_weights_can_be_read_by_others(world, tmp_path):
+    assert run(tmp_path, train(world, max_steps=1)) == 0
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "run" / "student" / "best").iterdir()}
+    assert len(modes) == 1 and modes == {0o666 & ~UMASK}

@@ -594,3 +594,19 @@ def test_an_adapter_without_tensors_file_or_base_is_one_line_that_says_so(folder
     assert "it holds no tensor" in error_of(lambda: load_adapter(again, tmp_path))
     path.unlink()
     assert error_of(lambda: load_adapter(again, tmp_path)) == f"{path}: no such file"
+
+
+def test_an_adapter_that_lacks_a_layer_which_its_own_config_names_is_refused(tmp_path):
+    model = tiny_model("audio")
+    add_lora(model, rank=2, alpha=4, targets=r"model\.layers\..*", seed=0)
+    save_adapter(model, "base", tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor for name, tensor in tensors.items() if "layers.1.mlp.up_proj" not in name}, file)
+    for targets in (None, ["up_proj", "q_proj"]):  # as we write them, a pattern; as PEFT may, names' ends
+        if targets:
+            config = json.loads((tmp_path / "adapter_config.json").read_text())
+            (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": targets}))
+        with pytest.raises(ValueError, match=r"missing model\.layers\.1\.mlp\.up_proj") as caught:
+            load_adapter(tiny_model("audio"), tmp_path)
+        assert ("audio_tower.layers.0.self_attn.q_proj" in str(caught.value)) == bool(targets)

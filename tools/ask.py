@@ -57,6 +57,7 @@ def ask(args):
     dtype = ("bfloat16" if device == "cuda" else "float32") if args.dtype == "auto" else args.dtype
     where = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"loading {args.model} in {dtype} on {where}", file=sys.stderr, flush=True)
+    torch.backends.cudnn.allow_tf32 = False  # float32 convolutions would multiply with 10 bits
     start = time.monotonic()
     model, processor = load(args.model, device=device, dtype=getattr(torch, dtype))
     count = sum(p.numel() for p in model.parameters())

@@ -32,5 +32,7 @@ def optimizer_tensors(optimizer, parameters):
 def restore_optimizer(optimizer, parameters, tensors):
     """Put back what optimizer_tensors gave, on each parameter's device (AdamW's step count stays on the CPU)."""
     for name, p in parameters.items():
+        if f"{name}.step" not in tensors:
+            continue  # it has had no gradient yet, as a tower that no clip went through
         optimizer.state[p] = {key: tensors[f"{name}.{key}"].to("cpu" if key == "step" else p.device)
                               for key in ("step", "exp_avg", "exp_avg_sq")}

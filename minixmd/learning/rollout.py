@@ -1,5 +1,6 @@
 """generate: sampling with a key-value cache; randomness is a pure function of (seed, step, key, sample, position)."""
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,7 @@ def sample(logits_BV, uniform_B, temperature, banned):
         total_B = cdf_BV[:, -1]
         u_B = torch.minimum(uniform_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))  # below the top
         ids_B = torch.searchsorted(cdf_BV, u_B[:, None], right=True).squeeze(1)
+        ids_B = ids_B.clamp(max=cdf_BV.shape[1] - 1)  # NaN logits would point beyond; generate refuses them
     return ids_B, logp_BV.gather(1, ids_B[:, None]).squeeze(1)
 
 
@@ -102,11 +104,13 @@ def generate(model, processor, conversations, *, n=1, max_new_tokens, temperatur
     Returns:
         A list of n Completions for each conversation.
     Raises:
-        ValueError: a conversation that the processor refuses, max_new_tokens < 1 or past the model's limit, an empty
-            stop string.
+        ValueError: a conversation that the processor refuses, max_new_tokens < 1 or past the model's limit, a negative
+            temperature, an empty stop string, or logits that are not finite.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 (greedy) or above, got {temperature}")
     if "" in stop:
         raise ValueError("a stop string must not be empty")
     prompts = [processor(conversation) for conversation in conversations]
@@ -132,6 +136,9 @@ def generate(model, processor, conversations, *, n=1, max_new_tokens, temperatur
         ids_B, logp_B = sample(model.logits(hidden_BD), u_B.to(device), temperature, banned)
         for b, (token, logp) in enumerate(zip(ids_B.tolist(), logp_B.tolist(), strict=True)):
             if not done[b]:
+                if math.isnan(logp):
+                    raise ValueError("the model's logits are not finite: its weights are broken, or too large for "
+                                     f"{model.lm_head.weight.dtype}")
                 ids[b].append(token)
                 logprobs[b].append(logp)
                 if on_token is not None:

@@ -104,6 +104,9 @@ def score_letters(model, processor, stage, examples, batch_tokens=8192):
         logits_BV = model.logits(model(batch)[last_B]).cpu()
         for (example, _), logits_V in zip(run, logits_BV, strict=True):
             letters = logits_V[processor.letter_ids(len(example.options))]
+            if not letters.isfinite().all():
+                raise ValueError(f"{stage.name}: the logits of example {example.id!r} are not finite: the weights of "
+                                 f"{stage.model} are broken, or too large for {stage.dtype}")
             best = int(letters.argmax())
             records[example.id] = {"id": example.id, "answer": best, "option": example.options[best],
                                    "logits": [round(x, 4) for x in letters.tolist()]}
@@ -126,7 +129,9 @@ def score_in_shards(model, processor, stage, examples, folder, progress):
 def read_records(path):
     """The JSON lines that a stage wrote. Raises ValueError with file and line for one that is not JSON."""
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line:  # after the last one; splitlines would also cut at U+2028 and the like, inside a string
+            continue
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
@@ -135,10 +140,10 @@ def read_records(path):
 
 
 def count_bad(records, stage):
-    """{reason: count} of the bad records. Raises ValueError when their share is above the stage's max_bad."""
+    """{reason: count} of the bad records. Raises ValueError when all are, or more than the stage's max_bad share."""
     bad = [record for record in records if "bad" in record]
     reasons = dict(Counter(record["bad"] for record in bad).most_common())
-    if len(bad) > stage.max_bad * len(records):
-        raise ValueError(f"{stage.name}: {len(bad)} of {len(records)} clips are bad ({reasons}), above max_bad "
+    if len(bad) > stage.max_bad * len(records) or len(bad) == len(records):
+        raise ValueError(f"{stage.name}: {len(bad)} of {len(records)} clips are bad ({reasons}), with max_bad "
                          f"{stage.max_bad}; the first: {bad[0]['detail']}")
     return reasons

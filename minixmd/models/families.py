@@ -3,6 +3,7 @@
 A published file is flat or sparse, transformers 5 writes a nested one; absent fields take the reference's defaults. A
 field that nothing here implements must stand at the value under which it does nothing, or it raises.
 """
+import math
 from dataclasses import dataclass, field, fields, replace
 
 
@@ -164,15 +165,21 @@ FRONT_END = {"num_mel_bins": 128, "in_channels": 3, "patch_size": 14, "spatial_m
 
 def _rope(section, where):
     """rope_theta and mrope_section from the published pair of fields or from transformers 5's rope_parameters."""
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(section.get(name), dict | None):
+            raise ValueError(f"config.json: {where}{name} must be an object, got {section[name]!r}")
     out, rope = {}, dict(section.get("rope_parameters") or {})
     if "rope_theta" in section:
         out["rope_theta"] = section["rope_theta"]
     rope.update(section.get("rope_scaling") or {})
-    kind = {rope.pop("rope_type", "default"), rope.pop("type", "default")} - {"default", "mrope", "axial"}
+    kind = {str(rope.pop(name, "default")) for name in ("rope_type", "type")} - {"default", "mrope", "axial"}
     if "rope_theta" in rope:
         out["rope_theta"] = rope.pop("rope_theta")
     if "mrope_section" in rope:
-        out["mrope_section"] = tuple(rope.pop("mrope_section"))
+        sections = rope.pop("mrope_section")
+        if not isinstance(sections, list) or not all(type(size) is int and size > 0 for size in sections):
+            raise ValueError(f"config.json: {where}mrope_section must be a list of positive ints, got {sections!r}")
+        out["mrope_section"] = tuple(sections)
     if kind or rope:
         raise ValueError(f"config.json: {where} asks for rope scaling {sorted(kind) or rope}, which is not implemented")
     return out
@@ -189,7 +196,7 @@ def _read(cls, section, defaults, where, names=None, act="silu"):
     for name, value in section.items():
         if name in theirs.values() or name in INERT or name.startswith(("_", "rope_")) or value is None:
             continue
-        if name == "layer_types" and set(value) == {"full_attention"}:
+        if name == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
             continue
         if value not in ((act,) if name == "hidden_act" else FIXED.get(name, ())):
             raise ValueError(f"config.json: {where}{name} = {value!r} is not implemented")
@@ -203,7 +210,7 @@ def _read(cls, section, defaults, where, names=None, act="silu"):
             values[entry.name] = tuple(value)
             continue
         kind = float if entry.type in (float, float | None) else int
-        if type(value) not in {int, kind} or value <= 0:
+        if type(value) not in {int, kind} or not 0 < value < math.inf:
             raise ValueError(f"config.json: {where}{name} must be a positive {kind.__name__}, got {value!r}")
         if FRONT_END.get(name, value) != value:
             raise ValueError(f"config.json: {where}{name} = {value!r} is not implemented; it must be {FRONT_END[name]}")
@@ -232,10 +239,12 @@ def read_config(raw):
             raise ValueError(f"config.json: {family.part} is missing")
     text, audio, vision = (_section(part, name, where) for name in ("text_config", "audio_config", "vision_config"))
     own = {"position_id_per_seconds", "seconds_per_chunk"} if family.audio and family.video else set()
-    top = {k: v for k, v in part.items() if not isinstance(v, dict) and k not in {*family.token_fields, *own}}
+    if part.get("quantization_config"):
+        raise ValueError(f"config.json: {where}quantization_config: quantised weights are not read")
+    parts = {"text_config", *(["audio_config"] if family.audio else []), *(["vision_config"] if family.video else [])}
+    top = {k: v for k, v in part.items() if k not in {*family.token_fields, *own, *parts}}
     if text is None:  # flat: the decoder's fields stand at the top
-        text = {k: v for k, v in top.items() if not k.endswith("_config")} | {
-            k: v for k, v in part.items() if k in ("rope_scaling", "rope_parameters")}
+        text = top
     else:
         _read(TextConfig, {k: v for k, v in top.items() if k != "vocab_size"}, defaults["text"], where)
     text = {k: v for k, v in text.items() if k not in family.token_fields}
@@ -258,6 +267,18 @@ def read_config(raw):
         if width not in (None, text_config.hidden_size):
             raise ValueError(f"config.json: {where}{name} {width} differs from the decoder's hidden_size "
                              f"{text_config.hidden_size}")
+    for name, width, heads in (
+        ("text_config.num_attention_heads", text_config.hidden_size, text_config.num_attention_heads),
+        ("text_config.num_key_value_heads", text_config.num_attention_heads, text_config.num_key_value_heads),
+        *([("audio_config.encoder_attention_heads", audio_config.d_model, audio_config.encoder_attention_heads)]
+          if audio_config else []),
+        *([("vision_config.num_heads", vision_config.width, vision_config.num_heads)] if vision_config else []),
+    ):  # fmt: skip
+        if width % heads:
+            raise ValueError(f"config.json: {where}{name} {heads} does not divide {width}")
+    if vision_config and (vision_config.window_size or 28) < 28:
+        raise ValueError(f"config.json: {where}vision_config.window_size {vision_config.window_size} is less than a "
+                         "merged token's 28 pixels")
     if sum(text_config.mrope_section or ()) not in (0, text_config.hidden_size // text_config.num_attention_heads // 2):
         raise ValueError(f"config.json: mrope_section {text_config.mrope_section} does not add up to half a head "
                          f"({text_config.hidden_size // text_config.num_attention_heads // 2})")

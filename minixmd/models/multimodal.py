@@ -12,10 +12,11 @@ from minixmd.models.whisper import ChunkedWhisper, Whisper
 
 
 def raw_logits(hidden_ND, weight_VD):
-    """hidden Wᵀ as (N, V) fp32: products of the storage dtype, accumulated and returned in fp32."""
+    """hidden Wᵀ as (N, V) fp32: products of the storage dtype, accumulated and returned in fp32; differentiable."""
     if weight_VD.dtype == torch.float32:
         return hidden_ND @ weight_VD.T
-    if weight_VD.is_cuda:
+    recorded = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
+    if weight_VD.is_cuda and not recorded:  # mm has no derivative with an out_dtype
         return torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32)
     return hidden_ND.float() @ weight_VD.float().T
 

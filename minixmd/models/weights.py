@@ -215,6 +215,8 @@ def read_adapter(model, folder):
                 faults.append(f"{key} fits no linear layer")
                 continue
             pairs.setdefault(name, {})[half] = file.get_tensor(key).to(torch.float32, copy=True)
+    if pairs:
+        faults += [f"missing {name}" for name in layers if name not in pairs and _targeted(config, name, back)]
     rank = config["r"]
     for name, pair in pairs.items():
         F, D = layers[name].weight.shape
@@ -224,6 +226,17 @@ def read_adapter(model, folder):
     if faults or not pairs:
         raise ValueError(f"{folder}: adapter does not fit the model: " + "; ".join(faults or ["it holds no tensor"]))
     return config, pairs
+
+
+def _targeted(config, name, back):
+    """Does the adapter's own config say that it has a pair for this layer? Paths may be those of any program."""
+    targets = config.get("target_modules")
+    if targets == "all-linear" or config.get("exclude_modules") or config.get("layers_to_transform"):
+        return False  # what these leave out is PEFT's to say
+    paths = [theirs + name[len(ours):] for theirs, ours in back.items() if name.startswith(ours)]
+    if isinstance(targets, str):
+        return any(re.fullmatch(targets, path) for path in paths)
+    return any(f".{path}".endswith(f".{target}") for path in paths for target in targets or ())
 
 
 def _our_prefixes(family):

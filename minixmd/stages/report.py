@@ -1,6 +1,5 @@
 """Stage Report: one table of accuracies for each column of results, overall and by group, printed and written."""
-from minixmd.files import write_json, write_text
-from minixmd.models.weights import read_json
+from minixmd.files import read_json, write_json, write_text
 
 
 def _cell(part):

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minixmd.files import write_text
+from minixmd.files import read_json, write_text
 from minixmd.learning.scoring import read_records
-from minixmd.models.weights import read_json
 
 
 def run(stage, folder, log):
@@ -21,6 +20,9 @@ def run(stage, folder, log):
         odd = sorted(set(teacher) ^ set(student))[0]
         raise ValueError(f"{stage.name}: teacher {stage.teacher} and student {stage.student} were evaluated on "
                          f"different classes, for example {odd!r}")
+    if not teacher:
+        raise ValueError(f"{stage.name}: {stage.teacher} has no classes: the switch needs an analysis manifest whose "
+                         "examples have a 'label'")
     gain = {name: teacher[name]["accuracy"] - student[name]["accuracy"] for name in teacher}
     won, lost = sum(g > 0 for g in gain.values()), sum(g < 0 for g in gain.values())
     lines, on, unknown = [], 0, 0
@@ -32,8 +34,12 @@ def run(stage, folder, log):
         on += p_teacher > 0
         decision = {"id": record["id"], "class": record["option"], "p_teacher": p_teacher}
         lines.append(json.dumps(decision, ensure_ascii=False))
+    if unknown == len(lines):
+        raise ValueError(f"{stage.name}: no clip of {stage.labels} is labelled with a class of {stage.student}; its "
+                         f"classes are such as {sorted(gain)[0]!r}")
     write_text(folder / "switch.jsonl", "".join(line + "\n" for line in lines))
     log({"classes_won": won, "classes_tied": len(gain) - won - lost, "classes_lost": lost, "clips": len(lines),
          "clips_to_teacher": int(on), "clips_of_unknown_class": unknown})
     tqdm.write(f"{stage.name}: the teacher wins {won} classes, ties {len(gain) - won - lost}, loses {lost}; "
-               f"{int(on)} of {len(lines)} clips go to the teacher")
+               f"{int(on)} of {len(lines)} clips go to the teacher"
+               + (f", {unknown} are of classes that analysis does not have" if unknown else ""))
