@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # lets editors jump from minixmd.kernels.logprob to kernels/logprob.py
+    from kernels import grpo as grpo
     from kernels import logprob as logprob
     from kernels import lora as lora
 
