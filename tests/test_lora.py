@@ -1,7 +1,11 @@
 """The LoRA matmul against its twin: value and every gradient, in fp64 truth from the same inputs."""
+import functools
+
 import pytest
 import torch
+from kernel_checks import assert_as_good_as, assert_compiles
 
+from minixmd.kernels import lora, lora_triton
 from minixmd.kernels.lora import lora_linear, lora_linear_ref
 
 
@@ -45,3 +49,108 @@ def test_inputs_and_the_incoming_gradient_are_not_written_to():
 def test_three_dimensions_are_refused():
     with pytest.raises(ValueError, match="two-dimensional x, got"):
         lora_linear(torch.randn(1, 2, 3), torch.randn(4, 3), None, torch.randn(1, 3), torch.randn(4, 1), 1.0)
+
+
+# ---- impl="triton" ----
+
+SIZES = [(1, 1, 1, 1), (7, 12, 5, 3), (128, 64, 256, 16), (129, 65, 257, 17), (130, 200, 700, 32), (1100, 48, 300, 8)]
+
+
+@pytest.mark.parametrize("N, D, F, R", [*SIZES, (70, 33, 40, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+def test_the_fused_forward_is_as_good_as_eager(N, D, F, R, dtype, bias):
+    x, w, b, a_RD, b_FR = (torch.randn(shape).to(dtype) for shape in ((N, D), (F, D), (F,), (R, D), (F, R)))
+    xa_NR = x @ a_RD.T  # given to all three, rounded
+    ours = lora_triton.lora_forward(x, w, b if bias else None, xa_NR, b_FR, 0.7)
+    eager = torch.nn.functional.linear(x, w, b if bias else None).addmm_(xa_NR, b_FR.T, alpha=0.7)
+    exact = x.double() @ w.double().T + 0.7 * (xa_NR.double() @ b_FR.double().T) + (b.double() if bias else 0)
+    assert_as_good_as(ours, eager, exact, cond=float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("N, F, R", sorted({(N, F, R) for N, _, F, R in SIZES} | {(700, 1030, 5)}))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("programs", [264, 4], ids=["one block a program", "many blocks"])
+def test_one_pass_over_the_gradient_is_as_good_as_two_products(N, F, R, dtype, programs, monkeypatch):
+    monkeypatch.setattr(lora_triton, "DY_PROGRAMS", programs)  # 4 leave each up to 11 blocks of rows here
+    g_NF, xa_NR, b_FR = (torch.randn(shape).to(dtype) for shape in ((N, F), (N, R), (F, R)))
+    ours = lora_triton.dy_pass(g_NF, xa_NR, b_FR, 0.7)
+    assert ours[1].dtype == torch.float32  # the adapter's dtype, where eager would have rounded on the way
+    eager = (g_NF @ b_FR).mul_(0.7), (g_NF.T @ xa_NR).mul_(0.7).float()
+    exact = 0.7 * (g_NF.double() @ b_FR.double()), 0.7 * (g_NF.double().T @ xa_NR.double())
+    for o, e, t in zip(ours, eager, exact, strict=True):
+        assert_as_good_as(o, e, t, cond=float(t.abs().max()))
+
+
+@pytest.mark.parametrize("N, D, F, R", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two products"])
+def test_triton_value_and_every_gradient_are_as_good_as_eager(N, D, F, R, dtype, one_pass, monkeypatch):
+    monkeypatch.setattr(lora_triton, "dy_pass_pays", lambda *_: one_pass)
+    x, w, b = ((torch.randn(shape) / 4).to(dtype).requires_grad_() for shape in ((N, D), (F, D), (F,)))
+    a_RD, b_FR = (torch.randn(R, D) / 4).requires_grad_(), (torch.randn(F, R) / 4).requires_grad_()
+    inputs, g_NF = [x, w, b, a_RD, b_FR], torch.randn(N, F).to(dtype)
+    ours = run(functools.partial(lora_linear, impl="triton"), inputs, g_NF, 0.7)
+    eager = run(lora_linear_ref, inputs, g_NF, 0.7)
+    exact = run(lora_linear_ref, [t.detach().double().requires_grad_() for t in inputs], g_NF.double(), 0.7)
+    for o, e, t in zip(ours, eager, exact, strict=True):
+        assert o.dtype == e.dtype and o.isfinite().all()
+        error, base = ((r.double() - t).abs().max() for r in (o, e))
+        assert error <= 2 * base + 8 * torch.finfo(dtype).eps * t.abs().max()
+
+
+def test_strided_expanded_and_empty_inputs_are_read_right_and_not_written_to(monkeypatch):
+    monkeypatch.setattr(lora_triton, "dy_pass_pays", lambda *_: True)
+    x, w, bias = torch.randn(9, 24)[:, ::2], torch.randn(12, 5).T, torch.randn(10)[::2]
+    a, b = torch.randn(12, 3).T, torch.randn(3, 5).T
+    inputs = [t.requires_grad_() for t in (x, w, bias, a, b)]
+    before = [t.detach().clone() for t in inputs]
+    for g_NF in (torch.randn(1, 5).expand(9, 5), torch.tensor(2.0).expand(9, 5), torch.randn(5, 9).T):
+        kept = g_NF.clone()
+        ours = run(functools.partial(lora_linear, impl="triton"), inputs, g_NF, 1.3)
+        for o, e in zip(ours, run(lora_linear_ref, inputs, g_NF, 1.3), strict=True):
+            torch.testing.assert_close(o, e)
+        assert torch.equal(g_NF, kept) and all(torch.equal(t, old) for t, old in zip(inputs, before, strict=True))
+    none = run(functools.partial(lora_linear, impl="triton"), [x[:0], *inputs[1:]], torch.randn(0, 5), 1.3)
+    assert none[0].shape == (0, 5) and not any(grad.any() for grad in none[1:])
+
+
+def test_the_bytes_of_the_one_pass_are_those_of_its_tensors(monkeypatch):
+    N, F, R = 700, 1030, 8
+    made, real = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **kw: made.append(real(*size, **kw)) or made[-1])
+    g_NF = torch.randn(N, F).half()
+    lora_triton.dy_pass(g_NF, torch.randn(N, R).half(), torch.randn(F, R).half(), 1.0)
+    partials = sum(t.numel() * 4 for t in made[:2])  # written once and read once
+    assert lora_triton.dy_pass_bytes(N, F, R, 2) == g_NF.numel() * 2 + 2 * partials
+
+
+def test_the_one_pass_is_taken_where_it_moves_fewer_bytes_by_a_fifth():
+    assert lora_triton.dy_pass_pays(4096, 3584, 16, 2) and lora_triton.dy_pass_pays(4096, 18944, 16, 2)
+    assert not lora_triton.dy_pass_pays(4096, 512, 16, 2)  # k and v of four heads
+    assert not lora_triton.dy_pass_pays(16384, 18944, 64, 2)  # partials as large as g
+    assert not lora_triton.dy_pass_pays(0, 3584, 16, 2)
+    assert lora_triton.dy_pass_bytes(4096, 3584, 16, 2) == 44_040_192  # 29.4 MB of g, 14.7 MB of partials
+
+
+def test_wide_inputs_and_high_ranks_go_to_the_vendors_product(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the fused kernel was called")
+
+    monkeypatch.setattr(lora_triton, "lora_forward", refuse)
+    for D, R in ((lora.FUSED_D + 1, 2), (8, 65)):
+        x, w, a, b = (torch.randn(shape) for shape in ((3, D), (4, D), (R, D), (4, R)))
+        ours, eager = lora_linear(x, w, None, a, b, 0.5, impl="triton"), lora_linear_ref(x, w, None, a, b, 0.5)
+        torch.testing.assert_close(ours, eager)
+    with pytest.raises(AssertionError, match="fused"):
+        lora_linear(torch.randn(3, lora.FUSED_D), torch.randn(4, lora.FUSED_D), None, torch.randn(2, lora.FUSED_D),
+                    torch.randn(4, 2), 0.5, impl="triton")  # fmt: skip
+
+
+def test_an_unknown_impl_is_refused():
+    with pytest.raises(ValueError, match="'torch' and 'triton', got 'cuda'"):
+        lora_linear(torch.randn(2, 3), torch.randn(4, 3), None, torch.randn(1, 3), torch.randn(4, 1), 1.0, impl="cuda")
+
+
+def test_the_kernels_compile_to_tensor_core_code_without_spills():
+    assert_compiles("lora_triton")

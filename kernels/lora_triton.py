@@ -1,0 +1,173 @@
+"""Triton parts of kernels/lora.py: the forward product with the update inside, and both uses of g in one read of it.
+
+    lora_forward   y = x Wᵀ + bias + scale xa Bᵀ          xa = x Aᵀ is given
+    dy_pass        gb = scale g B,  dB = scale gᵀ xa      g = dy
+
+lora_forward starts its accumulator with the rank-R product and then runs over D. The other order, the rank-R product
+after the loop, makes the ptxas of Triton 3.6 serialise every wgmma (C7515). It saves one read and one write of y.
+
+dy_pass gives each program `rows` rows and BLOCK_F columns of g. A tile is read once and used twice: times B for gb, and
+transposed times xa for dB, which stays in registers over the rows. Neither sum is complete in one program, so both go
+to fp32 partials that a second kernel adds in a fixed order: no atomics, the same bits every time.
+Bytes, elements of i bytes: N F i for g, and 8 R (N ceil(F / DY_BLOCK_F) + F ceil(N / rows)) to write and read partials;
+the two vendor products that it replaces read 2 N F i. In MB for bf16 and R = 16: N 4096, F 3584, 44 against 59; N 4096,
+F 18944, 201 against 310; N 16384, F 3584, 155 against 235. dy_pass_pays asks for 1.2 times fewer: not so for k and v of
+few heads, nor for R = 64. (Partials that stay in L2, 50 MB on an H200, would cost less.) Counted, not measured: no GPU
+was at hand.
+
+Dims: N tokens, D inputs, F outputs, R rank; BLOCK_R is R, padded to what a tensor core takes.
+"""
+import torch
+import triton
+import triton.language as tl
+
+# Forward tile: its sums take 128 registers a thread in 8 warps. With BLOCK_D = 64 it spills on sm_80 under Triton 3.6.
+BLOCK_N, BLOCK_F, BLOCK_D = 128, 256, 32
+FORWARD_WARPS, FORWARD_STAGES = 8, 4
+GROUP_N = 8  # row blocks that share a sweep over the columns, so that W's tiles come from L2
+# dy_pass: 64 rows are what one wgmma takes; wide tiles make few partials of gb.
+DY_BLOCK_N, DY_BLOCK_F = 64, 256
+DY_WARPS, DY_STAGES = 4, 3
+DY_PROGRAMS = 264  # two for each of the 132 SMs of an H200
+BLOCK_SUM, SUM_WARPS, SUM_STAGES = 1024, 4, 3
+
+
+@triton.jit(do_not_specialize=["N"])
+def _lora_forward_kernel(
+    x_ptr, w_ptr, bias_ptr, xa_ptr, b_ptr, y_ptr,
+    stride_xn, stride_wf, stride_yn, N, D, F, R, scale,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_N: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    scale = tl.cast(scale, tl.float32)  # torch.compile hands Python floats over as fp64
+    sweep = GROUP_N * tl.cdiv(F, BLOCK_F)  # blocks of a group: its rows vary fastest
+    first = tl.program_id(0) // sweep * GROUP_N
+    height = tl.minimum(tl.cdiv(N, BLOCK_N) - first, GROUP_N)
+    block_n = first + tl.program_id(0) % sweep % height
+    block_f = tl.program_id(0) % sweep // height
+    n = (block_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    f = (block_f * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
+    r, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    xa = tl.load(xa_ptr + n[:, None] * R + r[None, :], mask=(n < N)[:, None] & (r < R)[None, :], other=0.0)
+    b = tl.load(b_ptr + f[None, :] * R + r[:, None], mask=(f < F)[None, :] & (r < R)[:, None], other=0.0)
+    acc = tl.dot(xa, b, input_precision="ieee") * scale
+    for start in range(0, D, BLOCK_D):
+        rest = D - start
+        x = tl.load(x_ptr + n[:, None] * stride_xn + (start + d)[None, :],
+                    mask=(n < N)[:, None] & (d < rest)[None, :], other=0.0)  # fmt: skip
+        w = tl.load(w_ptr + f[None, :] * stride_wf + (start + d)[:, None],
+                    mask=(f < F)[None, :] & (d < rest)[:, None], other=0.0)  # fmt: skip
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + n[:, None] * stride_yn + f[None, :], acc, mask=(n < N)[:, None] & (f < F)[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "rows"])
+def _dy_pass_kernel(
+    g_ptr, xa_ptr, b_ptr, gb_ptr, db_ptr,
+    stride_gn, N, F, R, rows,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    split, block_f = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    f, r = block_f * BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_R)
+    b = tl.load(b_ptr + f[:, None] * R + r[None, :], mask=(f < F)[:, None] & (r < R)[None, :], other=0.0)
+    db = tl.zeros([BLOCK_F, BLOCK_R], tl.float32)
+    for start in range(0, rows, BLOCK_N):
+        n = split * rows + start + tl.arange(0, BLOCK_N)
+        g = tl.load(g_ptr + n[:, None] * stride_gn + f[None, :], mask=(n < N)[:, None] & (f < F)[None, :], other=0.0)
+        xa = tl.load(xa_ptr + n[:, None] * R + r[None, :], mask=(n < N)[:, None] & (r < R)[None, :], other=0.0)
+        db = tl.dot(tl.trans(g), xa, db, input_precision="ieee")
+        gb = tl.dot(g, b, input_precision="ieee")
+        tl.store(gb_ptr + (block_f * N + n)[:, None] * R + r[None, :], gb, mask=(n < N)[:, None] & (r < R)[None, :])
+    tl.store(db_ptr + (split * F + f)[:, None] * R + r[None, :], db, mask=(f < F)[:, None] & (r < R)[None, :])
+
+
+@triton.jit(do_not_specialize=["size", "count"])
+def _sum_partials_kernel(part_ptr, out_ptr, size, count, scale, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(count):
+        total += tl.load(part_ptr + i, mask=i < size, other=0.0)
+        part_ptr += size
+    tl.store(out_ptr + i, total * tl.cast(scale, tl.float32), mask=i < size)
+
+
+def _padded(R):
+    return max(16, triton.next_power_of_2(R))
+
+
+def _block_f(R):
+    return BLOCK_F if R <= 32 else BLOCK_F // 2  # the wide tile spills on sm_80 beside a rank above 32
+
+
+def _rows(N, F):
+    """Rows of g a program takes: a multiple of DY_BLOCK_N, for about DY_PROGRAMS programs. Of the sizes alone."""
+    splits = max(1, DY_PROGRAMS // triton.cdiv(F, DY_BLOCK_F))
+    return triton.cdiv(triton.cdiv(N, splits), DY_BLOCK_N) * DY_BLOCK_N
+
+
+def dy_pass_bytes(N, F, R, itemsize):
+    """Bytes that dy_pass moves; without it 2 N F itemsize."""
+    return N * F * itemsize + 8 * R * (N * triton.cdiv(F, DY_BLOCK_F) + F * triton.cdiv(N, _rows(N, F)))
+
+
+def dy_pass_pays(N, F, R, itemsize):
+    """Whether one read of g and the partials are 1.2 times fewer bytes than two reads of g. R is at most 32."""
+    return N > 0 and R <= 32 and 1.2 * dy_pass_bytes(N, F, R, itemsize) <= 2 * N * F * itemsize
+
+
+def lora_forward(x_ND, w_FD, bias_F, xa_NR, b_FR, scale):
+    """x Wᵀ + bias + scale xa Bᵀ in x's dtype, which w, bias, xa and b must have too. bias_F may be None.
+
+    x and w need unit stride in D, or are copied. R <= 64. fp32 avoids the tensor cores: exact to rounding, but slow.
+    """
+    (N, D), (F, R) = x_ND.shape, b_FR.shape
+    x_ND, w_FD = (t if t.stride(1) == 1 else t.contiguous() for t in (x_ND, w_FD))
+    y_NF, block_f = torch.empty(N, F, dtype=x_ND.dtype, device=x_ND.device), _block_f(R)
+    if N:
+        _lora_forward_kernel[(triton.cdiv(N, BLOCK_N) * triton.cdiv(F, block_f),)](
+            x_ND, w_FD, w_FD if bias_F is None else bias_F.contiguous(), xa_NR.contiguous(), b_FR.contiguous(), y_NF,
+            x_ND.stride(0), w_FD.stride(0), y_NF.stride(0), N, D, F, R, scale, BLOCK_N=BLOCK_N, BLOCK_F=block_f,
+            BLOCK_D=BLOCK_D, BLOCK_R=_padded(R), GROUP_N=GROUP_N, HAS_BIAS=bias_F is not None,
+            num_warps=FORWARD_WARPS, num_stages=FORWARD_STAGES)  # fmt: skip
+    return y_NF
+
+
+def dy_pass(g_NF, xa_NR, b_FR, scale):
+    """scale g B in g's dtype and scale gᵀ xa in fp32, from one read of g; xa and b have g's dtype. R <= 32.
+
+    g needs unit stride in F, or is copied (one that autograd expanded has stride 0).
+    """
+    (N, F), R = g_NF.shape, b_FR.shape[1]
+    g_NF = g_NF if g_NF.stride(1) == 1 else g_NF.contiguous()
+    rows = _rows(max(N, 1), F)
+    splits, blocks = triton.cdiv(N, rows), triton.cdiv(F, DY_BLOCK_F)
+    gb_part, db_part = (torch.empty(n, R, dtype=torch.float32, device=g_NF.device) for n in (blocks * N, splits * F))
+    if N:
+        _dy_pass_kernel[(splits, blocks)](
+            g_NF, xa_NR.contiguous(), b_FR.contiguous(), gb_part, db_part, g_NF.stride(0), N, F, R, rows,
+            BLOCK_N=DY_BLOCK_N, BLOCK_F=DY_BLOCK_F, BLOCK_R=_padded(R), num_warps=DY_WARPS, num_stages=DY_STAGES)
+    gb_NR = torch.empty(N, R, dtype=g_NF.dtype, device=g_NF.device)
+    db_FR = torch.empty(F, R, dtype=torch.float32, device=g_NF.device)
+    for part, out, count in ((gb_part, gb_NR, blocks), (db_part, db_FR, splits)):
+        if out.numel():
+            _sum_partials_kernel[(triton.cdiv(out.numel(), BLOCK_SUM),)](
+                part, out, out.numel(), count, scale, BLOCK=BLOCK_SUM, num_warps=SUM_WARPS, num_stages=SUM_STAGES)
+    return gb_NR, db_FR
+
+
+CONFIGS = [  # see tools/kernel_report.py; models' D, F and R are multiples of 16
+    (_lora_forward_kernel, f"*{t}:16 *{t}:16 *{t}:16 *{t}:16 *{t}:16 *{t}:16 i32:16 i32:16 i32:16 i32 i32:16 i32:16 "
+     "i32:16 fp32", {"BLOCK_N": BLOCK_N, "BLOCK_F": _block_f(R), "BLOCK_D": BLOCK_D, "BLOCK_R": R, "GROUP_N": GROUP_N,
+                     "HAS_BIAS": bias}, FORWARD_WARPS, FORWARD_STAGES, "gemm")
+    for t, R, bias in (("bf16", 16, True), ("bf16", 16, False), ("bf16", 32, True), ("bf16", 64, True),
+                       ("fp16", 16, True))
+] + [
+    (_dy_pass_kernel, f"*{t}:16 *{t}:16 *{t}:16 *fp32:16 *fp32:16 i32:16 i32 i32:16 i32:16 i32",
+     {"BLOCK_N": DY_BLOCK_N, "BLOCK_F": DY_BLOCK_F, "BLOCK_R": R}, DY_WARPS, DY_STAGES, "gemm")
+    for t, R in (("bf16", 16), ("bf16", 32), ("fp16", 16))
+] + [
+    (_sum_partials_kernel, f"*fp32:16 *{t}:16 i32 i32 fp32", {"BLOCK": BLOCK_SUM}, SUM_WARPS, SUM_STAGES, "row")
+    for t in ("bf16", "fp32")
+]  # fmt: skip
