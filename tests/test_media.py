@@ -11,7 +11,12 @@ import torch
 from media_files import grey_frames, sine, write_mp4, write_wav
 
 from minixmd.inputs import media
-from minixmd.inputs.media import MediaError, read_audio, read_video
+from minixmd.inputs.media import MediaError, read_audio, read_frames
+
+
+def read_video(path, **options):
+    """The frames alone."""
+    return read_frames(path, **options)[0]
 
 
 def reason(read, path, **options):
@@ -317,6 +322,13 @@ def test_media_error_survives_pickling():
     assert str(error) == "a.wav: truncated (half)"
 
 
+def test_the_rate_of_the_chosen_frames_is_theirs_and_not_the_one_asked_for(clip, tmp_path):
+    assert read_frames(clip, fps=2.0)[1] == pytest.approx(2.0)  # 6 of 30 frames at 10 a second
+    assert read_frames(clip, fps=1.0)[1] == pytest.approx(4 / 3)  # never fewer than 4
+    odd = write_mp4(tmp_path / "odd.mp4", grey_frames(55))
+    assert read_frames(odd, fps=0.9)[1] == pytest.approx(4 / 5.5)  # 4.95 wanted, an even number taken
+
+
 def test_ffmpegs_notes_do_not_reach_stderr(clip, tmp_path):
     data = bytearray(clip.read_bytes())
     data[len(data) // 2 :] = b"\xff" * (len(data) - len(data) // 2)
@@ -324,7 +336,7 @@ def test_ffmpegs_notes_do_not_reach_stderr(clip, tmp_path):
     (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(4096))
     code = (
         "import sys\nfrom minixmd.inputs.media import *\n"
-        "for path in sys.argv[1:]:\n    for read in read_audio, read_video:\n"
+        "for path in sys.argv[1:]:\n    for read in read_audio, read_frames:\n"
         "        try:\n            read(path)\n        except MediaError as error:\n            print(error)\n"
     )
     run = subprocess.run([sys.executable, "-c", code, "bad.mp4", "noise.mp4"], cwd=tmp_path, capture_output=True,

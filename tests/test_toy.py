@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minixmd.inputs.examples import build_conversation, read_manifest
-from minixmd.inputs.media import MediaError, read_audio, read_video
+from minixmd.inputs.media import MediaError, read_audio, read_frames
 from minixmd.inputs.tokenizer import Processor
 from minixmd.models.weights import load_model, save_model
 from minixmd.stages import toy, world
@@ -142,7 +142,7 @@ def test_files_are_what_they_say(small, tmp_path):
     muxed_S = read_audio(example.video)[:world.SAMPLES]
     lost = (muxed_S - wave_S[:len(muxed_S)]).square().mean() / wave_S.square().mean()
     assert lost < 0.5, "the MP4's sound is the WAV's, as AAC leaves it"
-    frames_TCHW = read_video(example.video)
+    frames_TCHW = read_frames(example.video)[0]
     assert frames_TCHW.shape == (4, 3, world.SIDE, world.SIDE)
     with av.open(example.video) as container:
         assert [stream.codec_context.name for stream in container.streams] == ["h264", "aac"]
@@ -155,7 +155,7 @@ def test_files_are_what_they_say(small, tmp_path):
             if packet.dts is not None:
                 packet.stream = stream
                 out.mux(packet)
-    assert torch.equal(read_video(silent), frames_TCHW), f"the picture of a {kind.name} does not need its sound"
+    assert torch.equal(read_frames(silent)[0], frames_TCHW), f"the picture of a {kind.name} does not need its sound"
     with pytest.raises(MediaError, match="no audio track"):
         read_audio(silent)
 

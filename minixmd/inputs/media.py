@@ -85,11 +85,6 @@ def read_audio(path, *, sample_rate: int = SAMPLE_RATE) -> torch.Tensor:
     return torch.from_numpy(wave_S)
 
 
-def read_video(path, *, fps: float = 1.0, nframes: int | None = None) -> torch.Tensor:
-    """The frames of `read_frames`, without their rate."""
-    return read_frames(path, fps=fps, nframes=nframes)[0]
-
-
 def read_frames(path, *, fps: float = 1.0, nframes: int | None = None) -> tuple[torch.Tensor, float | None]:
     """Decode the frames that Qwen's rule picks (`image.sample_frames`) from the first video track, never the sound.
 
