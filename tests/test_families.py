@@ -79,6 +79,27 @@ def test_nested_and_flat_forms_are_the_same_config():
     assert a.tie_word_embeddings == b.tie_word_embeddings
 
 
+OF_EVERY_CLASS = {  # as transformers 4 dumped the fields of its base class into each section
+    "_name_or_path": "", "_attn_implementation_autoset": True, "add_cross_attention": False, "bad_words_ids": None,
+    "chunk_size_feed_forward": 0, "diversity_penalty": 0.0, "do_sample": False, "id2label": {"0": "LABEL_0"},
+    "is_decoder": False, "label2id": {"LABEL_0": 0}, "length_penalty": 1.0, "max_length": 20, "num_beams": 1,
+    "pruned_heads": {}, "return_dict": True, "temperature": 1.0, "tf_legacy_loss": False, "top_k": 50, "top_p": 1.0,
+    "torchscript": False, "typical_p": 1.0, "use_bfloat16": False, "tie_encoder_decoder": False, "prefix": None,
+}  # fmt: skip
+
+
+def test_what_the_base_config_class_writes_into_every_section_is_read_past():
+    theirs = pytest.importorskip("transformers").PreTrainedConfig().to_dict()
+    theirs.pop("model_type", None)
+    raw = json.loads((CONFIGS / "Qwen2.5-Omni-7B-thinker.json").read_text())
+    full = deepcopy(raw)
+    for section in (full, full["text_config"], full["audio_config"], full["vision_config"]):
+        section.update({k: v for k, v in {**theirs, **OF_EVERY_CLASS}.items() if k not in section})
+    plain, dumped = read_config(raw), read_config(full)
+    assert (plain.text, plain.audio, plain.vision) == (dumped.text, dumped.audio, dumped.vision)
+    assert plain.tie_word_embeddings == dumped.tie_word_embeddings
+
+
 REFUSED = {  # (kind, path of the field, value, what the line must say)
     "sliding window": ("windowed", ("use_sliding_window",), True, "use_sliding_window = True is not implemented"),
     "activation": ("windowed", ("vision_config", "hidden_act"), "gelu", "vision_config.hidden_act = 'gelu'"),

@@ -155,6 +155,16 @@ INERT = set(  # recorded by other programs; nothing in a forward pass depends on
     bos_token_id eos_token_id pad_token_id sliding_window max_window_layers vocab_size vision_token_id user_token_id
     spatial_patch_size in_chans embed_dim tokens_per_second""".split()
 )
+INERT |= set(  # what transformers 4 wrote of every config class, as in the published Omni: labels, outputs, sampling
+    """add_cross_attention attn_implementation bad_words_ids begin_suppress_tokens chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
+    output_scores prefix problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torchscript typical_p use_bfloat16""".split()
+)
 FIXED = {  # implemented at this value only
     "activation_function": ("gelu",), "attention_dropout": (0.0,), "dropout": (0.0,), "activation_dropout": (0.0,),
     "encoder_layerdrop": (0.0,), "scale_embedding": (False,), "use_sliding_window": (False,), "use_mrope": (False,),
