@@ -46,6 +46,7 @@ class Evaluate:
     batch_tokens: int = 8192  # tokens packed into a forward pass
     max_bad: float = 0.01  # share of bad clips above which the stage fails; 1 = never
     device: str = "auto"  # "auto" | "cpu" | "cuda"
+    impl: str = "auto"  # "triton" | "torch" | "auto", Triton kernels on a GPU and PyTorch elsewhere
     dtype: str = "float32"  # "float32" | "bfloat16" | "float16"
     seed: int = 0
 
@@ -115,6 +116,7 @@ class Train:
     save_every: int = 100  # optimizer steps between resumable states; 0 = only at the end
     max_bad: float = 0.01  # share of bad clips above which the stage fails; 1 = never
     device: str = "auto"  # "auto" | "cpu" | "cuda"
+    impl: str = "auto"  # "triton" | "torch" | "auto", Triton kernels on a GPU and PyTorch elsewhere
     dtype: str = "float32"  # "float32" | "bfloat16" | "float16"; of the frozen weights: LoRA trains in float32
     seed: int = 0  # data order and new weights
 
@@ -212,6 +214,7 @@ def _check_asking(item):
     """What Evaluate, Label and Train have in common."""
     one_of(item, "media", "audio", "video", "both", "sounded")
     one_of(item, "device", "auto", "cpu", "cuda")
+    one_of(item, "impl", "auto", "triton", "torch")
     one_of(item, "dtype", "float32", "bfloat16", "float16")
     require(item, "fps > 0", "min_pixels >= 1", "nframes >= 2", "max_bad >= 0", "max_bad <= 1", "seed >= 0")
     if item.min_pixels > item.max_pixels:

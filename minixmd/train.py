@@ -25,11 +25,11 @@ from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import read_manifest
 from minixmd.inputs.media import MediaError
 from minixmd.learning.checkpoint import begin, finish, load_state, log_line, save_state
-from minixmd.learning.head import cross_entropy
+from minixmd.learning.head import CrossEntropy, head_loss
 from minixmd.learning.optim import adamw, learning_rate, optimizer_tensors, restore_optimizer
-from minixmd.learning.scoring import ask, count_bad, device_of, dtype_of, prefetch, read_records, score_letters
+from minixmd.learning.scoring import ask, count_bad, device_of, dtype_of, impl_of, prefetch, read_records, score_letters
 from minixmd.models.hub import pinned
-from minixmd.models.lora import add_lora, hash_seed
+from minixmd.models.lora import add_lora, hash_seed, set_impl
 from minixmd.models.weights import adapted, save_adapter, save_model
 from minixmd.references import check_files, input_paths, resolve
 from minixmd.stages import evaluate, label, report, switch, toy
@@ -91,6 +91,7 @@ class Run:
     parameters: dict[str, torch.nn.Parameter]  # those that train, by name
     optimizer: torch.optim.Optimizer
     steps: int  # optimizer steps in all
+    impl: str = "torch"  # "triton" | "torch", of the kernels
     step: int = 0  # finished
     best: float = -1.0  # validation accuracy
     bad: int = 0  # clips that could not be read, over all epochs so far
@@ -99,6 +100,7 @@ class Run:
 def build(stage, pairs):
     """Load the model, choose what trains, and make the optimizer."""
     model, processor = load(stage.model, device=device_of(stage), dtype=dtype_of(stage))
+    impl = impl_of(stage)
     if stage.trainable == "lora":
         if adapted(model):
             raise ValueError(f"{stage.name}: {stage.model} carries an adapter already; merge it first")
@@ -109,10 +111,11 @@ def build(stage, pairs):
             # Whisper's sinusoids are a table, not weights, and Omni's begin and end vectors are read by nothing
             if name.endswith(("embed_positions.weight", "audio_bos_eos_token.weight")):
                 p.requires_grad_(False)
+    set_impl(model, impl)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     steps = stage.epochs * math.ceil(len(pairs) / stage.batch_size)
     steps = steps if stage.max_steps is None else min(steps, stage.max_steps)
-    return Run(model, parameters, adamw(parameters, stage), steps), processor
+    return Run(model, parameters, adamw(parameters, stage), steps, impl), processor
 
 
 def order(stage, count, step):
@@ -132,8 +135,8 @@ def accumulate(run, stage, prompts):
     device, loss_sum = run.model.lm_head.weight.device, 0.0
     for start in range(0, len(prompts), stage.micro_batch_size):
         batch = pack(prompts[start:start + stage.micro_batch_size]).to(device)
-        batch = replace(batch, target_weight_T=batch.target_weight_T / total)
-        loss, _ = cross_entropy(run.model(batch), run.model.lm_head.weight, batch)
+        objective = CrossEntropy(batch.target_id_T, batch.target_weight_T / total, run.impl)
+        loss, _ = head_loss(run.model(batch), run.model.lm_head.weight, batch.target_row_T, objective)
         loss.backward()
         loss_sum += loss.item()
     return loss_sum
@@ -259,7 +262,8 @@ def main(argv=None):
     try:
         config = load_config(args.config, args.overrides)
         check_files(config.stages)
-        for stage in config.stages:  # what is not on the hub, or not reachable, shows before the first hour of work
+        for stage in config.stages:  # what is not here, on the hub or reachable shows before the first hour of work
+            where(stage)
             if not getattr(stage, "model", "@").startswith("@"):
                 pinned(stage.model)
         for stage in config.stages:
@@ -287,7 +291,8 @@ def where(stage):
     if not hasattr(stage, "device"):
         return ""
     device = device_of(stage)
-    return f" on {device}, {stage.dtype}" + (f", {torch.get_num_threads()} threads" if device == "cpu" else "")
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    return f" on {device}, {stage.dtype}, kernels in {impl_of(stage)}{threads}"
 
 
 def resolved(stage, config):

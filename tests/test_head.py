@@ -4,10 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import Largest
+from tiny import Largest, cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
-
-from minixmd.learning.head import cross_entropy
 
 
 def problem(T, V, D=24, dtype=torch.float32, seed=0):

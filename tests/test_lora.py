@@ -4,9 +4,11 @@ import functools
 import pytest
 import torch
 from kernel_checks import assert_as_good_as, assert_compiles
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minixmd.kernels import lora, lora_triton
-from minixmd.kernels.lora import lora_linear, lora_linear_ref
+from minixmd.kernels.lora import lora_linear, lora_linear_ref, lora_linears
+from minixmd.models.lora import Linear, linears
 
 
 def run(function, inputs, g_NF, scale):
@@ -49,6 +51,84 @@ def test_inputs_and_the_incoming_gradient_are_not_written_to():
 def test_three_dimensions_are_refused():
     with pytest.raises(ValueError, match="two-dimensional x, got"):
         lora_linear(torch.randn(1, 2, 3), torch.randn(4, 3), None, torch.randn(1, 3), torch.randn(4, 1), 1.0)
+
+
+# ---- layers on the same x ----
+
+GROUP = [(48, True, 4), (12, True, 4), (12, False, 7)]  # outputs, bias, rank
+
+
+def group(D=20, dtype=torch.float32, train_base=False):
+    g = torch.Generator().manual_seed(3)
+
+    def leaf(*shape, dtype=torch.float32, train=True):
+        return torch.randn(shape, generator=g).to(dtype).requires_grad_(train)
+
+    layers = [(leaf(F, D, dtype=dtype, train=train_base), leaf(F, dtype=dtype, train=train_base) if bias else None,
+               leaf(R, D), leaf(F, R), 0.5 + i) for i, (F, bias, R) in enumerate(GROUP)]  # fmt: skip
+    return leaf(33, D, dtype=dtype), layers, [torch.randn(33, F, generator=g).to(dtype) for F, _, _ in GROUP]
+
+
+def group_gradients(function, x_ND, layers, gs, dtype):
+    """Outputs, dX and the gradients of every tensor that has one, from copies in `dtype` (None = as they are)."""
+    def copy(t):
+        return t.detach().to(dtype or t.dtype).requires_grad_(t.requires_grad) if torch.is_tensor(t) else t
+
+    x_ND, layers = copy(x_ND), [tuple(copy(t) for t in layer) for layer in layers]
+    outputs = function(x_ND, layers)
+    torch.autograd.backward(outputs, [g.to(y.dtype) for g, y in zip(gs, outputs, strict=True)])
+    return [y.detach() for y in outputs] + [t.grad for t in (x_ND, *(t for layer in layers for t in layer))
+                                            if torch.is_tensor(t) and t.requires_grad]
+
+
+@pytest.mark.parametrize("train_base", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_layers_on_the_same_x_give_what_each_gives_alone(impl, dtype, train_base):
+    x_ND, layers, gs = group(dtype=dtype, train_base=train_base)
+    ours = group_gradients(functools.partial(lora_linears, impl=impl), x_ND, layers, gs, None)
+    alone = [functools.partial(group_gradients, lambda x, layers: [lora_linear_ref(x, *layer) for layer in layers],
+                               x_ND, layers, gs, dtype)() for dtype in (None, torch.float64)]  # fmt: skip
+    assert len(ours) == 3 + 1 + 6 + 5 * train_base
+    for o, e, t in zip(ours, *alone, strict=True):
+        assert o.dtype == e.dtype
+        error, base = ((r.double() - t).abs().max() for r in (o, e))
+        assert error <= 2 * base + 8 * torch.finfo(o.dtype).eps * t.abs().max()
+
+
+class Reads(TorchDispatchMode):
+    """Counts the matrix products that read a tensor."""
+
+    def __init__(self, tensor):
+        super().__init__()
+        self.at, self.count = tensor.data_ptr(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.count += any(torch.is_tensor(t) and t.data_ptr() == self.at for t in args)
+        return function(*args, **kwargs or {})
+
+
+def test_adapters_on_the_same_x_read_it_once_forward_and_once_backward():
+    x_ND, layers, gs = group()
+    with Reads(x_ND) as forward:
+        outputs = lora_linears(x_ND, layers)
+    with Reads(x_ND) as backward:
+        torch.autograd.backward(outputs, gs)
+    assert (forward.count, backward.count) == (3 + 1, 1)  # three base products
+
+
+def test_only_adapted_layers_are_taken_together():
+    x_ND, layers, _ = group()
+    modules = [Linear(20, F, bias) for F, bias, _ in GROUP]
+    for chosen in ((), (1,), (0, 2), (0, 1, 2)):
+        for i, module in enumerate(modules):
+            module.lora_A, module.lora_B, module.scale = None, None, 0.0
+            if i in chosen:
+                module.lora_A, module.lora_B = (torch.nn.Parameter(t.detach()) for t in layers[i][2:4])
+                module.scale = 0.5
+        for y, module in zip(linears(x_ND, *modules), modules, strict=True):
+            torch.testing.assert_close(y, module(x_ND))
 
 
 # ---- impl="triton" ----

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +16,11 @@ from mini import CLASSES, write_clips, write_config, write_model
 from safetensors.torch import load_file, save_file
 
 import minixmd
+import minixmd.models.lora
 from minixmd.config import Train
 from minixmd.files import UMASK
 from minixmd.inputs.examples import Example, read_manifest
+from minixmd.kernels import logprob
 from minixmd.learning.optim import adamw, optimizer_tensors, restore_optimizer
 from minixmd.train import main, order, sources
 
@@ -82,6 +85,35 @@ def test_lora_training_leaves_the_base_alone_and_writes_an_adapter_that_loads(wo
     base = {name: p for name, p in after.named_parameters() if name not in adapter}
     assert all(torch.equal(p, before.get_parameter(name)) for name, p in base.items())
     assert len(adapter) == 2 * 7 * 2 and all(after.get_parameter(name).abs().sum() > 0 for name in adapter)
+
+
+def test_training_with_triton_kernels_equals_training_without(world, tmp_path, capsys, monkeypatch):
+    used, logs = set(), {}
+
+    def noted(function, *args, **options):
+        used.add((function.__name__, options.get("impl", args[-1])))
+        return function(*args, **options)
+
+    for module, name in ((logprob, "row_stats"), (logprob, "logits_grad"), (minixmd.models.lora, "lora_linear")):
+        monkeypatch.setattr(module, name, partial(noted, getattr(module, name)))
+    for impl in ("torch", "triton"):
+        (tmp_path / impl).mkdir()
+        assert run(tmp_path / impl, train(world, max_steps=3, impl=impl)) == 0
+        assert f"on cpu, float32, kernels in {impl}, " in capsys.readouterr().out
+        assert used == {(name, impl) for name in ("row_stats", "logits_grad", "lora_linear")}
+        used.clear()
+        logs[impl] = [(line["loss"], line["grad_norm"]) for line in log_of(tmp_path / impl / "run/student")[1:]]
+    assert len(logs["torch"]) == 3
+    for a, b in zip(*logs.values(), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_triton_kernels_are_refused_where_they_cannot_run(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "impl 'triton' needs a GPU" in refused(tmp_path, capsys, train(world, impl="triton"))
+    assert not (tmp_path / "run").exists()
+    assert run(tmp_path, train(world, impl="auto", max_steps=1)) == 0
+    assert "kernels in torch" in capsys.readouterr().out
 
 
 def test_the_whole_distillation_line_runs_without_an_answer_in_the_training_manifest(world, tmp_path, capsys):

@@ -223,7 +223,7 @@ def off_by_one(convolve):
 
 
 def unscaled(linear):
-    return lambda x, w, bias, a, b, scale: linear(x, w, bias, a, b, 1.5)
+    return lambda x, w, bias, a, b, scale, impl: linear(x, w, bias, a, b, 1.5, impl)
 
 
 def doubled_scale(save):
@@ -300,7 +300,8 @@ FAULTS = [
     ("adapter off = base model", "audio", "the scale is not applied", patched(
         "minixmd.models.lora.lora_linear", unscaled)),
     ("adapter off = base model", "vision", "the adapter does nothing", patched(
-        "minixmd.models.lora.lora_linear", lambda linear: lambda x, w, bias, a, b, scale: F.linear(x, w, bias))),
+        "minixmd.kernels.lora._LoraLinears.apply", lambda _: lambda x, impl, scales, *tensors: tuple(
+            F.linear(x, w, bias) for w, bias in zip(tensors[::4], tensors[1::4], strict=True)))),
     ("adapter exported = re-read", "audio", "the scale changes on export", patched(
         "minixmd.invariances.save_adapter", doubled_scale)),
     ("adapter exported = re-read", "omni", "the towers' halves are lost", patched(

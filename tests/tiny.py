@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 from minixmd import Processor
 from minixmd.inputs.batch import Media, Prompt
 from minixmd.inputs.positions import grid_offsets, positions_of
+from minixmd.learning.head import CHUNK, CrossEntropy, head_loss
 from minixmd.models.families import read_config
 from minixmd.models.multimodal import MultimodalLM
 
@@ -23,6 +24,13 @@ def randomise(model, seed=0):
             gain = p.ndim == 1 and name.endswith("weight")
             p.copy_(1 + 0.3 * noise if gain else noise * (0.3 if p.ndim == 1 else p[0].numel() ** -0.5))
     return model
+
+
+def cross_entropy(hidden_ND, head_VD, batch, chunk=CHUNK, impl="torch"):
+    """(loss, nll_T) of the batch's targets, by the head."""
+    objective = CrossEntropy(batch.target_id_T, batch.target_weight_T, impl)
+    loss, columns = head_loss(hidden_ND, head_VD, batch.target_row_T, objective, chunk)
+    return loss, columns["nll"]
 
 
 def text_config(kv, vocab=97, **more):

@@ -9,6 +9,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import triton
 
 from minixmd.files import write_text
 from minixmd.inputs.batch import pack
@@ -28,6 +29,16 @@ def device_of(stage):
 
 def dtype_of(stage):
     return getattr(torch, stage.dtype)
+
+
+def impl_of(stage):
+    """ "auto" is Triton on a GPU and PyTorch elsewhere; the runner prints what it came to."""
+    if stage.impl == "auto":
+        return "triton" if device_of(stage) == "cuda" else "torch"
+    if stage.impl == "triton" and device_of(stage) == "cpu" and not triton.knobs.runtime.interpret:
+        raise ValueError(f"config: {stage.name}: impl 'triton' needs a GPU (or TRITON_INTERPRET=1, which is very slow),"
+                         " but the device is 'cpu'")
+    return stage.impl
 
 
 def ask(stage, processor, example, answer=None):

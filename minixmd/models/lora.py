@@ -5,7 +5,7 @@ import re
 import torch
 from torch import nn
 
-from minixmd.kernels.lora import lora_linear
+from minixmd.kernels.lora import lora_linear, lora_linears
 
 
 class Linear(nn.Linear):
@@ -16,11 +16,29 @@ class Linear(nn.Linear):
         self.register_parameter("lora_A", None)  # (R, in) fp32
         self.register_parameter("lora_B", None)  # (out, R) fp32
         self.scale = 0.0
+        self.impl = "torch"  # of the adapted product: set_impl
 
     def forward(self, x_ND):
         if self.lora_A is None:
             return nn.functional.linear(x_ND, self.weight, self.bias)
-        return lora_linear(x_ND, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
+        return lora_linear(x_ND, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, self.impl)
+
+
+def linears(x_ND, *layers):
+    """What several Linears make of the same x; adapters of two or more of them share its reads."""
+    adapted = [layer for layer in layers if layer.lora_A is not None]
+    if len(adapted) < 2:
+        return [layer(x_ND) for layer in layers]
+    outputs = iter(lora_linears(x_ND, [(layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scale)
+                                       for layer in adapted], adapted[0].impl))
+    return [layer(x_ND) if layer.lora_A is None else next(outputs) for layer in layers]
+
+
+def set_impl(model, impl):
+    """Whether adapted products run as "triton" kernels or in "torch" (kernels/lora.py); new models say "torch"."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.impl = impl
 
 
 def add_lora(model, *, rank, alpha, targets, seed):

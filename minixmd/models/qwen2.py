@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from minixmd.models.attention import rotate
-from minixmd.models.lora import Linear
+from minixmd.models.lora import Linear, linears
 
 
 class RMSNorm(nn.Module):
@@ -29,9 +29,10 @@ class Attention(nn.Module):
         self.o_proj = Linear(self.H * K, D, bias=False)
 
     def forward(self, x_ND, cos_NK, sin_NK, attend):
-        q_NHK = rotate(self.q_proj(x_ND).unflatten(-1, (self.H, -1)), cos_NK, sin_NK)
-        k_NJK = rotate(self.k_proj(x_ND).unflatten(-1, (self.J, -1)), cos_NK, sin_NK)
-        v_NJK = self.v_proj(x_ND).unflatten(-1, (self.J, -1))
+        q, k, v = linears(x_ND, self.q_proj, self.k_proj, self.v_proj)
+        q_NHK = rotate(q.unflatten(-1, (self.H, -1)), cos_NK, sin_NK)
+        k_NJK = rotate(k.unflatten(-1, (self.J, -1)), cos_NK, sin_NK)
+        v_NJK = v.unflatten(-1, (self.J, -1))
         return self.o_proj(attend(self.layer, q_NHK, k_NJK, v_NJK).flatten(1))
 
 
@@ -43,7 +44,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_ND):
-        return self.down_proj(nn.functional.silu(self.gate_proj(x_ND)) * self.up_proj(x_ND))
+        gate_NF, up_NF = linears(x_ND, self.gate_proj, self.up_proj)
+        return self.down_proj(nn.functional.silu(gate_NF) * up_NF)
 
 
 class Block(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 
 from minixmd.inputs.batch import Segment
 from minixmd.models.attention import attend, rotate
-from minixmd.models.lora import Linear
+from minixmd.models.lora import Linear, linears
 from minixmd.models.qwen2 import RMSNorm
 
 
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.proj = Linear(config.width, config.width)
 
     def forward(self, x_PE, cos_PK, sin_PK, segments):
-        three = (self.q(x_PE), self.k(x_PE), self.v(x_PE)) if self.split_qkv else self.qkv(x_PE).chunk(3, dim=-1)
+        three = linears(x_PE, self.q, self.k, self.v) if self.split_qkv else self.qkv(x_PE).chunk(3, dim=-1)
         q, k, v = (x.unflatten(-1, (self.H, -1)) for x in three)
         o_PHK = attend(rotate(q, cos_PK, sin_PK), rotate(k, cos_PK, sin_PK), v, segments, causal=False)
         return self.proj(o_PHK.flatten(1))
@@ -62,7 +62,8 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.width)
 
     def forward(self, x_PE):
-        return self.down_proj(nn.functional.silu(self.gate_proj(x_PE)) * self.up_proj(x_PE))
+        gate_PF, up_PF = linears(x_PE, self.gate_proj, self.up_proj)
+        return self.down_proj(nn.functional.silu(gate_PF) * up_PF)
 
 
 def _norm(config):

@@ -13,7 +13,7 @@ from torch import nn
 
 from minixmd.inputs.batch import Segment
 from minixmd.models.attention import attend
-from minixmd.models.lora import Linear
+from minixmd.models.lora import Linear, linears
 
 
 class Attention(nn.Module):
@@ -26,7 +26,7 @@ class Attention(nn.Module):
         self.out_proj = Linear(config.d_model, config.d_model)
 
     def forward(self, x_AE, segments):
-        q, k, v = (proj(x_AE).unflatten(-1, (self.H, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, (self.H, -1)) for y in linears(x_AE, self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(attend(q, k, v, segments, causal=False).flatten(1))
 
 

@@ -8,7 +8,8 @@ from tqdm import tqdm
 from minixmd import load
 from minixmd.files import write_json, write_text
 from minixmd.inputs.examples import read_manifest
-from minixmd.learning.scoring import count_bad, device_of, dtype_of, score_in_shards
+from minixmd.learning.scoring import count_bad, device_of, dtype_of, impl_of, score_in_shards
+from minixmd.models.lora import set_impl
 
 
 def wilson(correct, count, z=1.959964):
@@ -48,6 +49,7 @@ def score(stage, folder):
     """Load the stage's model and score its manifest: (examples, records), finished shards read back."""
     examples = read_manifest(stage.manifest)
     model, processor = load(stage.model, device=device_of(stage), dtype=dtype_of(stage))
+    set_impl(model, impl_of(stage))
     with tqdm(total=len(examples), desc=stage.name, unit="clip", smoothing=0.1) as bar:
         return examples, score_in_shards(model, processor, stage, examples, folder / "shards", bar.update)
 

@@ -5,7 +5,6 @@ grow up as real ones do. The decoder, which both share, first learns the questio
 where the clip will be. Then each tower learns to say, in the decoder's own embedding, what it hears or sees. Last,
 tower and decoder learn the question together. The two last steps use the base split only.
 """
-from dataclasses import replace
 from string import ascii_uppercase
 
 import numpy as np
@@ -20,7 +19,7 @@ from minixmd.inputs.batch import Prompt, pack
 from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.inputs.positions import grid_offsets, positions_of
 from minixmd.inputs.tokenizer import Processor
-from minixmd.learning.head import cross_entropy
+from minixmd.learning.head import CrossEntropy, head_loss
 from minixmd.learning.optim import learning_rate
 from minixmd.models.lora import hash_seed
 from minixmd.models.weights import save_model
@@ -105,11 +104,11 @@ def lesson_loss(model, lessons):
     batch = pack([prompt for prompt, _ in lessons])
     hints = torch.tensor([(start + row, token) for (start, _), (_, pairs) in zip(batch.spans, lessons, strict=True)
                           for row, token in pairs])
-    batch = replace(batch, target_row_T=torch.cat([batch.target_row_T, hints[:, 0]]),
-                    target_id_T=torch.cat([batch.target_id_T, hints[:, 1]]),
-                    target_weight_T=torch.cat([batch.target_weight_T, torch.full((len(hints),), HINT)]))
-    loss, nll_T = cross_entropy(model(batch), model.lm_head.weight, batch)
-    return loss / len(lessons), nll_T[:2 * len(lessons):2].mean().item()  # a lesson's targets: letter, end
+    row_T = torch.cat([batch.target_row_T, hints[:, 0]])
+    objective = CrossEntropy(torch.cat([batch.target_id_T, hints[:, 1]]),
+                             torch.cat([batch.target_weight_T, torch.full((len(hints),), HINT)]), "torch")
+    loss, columns = head_loss(model(batch), model.lm_head.weight, row_T, objective)
+    return loss / len(lessons), columns["nll"][:2 * len(lessons):2].mean().item()  # a lesson's targets: letter, end
 
 
 def descend(optimizer, loss, lr):

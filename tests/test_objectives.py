@@ -1,0 +1,172 @@
+"""The head with each objective against plain PyTorch on all logits at once, in fp64, with both implementations."""
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import Largest
+from torch.utils.flop_counter import FlopCounterMode
+
+from minixmd.kernels import distill, distill_topk, grpo, logprob
+from minixmd.learning.head import CrossEntropy, Distill, DistillTopK, Grpo, head_loss, token_weights
+
+T, V, W, D, E = 37, 203, 211, 16, 12  # the teacher has W columns, of which the first 190 mean the same
+SHARED, BANNED, TEMPERATURE = 190, torch.tensor([3, 50, 189, 195]), 2.0
+LENGTHS = (7, 1, 12, 17)
+
+
+def problem(kind, impl="torch", dtype=torch.float32):
+    """hidden_ND, head_VD, row_T and the objective; uneven weights, some of them zero."""
+    g = torch.Generator().manual_seed(5)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g)
+
+    hidden_ND, head_VD = randn(T + 4, D).to(dtype), randn(V, D).to(dtype)
+    row_T = torch.randint(0, T + 4, (T,), generator=g)
+    weight_T = torch.rand(T, generator=g) + 0.1
+    weight_T[2::5] = 0
+    id_T = torch.randint(60, 180, (T,), generator=g)
+    if kind == "ce":
+        return hidden_ND, head_VD, row_T, CrossEntropy(id_T, weight_T, impl)
+    if kind == "kl":
+        return hidden_ND, head_VD, row_T, Distill(randn(T, E).to(dtype), randn(W, E).to(dtype), weight_T, SHARED,
+                                                  BANNED, TEMPERATURE, impl)
+    if kind == "topk":
+        allowed = torch.tensor([v for v in range(SHARED) if v not in BANNED.tolist()])
+        logq_TK = (2 * randn(T, len(allowed))).log_softmax(-1)
+        best_TJ = logq_TK.topk(9, -1).indices
+        tail_T = 1 - logq_TK.gather(1, best_TJ).exp().sum(-1)
+        id_TJ, order_TJ = allowed[best_TJ].sort(-1)
+        logq_TJ = logq_TK.gather(1, best_TJ).gather(1, order_TJ)
+        return hidden_ND, head_VD, row_T, DistillTopK(id_TJ.int(), logq_TJ, tail_T, weight_T, SHARED, BANNED,
+                                                      TEMPERATURE, impl)
+    logp_T = (hidden_ND[row_T].float() @ head_VD.float().T / 0.8).log_softmax(-1).gather(1, id_T[:, None]).squeeze(1)
+    old_T, ref_T = logp_T + 0.4 * randn(T), logp_T + 0.4 * randn(T)  # far enough for both bounds to act
+    objective = grpo.Objective(0.2, 0.28, 0.04, "k3")
+    return hidden_ND, head_VD, row_T, Grpo(id_T, old_T, ref_T, randn(T), weight_T, objective, impl, 0.8, BANNED, 200,
+                                           LENGTHS if kind == "gspo" else None)
+
+
+def plain(hidden_ND, head_VD, row_T, objective, dtype=torch.float64):
+    """(loss, its values before the weight) from all logits at once, by autograd."""
+    o = objective
+    z_TV = hidden_ND[row_T].to(dtype) @ head_VD.to(dtype).T
+    if isinstance(o, Grpo):
+        sequence_T = None if o.lengths is None else torch.arange(len(o.lengths)).repeat_interleave(
+            torch.tensor(o.lengths))
+        vectors = [x.to(dtype) for x in (o.old_T, o.ref_T, o.advantage_T, o.weight_T)]
+        loss, logp_T, entropy_T, terms = grpo.grpo_loss_ref(z_TV, o.id_T, *vectors, o.objective, o.temperature,
+                                                            o.banned_Z, o.limit, sequence_T)
+        return loss, (*terms, logp_T, entropy_T)
+    if isinstance(o, CrossEntropy):
+        columns = (-logprob.token_logprob_ref(z_TV, o.id_T)[0],)
+    elif isinstance(o, Distill):
+        teacher_TW = o.teacher_TE.to(dtype) @ o.teacher_head_WE.to(dtype).T
+        columns = distill.distill_kl_ref(z_TV, teacher_TW, o.shared, o.banned_Z, o.temperature)
+    else:
+        columns = distill_topk.distill_topk_ref(z_TV, o.id_TJ, o.logq_TJ.to(dtype), o.tail_T.to(dtype), o.shared,
+                                                o.banned_Z, o.temperature)
+    return (columns[0] * o.weight_T).sum(), columns
+
+
+def gradients(function, hidden_ND, head_VD, row_T, objective, train_head=True, **options):
+    """Loss, columns and the gradients of the hidden states and (if it trains) of the head, incoming gradient 1.7."""
+    hidden_ND, head_VD = hidden_ND.clone().requires_grad_(), head_VD.clone().requires_grad_(train_head)
+    loss, columns = function(hidden_ND, head_VD, row_T, objective, **options)
+    (1.7 * loss).backward()
+    columns = columns.values() if isinstance(columns, dict) else columns
+    return [loss.detach(), *(c.detach() for c in columns), hidden_ND.grad, *([head_VD.grad] if train_head else [])]
+
+
+@pytest.mark.parametrize("train_head", [True, False], ids=["training head", "frozen head"])
+@pytest.mark.parametrize("chunk", [1, 8, 36, 37, 1024])
+@pytest.mark.parametrize("kind", ["ce", "kl", "topk", "grpo", "gspo"])
+def test_loss_columns_and_gradients_equal_plain_pytorchs(kind, chunk, train_head):
+    case = problem(kind)
+    ours = gradients(head_loss, *case, train_head, chunk=chunk)
+    truth = gradients(plain, *case, train_head)
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=2e-5, atol=2e-5 * max(1, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("kind", ["ce", "kl", "topk", "grpo", "gspo"])
+def test_triton_kernels_give_what_pytorch_gives(kind):
+    hidden_ND, head_VD, row_T, objective = problem(kind, "triton")
+    ours = gradients(head_loss, hidden_ND, head_VD, row_T, objective, chunk=16)
+    twin = gradients(head_loss, hidden_ND, head_VD, row_T, replace(objective, impl="torch"), chunk=16)
+    for a, b in zip(ours, twin, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(1, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("kind", ["ce", "kl", "topk", "grpo", "gspo"])
+def test_bf16_weights_give_fp32_losses_and_gradients_to_two_roundings(kind, impl):
+    case = problem(kind, impl, torch.bfloat16)
+    ours, truth = gradients(head_loss, *case, chunk=16), gradients(plain, *case)
+    assert all(x.dtype == torch.float32 for x in ours[:-2]) and all(x.dtype == torch.bfloat16 for x in ours[-2:])
+    for a, b in zip(ours[:-2], truth[:-2], strict=True):  # products of bf16 are exact in fp32
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
+    for a, b in zip(ours[-2:], truth[-2:], strict=True):
+        assert (a.double() - b.double()).norm() <= 5e-3 * b.double().norm()
+
+
+@pytest.mark.parametrize("kind", ["ce", "kl", "topk", "grpo", "gspo"])
+def test_scoring_without_gradients_takes_one_product_and_gives_the_same_columns(kind):
+    hidden_ND, head_VD, row_T, objective = problem(kind)
+    expected = gradients(head_loss, hidden_ND, head_VD, row_T, objective, chunk=8)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        loss, columns = head_loss(hidden_ND.requires_grad_(), head_VD.requires_grad_(), row_T, objective, chunk=8)
+    teacher = 2 * T * W * E if kind == "kl" else 0
+    assert counter.get_total_flops() == 2 * T * V * D + teacher and not loss.requires_grad
+    for a, b in zip([loss, *columns.values()], expected, strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ce", "kl", "topk", "grpo", "gspo"])
+def test_no_tensor_outgrows_a_chunk_of_logits(kind):
+    hidden_ND, head_VD, row_T, objective = problem(kind)
+    with Largest() as largest:
+        gradients(head_loss, hidden_ND, head_VD, row_T, objective, chunk=17)
+    assert largest.numel <= 17 * (W if kind == "kl" else V)
+
+
+def test_a_sequence_longer_than_the_chunk_is_not_cut():
+    case = problem("gspo")
+    whole, cut = (gradients(head_loss, *case, chunk=chunk) for chunk in (1024, 5))
+    for a, b in zip(whole, cut, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_masked_sequence_changes_nothing_for_the_others():
+    hidden_ND, head_VD, row_T, objective = problem("gspo")
+    weight_T = objective.weight_T.clone()
+    weight_T[8:20] = 0  # the third sequence
+    spoilt = replace(objective, weight_T=weight_T, old_T=objective.old_T.clone(), ref_T=objective.ref_T.clone())
+    spoilt.old_T[8:20] = spoilt.ref_T[8:20] = torch.nan
+    left_out = torch.cat([torch.arange(8), torch.arange(20, T)])
+    fewer = replace(spoilt, **{name: getattr(spoilt, name)[left_out] for name in (
+        "id_T", "old_T", "ref_T", "advantage_T", "weight_T")}, lengths=(7, 1, 0, 17))  # fmt: skip
+    a = gradients(head_loss, hidden_ND, head_VD, row_T, spoilt)
+    b = gradients(head_loss, hidden_ND, head_VD, row_T[left_out], fewer)
+    for i in (0, -1, -2):
+        torch.testing.assert_close(a[i], b[i], rtol=1e-5, atol=1e-6)
+
+
+def test_token_weights_by_hand():
+    assert token_weights([2, 1], "sequence").tolist() == pytest.approx([1 / 4, 1 / 4, 1 / 2])
+    assert token_weights([2, 1], "token").tolist() == pytest.approx([1 / 3] * 3)
+    assert token_weights([2, 1], "constant", 10).tolist() == pytest.approx([1 / 20] * 3)
+    assert token_weights([2, 0, 1], "sequence").tolist() == pytest.approx([1 / 6, 1 / 6, 1 / 3])
+    for wrong in (("mean", None), ("constant", None), ("constant", 0)):
+        with pytest.raises(ValueError, match="aggregation must be"):
+            token_weights([2, 1], *wrong)
+
+
+def test_targets_and_objective_must_be_as_many():
+    hidden_ND, head_VD, row_T, objective = problem("gspo")
+    with pytest.raises(ValueError, match="no target"):
+        head_loss(hidden_ND, head_VD, row_T[:0], objective)
+    with pytest.raises(ValueError, match="36 targets, but 37 weights"):
+        head_loss(hidden_ND, head_VD, row_T[:36], objective)
+    with pytest.raises(ValueError, match="37 targets, but 37 weights and sequences of"):
+        head_loss(hidden_ND, head_VD, row_T, replace(objective, lengths=(7, 1, 12)))
