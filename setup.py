@@ -9,7 +9,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11,<2.14",
-        "triton>=3.6; platform_system == 'Linux'",  # CUDA builds of torch bring it, CPU builds do not
+        "triton>=3.6",  # CUDA builds of torch bring it, CPU builds do not; there are none but for Linux
         "safetensors>=0.5",
         "tokenizers>=0.21",
         "huggingface-hub>=0.30",
