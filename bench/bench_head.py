@@ -17,11 +17,9 @@ Parity first: every log-prob, and the gradient of some rows, against fp64. Logit
 Run: python -m bench.bench_head [--device cpu] [--out bench/results/NAME.json]
 On a CPU (width 512, since logits know nothing of the width): 8 GB, 5 minutes. The last line of stdout is JSON.
 """
-from bench.measure import Bench, check, installed  # first: it decides about Triton's interpreter
-
-# isort: split
 import torch
 
+from bench.measure import Bench, check, installed
 from minixmd.kernels.grpo import Objective
 from minixmd.learning.head import CrossEntropy, Grpo, head_loss
 
@@ -93,6 +91,12 @@ def plain(logits_NV, id_N):
     return logits_NV.log_softmax(-1).gather(1, id_N[:, None]).squeeze(1)
 
 
+def trl(logits_NV, id_N):
+    from trl.trainer.utils import selective_log_softmax
+
+    return selective_log_softmax(logits_NV, id_N)
+
+
 def main():
     bench = Bench(__doc__)
     cuda = bench.device == "cuda"
@@ -104,9 +108,7 @@ def main():
         sides["ref"] = lambda case=case: case.eager(plain)
         others = {}
         if installed("trl"):
-            from trl.trainer.utils import selective_log_softmax
-
-            others["trl"] = lambda case=case: case.eager(selective_log_softmax)
+            others["trl"] = lambda case=case: case.eager(trl)
         if installed("liger_kernel") and cuda:
             others["liger"] = case.liger
         truth = case.truth()

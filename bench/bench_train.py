@@ -40,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
 from transformers.utils import logging
 
+from bench import measure
 from minixmd.inputs.audio import SAMPLE_RATE, log_mel, num_audio_tokens, num_mel_frames
 from minixmd.inputs.batch import Media, Prompt
 from minixmd.learning.checkpoint import versions
@@ -146,7 +147,7 @@ def losses(pair, prompts, target_BT, inputs):
         loss.backward()
         return loss.item()
 
-    return {MINE: lambda: accumulate(pair.run, STAGE, prompts), ROWS: lambda: backward(rows()),
+    return {MINE: lambda: accumulate(pair.run, STAGE, prompts)["loss"], ROWS: lambda: backward(rows()),
             FULL: lambda: backward(pair.peft(**inputs, labels=ids_BT.masked_fill(~target_BT, -100)).loss)}
 
 
@@ -222,20 +223,6 @@ def time_steps(sides, rounds, warmup=2):
             for side, values in times.items()}
 
 
-def peak_bytes(step):
-    """Most bytes alive at once during a step, above those alive when it began."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        profiler.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    live = peak = 0
-    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
-        live += event["args"]["Bytes"]
-        peak = max(peak, live)
-    return peak
-
-
 def speed(name, durations_s, rounds):
     with tempfile.TemporaryDirectory() as folder:
         pair = Pair(TIMED, Path(folder))
@@ -260,7 +247,7 @@ def memory():
     parity = check_parity(pair, sides)
     for side, step in steps(pair, sides).items():
         step()  # AdamW makes its moments in the first one
-        peaks[side] = peak_bytes(step)
+        peaks[side] = measure.peak(step, "cpu")
     weights = sum(p.numel() * p.element_size() for p in pair.run.model.parameters())
     share, whole = peaks[MINE] / peaks[FULL], (peaks[MINE] + weights) / (peaks[FULL] + weights)
     print(f"memory: peak above {weights / 2**20:.0f} MiB of weights: "
