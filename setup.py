@@ -19,7 +19,6 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "report": ["matplotlib>=3.8"],
         "test": ["pytest>=8", "ruff>=0.9", "transformers>=5", "peft>=0.18"],  # the last two: parity tests only
     },
     packages=[  # explicit: find_packages() would also see tools/, tests/, bench/

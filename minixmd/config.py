@@ -1,16 +1,11 @@
-"""The stages of a run, one frozen dataclass each, and `load_config`, which reads a config file.
+"""The stages of a run, one frozen dataclass each. configfile.py reads the file that lists them.
 
 A config is a Python file that defines `stages = [...]` and, if it likes, `run_dir`. A field that names a file may hold
 "@name", the output of an earlier stage (references.py).
 """
 import re
-import runpy
-import traceback
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
-from minixmd.fields import ConfigError, check_prompt, check_types, kind, nearest, one_of, parse_field, require, stage
-from minixmd.references import check_references
+from minixmd.fields import ConfigError, check_prompt, check_types, one_of, require, stage
 
 PROMPT = "{question}\n{options}\nRespond only with a single letter from {first} to {last}."
 
@@ -28,8 +23,8 @@ class Toy:
 
 
 @stage
-class Evaluate:
-    """Letter accuracy of a model on a manifest."""
+class _Asking:
+    """The fields that Evaluate and Label share."""
 
     name: str
     # what is asked
@@ -57,8 +52,29 @@ class Evaluate:
 
 
 @stage
-class Label(Evaluate):
-    """A model's predicted letters on a manifest, with the letters' logits; the fields are Evaluate's."""
+class Evaluate(_Asking):
+    """A model's accuracy on a manifest."""
+
+    # how it answers
+    answer: str = "letters"  # "letters", the largest of their logits | "generate", what its own words say, beside it
+    max_new_tokens: int = 32  # tokens of a generated answer, at least 2: a letter and the end of turn
+
+    def __post_init__(self):
+        _Asking.__post_init__(self)
+        one_of(self, "answer", "letters", "generate")
+        require(self, "max_new_tokens >= 2")
+
+
+@stage
+class Label(_Asking):
+    """A model's predicted letters on a manifest, with the letters' logits."""
+
+    top_k: int = 0  # best ids of the vocabulary stored with each letter, for KL distillation, at most 64; 0 = none
+    temperature: float = 2.0  # at which what the others hold together is stored: that of the distillation
+
+    def __post_init__(self):
+        _Asking.__post_init__(self)
+        require(self, "top_k >= 0", "top_k <= 64", "temperature > 0")
 
 
 @stage
@@ -94,7 +110,10 @@ class Train:
     # distillation
     teacher_labels: str | None = None  # "@label"; needed by "distill"
     student_labels: str | None = None  # the student's own letters, "@label"; None = no anti-forgetting
-    switch: str | None = None  # "@switch"; None = every clip follows the teacher
+    switch: str | None = None  # "@switch"; what the gates "learned" and "oracle" look up
+    gate: str = "always"  # which clips follow the teacher: "always" | "never" | "learned" | "oracle", by the true class
+    teacher_loss: str = "ce"  # "ce" on the teacher's letter | "kl" to its stored logits | "kl+ce", their sum
+    temperature: float = 2.0  # of the KL
     # what trains
     trainable: str = "lora"  # "lora" | "full"
     lora_rank: int = 16
@@ -125,18 +144,26 @@ class Train:
         _check_asking(self)
         one_of(self, "objective", "sft", "distill")
         one_of(self, "trainable", "lora", "full")
+        one_of(self, "gate", "always", "never", "learned", "oracle")
+        one_of(self, "teacher_loss", "ce", "kl", "kl+ce")
         require(self, "lora_rank >= 1", "lora_alpha > 0", "epochs >= 1", "max_steps >= 1", "batch_size >= 1",
                 "micro_batch_size >= 1", "lr > 0", "warmup >= 0", "warmup <= 1", "weight_decay >= 0", "clip >= 0",
-                "eps > 0", "eval_every >= 0", "save_every >= 0")
+                "eps > 0", "eval_every >= 0", "save_every >= 0", "temperature > 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"config: betas must be >= 0 and < 1, got {self.betas}")
-        if self.objective == "distill" and self.teacher_labels is None:
+        if self.objective == "distill" and self.teacher_labels is None and self.gate != "never":
             raise ConfigError("config: objective 'distill' needs teacher_labels, got None")
-        for name in ("teacher_labels", "student_labels", "switch"):
-            if self.objective == "sft" and getattr(self, name) is not None:
+        for name, unused in (("teacher_labels", None), ("student_labels", None), ("switch", None), ("gate", "always"),
+                             ("teacher_loss", "ce")):
+            if self.objective == "sft" and getattr(self, name) != unused:
                 raise ConfigError(f"config: objective 'sft' does not use {name}, got {getattr(self, name)!r}")
-        if self.student_labels is not None and self.switch is None:
-            raise ConfigError(f"config: student_labels {self.student_labels!r} needs a switch, got None")
+        if (self.gate in ("learned", "oracle")) != (self.switch is not None):
+            raise ConfigError(f"config: gate {self.gate!r} with switch {self.switch!r}: 'learned' and 'oracle' need a "
+                              "switch, 'always' and 'never' none")
+        if self.gate == "always" and self.student_labels is not None:
+            raise ConfigError(f"config: gate 'always' does not use student_labels, got {self.student_labels!r}")
+        if self.gate == "never" and self.student_labels is None:
+            raise ConfigError("config: gate 'never' needs student_labels, got None")
         if self.trainable == "full" and self.dtype != "float32":  # a 16-bit weight loses small updates
             raise ConfigError(f"config: trainable 'full' needs dtype 'float32', got {self.dtype!r}")
         if self.batch_size % self.micro_batch_size:
@@ -152,62 +179,36 @@ class Train:
 
 @stage
 class Report:
-    """Prints and writes tables of accuracies."""
+    """What a run found, as a page, report.html, and with the same figures as report.json and report.md."""
 
     name: str = "report"
     tables: dict[str, dict[str, str]]  # row title -> {column title: "@evaluate"}
+    ablation: dict[str, dict[str, str]] | None = None  # a second table of the same form; None = none
+    published: str | None = None  # "xmd": that paper's figures beside rows and columns of its titles; None = none
+    # class by class and clip by clip
+    roles: tuple[str, str, str] | None = None  # rows of tables: teacher, student before, student after; None = off
+    gap: str = "analysis"  # column on which the teacher's lead over the student before chooses the classes
+    bars: tuple[str, ...] = ("test",)  # columns whose classes are drawn
+    clips: str | None = None  # JSONL file: manifest of the column clips_of, for clips to play; None = none
+    clips_of: str = "test"  # column
+    embed_mib: float = 16.0  # media files that the page itself holds, MiB in all; the others are linked
+    # how it was trained
+    switch: str | None = None  # "@switch", against the true classes; None = none
+    curves: dict[str, dict[str, str]] | None = None  # title -> {line title: "@train/log.jsonl"}; None = none
 
     def __post_init__(self):
         check_types(self)
+        require(self, "embed_mib >= 0")
+        one_of(self, "published", None, "xmd")
+        if self.clips is not None and self.roles is None:
+            raise ConfigError(f"config: clips {self.clips!r} needs roles, got None")
+        for row in self.roles or ():
+            for column in (self.gap, *self.bars, *[self.clips_of] * (self.clips is not None)):
+                if column not in self.tables.get(row, {}):
+                    raise ConfigError(f"config: roles need column {column!r} in row {row!r} of tables")
 
 
 STAGES = (Toy, Evaluate, Label, Switch, Train, Report)
-
-
-@dataclass(frozen=True)
-class Config:
-    run_dir: Path  # holds one directory a stage
-    stages: tuple  # in the order they run; names are unique
-    source: Path  # the config file
-
-
-def load_config(source, overrides=()):
-    """Runs a config file, applies the overrides in order (the last wins) and checks the whole.
-
-    Args:
-        source: path of a Python file, or the bare name of a bundled recipe.
-        overrides: "stage.field=value", "field=value" (every stage that has the field) or "run_dir=path".
-    Returns:
-        Config; run_dir is `runs/<file stem>` unless the file or an override says otherwise.
-    Raises:
-        ConfigError: anything wrong in the file, its stages, their references or the overrides; one line.
-    """
-    source = _find(source)
-    given = _run(source)
-    run_dir, stages = given.get("run_dir", Path("runs") / source.stem), given.get("stages")
-    if not isinstance(stages, (list, tuple)) or not stages:
-        raise ConfigError(f"config: {source} defines no list of stages named 'stages'")
-    for i, item in enumerate(stages):
-        if not isinstance(item, STAGES):
-            raise ConfigError(f"config: {source}: stages[{i}] must be a stage, got {item!r}")
-        if item.name in [earlier.name for earlier in stages[:i]]:
-            raise ConfigError(f"config: two stages are named {item.name!r}")
-    changes = {item.name: {} for item in stages}
-    for override in overrides:
-        target, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"config: override {override!r} must read stage.field=value, field=value or run_dir=path")
-        if target == "run_dir":
-            run_dir = text
-            continue
-        for item, name in _targets(stages, target):
-            changes[item.name][name] = parse_field(item, name, text)
-    if not isinstance(run_dir, (str, Path)) or not str(run_dir):
-        raise ConfigError(f"config: run_dir must be a path, got {run_dir!r}")
-    # all of a stage's overrides at once: a pair such as batch_size and micro_batch_size may only fit together
-    stages = tuple(replace(item, **changes[item.name]) for item in stages)
-    check_references(stages)
-    return Config(Path(run_dir), stages, source)
 
 
 def _check_asking(item):
@@ -220,45 +221,3 @@ def _check_asking(item):
     if item.min_pixels > item.max_pixels:
         raise ConfigError(f"config: min_pixels {item.min_pixels} is more than max_pixels {item.max_pixels}")
     check_prompt(item.prompt)
-
-
-def _find(source):
-    """The file of a config: a path, or the bare name of a bundled recipe."""
-    path, folder = Path(source), Path(__file__).parent / "recipes"
-    if path.suffix == ".py" or path.name != str(source):
-        if not path.is_file():
-            raise ConfigError(f"config: no file {source}")
-        return path
-    names = sorted(recipe.stem for recipe in folder.glob("[!_]*.py"))
-    if path.name not in names:
-        raise ConfigError(f"config: no recipe {path.name!r}{nearest(path.name, names)} (available: {', '.join(names)})")
-    return folder / f"{path.name}.py"
-
-
-def _run(path):
-    """The names that a config file defines. Whatever goes wrong in it becomes one line with the file and line."""
-    try:
-        return runpy.run_path(str(path))
-    except SyntaxError as error:
-        raise ConfigError(f"config: {error.filename or path}:{error.lineno or 1}: {error.msg}") from error
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        where = ":".join(map(str, [path, *lines[-1:]]))
-        if isinstance(error, ConfigError):
-            raise ConfigError(f"{error} ({where})") from error
-        raise ConfigError(f"config: {where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
-
-
-def _targets(stages, target):
-    """(stage, field) of every field that the left side of an override names."""
-    name, dot, field = target.rpartition(".")
-    chosen = [item for item in stages if not dot or item.name == name]
-    if not chosen:
-        raise ConfigError(f"config: no stage {name!r}{nearest(name, [item.name for item in stages])}")
-    known = {known.name: None for item in chosen for known in fields(item)}
-    if field not in known:
-        who = f"{kind(type(chosen[0]))} {name!r} has no field" if dot else "no stage has a field"
-        raise ConfigError(f"config: {who} {field!r}{nearest(field, known)}")
-    if field == "name":
-        raise ConfigError(f"config: a stage's name is set in the config file only, got override {target!r}")
-    return [(item, field) for item in chosen if hasattr(item, field)]

@@ -19,6 +19,9 @@ INPUTS = {  # the fields that name a file or folder, and the kind of stage that 
     "student_labels": "label",
     "switch": "switch",
     "tables": "evaluate",
+    "ablation": "evaluate",
+    "clips": None,
+    "curves": None,
 }
 
 

@@ -16,16 +16,19 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from minixmd import load
-from minixmd.config import Evaluate, Label, Report, Switch, Toy, Train, load_config
+from minixmd.config import Evaluate, Label, Report, Switch, Toy, Train
+from minixmd.configfile import load_config
 from minixmd.files import write_safetensors, write_text
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import read_manifest
 from minixmd.inputs.media import MediaError
+from minixmd.inputs.tokenizer import shared_ids
 from minixmd.learning.checkpoint import begin, finish, load_state, log_line, save_state
-from minixmd.learning.head import CrossEntropy, head_loss
+from minixmd.learning.head import CrossEntropy, DistillTopK, head_loss
 from minixmd.learning.optim import adamw, learning_rate, optimizer_tensors, restore_optimizer
 from minixmd.learning.scoring import ask, count_bad, device_of, dtype_of, impl_of, prefetch, read_records, score_letters
 from minixmd.models.hub import pinned
@@ -40,27 +43,29 @@ from minixmd.stages import evaluate, label, report, switch, toy
 def sources(stage, examples):
     """Which answer each training example learns: the manifest's own (SFT), or the teacher's or the student's (distill).
 
-    In distillation the switch decides a clip: closed (p_teacher >= 0.5), the teacher's letter is the target; open, the
-    student's own earlier letter is, which keeps what it knew (the anti-forgetting loss). Without the student's letters
-    an open clip is left out, and without a switch every clip is the teacher's. The manifest's answers are not read.
+    In distillation the gate decides a clip: closed (p_teacher >= 0.5), the teacher's letter or its stored logits are
+    the target; open, the student's own earlier letter is, which keeps what it knew (the anti-forgetting loss). Without
+    the student's letters an open clip is left out. The manifest's answers are not read.
 
     Returns:
-        ([(example, answer index)], {reason: count} of what stands where and what was left out).
+        ([(example, answer index, the teacher's best ids or None)], {reason: count} of what stands where and what was
+        left out).
     Raises:
-        ValueError: SFT on an example without an answer, labels of other clips, or nothing left to learn.
+        ValueError: SFT on an example without an answer, labels of other clips or without stored logits, or nothing left
+            to learn.
     """
     if stage.objective == "sft":
         if missing := next((e for e in examples if e.answer is None), None):
             raise ValueError(f"{stage.manifest}: example {missing.id!r} has no answer to learn from")
-        return [(e, e.answer) for e in examples], {"manifest": len(examples)}
-    teacher = _by_id(stage.teacher_labels)
-    student = _by_id(stage.student_labels) if stage.student_labels else {}
-    closed = _by_id(stage.switch) if stage.switch else None
+        return [(e, e.answer, None) for e in examples], {"manifest": len(examples)}
+    teacher, student, switch = (_by_id(path) if path else {} for path in (stage.teacher_labels, stage.student_labels,
+                                                                          stage.switch))
+    looked_up = {"learned": "p_teacher", "oracle": "oracle"}.get(stage.gate)
     chosen, counts = [], Counter()
     for e in examples:
-        if e.id not in teacher:
+        to_teacher = switch.get(e.id, {}).get(looked_up, 0.0) >= 0.5 if looked_up else stage.gate == "always"
+        if to_teacher and e.id not in teacher:
             raise ValueError(f"{stage.teacher_labels}: no label for example {e.id!r} of {stage.manifest}")
-        to_teacher = closed is None or closed.get(e.id, {}).get("p_teacher", 0.0) >= 0.5
         record = teacher[e.id] if to_teacher else student.get(e.id, {"bad": "switch open"})
         source = "teacher" if to_teacher else "student"
         if "bad" in record:
@@ -69,7 +74,13 @@ def sources(stage, examples):
             raise ValueError(f"the {source}'s label of {e.id!r} is {record['option']!r}, not among its options: the "
                              f"labels were made from another manifest than {stage.manifest}")
         else:
-            chosen.append((e, e.options.index(record["option"])))
+            by_logits = to_teacher and stage.teacher_loss != "ce"
+            top = record.get("top") if by_logits else None
+            if by_logits and (top is None or top["temperature"] != stage.temperature):
+                raise ValueError(f"{stage.name}: teacher_loss {stage.teacher_loss!r} at temperature "
+                                 f"{stage.temperature} needs labels made with top_k, at that temperature: "
+                                 f"{stage.teacher_labels}")
+            chosen.append((e, e.options.index(record["option"]), top))
             counts[source] += 1
     if not chosen:
         raise ValueError(f"{stage.name}: no clip is left to learn from ({dict(counts)})")
@@ -92,6 +103,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     steps: int  # optimizer steps in all
     impl: str = "torch"  # "triton" | "torch", of the kernels
+    shared: int = 0  # ids below it mean the same to the teacher, for the KL
+    banned_Z: torch.Tensor | None = None  # ids that the student is never scored on
     step: int = 0  # finished
     best: float = -1.0  # validation accuracy
     bad: int = 0  # clips that could not be read, over all epochs so far
@@ -115,7 +128,12 @@ def build(stage, pairs):
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     steps = stage.epochs * math.ceil(len(pairs) / stage.batch_size)
     steps = steps if stage.max_steps is None else min(steps, stage.max_steps)
-    return Run(model, parameters, adamw(parameters, stage), steps, impl), processor
+    run = Run(model, parameters, adamw(parameters, stage), steps, impl)
+    if stage.teacher_loss != "ce":
+        theirs = Tokenizer.from_file(str(Path(stage.teacher_labels).parent / "tokenizer.json"))
+        run.shared = shared_ids(processor.tokenizer, theirs)
+        run.banned_Z = torch.tensor(processor.banned, device=model.lm_head.weight.device)
+    return run, processor
 
 
 def order(stage, count, step):
@@ -126,20 +144,67 @@ def order(stage, count, step):
     return torch.randperm(count, generator=generator)[at * stage.batch_size:(at + 1) * stage.batch_size].tolist()
 
 
-def accumulate(run, stage, prompts):
-    """Gradients of one optimizer step's loss, the mean over all its target tokens, micro-batch by micro-batch.
+def accumulate(run, stage, prompts, tops=()):
+    """Gradients of one optimizer step's loss, micro-batch by micro-batch; returns its parts, {"loss": …}.
 
-    The denominator is that of the whole step, so the gradient does not depend on the micro-batch size.
+    The loss is the mean of the cross-entropy over the step's target tokens. Where tops has the teacher's best ids for
+    a clip, the KL at its letter, as a mean over the step's clips, stands in its place ("kl") or is added ("kl+ce").
+    The denominators are the whole step's, so the gradient does not depend on the micro-batch size.
     """
     total = sum(int(prompt.target_N.sum()) for prompt in prompts)
-    device, loss_sum = run.model.lm_head.weight.device, 0.0
+    head_VD, parts = run.model.lm_head.weight, Counter(loss=0.0)
     for start in range(0, len(prompts), stage.micro_batch_size):
-        batch = pack(prompts[start:start + stage.micro_batch_size]).to(device)
-        objective = CrossEntropy(batch.target_id_T, batch.target_weight_T / total, run.impl)
-        loss, _ = head_loss(run.model(batch), run.model.lm_head.weight, batch.target_row_T, objective)
+        at = slice(start, start + stage.micro_batch_size)
+        batch = pack(prompts[at]).to(head_VD.device)
+        hidden_ND, losses = run.model(batch), []
+        stored = {i: top for i, top in enumerate(tops[at]) if top is not None}
+        if stored:
+            losses.append(teacher_kl(run, stage, hidden_ND, batch, stored, len(prompts), parts))
+        learnt_T = torch.ones_like(batch.target_id_T, dtype=torch.bool)
+        if stored and stage.teacher_loss == "kl":
+            learnt_T = ~torch.isin(batch.target_segment_T, torch.tensor(list(stored), device=head_VD.device))
+        if learnt_T.any():
+            objective = CrossEntropy(batch.target_id_T[learnt_T], batch.target_weight_T[learnt_T] / total, run.impl)
+            losses.append(head_loss(hidden_ND, head_VD, batch.target_row_T[learnt_T], objective)[0])
+        loss = sum(losses)
         loss.backward()
-        loss_sum += loss.item()
-    return loss_sum
+        parts["loss"] += loss.item()
+    return dict(parts)
+
+
+def teacher_kl(run, stage, hidden_ND, batch, stored, count, parts):
+    """T² KL(teacher || student) at the letters of the clips in `stored`, {segment: best ids}, summed over `count`.
+
+    KL is over the ids that both vocabularies share, less the banned ones; what the teacher holds elsewhere is left out
+    of its distribution and logged, as is what the student holds there.
+    """
+    segments = list(stored)
+    first_K = torch.tensor([batch.target_segment_T.tolist().index(segment) for segment in segments])
+    id_KJ, logq_KJ, tail_K, dropped_K = stored_rows(list(stored.values()), run.shared, run.banned_Z.cpu())
+    device = hidden_ND.device
+    objective = DistillTopK(id_KJ.to(device), logq_KJ.to(device), tail_K.to(device),
+                            torch.full((len(segments),), 1 / count, device=device), run.shared, run.banned_Z,
+                            stage.temperature, run.impl)
+    loss, columns = head_loss(hidden_ND, run.model.lm_head.weight, batch.target_row_T[first_K.to(device)], objective)
+    parts["kl"] += columns["kl"].sum().item() / count
+    parts["teacher_dropped"] += dropped_K.sum().item() / count
+    parts["student_dropped"] += columns["student_dropped"].sum().item() / count
+    return loss
+
+
+def stored_rows(tops, shared, banned_Z):
+    """The teacher's best ids as kernels/distill_topk.py takes them: (id_KJ, logq_KJ, tail_K, dropped_K), all fp32.
+
+    Ids outside the shared ones are taken out and the rest is normalised again. What lies outside among the ids that
+    were not stored cannot be told from the tail, of which it is a part.
+    """
+    id_KJ = torch.tensor([top["ids"] for top in tops], dtype=torch.int32)
+    logq_KJ = torch.tensor([[z / top["temperature"] - top["logsumexp"] for z in top["logits"]] for top in tops])
+    tail_K = (1 - logq_KJ.exp().sum(-1)).clamp(min=0)
+    outside_KJ = (id_KJ >= shared) | torch.isin(id_KJ, banned_Z)
+    dropped_K = logq_KJ.exp().where(outside_KJ, 0).sum(-1)
+    kept_K = 1 - dropped_K
+    return id_KJ.masked_fill(outside_KJ, -1), logq_KJ - kept_K.log()[:, None], tail_K / kept_K, dropped_K
 
 
 def update(run, stage):
@@ -168,25 +233,26 @@ def train(stage, folder, log):
     tqdm.write(f"{stage.name}: {run.steps} steps of {stage.batch_size} on {len(pairs)} clips ({counts})"
                + (f", from step {run.step}" if run.step else ""))
     steps = (pairs[i] for step in range(run.step, run.steps) for i in order(stage, len(pairs), step))
-    prompts = prefetch(lambda pair: ask(stage, processor, *pair), steps, ahead=2 * stage.batch_size)
+    prompts = prefetch(lambda one: (ask(stage, processor, *one[:2]), one[2]), steps, ahead=2 * stage.batch_size)
     with tqdm(total=run.steps, initial=run.step, desc=stage.name, unit="step") as bar:
         while run.step < run.steps:
             began = time.perf_counter()
             asked = [next(prompts) for _ in order(stage, len(pairs), run.step)]
-            good = [prompt for prompt in asked if not isinstance(prompt, MediaError)]
-            for error in (prompt for prompt in asked if isinstance(prompt, MediaError)):
+            good = [(prompt, top) for prompt, top in asked if not isinstance(prompt, MediaError)]
+            for error in (prompt for prompt, _ in asked if isinstance(prompt, MediaError)):
                 run.bad += 1
                 log({"step": run.step + 1, "bad": error.reason, "detail": str(error)})
             if run.bad > stage.max_bad * stage.epochs * len(pairs):
                 raise ValueError(f"{stage.name}: {run.bad} bad clips, above max_bad {stage.max_bad} of the "
                                  f"{stage.epochs * len(pairs)} to be read; the last: {error}")
-            loss = accumulate(run, stage, good) if good else 0.0
+            parts = accumulate(run, stage, *map(list, zip(*good, strict=True))) if good else {"loss": 0.0}
+            loss = parts["loss"]
             if not math.isfinite(loss):
                 raise ValueError(f"{stage.name}: the loss at step {run.step + 1} is {loss}; stopped")
             norm, lr = update(run, stage)
-            tokens = sum(len(prompt) for prompt in good)
+            tokens = sum(len(prompt) for prompt, _ in good)
             rate = tokens / (time.perf_counter() - began)
-            log({"step": run.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens,
+            log({"step": run.step, **parts, "lr": lr, "grad_norm": norm, "tokens": tokens,
                  "tokens_per_s": round(rate)})
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
             bar.update()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from minixmd import config
-from minixmd.config import PROMPT, Evaluate, Label, Report, Switch, Toy, Train, load_config
+from minixmd import config, configfile
+from minixmd.config import PROMPT, Evaluate, Label, Report, Switch, Toy, Train
+from minixmd.configfile import load_config
 from minixmd.fields import ConfigError, check_types, parse_field, stage
 from minixmd.references import check_files, input_paths, references, resolve
 
@@ -137,7 +138,14 @@ def test_a_value_out_of_range_is_refused(given, said):
     (dict(teacher_labels="@t"), "objective 'sft' does not use teacher_labels, got '@t'"),
     (dict(student_labels="@s"), "objective 'sft' does not use student_labels, got '@s'"),
     (dict(switch="@w"), "objective 'sft' does not use switch, got '@w'"),
-    ({**DISTILL, "student_labels": "@s"}, "student_labels '@s' needs a switch, got None"),
+    (dict(gate="never"), "objective 'sft' does not use gate, got 'never'"),
+    (dict(teacher_loss="kl"), "objective 'sft' does not use teacher_loss, got 'kl'"),
+    ({**DISTILL, "student_labels": "@s"}, "gate 'always' does not use student_labels, got '@s'"),
+    ({**DISTILL, "gate": "never"}, "gate 'never' needs student_labels, got None"),
+    ({**DISTILL, "gate": "oracle"}, "gate 'oracle' with switch None: 'learned' and 'oracle' need a switch, 'always' "
+                                    "and 'never' none"),
+    ({**DISTILL, "switch": "@w"}, "gate 'always' with switch '@w': 'learned' and 'oracle' need a switch, 'always' "
+                                  "and 'never' none"),
     (dict(trainable="full", dtype="bfloat16"), "trainable 'full' needs dtype 'float32', got 'bfloat16'"),
     (dict(batch_size=32, micro_batch_size=5), "batch_size 32 is not a multiple of micro_batch_size 5"),
     (dict(min_pixels=9, max_pixels=8), "min_pixels 9 is more than max_pixels 8"),
@@ -155,7 +163,12 @@ def test_the_ends_of_a_range_are_allowed():
 
 
 def test_a_switch_without_student_labels_is_allowed():
-    assert Train(**DISTILL, switch="@w").student_labels is None
+    assert Train(**DISTILL, switch="@w", gate="learned").student_labels is None
+
+
+def test_a_gate_that_never_follows_the_teacher_needs_no_teacher():
+    assert Train(name="t", objective="distill", model="m", manifest="d", gate="never",
+                 student_labels="@s").teacher_labels is None
 
 
 def test_full_training_in_float32_and_lora_in_bfloat16_are_allowed():
@@ -182,9 +195,12 @@ def test_the_default_prompt_and_doubled_braces_are_allowed():
     assert Evaluate(**EVALUATE, prompt="{{json}} {options}").prompt == "{{json}} {options}"
 
 
-def test_label_asks_with_the_fields_and_defaults_of_evaluate():
-    assert [(f.name, f.type, f.default) for f in fields(Label)] == [(f.name, f.type, f.default) for f in
-                                                                    fields(Evaluate)]
+def test_label_asks_with_the_fields_and_defaults_of_evaluate_but_scores_letters_only():
+    evaluate, label = ({f.name: (f.type, f.default) for f in fields(cls)} for cls in (Evaluate, Label))
+    own = {"answer", "max_new_tokens"}, {"top_k", "temperature"}
+    assert (evaluate.keys() - label.keys(), label.keys() - evaluate.keys()) == own
+    assert all(evaluate[name] == label[name] for name in evaluate.keys() & label.keys())
+    assert message(Label, **EVALUATE, answer="generate") == "config: label 'before' has no field 'answer'"
 
 
 # files
@@ -200,7 +216,7 @@ def test_a_config_file_gives_stages_and_a_run_directory(write):
 
 def test_a_bundled_recipe_is_found_by_its_bare_name(write, monkeypatch, tmp_path):
     (tmp_path / "recipes").mkdir()
-    monkeypatch.setattr(config, "__file__", str(tmp_path / "config.py"))
+    monkeypatch.setattr(configfile, "__file__", str(tmp_path / "configfile.py"))
     recipe = write("stages = [Toy(seed=5)]", "recipes/little.py")
     write("", "recipes/big.py")
     write("", "recipes/__init__.py")
@@ -338,7 +354,7 @@ CHAIN = (
     Label(name="seen", model="@toy/teacher", manifest="@toy/train.jsonl", media="video"),
     Switch(name="gate", teacher="@teacher", student="@before", labels="@own"),
     Train(name="student", objective="distill", model="@toy/student", manifest="@toy/train.jsonl",
-          teacher_labels="@seen", student_labels="@own", switch="@gate"),
+          teacher_labels="@seen", student_labels="@own", switch="@gate", gate="learned"),
     Evaluate(name="after", model="@student", manifest="@toy/test.jsonl"),
     Report(tables={"student": {"before": "@before", "after": "@after"}}),
 )

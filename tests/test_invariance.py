@@ -83,7 +83,8 @@ def check_micro_batches(kind, accumulate):
     found = {}
     for size in (6, 1, 2, 4):  # 4 leaves a last one of two
         model.zero_grad(set_to_none=True)
-        loss = accumulate(SimpleNamespace(model=model, impl="torch"), SimpleNamespace(micro_batch_size=size), prompts)
+        run, stage = SimpleNamespace(model=model, impl="torch"), SimpleNamespace(micro_batch_size=size)
+        loss = accumulate(run, stage, prompts)["loss"]
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert len(grads) == len(list(model.parameters())) - (kind == "omni")  # see test_models on audio_bos_eos_token
         found[size] = grads, torch.tensor(loss)
@@ -101,10 +102,10 @@ def test_dividing_by_the_number_of_micro_batches_would_be_caught():
     def mean_of_means(run, stage, prompts):
         size = stage.micro_batch_size
         parts = [prompts[start:start + size] for start in range(0, len(prompts), size)]
-        loss = sum(accumulate(run, stage, part) for part in parts) / len(parts)
+        loss = sum(accumulate(run, stage, part)["loss"] for part in parts) / len(parts)
         for p in run.model.parameters():
             p.grad /= len(parts)
-        return loss
+        return {"loss": loss}
 
     with pytest.raises(AssertionError, match="error"):
         check_micro_batches("audio", mean_of_means)

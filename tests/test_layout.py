@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [  # a module imports from its own row and the rows above; "" is minixmd/__init__.py
     {"kernels"},
-    {"config", "fields", "references", "files"},
+    {"config", "configfile", "fields", "references", "files"},
     {"inputs", "models"},
     {"learning"},
     {""},

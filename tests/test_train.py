@@ -125,7 +125,7 @@ def test_the_whole_distillation_line_runs_without_an_answer_in_the_training_mani
         Label(name='taught', model='{world}/eyes', manifest='{blind}', media='video', {FRAMES}),
         Switch(name='switch', teacher='@eyes', student='@ears', labels='@own'),
         {train(world, objective='distill', manifest=blind, teacher_labels='@taught', student_labels='@own',
-               switch='@switch')},
+               switch='@switch', gate='learned')},
         Evaluate(name='after', model='@student', manifest='{seen}'),
         Report(tables={{'before': {{'seen': '@ears'}}, 'after': {{'seen': '@after'}}}})"""
     assert run(tmp_path, stages) == 0
@@ -149,15 +149,16 @@ def test_a_closed_switch_takes_the_teachers_letter_an_open_one_the_students(tmp_
     teacher = write("teacher", [dict(id=i, option="dog") for i in "abc"] + [dict(id="d", bad="missing", detail="")])
     student = write("student", [dict(id=i, option="cat") for i in "abcd"])
     switch = write("switch", [dict(id="a", p_teacher=1.0), dict(id="b", p_teacher=0.0), dict(id="d", p_teacher=1.0)])
-    base = dict(objective="distill", manifest="m", name="s", teacher_labels=teacher, student_labels=None, switch=None)
+    base = dict(objective="distill", manifest="m", model="m", name="s", teacher_labels=teacher)
 
     def learnt(**more):
-        pairs, counts = sources(SimpleNamespace(**{**base, **more}), examples)
-        return {e.id: answer for e, answer in pairs}, counts
+        chosen, counts = sources(Train(**base, **more), examples)
+        return {e.id: answer for e, answer, _ in chosen}, counts
 
     assert learnt() == ({"a": 0, "b": 0, "c": 0}, {"teacher": 3, "left out: missing": 1})
-    assert learnt(switch=switch) == ({"a": 0}, {"teacher": 1, "left out: switch open": 2, "left out: missing": 1})
-    assert learnt(switch=switch, student_labels=student) == (
+    assert learnt(gate="learned", switch=switch) == (
+        {"a": 0}, {"teacher": 1, "left out: switch open": 2, "left out: missing": 1})  # fmt: skip
+    assert learnt(gate="learned", switch=switch, student_labels=student) == (
         {"a": 0, "b": 1, "c": 1}, {"teacher": 1, "student": 2, "left out: missing": 1})  # fmt: skip
 
 

@@ -15,6 +15,13 @@ END = "<|im_end|>"
 VIDEO_OPTIONS = ("fps", "min_pixels", "max_pixels", "nframes", "use_audio")
 
 
+def shared_ids(ours, theirs):
+    """How many ids, from 0 on, stand for the same string in two tokenizers."""
+    tables = [{i: token for token, i in t.get_vocab(with_added_tokens=True).items()} for t in (ours, theirs)]
+    count = min(max(table) + 1 for table in tables)
+    return next((i for i in range(count) if tables[0].get(i) != tables[1].get(i)), count)
+
+
 class Processor:
     """Callable: conversation -> Prompt. Also holds what depends on the tokenizer: letters, banned ids, decoding.
 

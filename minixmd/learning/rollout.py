@@ -36,7 +36,7 @@ def sample(logits_BV, uniform_B, temperature, banned):
     """Inverse-CDF draw from softmax(logits / temperature) without the banned ids; temperature 0 takes the largest.
 
     Args:
-        logits_BV: (B, V) fp32. uniform_B: (B,) fp64 in [0, 1). banned: (X,) int64.
+        logits_BV: (B, V) fp32. uniform_B: (B,) fp64 in [0, 1), not read at temperature 0. banned: (X,) int64.
     Returns:
         ids (B,) int64 and their log-probabilities (B,) fp32 (at temperature 1 when temperature is 0).
     """
@@ -91,6 +91,46 @@ def _stopped(text, stop):
 
 
 @torch.inference_mode()
+def prefill(model, prompts):
+    """Run Prompts in one pass: each one's last hidden state hidden_BD, that row's position_B, and the filled Cache."""
+    device = model.lm_head.weight.device
+    batch = pack(prompts).to(device)
+    cache = Cache(model.config.text.num_hidden_layers)
+    cache.segments = batch.segments
+    hidden_ND = model.model(model.embed(batch), batch.positions_3N, cache.prefill)
+    last_B = torch.tensor([end - 1 for _, end in batch.spans], device=device)
+    cache.length_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    return hidden_ND[last_B], batch.positions_3N[:, last_B].amax(0), cache
+
+
+@torch.inference_mode()
+def decode(model, processor, hidden_BD, position_B, cache, draw, *, max_new_tokens, stop=(), on_token=None):
+    """The Completion of each of B sequences, from what prefill returned; draw(logits_BV, t) chooses their tokens
+    number t, as `sample` returns them."""
+    B = len(hidden_BD)
+    ids, logprobs, done = [[] for _ in range(B)], [[] for _ in range(B)], [False] * B
+    for t in range(max_new_tokens):
+        ids_B, logp_B = draw(model.logits(hidden_BD), t)
+        for b, (token, logp) in enumerate(zip(ids_B.tolist(), logp_B.tolist(), strict=True)):
+            if not done[b]:
+                if math.isnan(logp):
+                    raise ValueError("the model's logits are not finite: its weights are broken, or too large for "
+                                     f"{model.lm_head.weight.dtype}")
+                ids[b].append(token)
+                logprobs[b].append(logp)
+                if on_token is not None:
+                    on_token(b, tuple(ids[b]))
+                done[b] = token == processor.end_id or (bool(stop) and _stopped(processor.decode(ids[b]), stop))
+        if all(done) or t == max_new_tokens - 1:
+            break
+        position_B = position_B + 1
+        x_BD = model.model.embed_tokens(ids_B)
+        hidden_BD = model.model(x_BD, position_B.expand(3, -1), cache.decode)
+        cache.length_B = cache.length_B + 1
+    return [Completion(processor.decode(i), tuple(i), tuple(p), d) for i, p, d in zip(ids, logprobs, done, strict=True)]
+
+
+@torch.inference_mode()
 def generate(model, processor, conversations, *, n=1, max_new_tokens, temperature, seed, stop=(), step=0, keys=None,
              on_token=None):
     """n continuations of each conversation.
@@ -118,37 +158,15 @@ def generate(model, processor, conversations, *, n=1, max_new_tokens, temperatur
         raise ValueError(f"prompt and max_new_tokens make {longest} tokens, over the model's limit of "
                          f"{processor.max_positions}")
     keys = [prompt_key(prompt) for prompt in prompts] if keys is None else keys
-    device = model.lm_head.weight.device
-    batch = pack(prompts).to(device)
-    cache = Cache(model.config.text.num_hidden_layers)
-    cache.segments = batch.segments
-    hidden_ND = model.model(model.embed(batch), batch.positions_3N, cache.prefill)
-    last_B = torch.tensor([end - 1 for _, end in batch.spans], device=device)
-    cache.length_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    hidden_BD, position_B, cache = prefill(model, prompts)
     cache.repeat(n)
-    hidden_BD = hidden_ND[last_B].repeat_interleave(n, 0)
-    position_B = batch.positions_3N[:, last_B].amax(0).repeat_interleave(n)
-    banned = torch.tensor(processor.banned, device=device)
-    B = len(prompts) * n
-    ids, logprobs, done = [[] for _ in range(B)], [[] for _ in range(B)], [False] * B
-    for t in range(max_new_tokens):
-        u_B = torch.tensor([uniform(seed, step, keys[b // n], b % n, t) for b in range(B)], dtype=torch.float64)
-        ids_B, logp_B = sample(model.logits(hidden_BD), u_B.to(device), temperature, banned)
-        for b, (token, logp) in enumerate(zip(ids_B.tolist(), logp_B.tolist(), strict=True)):
-            if not done[b]:
-                if math.isnan(logp):
-                    raise ValueError("the model's logits are not finite: its weights are broken, or too large for "
-                                     f"{model.lm_head.weight.dtype}")
-                ids[b].append(token)
-                logprobs[b].append(logp)
-                if on_token is not None:
-                    on_token(b, tuple(ids[b]))
-                done[b] = token == processor.end_id or (bool(stop) and _stopped(processor.decode(ids[b]), stop))
-        if all(done) or t == max_new_tokens - 1:
-            break
-        position_B = position_B + 1
-        x_BD = model.model.embed_tokens(ids_B)
-        hidden_BD = model.model(x_BD, position_B.expand(3, -1), cache.decode)
-        cache.length_B = cache.length_B + 1
-    flat = [Completion(processor.decode(i), tuple(i), tuple(p), d) for i, p, d in zip(ids, logprobs, done, strict=True)]
+    banned = torch.tensor(processor.banned, device=hidden_BD.device)
+
+    def draw(logits_BV, t):
+        u_B = torch.tensor([uniform(seed, step, keys[b // n], b % n, t) for b in range(len(logits_BV))],
+                           dtype=torch.float64)
+        return sample(logits_BV, u_B.to(logits_BV.device), temperature, banned)
+
+    flat = decode(model, processor, hidden_BD.repeat_interleave(n, 0), position_B.repeat_interleave(n), cache, draw,
+                  max_new_tokens=max_new_tokens, stop=stop, on_token=on_token)
     return [flat[i * n:(i + 1) * n] for i in range(len(prompts))]

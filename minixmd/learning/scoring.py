@@ -15,6 +15,8 @@ from minixmd.files import write_text
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import build_conversation
 from minixmd.inputs.media import MediaError
+from minixmd.learning.answers import extract
+from minixmd.learning.rollout import decode, prefill, sample
 
 SHARD = 512  # examples; a killed stage redoes at most one shard
 
@@ -88,31 +90,50 @@ def _batches(prompts, batch_tokens):
 
 
 @torch.inference_mode()
-def score_letters(model, processor, stage, examples, batch_tokens=8192):
+def score_letters(model, processor, stage, examples, batch_tokens=8192, top_k=0, temperature=1.0, max_new_tokens=0):
     """Ask every example and read the letters' logits where the answer would start, in one forward pass a batch.
+
+    With max_new_tokens the model goes on from there, greedily, and its answer is the option that its words mean
+    (answers.py); the letters' logits stay those that they are without.
 
     Args:
         stage: Evaluate, Label or Train: media, prompt and video options.
         batch_tokens: packed into a forward pass.
+        top_k: best ids to keep of those that are not banned, with the logsumexp of all of them at `temperature`.
+        max_new_tokens: that a written answer may have, the end of turn included; 0 = none is written.
     Returns:
-        A JSON-able record an example, in order: {"id", "answer": index, "option", "logits"} or {"id", "bad", "detail"}.
+        A JSON-able record an example, in order: {"id", "answer": index, "option", "logits"} or {"id", "bad", "detail"};
+        with top_k also "top": {"ids", "logits", "temperature", "logsumexp"}. With max_new_tokens "answer" and "option"
+        may be None, and there are also "by_letters": index by the logits, "how": one of WAYS, "text", and "finished":
+        the model ended its turn.
     Raises:
         ValueError: an example that lacks the medium, or a prompt over the model's limit.
     """
     device = model.lm_head.weight.device
-    records = {}
+    records, banned = {}, torch.tensor(processor.banned if top_k or max_new_tokens else [], dtype=torch.long)
 
     def prompts():
         for example, prompt in prefetch(lambda e: (e, ask(stage, processor, e)), examples):
             if isinstance(prompt, MediaError):
                 records[example.id] = {"id": example.id, "bad": prompt.reason, "detail": str(prompt)}
+            elif len(prompt) + max_new_tokens > processor.max_positions:
+                raise ValueError(f"example {example.id!r}: the prompt's {len(prompt)} tokens and max_new_tokens "
+                                 f"{max_new_tokens} are over the model's limit of {processor.max_positions}")
             else:
                 yield example, prompt
 
+    def greedy(logits_BV, t):
+        return sample(logits_BV, None, 0, banned.to(device))
+
     for run in _batches(prompts(), batch_tokens):
-        batch = pack([prompt for _, prompt in run]).to(device)
-        last_B = torch.tensor([end - 1 for _, end in batch.spans], device=device)
-        logits_BV = model.logits(model(batch)[last_B]).cpu()
+        asked = [prompt for _, prompt in run]
+        if max_new_tokens:
+            start = prefill(model, asked)
+            hidden_BD = start[0]
+        else:  # the same rows, and no keys and values kept
+            batch = pack(asked).to(device)
+            hidden_BD = model(batch)[torch.tensor([end - 1 for _, end in batch.spans], device=device)]
+        logits_BV = model.logits(hidden_BD).cpu()
         for (example, _), logits_V in zip(run, logits_BV, strict=True):
             letters = logits_V[processor.letter_ids(len(example.options))]
             if not letters.isfinite().all():
@@ -121,20 +142,37 @@ def score_letters(model, processor, stage, examples, batch_tokens=8192):
             best = int(letters.argmax())
             records[example.id] = {"id": example.id, "answer": best, "option": example.options[best],
                                    "logits": [round(x, 4) for x in letters.tolist()]}
+            if top_k:
+                logits_V = logits_V.index_fill(0, banned, -torch.inf)
+                top = logits_V.topk(top_k)
+                records[example.id]["top"] = {
+                    "ids": top.indices.tolist(), "logits": [round(x, 4) for x in top.values.tolist()],
+                    "temperature": temperature,
+                    "logsumexp": round((logits_V / temperature).logsumexp(0).item(), 5)}
+        if max_new_tokens:
+            said = decode(model, processor, *start, greedy, max_new_tokens=max_new_tokens)
+            for (example, _), completion in zip(run, said, strict=True):
+                record, (index, how) = records[example.id], extract(completion.text, example.options)
+                record.update(by_letters=record["answer"], answer=index, how=how, text=completion.text,
+                              option=None if index is None else example.options[index], finished=completion.finished)
     return [records[example.id] for example in examples]
 
 
-def score_in_shards(model, processor, stage, examples, folder, progress):
-    """score_letters by shards fixed by the manifest's order, each written whole; finished ones are read back."""
+def score_in_shards(score, examples, folder, progress):
+    """The records that score(examples) gives, by shards fixed by the manifest's order, each written whole; finished
+    ones are read back."""
     records = []
     for start in range(0, len(examples), SHARD):
         part, path = examples[start:start + SHARD], folder / f"{start:07d}.jsonl"
         if not path.exists():
-            scored = score_letters(model, processor, stage, part, stage.batch_tokens)
-            write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in scored))
+            write_records(path, score(part))
         records += read_records(path)
         progress(len(part))
     return records
+
+
+def write_records(path, records):
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_records(path):

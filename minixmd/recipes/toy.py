@@ -23,13 +23,15 @@ stages = [
     # the student learns from the teacher where the switch is closed, from itself where it is open
     Train(name="distilled", objective="distill", model="@toy/student", manifest="@toy/train.jsonl",
           val_manifest="@toy/val.jsonl", teacher_labels="@teacher_labels", student_labels="@student_labels",
-          switch="@switch", trainable="full", lr=3e-4, epochs=6, batch_size=32, micro_batch_size=32, eval_every=100,
-          save_every=100, **EAR),
+          switch="@switch", gate="learned", trainable="full", lr=3e-4, epochs=6, batch_size=32, micro_batch_size=32,
+          eval_every=100, save_every=100, **EAR),
     *(Evaluate(name=f"distilled_{split}", model="@distilled", manifest=f"@toy/{split}.jsonl", **EAR)
       for split in ("analysis", "test", "unseen")),
     Report(name="report", tables={
         "teacher (video)": {split: f"@teacher_{split}" for split in ("analysis", "test", "unseen")},
         "student before (audio)": {split: f"@student_{split}" for split in ("analysis", "test", "unseen")},
         "student after (audio)": {split: f"@distilled_{split}" for split in ("analysis", "test", "unseen")},
-    }),
+    }, published="xmd", roles=("teacher (video)", "student before (audio)", "student after (audio)"),
+        bars=("test", "unseen"), clips="@toy/test.jsonl", switch="@switch",
+        curves={"Distillation": {"distilled": "@distilled/log.jsonl"}, "Switch": {"switch": "@switch/log.jsonl"}}),
 ]  # fmt: skip

@@ -1,14 +1,27 @@
-"""Stage Evaluate: letter accuracy of a model on a manifest, by class, by group and overall, with Wilson intervals."""
+"""Stage Evaluate: a model's accuracy on a manifest, by class, by group and overall, with Wilson intervals; and the
+comparison of two models on the same questions.
+"""
+import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
+from functools import partial
 from math import sqrt
 
 from tqdm import tqdm
 
 from minixmd import load
-from minixmd.files import write_json, write_text
+from minixmd.files import write_json
 from minixmd.inputs.examples import read_manifest
-from minixmd.learning.scoring import count_bad, device_of, dtype_of, impl_of, score_in_shards
+from minixmd.learning.answers import WAYS
+from minixmd.learning.scoring import (
+    count_bad,
+    device_of,
+    dtype_of,
+    impl_of,
+    score_in_shards,
+    score_letters,
+    write_records,
+)
 from minixmd.models.lora import set_impl
 
 
@@ -45,26 +58,113 @@ def tabulate(examples, records):
             "classes": {name: summary(hits) for name, hits in sorted(classes.items())}}
 
 
-def score(stage, folder):
-    """Load the stage's model and score its manifest: (examples, records), finished shards read back."""
+def letters_beside(examples, records):
+    """What stands beside the accuracy of written answers: how each was read ("none" counts as wrong), how many had no
+    end within max_new_tokens, the share of which another letter had the largest logit, and those letters' accuracy."""
+    asked = [record for record in records if "bad" not in record]
+    how = Counter(record["how"] for record in asked)
+    scored = [record if "bad" in record else {"answer": record["by_letters"]} for record in records]
+    return {"how": {way: how[way] for way in WAYS}, "unfinished": sum(not record["finished"] for record in asked),
+            "disagreement": sum(record["answer"] != record["by_letters"] for record in asked) / len(asked),
+            "letters": tabulate(examples, scored)}
+
+
+def digest(example):
+    """16 hex digits of what was asked: the question, the options in their order and the right one."""
+    asked = json.dumps([example.question, example.options, example.answer])
+    return hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()
+
+
+def paired_interval(both, only_a, only_b, neither):
+    """95 % interval of the share that a has right less the share that b has, from the counts of clips by who is right.
+
+    Newcombe, Statistics in Medicine 17 (1998) 2635-2650, method 10: the Wilson limits of the two shares, joined by
+    their correlation, whose numerator has a continuity correction.
+    """
+    n = both + only_a + only_b + neither
+    if n == 0:
+        return -1.0, 1.0
+    a, b = both + only_a, both + only_b
+    (low_a, high_a), (low_b, high_b) = wilson(a, n), wilson(b, n)
+    together = both * neither - only_a * only_b
+    together = max(together - n / 2, 0) if together > 0 else together
+    spread = sqrt(a * (n - a) * b * (n - b))
+    correlation = together / spread if spread else 0.0
+
+    def joined(x, y):
+        return sqrt(max(x * x - 2 * correlation * x * y + y * y, 0))
+
+    return ((a - b) / n - joined(a / n - low_a, high_b - b / n),
+            (a - b) / n + joined(high_a - a / n, b / n - low_b))
+
+
+def compare(a, b):
+    """How much more often model a is right than model b, on the same questions.
+
+    Args:
+        a, b: the records of their answers.jsonl. A clip that was bad for either is left out.
+    Returns:
+        {"count", "left_out", "both", "only_a", "only_b", "neither", "difference", "interval"}: the counts of clips by
+        who is right, a's accuracy less b's, and its 95 % interval (paired_interval).
+    Raises:
+        ValueError: names the first clip that only one was asked about, or with another question, other options or
+            another right answer; or a record without those, as Label's are.
+    """
+    others, who = {record["id"]: record for record in b}, Counter()
+    for record in a:
+        other = others.pop(record["id"], None)
+        if other is None:
+            raise ValueError(f"clip {record['id']!r}: only the first model was asked about it")
+        if "question" not in record or "question" not in other:
+            raise ValueError(f"clip {record['id']!r}: its record does not say what was asked: not an Evaluate stage's")
+        if record["question"] != other["question"]:
+            raise ValueError(f"clip {record['id']!r}: the two models were asked different questions, with other "
+                             "words, options or right answer")
+        bad = "bad" in record or "bad" in other
+        who["left_out" if bad else (record["right"], other["right"])] += 1
+    if others:
+        raise ValueError(f"clip {next(iter(others))!r}: only the second model was asked about it")
+    both, only_a, only_b, neither = (who[pair] for pair in ((True, True), (True, False), (False, True), (False, False)))
+    count = len(a) - who["left_out"]
+    return {"count": count, "left_out": who["left_out"], "both": both, "only_a": only_a, "only_b": only_b,
+            "neither": neither, "difference": (only_a - only_b) / count if count else None,
+            "interval": list(paired_interval(both, only_a, only_b, neither))}
+
+
+def score(stage, folder, top_k=0, temperature=1.0, max_new_tokens=0):
+    """Load the stage's model and put its manifest to it: (examples, records, processor), finished shards read back.
+    The rest is as score_letters takes it."""
     examples = read_manifest(stage.manifest)
     model, processor = load(stage.model, device=device_of(stage), dtype=dtype_of(stage))
     set_impl(model, impl_of(stage))
+    ask = partial(score_letters, model, processor, stage, batch_tokens=stage.batch_tokens, top_k=top_k,
+                  temperature=temperature, max_new_tokens=max_new_tokens)
     with tqdm(total=len(examples), desc=stage.name, unit="clip", smoothing=0.1) as bar:
-        return examples, score_in_shards(model, processor, stage, examples, folder / "shards", bar.update)
+        return examples, score_in_shards(ask, examples, folder / "shards", bar.update), processor
 
 
 def run(stage, folder, log):
-    """Writes answers.jsonl (one record a clip) and results.json."""
+    """Writes answers.jsonl (a record a clip, with a digest of what was asked and whether it is right) and results.json.
+    """
     if missing := next((e for e in read_manifest(stage.manifest) if e.answer is None), None):
         raise ValueError(f"{stage.manifest}: example {missing.id!r} has no answer to evaluate against")
-    examples, records = score(stage, folder)
+    written = stage.answer == "generate"
+    examples, records, _ = score(stage, folder, max_new_tokens=stage.max_new_tokens if written else 0)
     results = {"model": str(stage.model), "manifest": str(stage.manifest), "media": stage.media,
                "bad": count_bad(records, stage), **tabulate(examples, records)}
-    write_text(folder / "answers.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    if written:
+        results |= {"answer": stage.answer, "max_new_tokens": stage.max_new_tokens, **letters_beside(examples, records)}
+    for example, record in zip(examples, records, strict=True):
+        record["question"] = digest(example)
+        if "bad" not in record:
+            record["right"] = record["answer"] == example.answer
+    write_records(folder / "answers.jsonl", records)
     write_json(folder / "results.json", results)
-    log({name: results[name] for name in ("count", "correct", "accuracy", "interval", "bad")})
+    log({name: results[name] for name in ("count", "correct", "accuracy", "interval", "bad")}
+        | {name: results[name] for name in ("how", "unfinished", "disagreement") if written})
     low, high = results["interval"]
     tqdm.write(f"{stage.name}: {100 * results['accuracy']:.1f} % of {results['count']} right "
                f"(95 % interval {100 * low:.1f} to {100 * high:.1f})"
+               + (f"; by the letters' logits {100 * results['letters']['accuracy']:.1f} %, which differ on "
+                  f"{100 * results['disagreement']:.1f} % (read by {results['how']})" if written else "")
                + (f", bad: {results['bad']}" if results["bad"] else ""))

@@ -1,5 +1,6 @@
 """Stage Label: a model's predicted letters for a split, with the letters' logits, as labels.jsonl."""
 import json
+import shutil
 
 from tqdm import tqdm
 
@@ -10,8 +11,10 @@ from minixmd.stages.evaluate import score
 
 def run(stage, folder, log):
     """The manifest's true answers are not read: a record depends on the clip, the question and the model alone."""
-    _, records = score(stage, folder)
+    _, records, processor = score(stage, folder, stage.top_k, stage.temperature)
     bad = count_bad(records, stage)
+    if stage.top_k:  # what the stored ids mean
+        shutil.copyfile(processor.folder / "tokenizer.json", folder / "tokenizer.json")
     write_text(folder / "labels.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     log({"count": len(records), "bad": bad})
     tqdm.write(f"{stage.name}: {len(records) - sum(bad.values())} clips labelled" + (f", bad: {bad}" if bad else ""))

@@ -1,41 +1,285 @@
-"""Stage Report: one table of accuracies for each column of results, overall and by group, printed and written."""
+"""Stage Report: what a run found, as one page that opens anywhere (report.html), as report.json and as report.md.
+
+`gather` brings every figure into one dict, which is report.json; the page and the Markdown are made from that dict
+alone, so the three cannot differ.
+"""
+import os
+from collections import Counter
+from pathlib import Path
+
 from minixmd.files import read_json, write_json, write_text
+from minixmd.inputs.examples import read_manifest
+from minixmd.learning.scoring import read_records
+from minixmd.stages.evaluate import compare, digest, summary
+from minixmd.stages.report_html import MIME, NAMES, ROLES, WHO, heads, page, value
 
-
-def _cell(part):
-    return "-" if part is None or not part["count"] else f"{100 * part['accuracy']:.1f} ± {_half(part):.1f}"
-
-
-def _half(part):
-    low, high = part["interval"]
-    return 50 * (high - low)
-
-
-def render(tables):
-    """Markdown: a row a model, a column a split and group.
-
-    Args:
-        tables: {row: {column: results.json as a dict}}.
-    """
-    columns = list(dict.fromkeys(column for row in tables.values() for column in row))
-    heads = []
-    for column in columns:
-        groups = {g for row in tables.values() for g in row.get(column, {}).get("groups", {})}
-        heads += [(column, None)] + ([(column, g) for g in sorted(groups)] if len(groups) > 1 else [])
-    rows = [["accuracy, %"] + [column if group is None else f"{column}: {group}" for column, group in heads]]
-    for title, row in tables.items():
-        cells = [(row.get(c) if g is None else row.get(c, {}).get("groups", {}).get(g)) for c, g in heads]
-        rows.append([title] + [_cell(cell) for cell in cells])
-    width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(row, width, strict=True)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
+MOST = 10  # classes in a group of bars, as in the paper's Figures 1 and 3
+POINTS = 150  # of a line in a figure
+CLIPS = 4  # shown of a kind
+KINDS = {  # title of a kind of clip -> who was right: the teacher (None: no matter), the student before, after
+    "Learnt from the teacher: the teacher was right, the student wrong before and right after": (True, False, True),
+    "Forgotten: the student was right before and is wrong after": (None, True, False),
+    "Not learnt: the student was wrong before and is wrong after": (None, False, False),
+}
+DRAWN = {"loss": "training loss", "kl": "KL to the teacher", "val_accuracy": "validation accuracy, %",
+         "train_accuracy": "training accuracy, %"}  # keys of a log.jsonl that are drawn, in this order
+PAPERS = {"xmd": {  # accuracies in %; columns are looked up by these titles
+    "source": "Jiang, Wu, Choudhari and Mesgarani, Bridging Ears and Eyes: Tables 1 and 2, the caption of Figure 1, "
+              "sections 3.2, 4.2 and 4.3. VGGSound, 286 classes; unseen: AudioSet evaluation set",
+    "tables": {
+        "Qwen2-Audio-7B-Instruct": {"analysis": 71.9, "test": 69.0, "unseen": 60.0},
+        "Qwen2-Audio distilled from Qwen2-VL": {"analysis": 92.6, "test": 89.4, "unseen": 72.3},
+        "Qwen-Audio-Chat (7B)": {"analysis": 63.2, "test": 60.4},
+        "Kimi-Audio-7B-Instruct": {"analysis": 70.6, "test": 66.7},
+        "Qwen2-VL-7B-Instruct": {"analysis": 88.5, "test": 80.8},
+        "Qwen2-VL distilled from Qwen2-Audio": {"analysis": 91.4, "test": 83.9},
+        "Qwen2.5-VL-7B-Instruct": {"analysis": 88.8, "test": 81.0},
+        "VideoLLaMA 3": {"analysis": 83.4, "test": 76.4},
+        "Qwen2.5-Omni": {"analysis": 92.6, "test": 89.7},
+    },
+    "ablation": {
+        "KL on teacher's logits": {"analysis": 92.1, "test": 88.7},
+        "KL on teacher's logits + labels": {"analysis": 92.3, "test": 88.9},
+        "Ground-truth labels (upper bound)": {"analysis": 96.4, "test": 92.8},
+        "Teacher's labels (default)": {"analysis": 92.6, "test": 89.4},
+        "Teacher's labels without anti-forgetting loss": {"analysis": 92.5, "test": 89.1},
+    },
+    "averages": {"Qwen2.5-Omni": 94.4, "Human ears and eyes": 84.2, "Qwen2-VL": 83.9, "Human eyes": 74.1,
+                 "Qwen2-Audio": 72.5, "Human ears": 71.9},  # 30 classes, 50 clips each
+    "classes": {"won": 226, "of": 286},  # by Qwen2-VL over Qwen2-Audio; the other 60 hold the ties
+    "switch": {"validation": 88.8, "training": 89.1},
+}}  # fmt: skip
 
 
 def run(stage, folder, log):
-    """Writes report.json and report.md; prints the table. ± is half the 95 % Wilson interval."""
-    tables = {row: {column: read_json(path) for column, path in cells.items()} for row, cells in stage.tables.items()}
-    text = render(tables)
-    write_json(folder / "report.json", tables)
-    write_text(folder / "report.md", text + "\n")
-    log({row: {column: results["accuracy"] for column, results in cells.items()} for row, cells in tables.items()})
-    print(f"\n{text}\n(± half the 95 % interval; written to {folder / 'report.md'})", flush=True)
+    """Writes report.html, report.json and report.md; prints the tables. ± is half the 95 % Wilson interval."""
+    found, embedded = gather(stage, folder)
+    write_json(folder / "report.json", found)
+    write_text(folder / "report.md", markdown(found))
+    write_text(folder / "report.html", page(found, embedded))
+    log({row: {column: cell["accuracy"] for column, cell in cells.items()}
+         for row, cells in found["tables"].items()})
+    for table in (found["tables"], found["ablation"]):
+        print(f"\n{render(table)}" if table else "", flush=True)
+    print(f"(± half the 95 % interval; written to {folder / 'report.html'}, .json and .md)", flush=True)
+
+
+def gather(stage, folder):
+    """(every figure of the report, {path: bytes} of the clips that the page itself will hold)."""
+    paper = PAPERS.get(stage.published, {})
+    results = {row: {column: _results(path) for column, path in cells.items()} for row, cells in stage.tables.items()}
+    ablation = {row: {column: _results(path) for column, path in cells.items()}
+                for row, cells in (stage.ablation or {}).items()}
+    found = {"tables": _table(results, paper.get("tables", {})),
+             "ablation": _table(ablation, paper.get("ablation", {})),
+             "roles": None, "switch": None, "curves": None, "clips": None, "paper": paper or None}
+    embedded = {}
+    if stage.roles:
+        found["roles"] = roles = dict(zip(ROLES, stage.roles, strict=True))
+        shared = [column for column in stage.tables[stage.roles[0]]
+                  if all(column in stage.tables[row] for row in stage.roles)]
+        answers = {column: {role: _answers(stage.tables[row][column]) for role, row in roles.items()}
+                   for column in shared}
+        found["gains"] = {column: {role: _compare(each["after"], each[role], f"{roles['after']!r} and {roles[role]!r} "
+                                   f"on {column!r}") for role in ("before", "teacher")}
+                          for column, each in answers.items()}  # fmt: skip
+        found["classes"] = classes(stage, {role: results[row] for role, row in roles.items()})
+        if stage.clips:
+            found["clips"], embedded = clips(stage, folder, answers[stage.clips_of])
+    if stage.switch:
+        found["switch"] = switch(Path(stage.switch))
+    if stage.curves:
+        found["curves"] = {title: panels(logs) for title, logs in stage.curves.items()}
+    return found, embedded
+
+
+def _results(path):
+    results = read_json(path)
+    if "accuracy" not in results:
+        raise ValueError(f"{path}: not the results of an Evaluate stage: it holds no 'accuracy'")
+    return results
+
+
+def _answers(path):
+    return read_records(Path(path).parent / "answers.jsonl")  # Evaluate writes it beside the results
+
+
+def _compare(a, b, who):
+    try:
+        return compare(a, b)
+    except ValueError as error:
+        raise ValueError(f"report: {who}: {error}") from None
+
+
+def _table(results, published):
+    """{row: {column: cell}}: what a table shows of each results.json, and the paper's figure where it has that cell."""
+    table = {}
+    for row, cells in results.items():
+        table[row] = {}
+        for column, one in cells.items():
+            cell = table[row][column] = {name: one[name] for name in ("count", "correct", "accuracy", "interval")}
+            cell["groups"] = one["groups"]
+            if "letters" in one:
+                cell["letters"] = {name: one["letters"][name] for name in ("count", "correct", "accuracy", "interval")}
+                cell["disagreement"] = one["disagreement"]
+            if column in published.get(row, {}):
+                cell["paper"] = published[row][column]
+    return table
+
+
+def groups(lead, most=MOST):
+    """{title: class names}: where the teacher leads most, where the student does, and where they are closest.
+
+    lead: {class: the teacher's accuracy - the student's before}. The groups are disjoint, of at most `most` classes and
+    a third of all. A tie is broken by name.
+    """
+    size = min(most, -(-len(lead) // 3))
+    names = sorted(lead, key=lambda name: (-lead[name], name))
+    ahead = [name for name in names if lead[name] > 0][:size]
+    behind = sorted((name for name in names if lead[name] < 0), key=lambda name: (lead[name], name))[:size]
+    rest = sorted(set(names) - {*ahead, *behind}, key=lambda name: (abs(lead[name]), name))[:size]
+    return {"The teacher is ahead": ahead, "The student is ahead": behind, "They are closest": rest}
+
+
+def classes(stage, results):
+    """Who wins how many classes of the column `gap`; for each column of `bars` its classes and groups of them.
+
+    A column that shares no class with `gap` (unseen ones) is grouped by the leads on that column itself.
+    """
+    def leads(column):
+        teacher, before = (results[role][column]["classes"] for role in ("teacher", "before"))
+        return {name: teacher[name]["accuracy"] - before[name]["accuracy"] for name in teacher if name in before}
+
+    lead = leads(stage.gap)
+    found = {"chosen_on": stage.gap, "won": sum(x > 0 for x in lead.values()),
+             "tied": sum(x == 0 for x in lead.values()), "lost": sum(x < 0 for x in lead.values()), "bars": {}}
+    for column in stage.bars:
+        parts = {role: results[role][column]["classes"] for role in ROLES}
+        here = {name: {role: parts[role][name] for role in ROLES} for name in parts["teacher"]
+                if all(name in parts[role] for role in ROLES)}
+        known = {name: lead[name] for name in here if name in lead}
+        own = {name: x for name, x in leads(column).items() if name in here}
+        found["bars"][column] = {"chosen_on": stage.gap if known else column, "groups": groups(known or own),
+                                 "classes": here}
+    return found
+
+
+def switch(path):
+    """Where the clips went, and tallies of the learned switch against the classes' table: those that the stage Switch
+    left in results.json, and for clips whose true class it knew ("oracle") this one."""
+    decided = [record for record in read_records(path) if "p_teacher" in record]
+    left = read_json(path.parent / "results.json") if (path.parent / "results.json").exists() else {}
+    tallies = {part: left[part] for part in ("validation", "training") if part in left}
+    known = [(record["oracle"] >= 0.5, record["p_teacher"] >= 0.5) for record in decided
+             if record.get("oracle") is not None]
+    if known and "training" not in tallies:
+        tallies["training"] = {**summary([truth == said for truth, said in known]), "confusion": [
+            [known.count((truth, said)) for said in (False, True)] for truth in (False, True)]}
+    return {"clips": len(decided), "to_teacher": sum(record["p_teacher"] >= 0.5 for record in decided),
+            "tallies": tallies}
+
+
+def panels(logs):
+    """[{"what", "x", "lines": {title: [[x, y], …]}}]: a panel for each of DRAWN that some log.jsonl has.
+
+    A line of more than POINTS values becomes the means of runs of as many, each drawn at its last step.
+    """
+    records = {title: read_records(Path(path)) for title, path in logs.items()}
+    found = []
+    for key, what in DRAWN.items():
+        drawn = {title: [line for line in log if key in line] for title, log in records.items()}
+        axis, lines = "step" if any("step" in line for log in drawn.values() for line in log) else "epoch", {}
+        for title, log in drawn.items():
+            points = [(line[axis], line[key]) for line in log if axis in line]
+            every = -(-len(points) // POINTS) or 1
+            runs = [points[i:i + every] for i in range(0, len(points), every)]
+            if runs:
+                lines[title] = [[run[-1][0], sum(y for _, y in run) / len(run)] for run in runs]
+        if lines:
+            found.append({"what": what, "x": axis, "lines": lines})
+    return found
+
+
+def clips(stage, folder, answers):
+    """({"kinds", …}, {path as the page writes it: bytes}): up to CLIPS clips of each of KINDS, the first of each class
+    in the manifest's order, then the second of each, …; and the media that fit into embed_mib, in the page's order."""
+    examples = read_manifest(stage.clips)
+    by_id = {role: {record["id"]: record for record in records} for role, records in answers.items()}
+    left, embedded, kinds = int(stage.embed_mib * 2**20), {}, []
+    for title, wanted in KINDS.items():
+        fit, seen = [], Counter()
+        for example in examples:
+            records = {role: by_id[role].get(example.id) for role in ROLES}
+            if any(record is None or record["question"] != digest(example) for record in records.values()):
+                raise ValueError(f"{stage.clips}: clip {example.id!r} was not asked so in column {stage.clips_of!r}")
+            if not any("bad" in record for record in records.values()) and all(
+                    want in (None, record["right"]) for want, record in zip(wanted, records.values(), strict=True)):
+                fit.append((seen[example.label], len(fit), example, records))
+                seen[example.label] += 1
+        shown = []
+        for _, _, example, records in sorted(fit, key=lambda each: each[:2])[:CLIPS]:
+            media = []
+            for kind, file in (("video", example.video), ("audio", example.audio)):
+                if file is None:
+                    continue
+                path = Path(os.path.relpath(file, folder)).as_posix()
+                size = os.path.getsize(file) if os.path.isfile(file) else None
+                if path not in embedded and size is not None and size <= left and Path(file).suffix.lower() in MIME:
+                    embedded[path], left = Path(file).read_bytes(), left - size
+                media.append({"kind": kind, "path": path, "bytes": size, "embedded": path in embedded})
+            shown.append({"id": example.id, "question": example.question, "options": example.options,
+                          "right": example.options[example.answer], "media": media,
+                          "answers": {role: {name: record[name] for name in ("option", "right", "text")
+                                             if name in record} for role, record in records.items()}})
+        kinds.append({"title": title, "count": len(fit), "clips": shown})
+    return {"column": stage.clips_of, "of": len(examples), "kinds": kinds, "embed_mib": stage.embed_mib}, embedded
+
+
+def markdown(found):
+    """The tables of the page."""
+    parts = ["# minixmd report", render(found["tables"]), found["ablation"] and "## Ablation",
+             found["ablation"] and render(found["ablation"])]
+    if found["roles"]:
+        parts += ["## The student after, less the others on the same questions", _grid(
+            [["points", "less before", "less the teacher"]]
+            + [[column] + [_points(gain[role]) for role in ("before", "teacher")]
+               for column, gain in found["gains"].items()])]
+        for column, one in found["classes"]["bars"].items():
+            parts += [f"## Classes: {column}, chosen on {one['chosen_on']}", _grid(
+                [["class", "group", *NAMES.values()]]
+                + [[name, title, *(_text(one["classes"][name][role], "all") for role in ROLES)]
+                   for title, names in one["groups"].items() for name in names])]
+    for part, one in found["switch"]["tallies"].items() if found["switch"] else ():
+        parts += [f"## The switch: {part}", _grid([["by the class", "switch: to itself", "switch: to the teacher"]] + [
+            [who, *map(str, row)] for who, row in zip(WHO, one["confusion"], strict=True)])]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def render(table):
+    """A Markdown table: a row a model, a column a split, its groups, the letters' accuracy and the paper's figure."""
+    columns = heads(table)
+    rows = [["accuracy, %"] + [column if what == "all" else f"{column}: {title}" for column, what, title in columns]]
+    for title, cells in table.items():
+        rows.append([title] + [_text(value(cells, head), head[1]) for head in columns])
+    return _grid(rows)
+
+
+def _text(part, what):
+    if part is None or (isinstance(part, dict) and not part["count"]):
+        return "-"
+    if what in ("paper", "disagreement"):
+        return f"{part:.1f}" if what == "paper" else f"{100 * part:.1f}"
+    low, high = part["interval"]
+    return f"{100 * part['accuracy']:.1f} ± {50 * (high - low):.1f}"
+
+
+def _points(gain):
+    low, high = gain["interval"]
+    return f"{100 * gain['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})" if gain["count"] else "-"
+
+
+def _grid(rows):
+    rows = [[" ".join(text.split()).replace("|", "\\|") for text in row] for row in rows]
+    width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(row, width, strict=True)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])

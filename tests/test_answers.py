@@ -1,0 +1,99 @@
+"""extract: which option a written answer means, by which way, and what does not fool it."""
+import pytest
+
+from minixmd.learning.answers import WAYS, extract
+
+OPTIONS = ("dog barking", "cat meowing", "police car (siren)", "dog", "playing bass drum", "ice cream van",
+           "woman's singing", "parrot talking", "skidding", "toilet flushing")  # fmt: skip
+
+
+def ways(cases, options=OPTIONS):
+    return {text: extract(text, options) for text in cases}
+
+
+@pytest.mark.parametrize("text", [
+    "B", "B.", " B\n", "(B)", "[B]", "B)", "**B**", '"B"', "‘B’", "Ｂ", "b", "b.", "(b)", "b) cat", "B. cat meowing",
+    "B: cat meowing", "B, cat meowing", "B - a cat", "B — a cat", "B\nIt meows.", "B. dog barking", "B is right",
+    "B because it meows", "The answer is B", "The answer is B.", "The answer is: (B) cat", "Answer: B", "It's B!",
+    "cat meowing (B)", "option B, I think", "<answer>B</answer>", r"\boxed{B}", "B. A cat is meowing", "B. I am sure.",
+    "A cat is what I hear: B", "B, B and B.",
+])  # fmt: skip
+def test_a_stated_letter_is_the_answer_whatever_words_follow(text):
+    assert extract(text, OPTIONS) == (1, "letter")
+
+
+def test_the_letter_a_counts_where_no_article_can_stand():
+    for text in ("A", "A.", "a", "a.", "(A) dog", "A: dog", "A\ndog", "The answer is A", "A is the answer", "A, a dog"):
+        assert extract(text, OPTIONS) == (0, "letter"), text
+
+
+def test_articles_pronouns_and_initials_are_no_letters():
+    assert ways(["A dog", "A cat meowing.", "THE ANSWER IS A DOG", "It is a dog, I guess", "I hear a dog",
+                 "The sound is a dog", "B dog", "A police car's siren", "A-flat dog", "U.S.A. dog", "A/B dog"]) == {
+        "A dog": (3, "option"), "A cat meowing.": (1, "option"), "THE ANSWER IS A DOG": (3, "option"),
+        "It is a dog, I guess": (3, "option"), "I hear a dog": (3, "option"), "The sound is a dog": (3, "option"),
+        "B dog": (3, "option"), "A police car's siren": (2, "similar"), "A-flat dog": (3, "option"),
+        "U.S.A. dog": (3, "option"), "A/B dog": (3, "option")}  # fmt: skip
+    for text in ("I", "I, as an AI model,", "I'm sorry", "I cannot hear it.", "It is a", "J. S. Bach", "Is it a or b?"):
+        assert extract(text, OPTIONS) == ((8, "letter") if text == "I" else (None, "none")), text
+
+
+def test_more_than_one_letter_is_no_letter():
+    for text in ("A or B", "A and B", "A, B or C", "A. B.", "The options are A. x B. y C. z", "B. No, C."):
+        assert extract(text, OPTIONS) == (None, "none"), text
+    assert extract("A or B: toilet flushing", OPTIONS) == (9, "option")
+
+
+def test_a_letter_that_no_option_has_is_none():
+    assert extract("K", OPTIONS) == extract("E.", OPTIONS[:4]) == extract("Z. fox", OPTIONS) == (None, "none")
+    assert extract("J", OPTIONS) == (9, "letter") and extract("J", OPTIONS[:9]) == (None, "none")
+    assert extract("Z", ["x"] * 26) == (25, "letter")
+    assert extract("K. dog barking", OPTIONS) == (0, "option")
+
+
+def test_the_words_of_one_option_name_it_and_a_longer_one_hides_those_within():
+    assert ways(["dog", "Dog Barking", "the sound of dog barking outside", "POLICE CAR SIREN", "police car: siren?",
+                 "womans singing", "woman’s singing", "ice_cream_van", "toilet\nflushing"]) == {
+        "dog": (3, "option"), "Dog Barking": (0, "option"), "the sound of dog barking outside": (0, "option"),
+        "POLICE CAR SIREN": (2, "option"), "police car: siren?": (2, "option"), "womans singing": (6, "option"),
+        "woman’s singing": (6, "option"), "ice_cream_van": (5, "option"), "toilet\nflushing": (9, "option")}
+    assert extract("hotdog", ("dog", "cat")) == extract("category", ("dog", "cat")) == (None, "none")
+
+
+def test_two_options_named_are_none():
+    assert extract("skidding or parrot talking", OPTIONS) == (None, "none")
+    assert extract("a dog and a cat", ("dog", "cat", "dot")) == (None, "none")
+    assert extract("dog", ("dog", "Dog", "cat")) == (None, "none")  # the same words twice
+
+
+def test_the_most_similar_option_stands_in_when_none_is_named():
+    assert ways(["dogs barking", "a loud cat meow", "the toilet flushed", "it is a police siren", "parot talkin"]) == {
+        "dogs barking": (0, "similar"), "a loud cat meow": (1, "similar"), "the toilet flushed": (9, "similar"),
+        "it is a police siren": (2, "similar"), "parot talkin": (7, "similar")}  # fmt: skip
+
+
+def test_the_ratio_is_difflibs_over_runs_of_the_options_length_and_0_7_is_enough():
+    assert extract("abcdefgxyz", ("abcdefg123",)) == (0, "similar")  # 2 * 7 / 20
+    assert extract("abcdefwxyz", ("abcdefg123",)) == (None, "none")  # 2 * 6 / 20
+    noise = "words that say nothing at all about it "
+    assert extract(noise + "abcdefgxyz" + noise, ("abcdefg123",)) == (None, "none")  # "abcdefgxyzwords"
+    assert extract(noise + "abcdefgxyz " + noise, ("abcdefg123",)) == (0, "similar")
+
+
+def test_equally_similar_options_are_none():
+    assert extract("cab", ("cat", "car", "dog")) == (None, "none")
+    assert extract("cats", ("cat", "cat")) == (None, "none")
+
+
+def test_refusals_silence_and_odd_options_are_none():
+    for text in ("", " \n", "...", "???", "I cannot determine the sound.", "none of the above", "狗在叫", "\ufffd\x00"):
+        assert extract(text, OPTIONS) == (None, "none"), text
+    assert extract("", ("?", "!")) == extract("hm", ("", "?")) == (None, "none")  # options without a word
+    assert extract("B", ("?", "!")) == (1, "letter")
+    assert WAYS == ("letter", "option", "similar", "none")
+
+
+def test_options_that_are_numbers_or_single_letters_are_read_as_words_after_the_letters():
+    assert extract("4", ("3", "One", "4", "2")) == extract("It is 4", ("3", "One", "4", "2")) == (2, "option")
+    assert extract("B", ("C", "A", "B")) == (1, "letter")  # the question asks for a letter
+    assert extract("in B minor", ("A minor", "B minor")) == (1, "option")

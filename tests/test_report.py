@@ -1,0 +1,491 @@
+"""The report's files say what the results say and no more, and its page is safe, well-formed and complete by itself."""
+import base64
+import json
+import re
+from dataclasses import make_dataclass, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from minixmd.config import Report
+from minixmd.fields import ConfigError
+from minixmd.inputs.examples import read_manifest
+from minixmd.references import check_references, input_paths
+from minixmd.stages import report
+from minixmd.stages.evaluate import digest, letters_beside, tabulate, wilson
+from minixmd.stages.report_html import page, ticks
+from minixmd.train import main
+
+ODD = "<b>&\"'|</script>"  # a class, a group, an option, a row and a column of this name
+VOID = {"meta", "link", "rect", "line", "circle", "polyline"}
+TAGS = VOID | set("html head title style body h1 h2 h3 h4 p ul li nav a small section div table thead tbody tr th td "
+                  "svg g text span details summary pre video audio".split())
+FILES = ("report.html", "report.json", "report.md")
+
+
+class Page(HTMLParser):
+    """Reads a page into `tables` (rows of texts), `svgs` (title and elements) and `links`; tags must nest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.tables, self.svgs, self.links, self.text = [], [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.links += [value for name, value in attrs if name in ("src", "href", "poster", "srcset", "data", "action")]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        if "svg" in self.open:
+            self.svgs[-1].append((tag, dict(attrs)))
+        elif tag == "svg":
+            self.svgs.append([])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    handle_startendtag = handle_starttag
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += " " * ("small" in self.open) + data
+        elif "svg" in self.open:
+            self.svgs[-1].append((self.open[-1], data))
+
+    def table(self, corner):
+        """The table whose first column begins with these cells."""
+        return next(t for t in self.tables if [row[0] for row in t][-len(corner):] == corner)
+
+
+def write_lines(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def evaluated(folder, examples, right, *, generate=False):
+    """What stage Evaluate leaves for a model that is right where right(i) is, and otherwise says the next option."""
+    records = []
+    for i, e in enumerate(examples):
+        answer = e.answer if right(i) else (e.answer + 1) % len(e.options)
+        records.append({"id": e.id, "answer": answer, "option": e.options[answer], "logits": [0.0] * len(e.options)})
+        if generate:
+            records[-1] |= {"by_letters": e.answer, "how": "letter", "text": f"It is {ODD}", "finished": True}
+        if right(i) is None:
+            records[-1] = {"id": e.id, "bad": "empty", "detail": "no frames"}
+    results = {"model": "m", "manifest": "x", "media": "audio", "bad": {}, **tabulate(examples, records)}
+    results |= letters_beside(examples, records) if generate else {}
+    for e, record in zip(examples, records, strict=True):
+        record["question"] = digest(e)
+        if "bad" not in record:
+            record["right"] = record["answer"] == e.answer
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results))
+    write_lines(folder / "answers.jsonl", records)
+    return str(folder / "results.json")
+
+
+def manifest(folder, split, classes, each):
+    """`each` clips of every class, in turn; the media are bytes that nobody decodes. Returns the Examples."""
+    lines = []
+    for i in range(each * len(classes)):
+        label = i % len(classes)
+        for kind, size in (("wav", 300), ("mp4", 500)):
+            (folder / f"{split} {i}#.{kind}").write_bytes(bytes([i % 251]) * size)
+        lines.append(dict(id=f"{split}{i}", audio=f"{split} {i}#.wav", video=f"{split} {i}#.mp4", question="Which <i>?",
+                          options=list(classes), answer=label, label=classes[label],
+                          meta={"group": ODD if label % 2 else "plain"}))  # fmt: skip
+    return read_manifest(write_lines(folder / f"{split}.jsonl", lines))
+
+
+SEEN = ["dog", "cat", "owl", ODD, "a very long name of a class, far longer than the fifty-two letters that fit", "bee"]
+TEACHER = {"analysis": lambda i: i % 6 < 4, "test": lambda i: i % 6 < 4 and i != 6, "unseen": lambda i: i % 2 == 0}
+BEFORE = {"analysis": lambda i: i % 6 in (0, 4) or i < 6, "test": lambda i: i % 6 in (0, 4), "unseen": lambda i: False}
+AFTER = {"analysis": lambda i: i % 6 < 5, "test": lambda i: None if i == 9 else i % 6 < 4, "unseen": lambda i: i < 3}
+ROWS = {"teacher": TEACHER, ODD: BEFORE, "student after": AFTER}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with three splits, three models' results on each, a switch and two logs."""
+    folder = tmp_path_factory.mktemp("world")
+    for split, classes, each in (("analysis", SEEN, 5), ("test", SEEN, 4), ("unseen", ["saw", "horn"], 3)):
+        examples = manifest(folder, split, classes, each)
+        for n, models in enumerate(ROWS.values()):
+            evaluated(folder / f"{n}_{split}", examples, models[split], generate=n == 2 and split == "test")
+    write_lines(folder / "switch/switch.jsonl", [dict(id=str(i), p_teacher=i / 10, oracle=float(i > 2))
+                                                 for i in range(10)] + [dict(id="b", bad="empty", detail="")])
+    write_lines(folder / "train.jsonl", [{"step": 0, "steps": 400}] + [
+        line for step in range(1, 401) for line in ([{"step": step, "loss": 3 / step, "lr": 1}] + [
+            {"step": step, "val_accuracy": step / 800}] * (step % 100 == 0))])
+    write_lines(folder / "epochs.jsonl", [{"epoch": e, "loss": 0.5 / e, "val_accuracy": 1 - 0.4 / e}
+                                          for e in (1, 2, 3)])
+    return folder
+
+
+def tables(world, splits=("analysis", "test", "unseen")):
+    return {row: {split: str(world / f"{n}_{split}/results.json") for split in splits} for n, row in enumerate(ROWS)}
+
+
+def made(stage, folder):
+    folder.mkdir(exist_ok=True)
+    report.run(stage, folder, lambda record: None)
+    return json.loads((folder / "report.json").read_text()), Page((folder / "report.html").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """(folder, report.json, the page) of a report with everything."""
+    folder = tmp_path_factory.mktemp("report")
+    stage = Report(tables=tables(world), ablation={"KL on teacher's logits": {"test": f"{world}/2_test/results.json"}},
+                   published="xmd", roles=tuple(ROWS), bars=("test", "unseen"), clips=f"{world}/test.jsonl",
+                   switch=f"{world}/switch/switch.jsonl",
+                   curves={ODD: {ODD: f"{world}/train.jsonl"}, "Switch": {"switch": f"{world}/epochs.jsonl"}})
+    return folder, *made(stage, folder)
+
+
+def pct(share):
+    return f"{100 * share:.1f}"
+
+
+def shown(part):
+    return f"{pct(part['accuracy'])} {pct(part['interval'][0])}–{pct(part['interval'][1])}"
+
+
+def test_tables_alone_are_enough(world, tmp_path, capsys):
+    found, html = made(Report(tables=tables(world, ["test"])), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
+    assert [tag for tag, _ in html.tags].count("section") == 1 and not html.svgs and found["paper"] is None
+    out = capsys.readouterr().out
+    cell = found["tables"]["teacher"]["test"]
+    assert f"| teacher           | {pct(cell['accuracy'])} ± " in out and out.count("| teacher ") == 1
+    assert (tmp_path / "report.md").read_text().split("\n\n")[1].strip() in out
+    made(Report(tables={}), tmp_path)  # nothing to show is no error
+
+
+def test_the_figures_are_those_of_the_results(world, whole):
+    _, found, _ = whole
+    for n, row in enumerate(ROWS):
+        for split, cell in found["tables"][row].items():
+            results = json.loads((world / f"{n}_{split}/results.json").read_text())
+            kept = {name: cell[name] for name in ("count", "correct", "accuracy", "interval", "groups")}
+            assert kept == {name: results[name] for name in kept}
+    correct = sum(map(TEACHER["test"], range(24)))
+    assert found["tables"]["teacher"]["test"]["correct"] == correct == 15
+    assert found["tables"]["teacher"]["test"]["interval"] == list(wilson(15, 24))
+
+
+def test_the_page_is_made_from_report_json_alone(whole):
+    folder, found, _ = whole
+    files = {file["path"]: (folder / file["path"]).read_bytes() for kind in found["clips"]["kinds"]
+             for clip in kind["clips"] for file in clip["media"]}
+    assert page(found, files) == (folder / "report.html").read_text()
+
+
+def test_every_cell_of_the_accuracies_is_that_of_report_json(whole):
+    _, found, html = whole
+    groups = sorted(["plain", ODD])
+    rows = html.table(list(ROWS))
+    assert rows[0] == ["", "analysis  30 clips", "test  24 clips", "unseen  6 clips"]
+    heads = ["all", *groups]
+    assert rows[1] == ["accuracy, %", *heads, *heads, "by letters", "they differ", *heads]
+    for row, cells in zip(rows[2:], found["tables"].values(), strict=True):
+        a, t, u = (cells[split] for split in ("analysis", "test", "unseen"))
+        letters = [shown(t["letters"]), pct(t["disagreement"])] if "letters" in t else ["-", "-"]
+        assert row[1:] == [*map(shown, [a, *(a["groups"][g] for g in groups)]), shown(t),
+                           *(shown(t["groups"][g]) for g in groups), *letters, shown(u),
+                           *(shown(u["groups"][g]) for g in groups)]  # fmt: skip
+    assert found["tables"]["student after"]["test"]["disagreement"] == 8 / 23  # where its words are wrong
+
+
+def test_gains_are_paired_and_stand_in_the_page(whole):
+    _, found, html = whole
+    gain = found["gains"]["test"]["before"]
+    assert (gain["count"], gain["left_out"], gain["only_a"], gain["only_b"], gain["both"]) == (23, 1, 11, 4, 4)
+    for row, (split, gains) in zip(html.table(["analysis", "test", "unseen"])[1:], found["gains"].items(), strict=True):
+        cells = []
+        for one in (gains["before"], gains["teacher"]):
+            low, high = one["interval"]
+            cells += [f"{100 * one['difference']:+.1f} {100 * low:+.1f} to {100 * high:+.1f}", str(one["only_a"]),
+                      str(one["only_b"])]
+        assert row == [split, *cells]
+
+
+def test_groups_by_hand():
+    lead = {"a": 0.5, "b": 0.1, "c": -0.2, "d": 0.0, "e": 0.3, "f": -0.2, "g": 0.1}
+    assert list(report.groups(lead).values()) == [["a", "e", "b"], ["c", "f"], ["d", "g"]]  # a third, rounded up
+    assert list(report.groups(lead, most=1).values()) == [["a"], ["c"], ["d"]]
+    many = {f"{i:03}": (i - 100) / 286 for i in range(286)}
+    ahead, behind, rest = report.groups(many).values()
+    assert ahead == [f"{i}" for i in range(285, 275, -1)] and behind == [f"{i:03}" for i in range(10)]
+    assert rest == ["100", "099", "101", "098", "102", "097", "103", "096", "104", "095"]
+    assert list(report.groups({"x": 0.0}).values()) == [[], [], ["x"]]
+
+
+def test_classes_are_chosen_on_analysis_and_unseen_ones_on_themselves(whole):
+    _, found, html = whole
+    assert [found["classes"][name] for name in ("won", "tied", "lost")] == [3, 1, 2]
+    test, unseen = (found["classes"]["bars"][column] for column in ("test", "unseen"))
+    assert test["chosen_on"] == "analysis"
+    assert list(test["groups"].values()) == [[ODD, "cat"], [SEEN[4], "bee"], ["dog", "owl"]], "two of six each"
+    assert unseen["chosen_on"] == "unseen" and list(unseen["groups"].values()) == [["saw"], [], ["horn"]]
+    text = "".join(html.text)
+    assert "chosen by the teacher's lead over the student before on analysis, where the teacher is better in 3, " \
+           "equal in 1 and worse in 2" in text and "on unseen itself: analysis has none of them" in text
+
+
+def test_every_bar_is_as_long_as_its_figure(whole):
+    _, found, html = whole
+    charts = [svg for svg in html.svgs if any(tag == "rect" and attrs["height"] == "9" for tag, attrs in svg)]
+    names = [group for one in found["classes"]["bars"].values() for group in one["groups"].items() if group[1]]
+    assert len(charts) == len(names) == 5  # no unseen class has the student ahead
+    where = [one for one in found["classes"]["bars"].values() for group in one["groups"].values() if group]
+    for svg, (title, classes), one in zip(charts, names, where, strict=True):
+        parts = [(role, one["classes"][name][role]) for name in classes for role in report.ROLES]
+        rects = [attrs for tag, attrs in svg if tag == "rect"]
+        whiskers = [attrs for tag, attrs in svg if tag == "line" and attrs["class"] == "whisker"]
+        figures = [data for tag, data in svg if tag == "text" and isinstance(data, str)]
+        assert ("title", title) in svg and [rect["class"] for rect in rects] == [role for role, _ in parts]
+        assert [float(rect["width"]) for rect in rects] == [round(285 * p["accuracy"], 1) for _, p in parts]
+        for (_, part), whisker in zip(parts, whiskers, strict=True):
+            assert [float(whisker[x]) for x in ("x1", "x2")] == pytest.approx([4 + 285 * x for x in part["interval"]],
+                                                                              abs=0.06)
+        per_class = [figures[3 + 4 * i:7 + 4 * i] for i in range(len(classes))]
+        for name, (label, *three) in zip(classes, per_class, strict=True):
+            assert label == name or (label[-1] == "…" and name.startswith(label[:-1]) and len(label) == 52)
+            assert three == [pct(one["classes"][name][role]["accuracy"]) for role in report.ROLES]
+
+
+def test_all_classes_stand_in_a_table(whole):
+    _, found, html = whole
+    one = found["classes"]["bars"]["test"]["classes"]
+    assert html.table(list(one))[1:] == [[name, *(shown(parts[role]) for role in report.ROLES)]
+                                         for name, parts in one.items()]
+
+
+def test_the_switch_is_tallied_against_the_true_class(world, whole, tmp_path):
+    _, found, html = whole
+    assert found["switch"]["tallies"]["training"]["confusion"] == [[3, 0], [2, 5]]  # p 0.3 and 0.4, oracle 1: missed
+    assert (found["switch"]["clips"], found["switch"]["to_teacher"]) == (10, 5)
+    rows = html.table(["the teacher is not better, by the class", "the teacher is better, by the class"])
+    assert [row[1:] for row in rows[1:]] == [["3", "0"], ["2", "5"]]
+    assert "5 of 10 clips go to the teacher." in html.text and "80.0 % of 10" in "".join(html.text)
+    # what the stage Switch itself tallied comes first, and without labels there is nothing to hold it against
+    lines = [dict(id="a", p_teacher=0.9), dict(id="b", p_teacher=0.1)]
+    left = {"validation": {"count": 40, "correct": 31, "accuracy": 31 / 40, "interval": list(wilson(31, 40)),
+                           "majority": 0.55, "confusion": [[1111, 4], [5, 6]]}}
+    path = write_lines(tmp_path / "s/switch.jsonl", lines)
+    stage = Report(tables=tables(world), switch=str(path))
+    assert made(stage, tmp_path / "r")[0]["switch"] == {"clips": 2, "to_teacher": 1, "tallies": {}}
+    (path.parent / "results.json").write_text(json.dumps(left))
+    found, html = made(stage, tmp_path / "r")
+    assert found["switch"]["tallies"] == left and "77.5 % of 40" in "".join(html.text)
+    assert "always the commoner one: 55.0 %" in "".join(html.text)
+    assert html.tables[-1][1:] == [["the teacher is not better, by the class", "1,111", "4"],
+                                   ["the teacher is better, by the class", "5", "6"]]
+    write_lines(path, [dict(line, oracle=0.0) for line in lines] + [dict(id="c", p_teacher=0.9, oracle=None)])
+    tallies = made(stage, tmp_path / "r")[0]["switch"]["tallies"]
+    assert tallies["validation"] == left["validation"] and tallies["training"]["confusion"] == [[1, 1], [0, 0]]
+
+
+def test_curves_hold_the_logs_values(whole):
+    _, found, html = whole
+    loss, accuracy = found["curves"][ODD]
+    assert (loss["what"], loss["x"], accuracy["what"]) == ("training loss", "step", "validation accuracy, %")
+    line = loss["lines"][ODD]  # 400 values: means of three, the last of one
+    assert len(line) == 134 and line[0] == [3, pytest.approx((3 + 3 / 2 + 3 / 3) / 3)] and line[-1] == [400, 3 / 400]
+    assert accuracy["lines"][ODD] == [[100, 0.125], [200, 0.25], [300, 0.375], [400, 0.5]]
+    assert [panel["x"] for panel in found["curves"]["Switch"]] == ["epoch", "epoch"]
+    drawn = [svg for svg in html.svgs if any(tag == "polyline" for tag, _ in svg)]
+    for svg, panel in zip(drawn, [p for figure in found["curves"].values() for p in figure], strict=True):
+        scale = 100 if panel["what"].endswith("%") else 1
+        levels = [(float(attrs["y"]) - 3, float(label)) for (tag, attrs), (_, label) in zip(svg, svg[1:], strict=False)
+                  if tag == "text" and "x" in attrs and attrs["x"] == "36"]
+        (y0, low), (y1, high) = levels[0], levels[-1]
+        points = next(attrs["points"] for tag, attrs in svg if tag == "polyline").split()
+        for point, (_, value) in zip(points, next(iter(panel["lines"].values())), strict=True):
+            read = low + (float(point.split(",")[1]) - y0) / (y1 - y0) * (high - low)
+            assert read == pytest.approx(scale * value, abs=0.002 * (high - low))
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0, 0.37), (93.3, 98.3), (0, 1e-5), (5, 5), (0, 0), (0.2, 12345.0)])
+def test_ticks_enclose_the_values_and_are_few(low, high):
+    found = ticks(low, high)
+    assert 2 <= len(found) <= 7 and found[0] <= low + 1e-12 and found[-1] >= high - 1e-9 * high
+
+
+def test_clips_are_chosen_by_the_stated_rule(whole):
+    _, found, html = whole
+    learnt, forgotten, missed = found["clips"]["kinds"]
+    # wrong before, right after, teacher right: classes 1 to 3 (clip 9 could not be read); one of each, then again
+    assert [clip["id"] for clip in learnt["clips"]] == ["test1", "test2", "test3", "test7"] and learnt["count"] == 11
+    assert [clip["id"] for clip in forgotten["clips"]] == ["test4", "test10", "test16", "test22"]
+    assert [clip["id"] for clip in missed["clips"]] == ["test5", "test11", "test17", "test23"]
+    answers = learnt["clips"][0]["answers"]
+    assert answers["before"] == {"option": "owl", "right": False} and answers["after"]["text"] == f"It is {ODD}"
+    cards = [table for table in html.tables if table and table[0][0] == "teacher" and len(table) == 3]
+    clips = [clip for kind in found["clips"]["kinds"] for clip in kind["clips"]]
+    assert len(cards) == len(clips) == 12
+    for card, clip in zip(cards, clips, strict=True):
+        assert [row[1] for row in card] == [f"{'✓ right' if a['right'] else '✗ wrong'}: {a['option']}"
+                                            for a in clip["answers"].values()]
+    assert any("(4 of 11 shown)" in text for text in html.text)
+
+
+def test_media_are_in_the_page_up_to_the_cap_and_linked_beyond(world, whole, tmp_path):
+    folder, found, html = whole
+    media = [(tag, attrs) for tag, attrs in html.tags if tag in ("audio", "video")]
+    assert len(media) == 24 and all("controls" in attrs and attrs["src"].startswith("data:") for _, attrs in media)
+    video, audio = media[0][1]["src"], media[1][1]["src"]
+    assert video.startswith("data:video/mp4;base64,") and audio.startswith("data:audio/wav;base64,")
+    assert base64.b64decode(audio.partition(",")[2]) == (world / "test 1#.wav").read_bytes()
+    assert "muted" in media[0][1] and "muted" not in media[1][1]
+    stage = Report(tables=tables(world), roles=tuple(ROWS), clips=f"{world}/test.jsonl", embed_mib=900 / 2**20)
+    found, html = made(stage, tmp_path)
+    files = [file for kind in found["clips"]["kinds"] for clip in kind["clips"] for file in clip["media"]]
+    assert [file["embedded"] for file in files] == [True, True] + [False] * 22  # 500 + 300 bytes; no third fits
+    sources = [attrs["src"] for tag, attrs in html.tags if tag in ("audio", "video")]
+    assert all((tmp_path / unquote(source)).is_file() for source in sources[2:]), "a link leads to its file"
+    assert all(re.fullmatch(r"[\w./%-]+", source) for source in sources[2:])
+    assert "2 media files" in "".join(html.text) and "22 are linked where they lie" in "".join(html.text)
+
+
+def test_a_clip_that_is_gone_or_of_an_unknown_kind_does_not_stop_the_report(tmp_path):
+    examples = manifest(tmp_path, "test", ["x", "x", "x", "x", "x", "y"], 1)
+    rows = {role: {"test": evaluated(tmp_path / role, examples, lambda i, role=role: role == "teacher")}
+            for role in report.ROLES}
+    (tmp_path / "test 0#.wav").unlink()
+    (tmp_path / "test.jsonl").write_text((tmp_path / "test.jsonl").read_text().replace("1#.wav", "1#.aiff"))
+    (tmp_path / "test 1#.wav").rename(tmp_path / "test 1#.aiff")
+    stage = Report(tables=rows, roles=tuple(report.ROLES), gap="test", clips=f"{tmp_path}/test.jsonl")
+    found, html = made(stage, tmp_path / "r")
+    assert any("test 0#.wav is not there." in text for text in html.text)
+    clips = found["clips"]["kinds"][2]["clips"]
+    assert [clip["id"] for clip in clips] == ["test0", "test5", "test1", "test2"], "one of each class first"
+    assert [file["embedded"] for file in clips[2]["media"]] == [True, False]
+
+
+def test_text_from_data_is_never_markup(world, whole, tmp_path):
+    folder, found, html = whole
+    assert {tag for tag, _ in html.tags} <= TAGS, "a tag came out of the data"
+    text = (folder / "report.html").read_text()
+    assert ODD not in text and text.count("<b>") == 0
+    seen = "".join(html.text)
+    assert seen.count(ODD) > 20 and "Which <i>?" in seen and f"It is {ODD}" in seen
+    column = f'" onload="{ODD}'  # goes into an attribute too
+    path = f"{world}/0_test/results.json"
+    rows = {row: {"analysis": path, column: path} for row in ROWS}
+    _, html = made(Report(tables=rows, roles=tuple(ROWS), bars=(column,)), tmp_path)
+    assert all(not name.startswith("on") for _, attrs in html.tags for name in attrs)
+    assert f"classes of {column}" in [attrs.get("aria-label") for _, attrs in html.tags]
+    for line in (folder / "report.md").read_text().split("\n"):  # a bar in a name does not end a cell
+        assert not line.startswith("|") or len(re.findall(r"(?<!\\)\|", line)) in (4, 6, 8, 13)
+
+
+def test_the_page_needs_no_script_and_nothing_from_elsewhere(whole):
+    folder, _, html = whole
+    text = (folder / "report.html").read_text()
+    ids = {attrs["id"] for _, attrs in html.tags if "id" in attrs}
+    for link in html.links:
+        assert link.startswith("data:") or link[1:] in ids, link
+    assert "url(" not in text and "@import" not in text and "<script" not in text and "http" not in text.lower()
+    assert "width=device-width" in text and "prefers-color-scheme: dark" in text
+    boxes = [tag for tag, attrs in html.tags if attrs.get("class") == "scroll"]
+    assert len(boxes) == len(html.tables) - 12, "every table but the clips' scrolls in a box of its own"
+    assert all(svg[0][0] == "title" for svg in html.svgs if any(tag in ("text",) for tag, _ in svg))
+
+
+def test_the_papers_figures_stand_beside_rows_of_its_titles_only(world, whole, tmp_path):
+    _, found, html = whole
+    text = "".join(html.text)
+    assert found["ablation"]["KL on teacher's logits"]["test"]["paper"] == 88.7 and "paper" not in str(found["tables"])
+    assert "In italics: the paper's figures" in text and "Nothing here was measured by this run." in text
+    paper = html.table(list(report.PAPERS["xmd"]["tables"]))
+    assert paper[1] == ["Qwen2-Audio-7B-Instruct", "71.9", "69.0", "60.0"]
+    assert paper[2] == ["Qwen2-Audio distilled from Qwen2-VL", "92.6", "89.4", "72.3"]
+    assert html.table(["Human eyes", "Qwen2-Audio", "Human ears"])[1:] == [
+        ["Qwen2.5-Omni", "94.4"], ["Human ears and eyes", "84.2"], ["Qwen2-VL", "83.9"], ["Human eyes", "74.1"],
+        ["Qwen2-Audio", "72.5"], ["Human ears", "71.9"]]
+    path = f"{world}/0_test/results.json"
+    found, html = made(Report(tables={"Qwen2-VL-7B-Instruct": {"test": path, "mine": path}, "Qwen2-VL": {"test": path}},
+                              published="xmd"), tmp_path)  # fmt: skip
+    cells = found["tables"]
+    assert cells["Qwen2-VL-7B-Instruct"]["test"]["paper"] == 80.8
+    assert "paper" not in cells["Qwen2-VL-7B-Instruct"]["mine"]
+    assert "paper" not in cells["Qwen2-VL"]["test"] and html.tables[0][2][4] == "80.8" and html.tables[0][3][4] == "-"
+    _, html = made(Report(tables=tables(world), published="xmd"), tmp_path)
+    assert "No row of this run is one of the paper's" in "".join(html.text)
+
+
+@pytest.mark.parametrize("given, said", [
+    (dict(published="xdm"), "published must be None or 'xmd', got 'xdm'"),
+    (dict(clips="x.jsonl"), "clips 'x.jsonl' needs roles, got None"),
+    (dict(embed_mib=-1.0), "embed_mib must be >= 0, got -1.0"),
+    (dict(roles=("teacher", "student", "after")), "roles need column 'analysis' in row 'student' of tables"),
+    (dict(roles=("teacher", "teacher", "teacher"), bars=("test", "unseen")),
+     "roles need column 'unseen' in row 'teacher' of tables"),
+    (dict(roles=("teacher",) * 3, bars=(), clips="x", clips_of="val"),
+     "roles need column 'val' in row 'teacher' of tables"),
+])
+def test_a_report_that_cannot_be_made_is_refused_before_any_work(given, said):
+    with pytest.raises(ConfigError) as error:
+        Report(**{"tables": {"teacher": {"analysis": "@a", "test": "@t"}}, **given})
+    assert str(error.value) == f"config: {said}"
+
+
+def test_references_in_every_field_are_resolved():
+    stage = Report(tables={"t": {"analysis": "@e", "test": "@e"}}, ablation={"a": {"test": "@e"}}, roles=("t",) * 3,
+                   clips="@toy/test.jsonl", switch="@s", curves={"c": {"one": "@s/log.jsonl"}})
+    before = [make_dataclass(name, ["name"])(short) for name, short in (
+        ("Evaluate", "e"), ("Toy", "toy"), ("Switch", "s"), ("Label", "l"))]  # fmt: skip
+    check_references([*before, stage])
+    for field, value in (("ablation", {"a": {"test": "@l"}}), ("switch", "@e"), ("clips", "@e")):
+        with pytest.raises(ConfigError, match=f"report 'report' {field}.* is the output of a"):
+            check_references([*before, replace(stage, **{field: value})])
+    assert input_paths(stage, "run", before) == {
+        "tables.t.analysis": Path("run/e/results.json"), "tables.t.test": Path("run/e/results.json"),
+        "ablation.a.test": Path("run/e/results.json"), "clips": Path("run/toy/test.jsonl"),
+        "switch": Path("run/s/switch.jsonl"), "curves.c.one": Path("run/s/log.jsonl")}
+
+
+def run(tmp_path, world, **fields):
+    config, fields = tmp_path / "config.py", dict(tables=tables(world)) | fields
+    config.write_text(f"from minixmd.config import Report\nstages = [Report(**{fields!r})]\n")
+    return main([str(config), f"run_dir={tmp_path}/run"])
+
+
+def test_a_config_of_files_alone_makes_the_report(world, tmp_path, capsys):
+    full = dict(roles=tuple(ROWS), clips=f"{world}/test.jsonl", switch=f"{world}/switch/switch.jsonl",
+                curves={"c": {"l": f"{world}/train.jsonl"}})
+    assert run(tmp_path, world, **full) == 0
+    assert all((tmp_path / "run/report" / name).is_file() for name in FILES)
+    assert run(tmp_path, world, **full) == 0 and "finished before, skipped" in capsys.readouterr().out
+
+
+def test_inputs_that_do_not_belong_together_are_named(world, tmp_path, capsys):
+    def said(name, **fields):
+        (tmp_path / name).mkdir()
+        assert run(tmp_path / name, world, **fields) == 1
+        return capsys.readouterr().err
+
+    roles, rows = dict(roles=tuple(ROWS)), tables(world)
+    rows["teacher"] |= {"test": rows["teacher"]["unseen"]}
+    assert "'student after' and 'teacher' on 'test': clip 'test0': only the first" in said("a", tables=rows, **roles)
+    error = said("b", clips=f"{world}/unseen.jsonl", **roles)
+    assert "unseen.jsonl: clip 'unseen0' was not asked so in column 'test'" in error
+    other = tmp_path / "other.jsonl"
+    other.write_text((world / "test.jsonl").read_text().replace("Which", "What"))
+    assert "clip 'test0' was not asked so in column 'test'" in said("c", clips=str(other), **roles)
+    (tmp_path / "wrong.json").write_text("{}")
+    assert "wrong.json: not the results of an Evaluate" in said("d", tables={"a": {"b": f"{tmp_path}/wrong.json"}})
