@@ -61,6 +61,8 @@ def sources(stage, examples):
     teacher, student, switch = (_by_id(path) if path else {} for path in (stage.teacher_labels, stage.student_labels,
                                                                           stage.switch))
     looked_up = {"learned": "p_teacher", "oracle": "oracle"}.get(stage.gate)
+    if looked_up and not any(looked_up in record for record in switch.values()):
+        raise ValueError(f"{stage.switch}: no clip has the {looked_up!r} that gate {stage.gate!r} goes by")
     chosen, counts = [], Counter()
     for e in examples:
         to_teacher = switch.get(e.id, {}).get(looked_up, 0.0) >= 0.5 if looked_up else stage.gate == "always"

@@ -176,6 +176,12 @@ def test_labels_without_logits_at_that_temperature_are_refused(told, tmp_path, g
         sources(Train(**fields), EXAMPLES)
 
 
+def test_an_oracle_that_could_not_be_told_is_refused(told, tmp_path):
+    told["switch"] = labels(tmp_path / "w", **{name: {"p_teacher": 1.0} for name in "abc"})
+    with pytest.raises(ValueError, match="no clip has the 'oracle' that gate 'oracle' goes by"):
+        sources(Train(**told, gate="oracle"), EXAMPLES)
+
+
 # ---- end to end ----
 
 
