@@ -79,15 +79,35 @@ class Label(_Asking):
 
 @stage
 class Switch:
-    """Decides for every clip of a split whether the teacher is the stronger one."""
+    """Learns by ear on the analysis split where the teacher is the stronger one; decides for every clip of another."""
 
     name: str
+    # what it learns from and decides on
     teacher: str  # results on the analysis split, "@evaluate"
     student: str  # results on the same split, "@evaluate"
-    labels: str  # the student's letters for the split to decide on, "@label"
+    manifest: str  # JSONL file of that split, with labels; its audio is heard, whatever the two models perceive
+    train_manifest: str  # JSONL file of the clips to decide on
+    # the network, Cnn14_16k
+    weights: str | None = None  # checkpoint to start from, .pth or .safetensors; None = from scratch
+    width: float = 1.0  # by which its channel counts are multiplied; 1 = as published
+    clip_s: float = 10.0  # seconds heard of every clip; a shorter one is followed by silence
+    # optimisation
+    epochs: int = 30
+    batch_size: int = 32  # rows of an optimizer step; with mixup there are two clips in a row
+    lr: float = 1e-4  # peak, of Adam
+    warmup: float = 0.1  # share of the steps; 0 = off
+    augment: str = "both"  # "spec", SpecAugment | "mixup" | "both" | "off"
+    # how it runs
+    max_bad: float = 0.01  # share of bad clips above which the stage fails; 1 = never
+    device: str = "auto"  # "auto" | "cpu" | "cuda"
+    seed: int = 0  # new weights, split, order and augmentation
 
     def __post_init__(self):
         check_types(self)
+        one_of(self, "augment", "spec", "mixup", "both", "off")
+        one_of(self, "device", "auto", "cpu", "cuda")
+        require(self, "width > 0", "clip_s >= 0.31", "epochs >= 1", "batch_size >= 1", "lr > 0", "warmup >= 0",
+                "warmup <= 1", "max_bad >= 0", "max_bad <= 1", "seed >= 0")
 
 
 @stage

@@ -360,7 +360,8 @@ def where(stage):
         return ""
     device = device_of(stage)
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
-    return f" on {device}, {stage.dtype}, kernels in {impl_of(stage)}{threads}"
+    kernels = f", {stage.dtype}, kernels in {impl_of(stage)}" if hasattr(stage, "impl") else ""
+    return f" on {device}{kernels}{threads}"
 
 
 def resolved(stage, config):

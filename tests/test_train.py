@@ -123,7 +123,8 @@ def test_the_whole_distillation_line_runs_without_an_answer_in_the_training_mani
         Evaluate(name='eyes', model='{world}/eyes', manifest='{seen}', media='video', {FRAMES}),
         Label(name='own', model='{world}/ears', manifest='{blind}'),
         Label(name='taught', model='{world}/eyes', manifest='{blind}', media='video', {FRAMES}),
-        Switch(name='switch', teacher='@eyes', student='@ears', labels='@own'),
+        Switch(name='switch', teacher='@eyes', student='@ears', manifest='{seen}', train_manifest='{blind}',
+               width=1/32, clip_s=0.5, epochs=1),
         {train(world, objective='distill', manifest=blind, teacher_labels='@taught', student_labels='@own',
                switch='@switch', gate='learned')},
         Evaluate(name='after', model='@student', manifest='{seen}'),
@@ -133,7 +134,7 @@ def test_the_whole_distillation_line_runs_without_an_answer_in_the_training_mani
     assert "| before" in out and "| after" in out
     learns = log_of(tmp_path / "run" / "student")[0]["learns_from"]
     switch = (tmp_path / "run/switch/switch.jsonl").read_text().splitlines()
-    closed = sum(json.loads(line)["p_teacher"] for line in switch)
+    closed = sum(json.loads(line)["p_teacher"] >= 0.5 for line in switch)
     assert learns.get("teacher", 0) == closed and sum(learns.values()) == 12
     assert run(tmp_path, stages) == 0
     assert capsys.readouterr().out.count("finished before, skipped") == 8
@@ -401,7 +402,7 @@ def test_line_separators_inside_a_string_do_not_cut_a_manifest_or_a_label(world,
 
 
 @pytest.mark.parametrize("fault, says", [
-    ("no labels", "has no classes"), ("other names", "is labelled with a class of"),
+    ("no labels", "has no classes"),
 ])  # fmt: skip
 def test_a_switch_that_could_decide_nothing_is_refused(world, tmp_path, capsys, fault, says):
     records = [json.loads(line) for line in (world / "clips" / "manifest.jsonl").read_text().splitlines()]
@@ -413,7 +414,7 @@ def test_a_switch_that_could_decide_nothing_is_refused(world, tmp_path, capsys, 
     seen = f"manifest='{path}', device='cpu'"
     stages = (f"Evaluate(name='t', model='{world}/eyes', media='video', {FRAMES}, {seen}), "
               f"Evaluate(name='s', model='{world}/ears', {seen}), Label(name='l', model='{world}/ears', {seen}), "
-              "Switch(name='w', teacher='@t', student='@s', labels='@l')")
+              f"Switch(name='w', teacher='@t', student='@s', manifest='{path}', train_manifest='{path}')")
     assert run(tmp_path, stages) == 1
     assert says in capsys.readouterr().err.splitlines()[-1]
 

@@ -19,7 +19,9 @@ stages = [
     # labels without truth: each model's own answers on the train split
     Label(name="teacher_labels", model="@toy/teacher", manifest="@toy/train.jsonl", **EYE),
     Label(name="student_labels", model="@toy/student", manifest="@toy/train.jsonl", **EAR),
-    Switch(name="switch", teacher="@teacher_analysis", student="@student_analysis", labels="@student_labels"),
+    # which clips are the teacher's: a small Cnn14 learns it by ear on the analysis split
+    Switch(name="switch", teacher="@teacher_analysis", student="@student_analysis", manifest="@toy/analysis.jsonl",
+           train_manifest="@toy/train.jsonl", width=1 / 16, clip_s=1.0, epochs=6, lr=3e-3, augment="spec"),
     # the student learns from the teacher where the switch is closed, from itself where it is open
     Train(name="distilled", objective="distill", model="@toy/student", manifest="@toy/train.jsonl",
           val_manifest="@toy/val.jsonl", teacher_labels="@teacher_labels", student_labels="@student_labels",
