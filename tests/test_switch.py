@@ -146,10 +146,11 @@ def test_a_step_of_training_augments_drops_out_and_follows_the_schedule(monkeypa
     assert lrs == pytest.approx(half + [0.5 + 0.5 * math.cos(math.pi * step / steps) for step in range(steps)])
 
 
-def test_every_epoch_has_an_order_of_its_own_without_repeats(monkeypatch):
-    seen = []
+def test_every_epoch_has_an_order_and_noise_of_its_own():
+    seen, noises = [], []
     model = make_cnn14(2, 1 / 64, 0)
-    normalise = model.normalise
+    normalise, embed = model.normalise, model.embed
+    model.embed = lambda x, noise: noises.append(noise.get_state().tolist()) or embed(x, noise)
     model.normalise = lambda x: seen.append(x[:, 0, 0].tolist()) or normalise(x)
     heard = [torch.full((40, 64), float(i)) + torch.randn(40, 64).index_fill(0, torch.tensor(0), 0) for i in range(20)]
     for epoch in (0, 0, 1):
@@ -159,6 +160,7 @@ def test_every_epoch_has_an_order_of_its_own_without_repeats(monkeypatch):
     first, again, second = (sum(seen[at:at + 2], []) for at in (0, 2, 4))  # ten clips: two steps of four, two left out
     assert first == again != second and len(set(first)) == len(set(second)) == 8
     assert set(first) | set(second) <= set(range(0, 20, 2))
+    assert noises[:2] == noises[2:4] and not [state for state in noises[4:] if state in noises[:4]]
 
 
 def test_one_clip_in_ten_of_every_class_validates():

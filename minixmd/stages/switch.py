@@ -106,10 +106,10 @@ def hear(stage, example):
     if example.audio is None:
         raise ValueError(f"example {example.id!r} has no audio, which the switch decides by")
     try:
-        wave_S = read_audio(example.audio)[:round(stage.clip_s * SAMPLE_RATE)]
+        wave_S = read_audio(example.audio)
     except MediaError as error:
         return error
-    return log_mel(F.pad(wave_S, (0, round(stage.clip_s * SAMPLE_RATE) - len(wave_S))))
+    return log_mel(F.pad(wave_S, (0, round(stage.clip_s * SAMPLE_RATE) - len(wave_S))))  # below 0 it cuts
 
 
 def bad_record(example, error):
@@ -134,6 +134,8 @@ def fit(stage, folder, log, examples, gain):
     if stage.weights:
         load_weights(model, stage.weights, head=False)
     model.to(device)
+    if device == "cpu":
+        model.to(memory_format=torch.channels_last)  # at 1/16 width 91 ms a step instead of 170
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(parameters.values(), lr=stage.lr)
     lines = resume(folder, model, optimizer, parameters)
