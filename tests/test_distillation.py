@@ -6,13 +6,14 @@ import pytest
 import torch
 from mini import AUDIO, VISION, write_clips, write_config, write_model, write_tokenizer
 from tiny import prompt, tiny_model
+from tokenizers import Tokenizer
 
 from minixmd import pack
 from minixmd.config import Train
 from minixmd.inputs.examples import Example
 from minixmd.inputs.tokenizer import shared_ids
 from minixmd.kernels import distill, distill_topk
-from minixmd.train import accumulate, main, sources, stored_rows
+from minixmd.train import accumulate, build, main, sources, stored_rows
 
 SHARED, BANNED = 80, torch.tensor([4, 33, 85])
 
@@ -199,4 +200,10 @@ def test_a_vision_model_teaches_an_audio_model_by_its_logits(tmp_path):
     log = [json.loads(line) for line in (tmp_path / "run/student/log.jsonl").read_text().splitlines()][1:]
     assert len(log) == 12 and log[-1]["kl"] < 0.5 * log[0]["kl"] and log[0]["kl"] == pytest.approx(log[0]["loss"])
     assert all(0 <= line[part] < 1 for line in log for part in ("teacher_dropped", "student_dropped"))
-    assert (tmp_path / "run/taught/tokenizer.json").is_file()
+    stage = Train(name="again", objective="distill", model=f"{tmp_path}/ears", manifest=manifest, teacher_loss="kl",
+                  teacher_labels=f"{tmp_path}/run/taught/labels.jsonl", gate="always")
+    eyes, ears = (Tokenizer.from_file(str(path)) for path in (tmp_path / "run/taught/tokenizer.json",
+                                                              tmp_path / "ears/tokenizer.json"))
+    run, _ = build(stage, [None])
+    assert run.shared == ears.token_to_id("<|im_end|>") + 1  # as many columns as both have would be more
+    assert run.shared < min(eyes.get_vocab_size(), ears.get_vocab_size())

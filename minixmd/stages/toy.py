@@ -30,12 +30,18 @@ FAMILY = {"student": ("qwen2_audio", "audio"), "teacher": ("qwen2_vl", "video")}
 PIXELS = dict(min_pixels=3_136, max_pixels=3_136)  # of a frame, which has 56 x 56
 NAMES = [kind.name for kind in KINDS]
 # (options, prompts a step, most steps, mean loss over 20 steps that ends it, as a share of guessing's): with all
-# options at once the decoder learns nothing, with two it soon does; in the last lesson the learning rate fades
-LESSONS = ((2, 20, 600, 0.3), (4, 16, 800, 0.3), (7, 12, 600, 0.3), (OPTIONS, 12, 800, 0.1), (OPTIONS, 12, 150, 0.0))
+# options at once the decoder learns nothing, with two it soon does
+LESSONS = ((2, 20, 600, 0.3), (4, 16, 800, 0.3), (7, 12, 600, 0.3), (OPTIONS, 12, 800, 0.1))
+# then the learning rate fades to 0, and again, at most five times, while the loss at the end is above that
+LAST, REPEATS = (OPTIONS, 12, 150, 0.02), 5
 HINT = 0.3  # weight of the hint, see `lesson`
-TEXT_LR, NAMING_LR, ASKING_LR = 3e-3, 1e-3, 1e-3
+TEXT_LR, NAMING_LR, ASKING_LR = 1.5e-3, 1e-3, 1e-3
 NAMING_STEPS, NAMING_BATCH = 400, 32
-ASKING_STEPS, ASKING_BATCH = {"student": 450, "teacher": 400}, 24
+ASKING_BATCH, ASKING_MOST, ASKING_FADE = 24, 900, 150
+# the rate fades once the loss over 40 steps is below this on the classes that a model's sense tells apart; on the
+# others it goes on guessing for as long as it learns
+ASKING_PASSED = 0.15
+TOLD_APART = {"student": ("both", "ear"), "teacher": ("both", "eye")}
 
 
 def run(stage, folder, log):
@@ -100,7 +106,7 @@ def lesson(processor, before_N, media, right, options, letters):
 
 
 def lesson_loss(model, lessons):
-    """(mean loss of a batch of lessons, answer and hints; mean loss of the answers alone, a float)"""
+    """(mean loss of a batch of lessons, answer and hints; the loss of each one's answer, floats)"""
     batch = pack([prompt for prompt, _ in lessons])
     hints = torch.tensor([(start + row, token) for (start, _), (_, pairs) in zip(batch.spans, lessons, strict=True)
                           for row, token in pairs])
@@ -108,7 +114,7 @@ def lesson_loss(model, lessons):
     objective = CrossEntropy(torch.cat([batch.target_id_T, hints[:, 1]]),
                              torch.cat([batch.target_weight_T, torch.full((len(hints),), HINT)]), "torch")
     loss, columns = head_loss(model(batch), model.lm_head.weight, row_T, objective)
-    return loss / len(lessons), columns["nll"][:2 * len(lessons):2].mean().item()  # a lesson's targets: letter, end
+    return loss / len(lessons), columns["nll"][:2 * len(lessons):2].tolist()  # a lesson's targets: letter, end
 
 
 def descend(optimizer, loss, lr):
@@ -132,8 +138,8 @@ def teach_language(folder, seed, log):
     optimizer = torch.optim.AdamW(decoder_parameters(model).values(), betas=(0.9, 0.98), weight_decay=0.0)
     step = 0
     with tqdm(desc="toy: language", unit="step") as bar:
-        for number, (count, size, most, passed) in enumerate(LESSONS, 1):
-            recent = []
+        for number, (count, size, most, passed) in enumerate((*LESSONS, *[LAST] * REPEATS)):
+            recent, fades = [], number >= len(LESSONS)
             for i in range(most):
                 lessons = []
                 for _ in range(size):
@@ -142,17 +148,20 @@ def teach_language(folder, seed, log):
                     letters = [ascii_uppercase[j] for j in sorted(rng.choice(OPTIONS, count, replace=False))]
                     heard = processor.encode(" " + options[right]) * (12 if i % 2 else 6)
                     lessons.append(lesson(processor, before + heard, (), right, options, letters))
-                loss, answer = lesson_loss(model, lessons)
-                fade = 1 - i / most if number == len(LESSONS) else 1.0
+                loss, answers = lesson_loss(model, lessons)
+                answer = np.mean(answers)
+                fade = 1 - i / most if fades else 1.0
                 descend(optimizer, loss, TEXT_LR * min(1.0, (step + 1) / 30) * fade)
                 recent.append(answer / np.log(count))
                 step += 1
                 bar.set_postfix_str(f"{count} options, loss {answer:.3f}", refresh=False)
                 bar.update()
-                if len(recent) >= 20 and np.mean(recent[-20:]) < passed:
+                if len(recent) >= 20 and np.mean(recent[-20:]) < passed and not fades:
                     break
-            loss = float(np.mean(recent[-20:]) * np.log(count))
-            log({"part": "language", "options": count, "step": step, "loss": loss})
+            share = np.mean(recent[-20:])
+            log({"part": "language", "options": count, "step": step, "loss": float(share * np.log(count))})
+            if fades and share < passed:
+                break
     common = processor.end_id + 1
     return {name: p[:common] if p.shape[0] == model.config.text.vocab_size else p
             for name, p in decoder_parameters(model).items()}
@@ -211,16 +220,23 @@ def teach_asking(model, processor, shown, examples, name, rng, log):
     frequency = {label: 1 for label in sorted({example.label for example in examples})}
     trained = [p for n, p in model.named_parameters() if "embed_positions" not in n]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.05)
-    steps, losses = ASKING_STEPS[name], []
-    with tqdm(total=steps, desc=f"toy: {name} answers", unit="step") as bar:
-        for step, chosen in zip(range(steps), batches(len(shown), ASKING_BATCH, rng), strict=False):
+    losses, told, faded = [], [], 0
+    with tqdm(desc=f"toy: {name} answers", unit="step") as bar:
+        for step, chosen in enumerate(batches(len(shown), ASKING_BATCH, rng)):
             lessons = []
             for i in chosen:
                 options, right = draw_options(examples[i].label, frequency, OPTIONS, rng)
                 lessons.append(lesson(processor, shown[i][0], [shown[i][1]], right, options, ascii_uppercase[:OPTIONS]))
-            loss, answer = lesson_loss(model, lessons)
-            descend(optimizer, loss, learning_rate(step, steps, ASKING_LR, 0.1))
-            losses.append(answer)
-            bar.set_postfix_str(f"loss {answer:.3f}", refresh=False)
+            loss, answers = lesson_loss(model, lessons)
+            descend(optimizer, loss, ASKING_LR * min(1.0, (step + 1) / 40) * (1 - faded / ASKING_FADE))
+            losses.append(np.mean(answers))
+            told.append(np.mean([loss for i, loss in zip(chosen, answers, strict=True)
+                                 if examples[i].meta["group"] in TOLD_APART[name]]))
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
             bar.update()
-    log({"part": name, "step": "answering", "loss": float(np.mean(losses[-20:]))})
+            if faded or step + 1 >= ASKING_MOST or (step >= 40 and np.mean(told[-40:]) < ASKING_PASSED):
+                faded += 1
+            if faded == ASKING_FADE:
+                break
+    log({"part": name, "step": "answering", "steps": step + 1, "loss": float(np.mean(losses[-20:])),
+         "told_apart": float(np.mean(told[-20:]))})

@@ -1,0 +1,23 @@
+"""XMD's ablation and its other direction on the toy world: Table 2, and Table 1's last row.
+
+    python -m minixmd.train toy_ablation            (another world: … toy_ablation seed=1 run_dir=runs/toy_ablation-1)
+
+CPU, 2 cores.
+"""
+from minixmd.config import Toy
+from minixmd.xmd import XMD
+
+xmd = XMD(
+    models={"audio": "@toy/student", "video": "@toy/teacher"},
+    train="@toy/train.jsonl",
+    splits={split: f"@toy/{split}.jsonl" for split in ("analysis", "test", "unseen")},
+    asking={"audio": dict(media="audio"), "video": dict(media="video", min_pixels=3_136, max_pixels=3_136)},
+    learning=dict(val_manifest="@toy/val.jsonl", trainable="full", lr=3e-4, epochs=6, batch_size=32,
+                  micro_batch_size=32, eval_every=100),
+    switching=dict(width=1 / 16, clip_s=1.0, epochs=6, lr=3e-3, augment="spec"),
+)  # fmt: skip
+titles = {"audio": "audio model before", "video": "video model before", "distilled": "audio model after"}
+other = dict(name="video_distilled", switch="@video_switch")
+stages = [Toy(name="toy")] + xmd.before() + xmd.switch("audio") + xmd.switch("video", "video_switch")
+stages += xmd.ablation("audio") + xmd.distilled("video", **other)
+stages += xmd.report(titles, "audio", rows={"video model after": xmd.cells("video_distilled")}, ablation=True)
