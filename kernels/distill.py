@@ -81,7 +81,7 @@ def _kl_kernel(
         kept = tl.load(kept_ptr + v) != 0
         s = tl.load(student_ptr + v, mask=v < V, other=0.0).to(tl.float32) * inv_temp
         t = tl.load(teacher_ptr + v, mask=v < W, other=0.0).to(tl.float32) * inv_temp
-        s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        s = tl.where(kept, tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL), 0.0)  # 0 * inf below is NaN
         t = tl.where(kept, tl.maximum(t, LOWEST, propagate_nan=tl.PropagateNan.ALL), LOWEST)
         m_s, sum_s = _online(m_s, sum_s, tl.where(kept, s, -float("inf")))
         gap = (t - m_t) - (s - s_c)

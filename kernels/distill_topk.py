@@ -105,7 +105,8 @@ def _topk_kernel(
     v_J = tl.load(id_ptr + slot, mask=slot < J, other=-1)
     s_J = tl.load(student_ptr + v_J, mask=v_J >= 0, other=0.0).to(tl.float32) * inv_temp
     s_J = tl.where(v_J >= 0, tl.maximum(s_J, LOWEST, propagate_nan=tl.PropagateNan.ALL), LOWEST)
-    logq_J = tl.maximum(tl.load(logq_ptr + slot, mask=v_J >= 0, other=LOWEST), LOWEST)  # 0 LOWEST is 0, 0 inf is not
+    logq_J = tl.load(logq_ptr + slot, mask=v_J >= 0, other=LOWEST)
+    logq_J = tl.maximum(logq_J, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # 0 LOWEST is 0, 0 inf is not
     q_J = tl.exp(logq_J)
     tail = tl.load(tail_ptr + n).to(tl.float32)
     top = tl.maximum(top_rest, tl.max(s_J, 0))
@@ -119,7 +120,7 @@ def _topk_kernel(
     tl.store(lse_ptr + n, top + log_sum)
     if GRAD:
         factor = tl.load(weight_ptr + n).to(tl.float32) * temperature
-        mass = tl.sum(q_J, 0) + tail
+        mass = tl.sum(q_J, 0) + tl.where(rest_sum > 0.0, tail, 0.0)
         j = 0
         picked = tl.load(id_ptr)
         live = tl.zeros([BLOCK_V], tl.float32) + factor != 0.0  # a row without a gradient is not read

@@ -129,7 +129,7 @@ def _grpo_kernel(
     weight = tl.load(weight_ptr + n)
     live = weight != 0.0  # what stands in a row left out may be NaN
     advantage = tl.load(advantage_ptr + n, mask=live, other=0.0)
-    ratio = tl.exp(logp - tl.load(old_ptr + n, mask=live, other=logp))
+    ratio = tl.exp(tl.where(live, logp - tl.load(old_ptr + n, mask=live, other=0.0), 0.0))
     low, high = 1.0 - tl.cast(clip_low, tl.float32), 1.0 + tl.cast(clip_high, tl.float32)
     bounded = tl.minimum(tl.maximum(ratio, low), high)
     clipped = bounded * advantage < ratio * advantage  # false for a NaN, which then reaches loss and c
@@ -137,7 +137,7 @@ def _grpo_kernel(
     c = tl.where(clipped, 0.0, -ratio * advantage)
     kl = 0.0
     if HAS_REF:
-        delta = tl.load(ref_ptr + n, mask=live, other=logp) - logp
+        delta = tl.where(live, tl.load(ref_ptr + n, mask=live, other=0.0) - logp, 0.0)
         kl = tl.exp(delta) - delta - 1.0 if K3 else -delta
         loss += tl.cast(beta, tl.float32) * kl
         c += tl.cast(beta, tl.float32) * (1.0 - tl.exp(delta) if K3 else 1.0)
@@ -187,10 +187,11 @@ def grpo_rows(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, objective, t
                 args = [None if x is None else x[at] for x in (id_N, old_N, ref_N, advantage_N, weight_N)]
                 loss, logp_N, entropy_N, terms = grpo_loss_ref(z_NV, *args, objective, temperature, banned_Z, limit)
             if out is not None:
-                out[at] = torch.autograd.grad(loss, z_NV)[0]
+                grad_NV = torch.autograd.grad(loss, z_NV)[0]
+                out[at] = grad_NV.masked_fill_((weight_N[at] == 0)[:, None], 0)  # a row left out may hold NaN
             rows_6N[:, at] = torch.stack([*terms, logp_N, entropy_N])
     elif N:
-        listed, Z = (id_N, 0) if banned_Z is None else (banned_Z, len(banned_Z))
+        listed, Z = (id_N, 0) if banned_Z is None else (banned_Z.contiguous(), len(banned_Z))
         id_N, old_N, advantage_N, weight_N = (x.contiguous() for x in vectors[:4])
         _grpo_kernel[(N,)](
             logits_NV, id_N, old_N, old_N if ref_N is None else ref_N.contiguous(), advantage_N, weight_N, listed,

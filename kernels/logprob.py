@@ -148,7 +148,7 @@ def row_stats(logits_NV, index_N, temperature=1.0, banned_Z=None, limit=None, im
     N, V = logits_NV.shape
     stats_4N = torch.empty(4, N, device=logits_NV.device, dtype=torch.promote_types(logits_NV.dtype, torch.float32))
     if impl == "triton":
-        listed, Z = (index_N, 0) if banned_Z is None else (banned_Z, len(banned_Z))
+        listed, Z = (index_N, 0) if banned_Z is None else (banned_Z.contiguous(), len(banned_Z))
         if N:
             _row_stats_kernel[(N,)](
                 logits_NV, index_N.contiguous(), listed, stats_4N, logits_NV.stride(0), N, V, limit, Z,
@@ -182,7 +182,7 @@ def logits_grad(logits_NV, index_N, stats, coef_N, temperature=1.0, banned_Z=Non
         raise ValueError(f"need out {(N, V)} with unit stride in V and coef {(N,)}, got {tuple(out_NV.shape)} strides "
                          f"{out_NV.stride()} and {tuple(coef_N.shape)}")
     if impl == "triton":
-        listed, Z = (index_N, 0) if banned_Z is None else (banned_Z, len(banned_Z))
+        listed, Z = (index_N, 0) if banned_Z is None else (banned_Z.contiguous(), len(banned_Z))
         if N:
             _logits_grad_kernel[(N,)](
                 coef_N.contiguous(), logits_NV, index_N.contiguous(), listed, max_N, logsum_N, out_NV,

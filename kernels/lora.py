@@ -7,11 +7,13 @@
 
 impl="torch" leaves every product to the vendor's library and adds the updates in place. impl="triton" uses
 kernels/lora_triton.py for two parts. The evidence is counted bytes and published speeds: no GPU was at hand.
-    y where D <= FUSED_D and R <= 64: one kernel. It saves a read and a write of y, 367 / D of the product's time on an
-        H200, but Triton products of this kind ran at 76 to 86 % of the vendor's (triton #5726, fb-triton #1038); at
-        86 % they break even at D = 2254. Above that, and for xa, dX, dA and dW, the vendor's product.
-    scale g B and dB where reading g once moves 1.2 times fewer bytes (lora_triton.dy_pass_pays): one kernel, and a
-        second that adds its partial sums. Elsewhere the vendor's two products.
+    y where D <= FUSED_D and R <= 64, in 16 bits: one kernel. It saves a read and a write of y, 367 / D of the product's
+        time on an H200, but Triton products of this kind ran at 76 to 86 % of the vendor's (triton #5726, fb-triton
+        #1038): they break even at D = 1162 to 2254. Above that, and for xa, dX, dA and dW, the vendor's product. So
+        only the towers' layers can use it, not a 7B decoder's.
+    scale g B and dB where reading g once moves 1.2 times fewer bytes (lora_triton.dy_pass_pays), in 16 bits: one
+        kernel, and a second that adds its partial sums. Elsewhere the vendor's two products.
+fp32 takes the vendor's products throughout: the tiles are for 16 bits, and at 32 they spill or do not fit an A100.
 
 Dims: N tokens (rows), D inputs, F outputs, R rank. Weights stand as in torch's Linear: (out, in).
 """
@@ -52,7 +54,7 @@ class _LoraLinears(torch.autograd.Function):
         xa_NR, outputs = x_ND @ torch.cat(As).T, []
         parts = xa_NR.split([len(a) for a in As], 1)
         for w, bias, b, part_NR, scale in zip(ws, biases, Bs, parts, scales, strict=True):
-            if impl == "triton" and x_ND.shape[1] <= FUSED_D and b.shape[1] <= 64:
+            if impl == "triton" and x_ND.element_size() == 2 and x_ND.shape[1] <= FUSED_D and b.shape[1] <= 64:
                 outputs.append(lora_triton.lora_forward(x_ND, w, bias, part_NR, b, scale))
             else:
                 outputs.append(F.linear(x_ND, w, bias).addmm_(part_NR, b.T, alpha=scale))

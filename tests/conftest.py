@@ -29,6 +29,13 @@ def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture
+def on_device(device):
+    """Tensors of a test that names no device are made on the GPU where there is one."""
+    with torch.device(device):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

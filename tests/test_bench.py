@@ -120,6 +120,7 @@ def spoilt(function):
     ("lora", bench_lora.lora_triton, "dy_pass", lambda f: scaled(f, 0)),
     ("lora", bench_lora.lora_triton, "lora_forward", lambda f: lambda *args: f(*args) * 1.02),
 ])  # fmt: skip
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's tensors need the interpreter")
 def test_wrong_code_is_not_measured(name, module, function, spoil, monkeypatch):
     measured = []
     monkeypatch.setattr(measure.Bench, "rows", lambda self, case, *_, **__: measured.append(case["of"]) or {})
@@ -188,6 +189,7 @@ def test_peak_memory_and_flops_can_be_counted_by_hand():
     assert measure.peak(lambda: torch.ones(100) + torch.ones(100), "cpu") == 3 * 400
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's tensors need the interpreter")
 def test_a_kernel_does_nothing_while_its_launches_are_left_out():
     logits_NV, index_N = torch.randn(2, 9), torch.tensor([1, 3])
     right = bench_logprob.row_stats(logits_NV, index_N)[0]

@@ -8,8 +8,11 @@ from kernel_checks import assert_as_good_as, assert_compiles
 from minixmd.kernels.distill import BLOCK_V, distill_kl, distill_kl_grad
 from minixmd.kernels.distill_topk import distill_topk, distill_topk_grad
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 IMPLS = ["triton", "torch"]
-DTYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float16)]
+DTYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float16),
+          (torch.bfloat16, torch.bfloat16)]
 SIZES = [  # N, V, W, shared, banned
     (1, 1, 1, 1, []),
     (2, 2, 3, 2, [1]),
@@ -85,7 +88,7 @@ def compare(kernel, eager, exact, cond):
 
 
 @pytest.mark.parametrize("N, V, W, shared, banned", SIZES)
-@pytest.mark.parametrize("dtypes", DTYPES, ids=["fp32", "fp32-bf16", "fp16"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=["fp32", "fp32-bf16", "fp16", "bf16"])
 @pytest.mark.parametrize("T", [2.0, 0.7])
 def test_loss_shares_and_gradient_are_as_good_as_eager(N, V, W, shared, banned, dtypes, T):
     student_NV, teacher_NW, banned_Z = problem(N, V, W, banned, dtypes)
@@ -125,6 +128,22 @@ def test_an_example_to_check_by_hand(impl):
     doubled = results(distill_kl, 2 * student_NV[:, :2], [2 * teacher_NW], torch.ones(1), 2, banned_Z, 2.0, impl)
     assert doubled[0].item() == pytest.approx(4 * loss_N.item())  # the same two distributions, T² the loss
     assert doubled[3].tolist()[0] == pytest.approx([-1.0, 1.0])  # T the gradient
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("held", [torch.nan, torch.inf, -torch.inf, 1e4])
+def test_ids_left_out_count_for_nothing_whatever_they_hold(held, impl):
+    banned = [0, BLOCK_V, BLOCK_V + 2]
+    student_NV, teacher_NW, banned_Z = problem(3, BLOCK_V + 9, BLOCK_V + 5, banned, (torch.float32, torch.float32))
+    weight_N = torch.rand(3) + 0.1
+    before = distill_kl(student_NV, teacher_NW, BLOCK_V + 3, banned_Z, 2.0, impl)[0]
+    out = [*banned, *range(BLOCK_V + 3, BLOCK_V + 9)]
+    student_NV[:, out] = held
+    teacher_NW[:, out[:-4]] = held
+    grad_NV = torch.full_like(student_NV, torch.nan)
+    after = distill_kl_grad(student_NV, teacher_NW, weight_N, BLOCK_V + 3, banned_Z, 2.0, grad_NV, impl)[0]
+    assert torch.equal(after, before) and after.isfinite().all()
+    assert grad_NV.isfinite().all() and (grad_NV[:, out] == 0).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -228,7 +247,7 @@ def truth_topk(student_NV, id_NJ, logq_NJ, tail_N, g_N, ids, T):
 
 
 @pytest.mark.parametrize("N, V, W, shared, banned", SIZES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("J, T", [(1, 2.0), (7, 0.7), (64, 2.0)])
 def test_topk_loss_share_and_gradient_are_as_good_as_eager(N, V, W, shared, banned, dtype, J, T):
     student_NV, teacher_NW, banned_Z = problem(N, V, W, banned, (dtype, dtype), 60.0)
@@ -275,6 +294,22 @@ def test_a_tail_that_rounds_away_beside_the_rest_keeps_its_gradient(impl):
     torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(ours[2].double(), exact[2], rtol=1e-6, atol=0)
     assert ours[2][0, :5].tolist() == pytest.approx([-0.5 / 59] * 5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_tail_with_no_id_left_to_hold_it_counts_in_neither_loss_nor_gradient(impl):
+    student_NV, weight_N, grad_NV = torch.randn(2, 4), torch.ones(2), torch.full((2, 4), torch.nan)
+    stored = torch.tensor([[0, 1, 3]] * 2), torch.tensor([[0.2, 0.3, 0.4]] * 2).log(), torch.full((2,), 0.1)
+    distill_topk_grad(student_NV, *stored, weight_N, 4, torch.tensor([2]), 1.0, grad_NV, impl)
+    p_NV = student_NV.index_fill(1, torch.tensor([2]), -torch.inf).softmax(1)
+    torch.testing.assert_close(grad_NV, 0.9 * p_NV - torch.tensor([0.2, 0.3, 0.0, 0.4]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_stored_nan_is_never_hidden(impl):
+    stored = torch.tensor([[0, 1]] * 2), torch.tensor([[0.5, 0.4], [math.nan, 0.4]]).log(), torch.full((2,), 0.1)
+    loss_N = distill_topk(torch.randn(2, 9), *stored, 9, torch.tensor([2]), 1.0, impl)[0]
+    assert loss_N[0].isfinite() and loss_N[1].isnan()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -89,7 +89,7 @@ def test_rows_that_break_an_online_softmax(dtype, impl, device):
 @pytest.mark.parametrize("listed, limit", [([0, BLOCK_V - 1, BLOCK_V], None), (None, BLOCK_V), ([2], BLOCK_V + 7)])
 def test_banned_ids_count_for_nothing_whatever_they_hold(listed, limit, impl, device):
     V = 2 * BLOCK_V + 9
-    banned_Z = None if listed is None else torch.tensor(listed, device=device)
+    banned_Z = None if listed is None else torch.tensor(listed, device=device).repeat_interleave(2)[::2]  # apart
     out = (listed or []) + list(range(V if limit is None else limit, V))
     logits_NV = torch.randn(5, V, device=device)
     logits_NV[:, out] = 1e4
@@ -99,6 +99,18 @@ def test_banned_ids_count_for_nothing_whatever_they_hold(listed, limit, impl, de
     grad_NV = torch.full_like(logits_NV, torch.nan)
     logp_N, _, _ = grpo_rows(c.logits_NV, *c.vectors, OBJECTIVES["k3"], 0.7, banned_Z, limit, impl, grad_NV)
     assert torch.equal(logp_N, before[1]) and (grad_NV[:, out] == 0).all() and grad_NV.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("held", [-torch.inf, torch.nan])
+def test_a_token_without_weight_counts_for_nothing_whatever_its_row_holds(held, impl, device):
+    c = case(torch.randn(3, BLOCK_V + 1, device=device))
+    c.weight_N[1], c.logits_NV[1, c.id_N[1]] = 0, held
+    grad_NV = torch.full_like(c.logits_NV, torch.nan)
+    _, _, (loss_N, ratio_N, clipped_N, kl_N) = grpo_rows(c.logits_NV, *c.vectors, OBJECTIVES["k3"], impl=impl,
+                                                         out=grad_NV)
+    assert (loss_N * c.weight_N).sum().isfinite() and grad_NV.isfinite().all() and (grad_NV[1] == 0).all()
+    assert ratio_N[1] == clipped_N[1] == kl_N[1] == loss_N[1] == 0
 
 
 @pytest.mark.parametrize("impl", IMPLS)

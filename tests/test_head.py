@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from tiny import Largest, cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def problem(T, V, D=24, dtype=torch.float32, seed=0):
     """hidden_ND, head_VD and targets: about a third of the rows repeat, weights are uneven and a few are zero."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     hidden_ND = torch.randn(T + 3, D, generator=g).to(dtype)
     head_VD = torch.randn(V, D, generator=g).to(dtype)
     weight_T = torch.rand(T, generator=g) + 0.1

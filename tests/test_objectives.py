@@ -9,14 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from minixmd.kernels import distill, distill_topk, grpo, logprob
 from minixmd.learning.head import CrossEntropy, Distill, DistillTopK, Grpo, head_loss, token_weights
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 T, V, W, D, E = 37, 203, 211, 16, 12  # the teacher has W columns, of which the first 190 mean the same
-SHARED, BANNED, TEMPERATURE = 190, torch.tensor([3, 50, 189, 195]), 2.0
+SHARED, BANNED, TEMPERATURE = 190, [3, 50, 189, 195], 2.0
 LENGTHS = (7, 1, 12, 17)
 
 
 def problem(kind, impl="torch", dtype=torch.float32):
     """hidden_ND, head_VD, row_T and the objective; uneven weights, some of them zero."""
-    g = torch.Generator().manual_seed(5)
+    g = torch.Generator(torch.get_default_device()).manual_seed(5)
 
     def randn(*shape):
         return torch.randn(*shape, generator=g)
@@ -30,21 +32,21 @@ def problem(kind, impl="torch", dtype=torch.float32):
         return hidden_ND, head_VD, row_T, CrossEntropy(id_T, weight_T, impl)
     if kind == "kl":
         return hidden_ND, head_VD, row_T, Distill(randn(T, E).to(dtype), randn(W, E).to(dtype), weight_T, SHARED,
-                                                  BANNED, TEMPERATURE, impl)
+                                                  torch.tensor(BANNED), TEMPERATURE, impl)
     if kind == "topk":
-        allowed = torch.tensor([v for v in range(SHARED) if v not in BANNED.tolist()])
+        allowed = torch.tensor([v for v in range(SHARED) if v not in BANNED])
         logq_TK = (2 * randn(T, len(allowed))).log_softmax(-1)
         best_TJ = logq_TK.topk(9, -1).indices
         tail_T = 1 - logq_TK.gather(1, best_TJ).exp().sum(-1)
         id_TJ, order_TJ = allowed[best_TJ].sort(-1)
         logq_TJ = logq_TK.gather(1, best_TJ).gather(1, order_TJ)
-        return hidden_ND, head_VD, row_T, DistillTopK(id_TJ.int(), logq_TJ, tail_T, weight_T, SHARED, BANNED,
-                                                      TEMPERATURE, impl)
+        return hidden_ND, head_VD, row_T, DistillTopK(id_TJ.int(), logq_TJ, tail_T, weight_T, SHARED,
+                                                      torch.tensor(BANNED), TEMPERATURE, impl)
     logp_T = (hidden_ND[row_T].float() @ head_VD.float().T / 0.8).log_softmax(-1).gather(1, id_T[:, None]).squeeze(1)
     old_T, ref_T = logp_T + 0.4 * randn(T), logp_T + 0.4 * randn(T)  # far enough for both bounds to act
     objective = grpo.Objective(0.2, 0.28, 0.04, "k3")
-    return hidden_ND, head_VD, row_T, Grpo(id_T, old_T, ref_T, randn(T), weight_T, objective, impl, 0.8, BANNED, 200,
-                                           LENGTHS if kind == "gspo" else None)
+    return hidden_ND, head_VD, row_T, Grpo(id_T, old_T, ref_T, randn(T), weight_T, objective, impl, 0.8,
+                                           torch.tensor(BANNED), 200, LENGTHS if kind == "gspo" else None)
 
 
 def plain(hidden_ND, head_VD, row_T, objective, dtype=torch.float64):
