@@ -27,6 +27,7 @@ class XMD:
 
     models: dict[str, str]  # {"audio": the model that hears, "video": the one that sees}
     train: str  # manifest that is learnt from
+    truth: str  # the same clips with true answers, for the upper bound of an ablation; nothing else reads it
     splits: dict[str, str]  # {column of the tables: manifest}; "analysis" is the one that teaches the switch
     asking: dict[str, dict]  # {"audio": fields of Evaluate, Label and Train alike, "video": …}, media included
     evaluating: dict = field(default_factory=dict)  # more fields of Evaluate
@@ -55,11 +56,12 @@ class XMD:
         """`name` and `{name}_{split}`: `learner` taught by the other model; how: fields of Train."""
         fields = dict(objective="distill", teacher_labels=f"@{OTHER[learner]}_labels",
                       student_labels=f"@{learner}_labels") | SWITCHED | how
+        manifest = self.train
         if fields["objective"] == "sft":
-            fields = {"objective": "sft"}
+            fields, manifest = {"objective": "sft"}, self.truth
         elif fields["gate"] in ("learned", "oracle"):
             fields["switch"] = switch
-        return [Train(name=name, model=self.models[learner], manifest=self.train, **fields, **self.asking[learner],
+        return [Train(name=name, model=self.models[learner], manifest=manifest, **fields, **self.asking[learner],
                       **self.learning), *self.evaluated(name, f"@{name}", learner)]
 
     def ablation(self, learner):
@@ -106,6 +108,7 @@ def vggsound(*, audio="Qwen/Qwen2-Audio-7B-Instruct", video="Qwen/Qwen2-VL-7B-In
     return XMD(
         models={"audio": audio, "video": video},
         train=f"{data}/vggsound/train.jsonl",
+        truth=f"{data}/vggsound/train.jsonl",
         splits={"analysis": f"{data}/vggsound/analysis.jsonl", "test": f"{data}/vggsound/test.jsonl",
                 "unseen": f"{data}/audioset/unseen.jsonl"},
         asking={"audio": dict(media="audio", **gpu),

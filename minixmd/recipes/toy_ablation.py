@@ -10,6 +10,7 @@ from minixmd.xmd import XMD
 xmd = XMD(
     models={"audio": "@toy/student", "video": "@toy/teacher"},
     train="@toy/train.jsonl",
+    truth="@toy/train_truth.jsonl",
     splits={split: f"@toy/{split}.jsonl" for split in ("analysis", "test", "unseen")},
     asking={"audio": dict(media="audio"), "video": dict(media="video", min_pixels=3_136, max_pixels=3_136)},
     learning=dict(val_manifest="@toy/val.jsonl", trainable="full", lr=3e-4, epochs=6, batch_size=32,

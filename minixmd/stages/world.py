@@ -9,7 +9,7 @@ A clip is a pure function of (seed, split, class, number), so an interrupted run
 """
 import io
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
@@ -177,7 +177,8 @@ def make_world(folder, seed, splits=SPLITS):
     """Write <split>.jsonl for every split and the clips that it lists, <split>/<number>.wav and .mp4.
 
     The train split is blind: its manifest holds no answer, no label and no group, and neither a clip's number nor its
-    place in the list tells the class. What is there already is not made again.
+    place in the list tells the class. train_truth.jsonl has them, for the upper bound of learning from true labels.
+    What is there already is not made again.
 
     Args:
         folder: of the manifests. seed: of the world. splits: clips a class.
@@ -204,10 +205,13 @@ def make_world(folder, seed, splits=SPLITS):
                     wave_S, frames = make_wave(kind, rng, far), make_frames(kind, rng)
                     _put(folder / wav, wav_bytes(wave_S))
                     _put(folder / mp4, mp4_bytes(frames, wave_S))
-                told = {} if split == "train" else dict(answer=answer, label=kind.name, meta={"group": kind.group})
                 examples.append(Example(id=f"{split}_{place:04d}", audio=wav, video=mp4, question=QUESTION,
-                                        options=options, source=f"toy/{split}", **told))
+                                        options=options, answer=answer, label=kind.name, source=f"toy/{split}",
+                                        meta={"group": kind.group}))
                 bar.update()
+            if split == "train":
+                write_text(folder / "train_truth.jsonl", manifest_text(examples))
+                examples = [replace(example, answer=None, label=None, meta={}) for example in examples]
             write_text(folder / f"{split}.jsonl", manifest_text(examples))
 
 
