@@ -3,6 +3,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -113,8 +114,10 @@ def test_splits(small):
 
 def test_the_train_split_tells_nothing_but_holds_the_right_option(small):
     """Which class a clip is, only the order of making says; neither the manifest nor the file names do."""
-    examples = read_manifest(small / "train.jsonl")
+    examples, truth = (read_manifest(small / name) for name in ("train.jsonl", "train_truth.jsonl"))
     assert all(e.answer is None and e.label is None and e.meta == {} for e in examples)
+    assert [replace(e, answer=None, label=None, meta={}) for e in truth] == examples
+    assert all(e.options[e.answer] == e.label for e in truth)
     todo = [(kind, number) for kind in SEEN for number in range(SMALL["train"])]
     order = np.random.default_rng([100, list(world.SPLITS).index("train")]).permutation(len(todo))
     assert not np.array_equal(order, np.arange(len(todo)))

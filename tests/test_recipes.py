@@ -1,0 +1,76 @@
+"""The bundled recipes load, say how they are run, and ask for the paper's experiments."""
+import ast
+from pathlib import Path
+
+import pytest
+
+import minixmd.recipes
+from minixmd.config import Evaluate, Label, Report, Switch, Train
+from minixmd.configfile import load_config
+
+RECIPES = sorted(path.stem for path in Path(minixmd.recipes.__file__).parent.glob("[!_]*.py"))
+
+
+def stages_of(recipe, *kinds):
+    return {stage.name: stage for stage in load_config(recipe).stages if isinstance(stage, kinds)}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_loads_and_opens_with_its_command_and_machine(recipe):
+    config = load_config(recipe)
+    told = ast.get_docstring(ast.parse(config.source.read_text()))
+    assert f"python -m minixmd.train {recipe}" in told and ("CPU" in told or "GPU" in told)
+    if recipe.startswith("xmd"):
+        assert "Not measured by anybody yet" in told
+    assert config.run_dir == Path("runs") / recipe
+
+
+def test_the_ablation_is_the_papers_table_2_and_four_gates():
+    trained = stages_of("xmd_ablation", Train)
+    found = {name: (s.objective, s.gate, s.teacher_loss, s.student_labels is not None, s.teacher_labels is not None)
+             for name, s in trained.items()}
+    assert found == {
+        "kl": ("distill", "learned", "kl", True, True), "kl_ce": ("distill", "learned", "kl+ce", True, True),
+        "truth": ("sft", "always", "ce", False, False), "distilled": ("distill", "learned", "ce", True, True),
+        "forgetting": ("distill", "learned", "ce", False, True), "oracle": ("distill", "oracle", "ce", True, True),
+        "always": ("distill", "always", "ce", False, True), "never": ("distill", "never", "ce", True, False),
+    }  # fmt: skip
+    assert all(s.media == "audio" and s.temperature in (None, 2.0) for s in trained.values())
+    report = stages_of("xmd_ablation", Report)["ablation_report"]
+    assert set(report.ablation) >= {"KL on teacher's logits", "KL on teacher's logits + labels",
+                                    "Ground-truth labels (upper bound)", "Teacher's labels (default)",
+                                    "Teacher's labels without anti-forgetting loss"}
+
+
+def test_only_the_upper_bound_sees_the_toys_true_labels():
+    trained = stages_of("toy_ablation", Train)
+    assert [name for name, s in trained.items() if s.manifest == "@toy/train_truth.jsonl"] == ["truth"]
+    assert all(s.manifest == "@toy/train.jsonl" for name, s in trained.items() if name != "truth")
+
+
+@pytest.mark.parametrize("recipe, learner, teacher, name, switch", [
+    ("xmd_audio", "audio", "video", "distilled", "switch"),
+    ("xmd_video", "video", "audio", "video_distilled", "video_switch"),
+])
+def test_the_directions_differ_by_who_learns(recipe, learner, teacher, name, switch):
+    stages = {stage.name: stage for stage in load_config(recipe).stages}
+    train = stages[name]
+    assert (train.media, train.gate, train.switch) == (learner, "learned", f"@{switch}")
+    assert (train.teacher_labels, train.student_labels) == (f"@{teacher}_labels", f"@{learner}_labels")
+    assert stages[train.teacher_labels[1:]].media == teacher and stages[train.student_labels[1:]].media == learner
+    decides = stages[switch]
+    assert (decides.teacher, decides.student) == (f"@{teacher}_analysis", f"@{learner}_analysis")
+    assert (train.epochs, train.batch_size, train.lr, train.warmup, train.lora_rank) == (1, 8, 1e-4, 0.1, 16)
+    assert (decides.epochs, decides.batch_size, decides.lr, decides.warmup, decides.width) == (30, 32, 1e-4, 0.1, 1.0)
+    evaluated = [stage for stage in stages.values() if isinstance(stage, Evaluate)]
+    assert len(evaluated) == 9 and all(stage.answer == "generate" for stage in evaluated)
+    assert all(stage.top_k == 64 for stage in stages.values() if isinstance(stage, Label))
+    assert len([stage for stage in stages.values() if isinstance(stage, Switch)]) == 1
+
+
+def test_the_three_share_their_stages_so_that_one_run_directory_serves_them():
+    audio, video, ablation = ({s.name: s for s in load_config(name).stages} for name in (
+        "xmd_audio", "xmd_video", "xmd_ablation"))
+    for one, other in ((audio, video), (audio, ablation)):
+        shared = one.keys() & other.keys()
+        assert len(shared) >= 8 and all(one[name] == other[name] for name in shared)
