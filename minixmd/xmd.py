@@ -27,7 +27,7 @@ class XMD:
 
     models: dict[str, str]  # {"audio": the model that hears, "video": the one that sees}
     train: str  # manifest that is learnt from
-    truth: str  # the same clips with true answers, for the upper bound of an ablation; nothing else reads it
+    truth: str  # the same clips with true answers and classes: an ablation's upper bound and oracle, the switch's tally
     splits: dict[str, str]  # {column of the tables: manifest}; "analysis" is the one that teaches the switch
     asking: dict[str, dict]  # {"audio": fields of Evaluate, Label and Train alike, "video": …}, media included
     evaluating: dict = field(default_factory=dict)  # more fields of Evaluate
@@ -48,9 +48,9 @@ class XMD:
             Label(name=f"{sense}_labels", model=model, manifest=self.train, top_k=64, **self.asking[sense]))]
 
     def switch(self, learner, name="switch"):
-        """Which clips the other model teaches; both directions are told by ear."""
+        """Which clips the other model teaches; both directions are told by ear. True classes only judge it."""
         return [Switch(name=name, teacher=f"@{OTHER[learner]}_analysis", student=f"@{learner}_analysis",
-                       manifest=self.splits["analysis"], train_manifest=self.train, **self.switching)]
+                       manifest=self.splits["analysis"], train_manifest=self.truth, **self.switching)]
 
     def distilled(self, learner, name="distilled", switch="@switch", **how):
         """`name` and `{name}_{split}`: `learner` taught by the other model; how: fields of Train."""
