@@ -16,10 +16,11 @@ def blocks(language):
     return [text for name, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M) if name == language]
 
 
-def test_the_example_config_loads(tmp_path):
-    (config,) = [block for block in blocks("python") if "stages = " in block]
-    (tmp_path / "mine.py").write_text(config)
-    assert len(load_config(tmp_path / "mine.py").stages) == 8
+def test_the_example_configs_load(tmp_path):
+    configs = [block for block in blocks("python") if "stages = " in block]
+    for config, stages in zip(configs, (8, 14), strict=True):
+        (tmp_path / "mine.py").write_text(config)
+        assert len(load_config(tmp_path / "mine.py").stages) == stages
 
 
 def test_the_example_manifest_line_is_an_example(tmp_path):
