@@ -20,9 +20,10 @@ run() {  # seconds, name
     fi
 }
 
-run 135 head
-run 105 lora
-run 90 logprob
-run 85 grpo
-run 95 distill
+run 115 head
+run 90 lora
+run 75 logprob
+run 75 grpo
+run 80 distill
+run 70 decode
 exit "$status"

@@ -1,10 +1,12 @@
 """Run a config's stages: python -m minixmd.train config.py [stage.field=value …], or a bundled recipe: … train toy
 
-Read it from the top: which examples a Train stage learns from (sources), the loop (train, step, validate, save), then
-the runner that gives every stage its directory (main). A stage that is finished is skipped; a training run that was
-stopped goes on from its last state and ends with the same weights, bit for bit on the CPU.
+Read it from the top: which examples a Train stage learns from (sources), a step on given answers (sft, distill), a step
+on the model's own (GRPO), the loop around both (train, validate, save), then the runner that gives every stage its
+directory (main). A stage that is finished is skipped; a training run that was stopped goes on from its last state and
+ends with the same weights, bit for bit on the CPU.
 """
 import argparse
+import copy
 import json
 import math
 import sys
@@ -19,20 +21,22 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from minixmd import load
+from minixmd import generate, load, pack
 from minixmd.config import Evaluate, Label, Report, Switch, Toy, Train
 from minixmd.configfile import load_config
 from minixmd.files import write_safetensors, write_text
-from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import read_manifest
 from minixmd.inputs.media import MediaError
 from minixmd.inputs.tokenizer import shared_ids
-from minixmd.learning.checkpoint import begin, finish, load_state, log_line, save_state
-from minixmd.learning.head import CrossEntropy, DistillTopK, head_loss
+from minixmd.kernels.grpo import Objective
+from minixmd.kernels.logprob import split_banned
+from minixmd.learning.checkpoint import LOGS, begin, finish, load_state, log_line, save_state
+from minixmd.learning.head import CrossEntropy, DistillTopK, Grpo, head_loss
 from minixmd.learning.optim import adamw, learning_rate, optimizer_tensors, restore_optimizer
+from minixmd.learning.rewards import REWARDS, learnable, no_variance, parse_answer
 from minixmd.learning.scoring import ask, count_bad, device_of, dtype_of, impl_of, prefetch, read_records, score_letters
 from minixmd.models.hub import pinned
-from minixmd.models.lora import add_lora, hash_seed, set_impl
+from minixmd.models.lora import add_lora, hash_seed, merge_lora, set_impl
 from minixmd.models.weights import adapted, save_adapter, save_model
 from minixmd.references import check_files, input_paths, resolve
 from minixmd.stages import evaluate, label, report, switch, toy
@@ -42,22 +46,24 @@ from minixmd.stages import evaluate, label, report, switch, toy
 
 def sources(stage, examples):
     """Which answer each training example learns: the manifest's own (SFT), or the teacher's or the student's (distill).
+    In GRPO no answer is given: the example's answer, its own or the teacher's, is what is rewarded.
 
     In distillation the gate decides a clip: closed (p_teacher >= 0.5), the teacher's letter or its stored logits are
     the target; open, the student's own earlier letter is, which keeps what it knew (the anti-forgetting loss). Without
     the student's letters an open clip is left out. The manifest's answers are not read.
 
     Returns:
-        ([(example, answer index, the teacher's best ids or None)], {reason: count} of what stands where and what was
-        left out).
+        ([(example, answer index or None, the teacher's best ids or None)], {reason: count} of what stands where and
+        what was left out).
     Raises:
-        ValueError: SFT on an example without an answer, labels of other clips or without stored logits, or nothing left
-            to learn.
+        ValueError: an example without the answer that is to be learnt, labels of other clips or without stored logits,
+            or nothing left to learn.
     """
-    if stage.objective == "sft":
+    given = stage.objective != "grpo"
+    if stage.objective == "sft" or not given and stage.teacher_labels is None:
         if missing := next((e for e in examples if e.answer is None), None):
             raise ValueError(f"{stage.manifest}: example {missing.id!r} has no answer to learn from")
-        return [(e, e.answer, None) for e in examples], {"manifest": len(examples)}
+        return [(e, e.answer if given else None, None) for e in examples], {"manifest": len(examples)}
     teacher, student, switch = (_by_id(path) if path else {} for path in (stage.teacher_labels, stage.student_labels,
                                                                           stage.switch))
     looked_up = {"learned": "p_teacher", "oracle": "oracle"}.get(stage.gate)
@@ -82,7 +88,8 @@ def sources(stage, examples):
                 raise ValueError(f"{stage.name}: teacher_loss {stage.teacher_loss!r} at temperature "
                                  f"{stage.temperature} needs labels made with top_k, at that temperature: "
                                  f"{stage.teacher_labels}")
-            chosen.append((e, e.options.index(record["option"]), top))
+            answer = e.options.index(record["option"])
+            chosen.append((e, answer, top) if given else (replace(e, answer=answer), None, None))
             counts[source] += 1
     if not chosen:
         raise ValueError(f"{stage.name}: no clip is left to learn from ({dict(counts)})")
@@ -93,7 +100,7 @@ def _by_id(path):
     return {record["id"]: record for record in read_records(Path(path))}
 
 
-# ---- the loop ----
+# ---- what a run is made of ----
 
 
 @dataclass
@@ -107,6 +114,8 @@ class Run:
     impl: str = "torch"  # "triton" | "torch", of the kernels
     shared: int = 0  # ids below it mean the same to the teacher, for the KL
     banned_Z: torch.Tensor | None = None  # ids that the student is never scored on
+    limit: int | None = None  # of GRPO: ids from here on are banned too, and not listed
+    reference: torch.nn.Module | None = None  # of GRPO: the policy before training
     step: int = 0  # finished
     best: float = -1.0  # validation accuracy
     bad: int = 0  # clips that could not be read, over all epochs so far
@@ -120,7 +129,12 @@ def build(stage, pairs):
         if adapted(model):
             raise ValueError(f"{stage.name}: {stage.model} carries an adapter already; merge it first")
         add_lora(model, rank=stage.lora_rank, alpha=stage.lora_alpha, targets=stage.lora_targets, seed=stage.seed)
+    elif stage.trainable == "decoder":
+        merge_lora(model)
+        model.model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
     else:
+        merge_lora(model)
         model.requires_grad_(True)
         for name, p in model.named_parameters():
             # Whisper's sinusoids are a table, not weights, and Omni's begin and end vectors are read by nothing
@@ -135,7 +149,18 @@ def build(stage, pairs):
         theirs = Tokenizer.from_file(str(Path(stage.teacher_labels).parent / "tokenizer.json"))
         run.shared = shared_ids(processor.tokenizer, theirs)
         run.banned_Z = torch.tensor(processor.banned, device=model.lm_head.weight.device)
+    if stage.objective == "grpo":
+        run.limit, listed = split_banned(processor.banned, len(model.lm_head.weight))
+        run.banned_Z = torch.tensor(listed, dtype=torch.long, device=model.lm_head.weight.device) if listed else None
+        run.reference = reference_of(model) if stage.beta else None
     return run, processor
+
+
+def reference_of(model):
+    """The policy as it is now, frozen: a copy of what trains (of adapters, new and therefore 0), which shares the rest.
+    It runs through the policy's own kernels, so that before training the KL between the two is 0."""
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared).requires_grad_(False)
 
 
 def order(stage, count, step):
@@ -144,6 +169,34 @@ def order(stage, count, step):
     epoch, at = divmod(step, per_epoch)
     generator = torch.Generator().manual_seed(hash_seed(stage.seed, "order", epoch))
     return torch.randperm(count, generator=generator)[at * stage.batch_size:(at + 1) * stage.batch_size].tolist()
+
+
+def update(run, stage, loss=0.0):
+    """Clip, step, and forget the gradients. Returns the gradient's norm before clipping and the learning rate.
+
+    Raises:
+        ValueError: the loss, of which the gradients are, is not finite; no weight is changed.
+    """
+    if not math.isfinite(loss):
+        raise ValueError(f"{stage.name}: the loss at step {run.step + 1} is {loss}; stopped")
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), stage.clip or math.inf).item()
+    lr = learning_rate(run.step, run.steps, stage.lr, stage.warmup)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return norm, lr
+
+
+# ---- a step on given answers: SFT and distillation ----
+
+
+def supervised_step(run, stage, good):
+    """One optimizer step on [(Prompt, (example, answer, teacher's best ids))]; returns its line for the log."""
+    prompts, tops = [prompt for prompt, _ in good], [top for _, (_, _, top) in good]
+    parts = accumulate(run, stage, prompts, tops) if good else {"loss": 0.0}
+    norm, lr = update(run, stage, parts["loss"])
+    return {**parts, "lr": lr, "grad_norm": norm, "tokens": sum(map(len, prompts))}
 
 
 def accumulate(run, stage, prompts, tops=()):
@@ -209,20 +262,148 @@ def stored_rows(tops, shared, banned_Z):
     return id_KJ.masked_fill(outside_KJ, -1), logq_KJ - kept_K.log()[:, None], tail_K / kept_K, dropped_K
 
 
-def update(run, stage):
-    """Clip, step, and forget the gradients. Returns the gradient's norm before clipping and the learning rate."""
-    norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), stage.clip or math.inf).item()
-    lr = learning_rate(run.step, run.steps, stage.lr, stage.warmup)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.step += 1
-    return norm, lr
+# ---- a step on the model's own answers: GRPO, equation 2 of SightSound-R1 ----
+
+NOTE = ("the loss starts at 0 and stays near it: in the first update after a rollout the ratio is 1, and a group's "
+        "advantages add up to 0. Its gradient is not 0; what shows the progress is the reward")
+SHOWN = 4  # completions of a step that are written as text
+MAX_KL = 1e-6  # to the reference, before the first update
+
+
+def grpo_step(run, stage, processor, good, folder):
+    """One rollout and the optimizer steps on it, for [(Prompt, (example, …))]; returns its line for the log."""
+    if not good:
+        return {"loss": 0.0, "tokens": 0}
+    times = [time.perf_counter()]
+    prompts, examples = [prompt for prompt, _ in good], [one[0] for _, one in good]
+    if all(name.startswith(("model.", "lm_head.")) for name in run.parameters):  # sampling, scoring and learning share
+        prompts = [run.model.encode_ahead(prompt) for prompt in prompts]  # what the towers say
+    answers = generate(run.model, processor, prompts, n=stage.group_size, max_new_tokens=stage.max_new_tokens,
+                       temperature=stage.temperature, seed=stage.seed, step=run.step, keys=[e.id for e in examples],
+                       impl=run.impl)
+    pairs = [[(c, e) for c in group] for group, e in zip(answers, examples, strict=True)]
+    parts = {name: torch.tensor([[reward(c.text, e) for c, e in group] for group in pairs])
+             for name, reward in REWARDS.items()}
+    parts["reward"] = reward_PG = sum(parts.values())
+    show(run, stage, pairs[0], parts, folder)
+    rollout = learnable(stage, prompts, answers, reward_PG)
+    times.append(time.perf_counter())
+    if rollout and stage.beta:
+        rollout.ref_T = score(run, stage, rollout.groups)
+    times.append(time.perf_counter())
+    means = Counter(loss=0.0)
+    for _ in range(stage.num_iterations if rollout else 0):
+        loss, found = learn(run, stage, rollout)
+        if stage.beta and not any(run.optimizer.state.values()):  # no update yet, in this process or an earlier one
+            check_reference(stage, rollout)
+        norm, lr = update(run, stage, loss)
+        figures = {"loss": loss, "lr": lr, "grad_norm": norm, "entropy": found["entropy"].mean().item(),
+                   "clip_fraction": found["clipped"].mean().item()}
+        if stage.beta:
+            figures["kl"] = found["kl"].mean().item()
+        means.update({name: value / stage.num_iterations for name, value in figures.items()})
+    times.append(time.perf_counter())
+    line = {**means, **summary(pairs, parts)}
+    if rollout:  # what the sampler said of its tokens against what the training pass says: 0 but for rounding
+        gap_T = (rollout.sampled_T - rollout.old_T).abs()
+        line |= {"logp_gap_mean": gap_T.mean().item(), "logp_gap_max": gap_T.max().item()}
+    for i, name in enumerate(("rollout_s", "scoring_s", "update_s")):
+        line[name] = round(times[i + 1] - times[i], 3)
+    return line | {"tokens": sum(map(len, prompts)) + sum(len(c.ids) for group in answers for c in group)}
+
+
+def summary(pairs, parts):
+    """What a rollout is like, for the log, of (Completion, example)s prompt by prompt and of what they earned."""
+    flat = sum(pairs, [])
+    return {**{name: part_PG.mean().item() for name, part_PG in parts.items()},
+            "unparsed": sum(parse_answer(c.text, e.options) is None for c, e in flat) / len(flat),
+            "zero_variance": sum(map(no_variance, parts["reward"])) / len(pairs),  # share of the groups
+            "completion_tokens": sum(len(c.ids) for c, _ in flat) / len(flat),
+            "truncated": sum(not c.finished for c, _ in flat) / len(flat)}
+
+
+def show(run, stage, group, parts, folder):
+    """Writes some of the first prompt's completions, with what they earned, every completions_every steps."""
+    if stage.completions_every and run.step % stage.completions_every == 0:
+        for i, (c, e) in enumerate(group[:SHOWN]):
+            earned = {name: part_PG[0, i].item() for name, part_PG in parts.items()}
+            log_line(folder, {"step": run.step + 1, "id": e.id, **earned, "finished": c.finished, "text": c.text},
+                     "completions.jsonl")
+
+
+def passes(run, stage, groups):
+    """The micro-batches of a step, as (groups, Batch, slice of the step's T tokens)."""
+    end = 0
+    for start in range(0, len(groups), stage.micro_batch_size):
+        part = groups[start:start + stage.micro_batch_size]
+        batch = pack(part).to(run.model.lm_head.weight.device)
+        begin, end = end, end + len(batch.target_id_T)
+        yield part, batch, slice(begin, end)
+
+
+def token_logp(run, stage, hidden_ND, head_VD, batch):
+    """(T,) log-probabilities of a batch's targets as the sampler has them: at its temperature, without banned ids."""
+    zero_T = torch.zeros(len(batch.target_id_T), device=hidden_ND.device)
+    objective = Grpo(batch.target_id_T, zero_T, None, zero_T, zero_T, Objective(0.0, 0.0, 0.0, "k3"), run.impl,
+                     stage.temperature, run.banned_Z, run.limit)
+    with torch.no_grad():
+        return head_loss(hidden_ND, head_VD, batch.target_row_T, objective)[1]["logp"].cpu()
+
+
+def score(run, stage, groups):
+    """(T,) log-probabilities of a step's tokens under the reference, log pi_ref."""
+    with torch.no_grad():
+        return torch.cat([token_logp(run, stage, run.reference(batch), run.reference.lm_head.weight, batch)
+                          for _, batch, _ in passes(run, stage, groups)])
+
+
+def learn(run, stage, rollout):
+    """Gradients of one optimizer step, minus equation 2; returns the loss and {column: (T,)} of head.Grpo.
+
+        loss   = sum over tokens of weight (-min[ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A] + beta KL)
+        weight = 1 / (P G |o_i|), over P prompts of G completions o_i (token_weights)
+        A      = (r_i - mean(r)) / (std(r) + 1e-4), the advantage, over the completions of a prompt (rewards.py)
+        ratio  = exp(log pi_theta - log pi_theta_old), where old is the policy before the rollout's first update
+        KL     = exp(d) - d - 1 with d = log pi_ref - log pi_theta (k3)
+
+    The denominators are the whole step's, so the gradient does not depend on how it is cut into micro-batches.
+    """
+    head_VD, device = run.model.lm_head.weight, run.model.lm_head.weight.device
+    how = Objective(stage.clip_low, stage.clip_high, stage.beta, stage.kl)
+    total, columns, first = 0.0, [], rollout.old_T is None
+    if first:
+        rollout.old_T = torch.empty_like(rollout.sampled_T)
+    for groups, batch, at in passes(run, stage, rollout.groups):
+        hidden_ND = run.model(batch)
+        if first:  # this is that policy, and a product with the head costs less than a forward pass
+            rollout.old_T[at] = token_logp(run, stage, hidden_ND, head_VD, batch)
+        old_T, ref_T, advantage_T, weight_T = (None if x_T is None else x_T[at].to(device) for x_T in (
+            rollout.old_T, rollout.ref_T, rollout.advantage_T, rollout.weight_T))
+        lengths = tuple(len(ids_T) for group in groups for ids_T in group.completions)
+        objective = Grpo(batch.target_id_T, old_T, ref_T, advantage_T, weight_T, how, run.impl, stage.temperature,
+                         run.banned_Z, run.limit, lengths if stage.ratio == "sequence" else None)
+        loss, found = head_loss(hidden_ND, head_VD, batch.target_row_T, objective)
+        loss.backward()
+        total += loss.item()
+        columns.append({name: column_T.cpu() for name, column_T in found.items()})
+    return total, {name: torch.cat([found[name] for found in columns]) for name in columns[0]}
+
+
+def check_reference(stage, rollout):
+    """Before the first update the policy is the reference. A reference of other weights would pull it away for good."""
+    delta_T = (rollout.ref_T - rollout.old_T).double()
+    kl = (delta_T.expm1() - delta_T).mean().item()
+    if not kl <= MAX_KL:
+        raise ValueError(f"{stage.name}: before the first update the KL to the reference is {kl:.3g}, above {MAX_KL}: "
+                         "the reference is not the policy that training starts from; stopped")
+
+
+# ---- the loop ----
 
 
 def train(stage, folder, log):
     """Stage Train. Writes best/ (an adapter, or a whole model when all of it trains) and log.jsonl."""
+    grpo = stage.objective == "grpo"
     pairs, counts = sources(stage, read_manifest(stage.manifest))
     validation = read_manifest(stage.val_manifest) if stage.val_manifest else []
     if missing := next((e for e in validation if e.answer is None), None):
@@ -230,33 +411,32 @@ def train(stage, folder, log):
     run, processor = build(stage, pairs)
     resume(run, folder)
     if run.step == 0:
-        log({"step": 0, "learns_from": counts, "steps": run.steps,
-             "trainable_parameters": sum(p.numel() for p in run.parameters.values())})
+        count = sum(p.numel() for p in run.parameters.values())
+        log({"step": 0, "learns_from": counts, "steps": run.steps, "trainable_parameters": count,
+             **({"note": NOTE} if grpo else {})})
     tqdm.write(f"{stage.name}: {run.steps} steps of {stage.batch_size} on {len(pairs)} clips ({counts})"
                + (f", from step {run.step}" if run.step else ""))
+    if grpo:
+        tqdm.write(f"{stage.name}: {NOTE}")
     steps = (pairs[i] for step in range(run.step, run.steps) for i in order(stage, len(pairs), step))
-    prompts = prefetch(lambda one: (ask(stage, processor, *one[:2]), one[2]), steps, ahead=2 * stage.batch_size)
+    prompts = prefetch(lambda one: (ask(stage, processor, *one[:2]), one), steps, ahead=2 * stage.batch_size)
     with tqdm(total=run.steps, initial=run.step, desc=stage.name, unit="step") as bar:
         while run.step < run.steps:
             began = time.perf_counter()
             asked = [next(prompts) for _ in order(stage, len(pairs), run.step)]
-            good = [(prompt, top) for prompt, top in asked if not isinstance(prompt, MediaError)]
+            good = [(prompt, one) for prompt, one in asked if not isinstance(prompt, MediaError)]
             for error in (prompt for prompt, _ in asked if isinstance(prompt, MediaError)):
                 run.bad += 1
                 log({"step": run.step + 1, "bad": error.reason, "detail": str(error)})
             if run.bad > stage.max_bad * stage.epochs * len(pairs):
                 raise ValueError(f"{stage.name}: {run.bad} bad clips, above max_bad {stage.max_bad} of the "
                                  f"{stage.epochs * len(pairs)} to be read; the last: {error}")
-            parts = accumulate(run, stage, *map(list, zip(*good, strict=True))) if good else {"loss": 0.0}
-            loss = parts["loss"]
-            if not math.isfinite(loss):
-                raise ValueError(f"{stage.name}: the loss at step {run.step + 1} is {loss}; stopped")
-            norm, lr = update(run, stage)
-            tokens = sum(len(prompt) for prompt, _ in good)
-            rate = tokens / (time.perf_counter() - began)
-            log({"step": run.step, **parts, "lr": lr, "grad_norm": norm, "tokens": tokens,
-                 "tokens_per_s": round(rate)})
-            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+            line = grpo_step(run, stage, processor, good, folder) if grpo else supervised_step(run, stage, good)
+            run.step += 1
+            rate = line["tokens"] / (time.perf_counter() - began)
+            log({"step": run.step, **line, "tokens_per_s": round(rate)})
+            shown = "reward" if grpo else "loss"
+            bar.set_postfix_str(f"{shown} {line.get(shown, 0):.3f}, {rate:,.0f} tokens/s", refresh=False)
             bar.update()
             last = run.step == run.steps
             if validation and (last or (stage.eval_every and run.step % stage.eval_every == 0)):
@@ -267,9 +447,14 @@ def train(stage, folder, log):
 
 
 def validate(run, stage, processor, validation, folder, log):
-    """Letter accuracy on the validation manifest; the best weights so far (the earliest, in a tie) are kept aside."""
-    records = score_letters(run.model, processor, stage, validation)
+    """Accuracy on the validation manifest, by letters or, in GRPO, by greedily written answers; the best weights so far
+    (the earliest, in a tie) are kept aside."""
+    written = stage.max_new_tokens if stage.objective == "grpo" else 0
+    records = score_letters(run.model, processor, stage, validation, max_new_tokens=written)
     bad = count_bad(records, stage)
+    if written:  # not the letters' logits and not what the words are like, but the answer that is rewarded
+        for example, record in zip(validation, records, strict=True):
+            record["answer"] = None if "bad" in record else parse_answer(record["text"], example.options)
     accuracy = evaluate.tabulate(validation, records)["accuracy"]
     log({"step": run.step, "val_accuracy": accuracy, "val_bad": bad})
     tqdm.write(f"{stage.name}: step {run.step}, validation accuracy {100 * accuracy:.1f} %")
@@ -294,10 +479,10 @@ def resume(run, folder):
                 p.copy_(tensors[f"{name}.weight"])
         restore_optimizer(run.optimizer, run.parameters, tensors)
         run.step, run.best, run.bad = meta["step"], meta["best"], meta["bad"]
-    log_path = folder / "log.jsonl"
-    if log_path.exists():
-        lines = [line for line in read_records(log_path) if line["step"] <= run.step and run.step > 0]
-        write_text(log_path, "".join(json.dumps(line) + "\n" for line in lines))
+    for path in (folder / name for name in LOGS):
+        if path.exists():
+            lines = [line for line in read_records(path) if line["step"] <= run.step and run.step > 0]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def publish(run, stage, processor, folder):

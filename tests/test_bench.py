@@ -314,7 +314,7 @@ def test_gpu_sh_goes_on_after_a_failure_and_reports_it(tmp_path):
                               env={**os.environ, "PYTHON": str(fake), "FAIL": fail}, text=True)  # fmt: skip
         assert done.returncode == status, done.stdout + done.stderr
         assert ("bench_lora failed" in done.stdout) == bool(status)
-        names = ["head", "lora", "logprob", "grpo", "distill"]  # most important first
+        names = ["head", "lora", "logprob", "grpo", "distill", "decode"]  # most important first
         assert log.read_text().splitlines() == [
             f"-m bench.bench_{name} --device cuda --out {folder}/{name}_gpu.json" for name in names]  # fmt: skip
         written = [f"{name}_gpu.json" for name in names if f"bench.bench_{name}" != fail]

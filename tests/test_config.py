@@ -1,13 +1,13 @@
 """Configs: every mistake is one line that names the field and the value, before any work starts."""
 import inspect
 import json
-from dataclasses import FrozenInstanceError, asdict, fields
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 from pathlib import Path
 
 import pytest
 
 from minixmd import config, configfile
-from minixmd.config import PROMPT, Evaluate, Label, Report, Switch, Toy, Train
+from minixmd.config import PROMPT, THINK_PROMPT, Evaluate, Label, Report, Switch, Toy, Train
 from minixmd.configfile import load_config
 from minixmd.fields import ConfigError, check_types, parse_field, stage
 from minixmd.references import check_files, input_paths, references, resolve
@@ -15,6 +15,7 @@ from minixmd.references import check_files, input_paths, references, resolve
 EVALUATE = dict(name="before", model="m", manifest="d.jsonl")
 TRAIN = dict(name="student", objective="sft", model="m", manifest="d.jsonl")
 DISTILL = {**TRAIN, "objective": "distill", "teacher_labels": "t.jsonl"}
+GRPO = {**TRAIN, "objective": "grpo"}
 
 
 @pytest.fixture
@@ -102,11 +103,11 @@ def test_report_tables_are_dicts_of_dicts_of_str():
 
 
 @pytest.mark.parametrize("given, said", [
-    (dict(objective="sfd"), "objective must be 'sft' or 'distill', got 'sfd'"),
+    (dict(objective="sfd"), "objective must be 'sft', 'distill' or 'grpo', got 'sfd'"),
     (dict(media="text"), "media must be 'audio', 'video', 'both' or 'sounded', got 'text'"),
     (dict(device="gpu"), "device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
     (dict(dtype="fp32"), "dtype must be 'float32', 'bfloat16' or 'float16', got 'fp32'"),
-    (dict(trainable="all"), "trainable must be 'lora' or 'full', got 'all'"),
+    (dict(trainable="all"), "trainable must be 'lora', 'decoder' or 'full', got 'all'"),
     (dict(lr=0.0), "lr must be > 0, got 0.0"),
     (dict(epochs=0), "epochs must be >= 1, got 0"),
     (dict(max_steps=0), "max_steps must be >= 1, got 0"),
@@ -128,6 +129,22 @@ def test_report_tables_are_dicts_of_dicts_of_str():
     (dict(max_bad=-0.1), "max_bad must be >= 0, got -0.1"),
     (dict(min_pixels=0), "min_pixels must be >= 1, got 0"),
     (dict(seed=-1), "seed must be >= 0, got -1"),
+    ({**DISTILL, "temperature": 0.0}, "temperature must be > 0, got 0.0"),
+    ({**GRPO, "temperature": 0.0}, "temperature must be > 0, got 0.0"),
+    ({**GRPO, "group_size": 1}, "group_size must be >= 2, got 1"),
+    ({**GRPO, "max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
+    ({**GRPO, "beta": -0.1}, "beta must be >= 0, got -0.1"),
+    ({**GRPO, "kl": "k2"}, "kl must be 'k3' or 'k1', got 'k2'"),
+    ({**GRPO, "clip_low": 1.1}, "clip_low must be <= 1, got 1.1"),
+    ({**GRPO, "clip_low": -0.1}, "clip_low must be >= 0, got -0.1"),
+    ({**GRPO, "clip_high": -0.1}, "clip_high must be >= 0, got -0.1"),
+    ({**GRPO, "ratio": "word"}, "ratio must be 'token' or 'sequence', got 'word'"),
+    ({**GRPO, "aggregation": "mean"}, "aggregation must be 'sequence', 'token' or 'constant', got 'mean'"),
+    ({**GRPO, "scale_rewards": "batch"}, "scale_rewards must be 'std' or 'none', got 'batch'"),
+    ({**GRPO, "truncated": "drop"}, "truncated must be 'keep' or 'mask', got 'drop'"),
+    ({**GRPO, "zero_variance": "drop"}, "zero_variance must be 'keep' or 'skip', got 'drop'"),
+    ({**GRPO, "num_iterations": 0}, "num_iterations must be >= 1, got 0"),
+    ({**GRPO, "completions_every": -1}, "completions_every must be >= 0, got -1"),
 ])
 def test_a_value_out_of_range_is_refused(given, said):
     assert message(Train, **{**TRAIN, **given}) == f"config: {said}"
@@ -140,13 +157,24 @@ def test_a_value_out_of_range_is_refused(given, said):
     (dict(switch="@w"), "objective 'sft' does not use switch, got '@w'"),
     (dict(gate="never"), "objective 'sft' does not use gate, got 'never'"),
     (dict(teacher_loss="kl"), "objective 'sft' does not use teacher_loss, got 'kl'"),
+    (dict(temperature=2.0), "objective 'sft' does not use temperature, got 2.0"),
+    (dict(group_size=4), "objective 'sft' does not use group_size, got 4"),
+    ({**DISTILL, "beta": 0.0}, "objective 'distill' does not use beta, got 0.0"),
+    ({**DISTILL, "truncated": "mask"}, "objective 'distill' does not use truncated, got 'mask'"),
+    ({**GRPO, "student_labels": "@s"}, "objective 'grpo' does not use student_labels, got '@s'"),
+    ({**GRPO, "gate": "learned", "switch": "@w"}, "objective 'grpo' does not use switch, got '@w'"),
+    ({**GRPO, "teacher_loss": "kl"}, "objective 'grpo' does not use teacher_loss, got 'kl'"),
+    ({**GRPO, "beta": 0, "kl": "k1"}, "beta 0.0 does not use kl, got 'k1'"),
+    ({**GRPO, "batch_size": 6, "micro_batch_size": 4}, "batch_size 6 is not a multiple of micro_batch_size 4"),
     ({**DISTILL, "student_labels": "@s"}, "gate 'always' does not use student_labels, got '@s'"),
     ({**DISTILL, "gate": "never"}, "gate 'never' needs student_labels, got None"),
     ({**DISTILL, "gate": "oracle"}, "gate 'oracle' with switch None: 'learned' and 'oracle' need a switch, 'always' "
                                     "and 'never' none"),
     ({**DISTILL, "switch": "@w"}, "gate 'always' with switch '@w': 'learned' and 'oracle' need a switch, 'always' "
                                   "and 'never' none"),
-    (dict(trainable="full", dtype="bfloat16"), "trainable 'full' needs dtype 'float32', got 'bfloat16'"),
+    (dict(trainable="full", dtype="float16"), "trainable 'full' needs dtype 'float32' or 'bfloat16', got 'float16'"),
+    (dict(trainable="decoder", dtype="float16"), "trainable 'decoder' needs dtype 'float32' or 'bfloat16', got "
+                                                 "'float16'"),
     (dict(batch_size=32, micro_batch_size=5), "batch_size 32 is not a multiple of micro_batch_size 5"),
     (dict(min_pixels=9, max_pixels=8), "min_pixels 9 is more than max_pixels 8"),
     (dict(eval_every=10), "eval_every 10 needs val_manifest, got None"),
@@ -171,9 +199,27 @@ def test_a_gate_that_never_follows_the_teacher_needs_no_teacher():
                  student_labels="@s").teacher_labels is None
 
 
-def test_full_training_in_float32_and_lora_in_bfloat16_are_allowed():
-    assert Train(**TRAIN, trainable="full").dtype == "float32"
-    assert Train(**TRAIN, dtype="bfloat16").trainable == "lora"
+@pytest.mark.parametrize("trainable, dtypes", [("lora", "float32 bfloat16 float16"), ("decoder", "float32 bfloat16"),
+                                               ("full", "float32 bfloat16")])
+def test_adapters_train_beside_any_weights_and_the_others_in_float32_or_bfloat16(trainable, dtypes):
+    for dtype in dtypes.split():
+        assert Train(**TRAIN, trainable=trainable, dtype=dtype).trainable == trainable
+
+
+def test_prompt_and_temperature_default_by_objective_and_survive_a_copy():
+    for base, prompt, temperature in ((TRAIN, PROMPT, None), (DISTILL, PROMPT, 2.0), (GRPO, THINK_PROMPT, 1.0)):
+        for made in (Train(**base), replace(Train(**base), seed=3)):
+            assert (made.prompt, made.temperature) == (prompt, temperature)
+        assert Train(**base, prompt="{options}").prompt == "{options}"
+
+
+def test_grpo_has_the_papers_defaults():
+    grpo = Train(**GRPO)
+    assert (grpo.group_size, grpo.beta, grpo.temperature, grpo.kl, grpo.ratio) == (8, 0.04, 1.0, "k3", "token")
+    assert (grpo.aggregation, grpo.scale_rewards, grpo.truncated, grpo.zero_variance) == ("sequence", "std", "keep",
+                                                                                          "keep")
+    assert grpo.clip_low == grpo.clip_high == 0.2 and grpo.num_iterations == 1
+    assert Train(**GRPO, teacher_labels="@t", beta=0.0, clip_low=1.0, group_size=2).kl == "k3"
 
 
 @pytest.mark.parametrize("prompt, said", [

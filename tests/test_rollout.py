@@ -1,22 +1,45 @@
-"""Sampling: what the draws depend on, and where a completion ends. Log-probabilities: tests/test_invariance.py."""
+"""Rollouts: what the draws depend on, where a completion ends, places and slots, the captured step, and agreement with
+training. The same for models of every family: tests/test_invariance.py."""
+import copy
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
-from mini import AUDIO, write_tokenizer
+from mini import AUDIO, VISION, write_tokenizer
 from tiny import positions, processor_of, tiny_model
 
-from minixmd import Prompt, generate, pack
-from minixmd.learning.rollout import prompt_key, sample, uniform
+from minixmd import Group, Prompt, generate, pack
+from minixmd.kernels.logprob import row_stats
+from minixmd.learning import rollout
+from minixmd.learning.rollout import Cache, Decoder, decode, pool_bytes, pool_shapes, prompt_key, sample, uniforms
+from minixmd.models.families import read_config
 
 LENGTH = 12
+QWEN2_AUDIO = Path(__file__).parent / "configs" / "Qwen2-Audio-7B-Instruct.json"
+
+
+def build(folder, kind, sharp):
+    """A random model, whose predictions are the more peaked the larger `sharp`, and its Processor."""
+    write_tokenizer(folder, AUDIO if kind == "audio" else VISION)
+    model = tiny_model(kind, vocab=340).requires_grad_(False)
+    model.lm_head.weight.mul_(sharp)
+    return model, processor_of(folder, model.config)
 
 
 @pytest.fixture(scope="module")
 def speaker(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder, AUDIO)
-    model = tiny_model("audio", vocab=340).requires_grad_(False)
-    model.lm_head.weight.mul_(3)  # peaked predictions
-    return model, processor_of(folder, model.config)
+    return build(tmp_path_factory.mktemp("sharp"), "audio", 3)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Its processor knows no end of turn: every completion has max_new_tokens."""
+    model, processor = build(tmp_path_factory.mktemp("plain"), "audio", 1)
+    processor.end_id = -1
+    return model, processor
 
 
 def say(speaker, conversations, **options):
@@ -32,8 +55,36 @@ def ask(text, seed=None):
     return [{"role": "user", "content": content}]
 
 
+def heard(number):
+    """A conversation about clip `number`; odd ones are longer."""
+    wave_S = torch.randn(4000 + 2000 * (number % 3), generator=torch.Generator().manual_seed(number))
+    text = "What is this?" + " Hm." * (4 * (number % 2))
+    return [{"role": "user", "content": [{"type": "audio", "audio": 0.1 * wave_S}, {"type": "text", "text": text}]}]
+
+
+def flat(speaker, conversations, **options):
+    return sum(say(speaker, conversations, **options), [])
+
+
 def ids_of(answers):
     return [[completion.ids for completion in completions] for completions in answers]
+
+
+def assert_same(ours, theirs, bound=2e-5):
+    assert [(c.ids, c.text, c.finished) for c in ours] == [(c.ids, c.text, c.finished) for c in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=bound)
+
+
+def counted(monkeypatch, name, counter, key):
+    """Decoder.`name`, which also adds key(arguments) to the counter."""
+    inner = getattr(Decoder, name)
+
+    def outer(self, *args):
+        counter[name] += key(*args)
+        return inner(self, *args)
+
+    monkeypatch.setattr(Decoder, name, outer)
 
 
 # ---- what the randomness depends on ----
@@ -69,11 +120,14 @@ def test_a_key_names_the_randomness_and_defaults_to_the_prompts_ids_and_media(sp
     assert ids_of(say(speaker, [heard[3], heard[0], heard[0]], keys=["y", "x", keys[1]]))[1:] == [one, two]
 
 
-def test_uniform_lies_in_0_to_1_and_is_spread_evenly():
-    draws = torch.tensor([uniform(0, 0, "key", i, j) for i in range(50) for j in range(200)], dtype=torch.float64)
-    assert 0 <= draws.min() and draws.max() < 1 and len(draws.unique()) == 10_000
+def test_uniforms_lie_in_0_to_1_are_spread_evenly_and_do_not_depend_on_how_many_are_asked_for():
+    draws = torch.stack([uniforms(0, 0, "key", i, 200) for i in range(50)])
+    assert draws.dtype == torch.float64 and 0 <= draws.min() and draws.max() < 1 and len(draws.unique()) == 10_000
     counts = torch.histc(draws.float(), 10, 0, 1)
     assert ((counts - 1000).abs() < 150).all()  # 5 standard deviations of 30
+    assert torch.equal(uniforms(0, 0, "key", 7, 3), draws[7, :3])
+    assert uniforms(0, 0, "a", 0, 1).item() == (int.from_bytes(hashlib.shake_128(b"(0, 0, 'a', 0)").digest(8), "big")
+                                                 >> 11) / 2**53  # fmt: skip
 
 
 # ---- one draw ----
@@ -178,3 +232,231 @@ def test_an_empty_stop_string_and_a_length_over_the_models_limit_are_errors(spea
         say(speaker, [ask("Hm")], max_new_tokens=2, stop=("x", ""))
     with pytest.raises(ValueError, match="over the model's limit of"):
         say(speaker, [ask("Hm")], max_new_tokens=10**6)
+
+
+# ---- places and refills ----
+
+
+@pytest.mark.parametrize("slots", [4, 7, 10])
+def test_completions_that_share_slots_in_turn_are_those_of_all_at_once(speaker, slots, monkeypatch):
+    conversations, count = [heard(i) for i in range(6)], Counter()
+    options = dict(n=3, max_new_tokens=30, stop=("e", "o"))  # most end early, at different times
+    at_once = flat(speaker, conversations, **options)
+    counted(monkeypatch, "fill", count, lambda *_: 1)
+    counted(monkeypatch, "step", count, lambda: 1)
+    in_turn = flat(speaker, conversations, slots=slots, **options)
+    assert_same(in_turn, at_once)
+    lengths = [len(c.ids) for c in at_once]
+    assert len(set(lengths)) > 6 and {c.finished for c in at_once} == {True, False} or max(lengths) < 30
+    waves = -(-6 // (slots // 3))
+    assert count["fill"] > waves or waves == 6  # a prompt came when another was over, not when all were
+    longest = [max(lengths[3 * i:3 * i + 3]) - 1 for i in range(6)]
+    assert count["step"] >= max(longest) and (slots >= 6 or count["step"] == sum(longest))
+
+
+def test_a_shard_gives_the_same_bits_again(speaker):
+    runs = [flat(speaker, [heard(i) for i in range(5)], n=2, slots=4, stop=("a",)) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_a_row_gives_the_same_tokens_alone_and_in_any_batch(speaker):
+    """At least 99 of 100 rows: rounding may turn a draw that falls on an edge. Which, is said."""
+    conversations = [heard(i) for i in range(20)]
+    together = flat(speaker, conversations, n=5, max_new_tokens=16)
+    back = flat(speaker, conversations[::-1], n=5, max_new_tokens=16, slots=15)
+    back = [c for i in range(20) for c in back[5 * (19 - i):5 * (20 - i)]]
+    alone = [c for conversation in conversations for c in flat(speaker, [conversation], n=5, max_new_tokens=16)]
+    for name, others in (("alone", alone), ("backwards, in 15 slots", back)):
+        flipped = [i for i, (a, b) in enumerate(zip(together, others, strict=True)) if a.ids != b.ids]
+        print(f"rows with other tokens {name}: {flipped}")
+        assert len(flipped) <= 1
+    assert len({c.ids for c in together}) > 90
+
+
+def test_fewer_slots_than_completions_of_a_prompt_are_refused(speaker):
+    with pytest.raises(ValueError, match="slots 2 cannot hold the n = 3"):
+        flat(speaker, [heard(0)], n=3, slots=2)
+
+
+@pytest.mark.parametrize("kind", ["audio", "vision"])
+def test_a_clip_is_encoded_once_however_many_completions_and_steps_follow(kind, tmp_path, monkeypatch):
+    model, processor = build(tmp_path, kind, 3)
+    clips = [torch.randn(4000) if kind == "audio" else torch.randint(0, 256, (2, 3, 56, 56)).byte() for _ in range(3)]
+    part = "audio" if kind == "audio" else "video"
+    conversations = [[{"role": "user", "content": [{"type": part, part: clip}]}] for clip in clips]
+    seen, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda kind, media: seen.extend(media) or encode(kind, media))
+    generate(model, processor, conversations, n=4, max_new_tokens=5, temperature=1.0, seed=0, slots=4)
+    assert len(seen) == 3 == len({m.features.data_ptr() for m in seen})
+
+
+def test_prompts_pass_the_decoder_once_and_completions_a_token_at_a_time(plain):
+    model, processor = plain
+    widths, hook = [], model.model.register_forward_hook(lambda module, inputs, out: widths.append(len(out)))
+    prompts = [processor(heard(i)) for i in range(3)]
+    try:
+        flat(plain, [heard(i) for i in range(3)], n=4, max_new_tokens=6)
+    finally:
+        hook.remove()
+    assert widths == [sum(map(len, prompts))] + [12] * 5
+
+
+# ---- memory ----
+
+
+def test_64_rollouts_of_850_and_512_tokens_of_qwen2_audio_take_at_most_20_gib():
+    sizes = read_config(json.loads(QWEN2_AUDIO.read_text())).text, 8, 850, 64, 512
+    cache = Cache(*sizes, device="meta", dtype=torch.bfloat16, impl="torch")
+    assert sum(pool.nbytes for pool in cache.pools) == pool_bytes(*sizes, torch.bfloat16) <= 20 * 2**30
+    assert pool_bytes(*sizes, torch.bfloat16) == (8 * 850 + 64 * 511) * 2 * 32 * 32 * 128 * 2  # by hand
+    assert [pool.shape for pool in cache.pools] == list(pool_shapes(*sizes))
+
+
+def test_a_rollouts_pools_hold_a_prompt_once_and_no_more_slots_than_asked(speaker, monkeypatch):
+    made, Whole = [], Cache
+    monkeypatch.setattr(rollout, "Cache", lambda *args: made.append(Whole(*args)) or made[-1])
+    longest = max(len(speaker[1](heard(i))) for i in range(4))
+    flat(speaker, [heard(i) for i in range(4)], n=3, slots=7)
+    assert [tuple(pool.shape[2:]) for pool in made[0].pools] == [(2, 2, longest, 12), (6, 2, LENGTH - 1, 12)]
+
+
+# ---- the step that is captured ----
+
+
+def test_a_step_looks_at_no_value(speaker):
+    """On the meta device there is none: item(), tolist(), a boolean index or a branch on a tensor raises."""
+    model = copy.deepcopy(speaker[0]).to("meta")
+    d = Decoder(model, 2, 30, 3, max_new_tokens=8, temperature=0.7, banned=[1, 2], end_id=3, impl="torch")
+    d.step()
+    with pytest.raises(RuntimeError):
+        d.run(1)  # it reads what was sampled
+
+
+def test_a_step_keeps_every_tensor_where_it_is(speaker):
+    model, processor = speaker
+    prompts = [processor(heard(i)) for i in range(2)]
+    d = Decoder(model, 2, max(map(len, prompts)), 3, max_new_tokens=8, temperature=0.7, banned=processor.banned,
+                end_id=processor.end_id, impl="torch")  # fmt: skip
+    with torch.inference_mode():
+        d.fill(prompts, [1, 0], torch.rand(6, 8, dtype=torch.float64))
+        before = {f"{type(o).__name__}.{name}": (x, x.data_ptr()) for o in (d, d.cache) for name, x in vars(o).items()
+                  if isinstance(x, torch.Tensor)}  # fmt: skip
+        d.run(5)
+    after = {f"{type(o).__name__}.{name}": x for o in (d, d.cache) for name, x in vars(o).items()
+             if isinstance(x, torch.Tensor)}  # fmt: skip
+    assert len(before) == 13 and before.keys() == after.keys()
+    for name, (x, at) in before.items():
+        assert after[name] is x and x.data_ptr() == at, name
+
+
+@pytest.mark.parametrize("length", [1, 2, 8])
+def test_a_step_can_be_taken_before_there_is_a_prompt(plain, length):
+    """As capture does, with whatever the pools' memory holds."""
+    d = Decoder(plain[0], 2, 30, 3, max_new_tokens=length, temperature=0.7, banned=[1], end_id=-1, impl="torch")
+    with torch.inference_mode():
+        d.step()
+
+
+def as_if_captured(monkeypatch):
+    """Steps in runs of SYNC, over whole pools, as when a graph is replayed."""
+    inner = Decoder.__init__
+
+    def outer(self, *args, **options):
+        inner(self, *args, **options)
+        self.captured = True
+
+    monkeypatch.setattr(Decoder, "__init__", outer)
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 30])
+def test_looking_every_few_steps_changes_nothing(speaker, length, monkeypatch):
+    conversations = [heard(i) for i in range(5)]
+    options = dict(n=2, max_new_tokens=length, stop=("e",), slots=4)
+    wanted = flat(speaker, conversations, **options)
+    as_if_captured(monkeypatch)
+    assert_same(flat(speaker, conversations, **options), wanted)
+
+
+@pytest.mark.parametrize("kind", ["audio", "vision"])
+def test_the_kernel_gives_the_tokens_of_its_twin(kind, tmp_path):
+    speaker, conversations = build(tmp_path, kind, 3), [heard(1), heard(2)] if kind == "audio" else [
+        [{"role": "user", "content": text}] for text in ("Hm", "What is it that we see here?")]  # fmt: skip
+    options = dict(n=2, max_new_tokens=4, slots=2)
+    assert_same(flat(speaker, conversations, impl="triton", **options), flat(speaker, conversations, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_captured_steps_give_what_eager_ones_do(speaker, temperature):
+    model, processor = copy.deepcopy(speaker[0]).cuda(), speaker[1]
+    conversations = [heard(i) for i in range(6)]
+    options = dict(n=2, max_new_tokens=30, stop=("e",), slots=4, temperature=temperature)
+    assert_same(flat((model, processor), conversations, impl="triton", **options),
+                flat((model, processor), conversations, impl="torch", **options))
+
+
+# ---- agreement with training ----
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_64_rollouts_of_64_tokens_have_the_log_probabilities_that_training_computes(plain, temperature):
+    model, processor = plain
+    conversations = [heard(i) for i in range(8)]
+    options = dict(max_new_tokens=64, temperature=temperature, seed=5, slots=24)
+    answers = generate(model, processor, conversations, n=8, **options)
+    banned_Z = torch.tensor(processor.banned)
+    for conversation, completions in zip(conversations, answers, strict=True):
+        batch = pack([Group(processor(conversation), tuple(torch.tensor(c.ids) for c in completions))])
+        logits_TV = model.logits(model(batch)[batch.target_row_T])
+        logp_T = row_stats(logits_TV, batch.target_id_T, temperature, banned_Z, impl="torch")[0]
+        sampled_T = torch.tensor([x for c in completions for x in c.logprobs])
+        assert len(sampled_T) == 512 and (sampled_T - logp_T).abs().max() <= 1e-5
+        assert not set(batch.target_id_T.tolist()) & set(processor.banned)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_sampled_frequencies_are_the_softmax(speaker, temperature):
+    """Chi-square of the first token, and of the second after the most frequent first, at a fixed seed."""
+    model, processor = speaker[0], copy.copy(speaker[1])
+    processor.end_id, start = -1, processor(heard(1))
+    said = [c.ids for c in flat((model, processor), [heard(1)], n=4000, max_new_tokens=2, temperature=temperature)]
+    common = Counter(a for a, _ in said).most_common(1)[0][0]
+    for drawn, more in (([a for a, _ in said], []), ([b for a, b in said if a == common], [common])):
+        positions_3N = torch.cat([start.positions_3N, start.positions_3N[:, -1:] + 1], 1)[:, :len(start) + len(more)]
+        batch = pack([Prompt(torch.cat([start.ids_N, torch.tensor(more).long()]), positions_3N, start.media)])
+        z_V = model.logits(model(batch)[-1:])[0].index_fill(0, torch.tensor(processor.banned), -torch.inf) / temperature
+        expected_V, found_V = len(drawn) * z_V.double().softmax(0), torch.bincount(torch.tensor(drawn), minlength=340)
+        often = expected_V >= 5  # the others count as one
+        expected, found = (torch.cat([x[often], x[~often].sum()[None]]) for x in (expected_V, found_V))
+        freedom, chi2 = len(expected) - 1, ((found - expected) ** 2 / expected).sum().item()
+        assert len(drawn) > 300 and freedom > 5
+        assert abs(chi2 - freedom) < 4 * (2 * freedom) ** 0.5, f"{chi2:.1f} for {freedom}"
+
+
+# ---- what it refuses ----
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_logits_that_are_not_finite_raise(plain, late):
+    """NaN in the embeddings of the prompt, or of a token that is drawn third."""
+    model, processor, said = copy.deepcopy(plain[0]), plain[1], []
+    token = processor(heard(1)).ids_N[0].item()
+    if late:
+        token = flat(plain, [heard(1)])[0].ids[2]
+        assert token not in processor(heard(1)).ids_N and token not in flat(plain, [heard(1)])[0].ids[:2]
+    model.model.embed_tokens.weight[token] = torch.nan
+    with pytest.raises(ValueError, match="the model's logits are not finite: its weights are broken, or too large for"):
+        flat((model, processor), [heard(1)], on_token=lambda row, ids: said.append(ids[-1]))
+    assert len(said) == 3 * late and (not late or said[-1] == token)
+
+
+def test_decode_hands_out_the_logits_after_each_prompt_in_order(speaker):
+    model, processor = speaker
+    prompts, seen = [processor(heard(i)) for i in range(5)], []
+    uniform_BT = torch.stack([uniforms(0, 0, str(i), 0, 6) for i in range(5)])
+    decode(model, processor, prompts, uniform_BT, max_new_tokens=6, temperature=1.0, banned=processor.banned, slots=2,
+           on_prompts=seen.append)
+    batch = pack(prompts)
+    wanted_BV = model.logits(model(batch)[[end - 1 for _, end in batch.spans]])
+    torch.testing.assert_close(torch.cat(seen), wanted_BV, atol=2e-5, rtol=0)
+    assert len(seen) > 1

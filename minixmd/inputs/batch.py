@@ -12,11 +12,14 @@ import torch
 class Media:
     """One clip's features and the rows of the token sequence that they fill."""
 
-    kind: str  # "audio" | "video"
-    features: torch.Tensor  # audio: mel_MA with its halo (fp32); video: patches_PC (fp32)
+    kind: str  # "audio" | "video" | "encoded"
+    features: torch.Tensor  # audio: mel_MA with its halo (fp32); video: patches_PC (fp32); encoded: rows for rows_P
     rows_P: torch.Tensor  # its placeholders' rows in the token sequence (int64)
     frames: int = 0  # audio: mel frames that hold sound (the halo not counted)
     grid_thw: tuple[int, int, int] | None = None  # video: patch grid, before the 2x2 merge
+
+    def to(self, device):
+        return replace(self, features=self.features.to(device), rows_P=self.rows_P.to(device))
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,7 @@ class Batch:
 
     def to(self, device):
         move = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        media = tuple(replace(m, features=m.features.to(device), rows_P=m.rows_P.to(device)) for m in self.media)
-        return replace(self, media=media, **move)
+        return replace(self, media=tuple(m.to(device) for m in self.media), **move)
 
 
 def pack(items):

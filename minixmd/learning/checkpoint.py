@@ -3,7 +3,7 @@
     config.json    the stage as resolved           inputs.json        a fingerprint of each file that it reads
     config.py      the config file as given        state.safetensors  Train: where to resume
     versions.json  what it last ran with           done.json          written last: the stage is finished
-    log.jsonl      a line a `log_line`
+    log.jsonl      a line a `log_line`             completions.jsonl  Train, GRPO: some completions as text
 
 A file's fingerprint is the SHA-256 of its content, or above 64 MiB of its size and of 256 blocks spread evenly over it:
 the whole of a 15 GB checkpoint would take a minute on every start, and a time stamp changes when a folder is copied. A
@@ -28,6 +28,7 @@ from minixmd.models.hub import pinned
 WHOLE_BYTES = 64 << 20  # up to here a file is read whole
 SAMPLES, SAMPLE_BYTES = 256, 64 << 10  # beyond it, so many blocks of so many bytes
 STATE = "state.safetensors"
+LOGS = ("log.jsonl", "completions.jsonl")  # they grow line by line
 
 
 def begin(run_dir, stage, inputs, source):
@@ -61,7 +62,8 @@ def begin(run_dir, stage, inputs, source):
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.rglob(".*.tmp"):  # of a write that a kill cut short
         leftover.unlink()
-    _drop_torn_line(folder / "log.jsonl")
+    for name in LOGS:
+        _drop_torn_line(folder / name)
     write_json(folder / "versions.json", versions())
     if not (folder / "config.json").exists():
         write_bytes(folder / "config.py", Path(source).read_bytes())
@@ -76,9 +78,9 @@ def finish(folder):
     write_json(Path(folder) / "done.json", marks)
 
 
-def log_line(folder, record):
-    """Appends a dict to the stage's log.jsonl."""
-    path = Path(folder) / "log.jsonl"
+def log_line(folder, record, name="log.jsonl"):
+    """Appends a dict to one of the stage's LOGS."""
+    path = Path(folder) / name
     try:
         with open(path, "a") as file:
             file.write(json.dumps(record) + "\n")

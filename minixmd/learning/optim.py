@@ -16,12 +16,42 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW for bf16 parameters, each with an fp32 master in the optimizer's state.
+
+    A bf16 number near 1 cannot change by less than 0.004: at lr 1e-6 nearly every update would be lost. The master
+    takes them all, in fp32, and the parameter is its rounding. A gradient's fp32 copy lives for its parameter's turn.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state, grad = self.state[p], p.grad.float()
+                if not state:
+                    state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(grad),
+                                 exp_avg_sq=torch.zeros_like(grad), master=p.float())
+                state["step"] += 1
+                t, m, v, master = state["step"].item(), state["exp_avg"], state["exp_avg_sq"], state["master"]
+                m.lerp_(grad, 1 - beta1)
+                v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                root = v.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
+                master.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, root, value=-lr / (1 - beta1**t))
+                p.copy_(master)
+
+
 def adamw(parameters, stage):
-    """AdamW over {name: parameter}; matrices decay, vectors (biases, gains) do not."""
+    """AdamW over {name: parameter}, with fp32 masters where they are bf16; matrices decay, vectors (biases, gains) do
+    not."""
     decay = [p for p in parameters.values() if p.ndim > 1]
     plain = [p for p in parameters.values() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": stage.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=stage.lr, betas=stage.betas, eps=stage.eps)
+    half = any(p.dtype == torch.bfloat16 for p in parameters.values())
+    return (MasterAdamW if half else torch.optim.AdamW)([g for g in groups if g["params"]], lr=stage.lr,
+                                                        betas=stage.betas, eps=stage.eps)
 
 
 def optimizer_tensors(optimizer, parameters):
@@ -35,4 +65,4 @@ def restore_optimizer(optimizer, parameters, tensors):
         if f"{name}.step" not in tensors:
             continue  # it has had no gradient yet, as a tower that no clip went through
         optimizer.state[p] = {key: tensors[f"{name}.{key}"].to("cpu" if key == "step" else p.device)
-                              for key in ("step", "exp_avg", "exp_avg_sq")}
+                              for key in ("step", "exp_avg", "exp_avg_sq", "master") if f"{name}.{key}" in tensors}

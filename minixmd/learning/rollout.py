@@ -1,13 +1,25 @@
-"""generate: sampling with a key-value cache; randomness is a pure function of (seed, step, key, sample, position)."""
+"""generate: n completions of each prompt. A prompt's keys and values are computed and stored once for all of them.
+
+Prompts take places, and their completions slots: place g has slots n g ... n g + n - 1. When all completions of a place
+are over, the next prompt gets it. A step moves every slot by one token; it is tensor code without a look at a value, so
+on a GPU it is captured once and replayed. Slots that are over go on meanwhile, unread. Randomness is a pure function of
+(seed, step, key, sample, position), and who decodes beside whom follows from the list of prompts alone.
+"""
 import hashlib
 import math
+from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minixmd.inputs.batch import pack
+from minixmd.inputs.batch import Prompt, pack
+from minixmd.kernels.decode import decode_attention
 from minixmd.models.attention import attend
+
+SYNC = 8  # captured steps between two looks at what they sampled
 
 
 @dataclass(frozen=True)
@@ -18,6 +30,9 @@ class Completion:
     finished: bool  # False: cut by max_new_tokens
 
 
+# ---- randomness ----
+
+
 def prompt_key(prompt):
     """A digest of a Prompt's ids and media: the same question about the same clip draws the same randomness."""
     digest = hashlib.blake2b(prompt.ids_N.numpy().tobytes(), digest_size=16)
@@ -26,10 +41,11 @@ def prompt_key(prompt):
     return digest.hexdigest()
 
 
-def uniform(seed, step, key, sample, position):
-    """A number in [0, 1) that depends on its arguments alone."""
-    digest = hashlib.blake2b(repr((seed, step, key, sample, position)).encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) / 2**53
+def uniforms(seed, step, key, sample, count):
+    """(count,) fp64 in [0, 1): number t depends on (seed, step, key, sample, t) alone. It is bytes 8 t ... 8 t + 7 of
+    what SHAKE-128 makes of the rest, shifted to 53 bits; asking for more of them changes none."""
+    stream = hashlib.shake_128(repr((seed, step, key, sample)).encode()).digest(8 * count)
+    return torch.from_numpy((np.frombuffer(stream, ">u8") >> 11) / 2**53)
 
 
 def sample(logits_BV, uniform_B, temperature, banned):
@@ -49,103 +65,225 @@ def sample(logits_BV, uniform_B, temperature, banned):
         total_B = cdf_BV[:, -1]
         u_B = torch.minimum(uniform_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))  # below the top
         ids_B = torch.searchsorted(cdf_BV, u_B[:, None], right=True).squeeze(1)
-        ids_B = ids_B.clamp(max=cdf_BV.shape[1] - 1)  # NaN logits would point beyond; generate refuses them
+        ids_B = ids_B.clamp(max=cdf_BV.shape[1] - 1)  # NaN logits would point beyond; decode refuses them
     return ids_B, logp_BV.gather(1, ids_B[:, None]).squeeze(1)
 
 
+# ---- keys and values ----
+
+
+def pool_shapes(text, places, longest, slots, max_new_tokens):
+    """The shapes of the two pools of keys and values, (2, layers, ., kv heads, rows, K) each: of prompts of up to
+    `longest` tokens, and of completions, whose last token needs no row."""
+    K = text.hidden_size // text.num_attention_heads
+    return tuple((2, text.num_hidden_layers, count, text.num_key_value_heads, rows, K)
+                 for count, rows in ((places, longest), (slots, max(max_new_tokens - 1, 1))))
+
+
+def pool_bytes(text, places, longest, slots, max_new_tokens, dtype):
+    """Bytes of both pools: what a Cache of these sizes allocates."""
+    return sum(map(math.prod, pool_shapes(text, places, longest, slots, max_new_tokens))) * dtype.itemsize
+
+
 class Cache:
-    """Keys and values of B sequences, (B, J, S, K) a layer, filled from the left; `length_B` rows of each are real."""
+    """Keys and values of prompts, once each, and of their completions; slot b's prompt is in place b // n.
 
-    def __init__(self, layers):
-        self.k, self.v, self.length_B, self.segments = [None] * layers, [None] * layers, None, None
+    k, v: (layers, slots, J, C, K), of which `length_B` rows a slot are real. prompt_k, prompt_v: (layers, places, J, P,
+    K), of which `prompt_length_G`.
+    """
 
-    def prefill(self, layer, q_NHK, k_NJK, v_NJK):
-        """attend over a packed batch, keeping its keys and values."""
-        size = max(s.length for s in self.segments)
-        self.k[layer], self.v[layer] = (
-            torch.stack([F.pad(x[s.start:s.start + s.length].transpose(0, 1), (0, 0, 0, size - s.length))
-                         for s in self.segments]) for x in (k_NJK, v_NJK))
-        return attend(q_NHK, k_NJK, v_NJK, self.segments)
+    def __init__(self, text, places, longest, slots, max_new_tokens, device, dtype, impl):
+        self.pools = [torch.empty(shape, device=device, dtype=dtype)
+                      for shape in pool_shapes(text, places, longest, slots, max_new_tokens)]
+        (self.prompt_k, self.prompt_v), (self.k, self.v) = self.pools
+        self.prompt_length_G = torch.ones(places, dtype=torch.int64, device=device)
+        self.length_B = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.impl, self.used = impl, self.k.shape[3]  # used: rows of C beyond which no slot that counts has any
+
+    def clear(self, place_G, slot_B):
+        """Zeros where the last tenants' rows are: a weight of 0 hides a stale value, but not a NaN."""
+        for pool, at in zip(self.pools, (place_G, slot_B), strict=True):
+            pool[:, :, at] = 0
+        self.length_B[slot_B] = 0
+
+    def prefill(self, segments, place_N, row_N, layer, q_NHK, k_NJK, v_NJK):
+        """attend over packed prompts, keeping row n's key and value as row row_N[n] of place place_N[n]."""
+        self.prompt_k[layer][place_N, :, row_N] = k_NJK
+        self.prompt_v[layer][place_N, :, row_N] = v_NJK
+        return attend(q_NHK, k_NJK, v_NJK, segments)
 
     def decode(self, layer, q_BHK, k_BJK, v_BJK):
-        """One new row a sequence: its key and value take the next place, and it sees all that is real."""
-        rows_B = torch.arange(len(q_BHK), device=q_BHK.device)
-        if self.length_B.max() == self.k[layer].shape[2]:
-            self.k[layer], self.v[layer] = (F.pad(x, (0, 0, 0, 64)) for x in (self.k[layer], self.v[layer]))
-        self.k[layer][rows_B, :, self.length_B] = k_BJK
-        self.v[layer][rows_B, :, self.length_B] = v_BJK
-        seen_BS = torch.arange(self.k[layer].shape[2], device=q_BHK.device) <= self.length_B[:, None]
-        o = F.scaled_dot_product_attention(q_BHK[:, :, None], self.k[layer], self.v[layer],
-                                           attn_mask=seen_BS[:, None, None],
-                                           enable_gqa=q_BHK.shape[1] != k_BJK.shape[1])
-        return o.squeeze(2)
-
-    def repeat(self, n):
-        """Every sequence n times, neighbours first."""
-        self.k, self.v = ([x.repeat_interleave(n, 0) for x in xs] for xs in (self.k, self.v))
-        self.length_B = self.length_B.repeat_interleave(n)
+        """One new row a slot: its key and value take the next place, and it sees its prompt and all its own."""
+        slot_B = torch.arange(len(q_BHK), device=q_BHK.device)
+        self.k[layer][slot_B, :, self.length_B] = k_BJK
+        self.v[layer][slot_B, :, self.length_B] = v_BJK
+        return decode_attention(q_BHK, self.prompt_k[layer], self.prompt_v[layer], self.prompt_length_G,
+                                self.k[layer, :, :, :self.used], self.v[layer, :, :, :self.used], self.length_B + 1,
+                                self.impl)
 
 
-def _stopped(text, stop):
-    return any(string in text for string in stop)
+# ---- the device's side ----
+
+
+class Decoder:
+    """The state of `places` prompts and n completions of each, as tensors that keep their memory, and what moves it."""
+
+    def __init__(self, model, places, longest, n, *, max_new_tokens, temperature, banned, end_id, impl):
+        self.model, self.n, self.temperature, self.end_id = model, n, temperature, end_id
+        self.device, dtype, B = model.lm_head.weight.device, model.lm_head.weight.dtype, places * n
+        self.cache = Cache(model.config.text, places, longest, B, max_new_tokens, self.device, dtype, impl)
+        self.banned = torch.as_tensor(banned, dtype=torch.int64, device=self.device)
+        self.token_B, self.start_B = torch.zeros(2, B, dtype=torch.int64, device=self.device)  # last id; first position
+        self.uniform_BT = torch.zeros(B, self.cache.k.shape[3] + 1, dtype=torch.float64, device=self.device)
+        self.ids_SB = torch.zeros(SYNC, B, dtype=torch.int64, device=self.device)
+        self.logp_SB = torch.zeros(SYNC, B, device=self.device)
+        self.at_1 = torch.zeros(1, dtype=torch.int64, device=self.device)  # row of these that a step writes
+        self.captured = impl == "triton" and self.device.type == "cuda"
+        self.advance = capture(self.step) if self.captured else self.step
+
+    def fill(self, prompts, places, uniform_BT):
+        """Put prompts into places and draw the first token of their completions, whose uniforms are given in order.
+
+        Returns the logits after each prompt, (G, V), and ids and log-probs of the n G tokens."""
+        device, n = self.device, self.n
+        batch, lengths_G = pack(prompts).to(device), torch.tensor([len(prompt) for prompt in prompts], device=device)
+        place_G = torch.tensor(places, device=device)
+        slot_B = (n * place_G[:, None] + torch.arange(n, device=device)).flatten()
+        row_N = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
+        self.cache.clear(place_G, slot_B)
+        hidden_ND = self.model.model(self.model.embed(batch), batch.positions_3N, partial(
+            self.cache.prefill, batch.segments, place_G.repeat_interleave(lengths_G), row_N))
+        last_G = torch.tensor([end - 1 for _, end in batch.spans], device=device)
+        logits_GV = self.model.logits(hidden_ND[last_G])
+        self.cache.prompt_length_G[place_G] = lengths_G
+        self.start_B[slot_B] = (batch.positions_3N[:, last_G].amax(0) + 1).repeat_interleave(n)
+        self.uniform_BT[slot_B, :uniform_BT.shape[1]] = uniform_BT.to(device)
+        ids_B, logp_B = sample(logits_GV.repeat_interleave(n, 0), self.uniform_BT[slot_B, 0], self.temperature,
+                               self.banned)
+        self.token_B[slot_B] = ids_B
+        return logits_GV, ids_B.tolist(), logp_B.tolist()
+
+    def step(self):
+        """One token further in every slot. A slot whose token ends the turn, or fills the pool, starts over at row 0:
+        from then on nobody reads it, and its rows cost little."""
+        length_B = self.cache.length_B
+        hidden_BD = self.model.model(self.model.model.embed_tokens(self.token_B),
+                                     (self.start_B + length_B).expand(3, -1), self.cache.decode)
+        uniform_B = self.uniform_BT.gather(1, length_B[:, None] + 1).squeeze(1)
+        ids_B, logp_B = sample(self.model.logits(hidden_BD), uniform_B, self.temperature, self.banned)
+        self.ids_SB.index_copy_(0, self.at_1, ids_B[None])
+        self.logp_SB.index_copy_(0, self.at_1, logp_B[None])
+        self.at_1.add_(1)
+        self.token_B.copy_(ids_B)
+        self.cache.length_B.copy_(((length_B + 1) % self.cache.k.shape[3]).where(ids_B != self.end_id, 0))
+
+    def run(self, steps):
+        """`steps` <= SYNC steps: ids and log-probs of every slot, (steps, slots) as lists."""
+        self.at_1.zero_()
+        for _ in range(steps):
+            self.advance()
+        return self.ids_SB[:steps].tolist(), self.logp_SB[:steps].tolist()
+
+
+def capture(step):
+    """A CUDA graph of step(), as a function that replays it. It is run once before, on the empty state: kernels are
+    compiled then, and libraries take their work space."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+# ---- the host's side ----
+
+
+def _stopped(decode, ids, stop):
+    """Whether one of the strings ends with the last id: it lies in as many ids as it has bytes, for each has one."""
+    return any(string in decode(ids[-len(string.encode()):]) for string in stop)
 
 
 @torch.inference_mode()
-def prefill(model, prompts):
-    """Run Prompts in one pass: each one's last hidden state hidden_BD, that row's position_B, and the filled Cache."""
-    device = model.lm_head.weight.device
-    batch = pack(prompts).to(device)
-    cache = Cache(model.config.text.num_hidden_layers)
-    cache.segments = batch.segments
-    hidden_ND = model.model(model.embed(batch), batch.positions_3N, cache.prefill)
-    last_B = torch.tensor([end - 1 for _, end in batch.spans], device=device)
-    cache.length_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    return hidden_ND[last_B], batch.positions_3N[:, last_B].amax(0), cache
+def decode(model, processor, prompts, uniform_BT, *, n=1, max_new_tokens, temperature, banned, stop=(), slots=None,
+           impl="torch", on_token=None, on_prompts=None):
+    """n Completions of each Prompt, in order, in one list; arguments as generate, and
 
+        uniform_BT: (n prompts, max_new_tokens) fp64, the numbers that choose the tokens; None at temperature 0.
+        banned: ids that are never sampled, a list or an int64 tensor.
+        on_prompts: called as on_prompts(logits_GV) with the logits that follow the next G prompts.
+    """
+    rows, places = n * len(prompts), len(prompts) if slots is None else min(slots // n, len(prompts))
+    d = Decoder(model, places, max(map(len, prompts)), n, max_new_tokens=max_new_tokens, temperature=temperature,
+                banned=banned, end_id=processor.end_id, impl=impl)
+    if uniform_BT is None:
+        uniform_BT = torch.zeros(rows, max_new_tokens, dtype=torch.float64)
+    ids, logprobs, finished = [[] for _ in range(rows)], [[] for _ in range(rows)], [False] * rows
+    row_at = [None] * (places * n)  # which of the rows a slot's tokens belong to; None: to none any more
+    waiting = deque(range(len(prompts)))
 
-@torch.inference_mode()
-def decode(model, processor, hidden_BD, position_B, cache, draw, *, max_new_tokens, stop=(), on_token=None):
-    """The Completion of each of B sequences, from what prefill returned; draw(logits_BV, t) chooses their tokens
-    number t, as `sample` returns them."""
-    B = len(hidden_BD)
-    ids, logprobs, done = [[] for _ in range(B)], [[] for _ in range(B)], [False] * B
-    for t in range(max_new_tokens):
-        ids_B, logp_B = draw(model.logits(hidden_BD), t)
-        for b, (token, logp) in enumerate(zip(ids_B.tolist(), logp_B.tolist(), strict=True)):
-            if not done[b]:
-                if math.isnan(logp):
-                    raise ValueError("the model's logits are not finite: its weights are broken, or too large for "
-                                     f"{model.lm_head.weight.dtype}")
-                ids[b].append(token)
-                logprobs[b].append(logp)
-                if on_token is not None:
-                    on_token(b, tuple(ids[b]))
-                done[b] = token == processor.end_id or (bool(stop) and _stopped(processor.decode(ids[b]), stop))
-        if all(done) or t == max_new_tokens - 1:
+    def accept(slot, token, logp):
+        row = row_at[slot]
+        if row is None:
+            return
+        if math.isnan(logp):
+            raise ValueError("the model's logits are not finite: its weights are broken, or too large for "
+                             f"{model.lm_head.weight.dtype}")
+        ids[row].append(token)
+        logprobs[row].append(logp)
+        if on_token is not None:
+            on_token(row, tuple(ids[row]))
+        finished[row] = token == processor.end_id or _stopped(processor.decode, ids[row], stop)
+        if finished[row] or len(ids[row]) == max_new_tokens:
+            row_at[slot] = None
+
+    while True:
+        free = [g for g in range(places) if row_at[n * g:n * g + n] == [None] * n]
+        if free and waiting:
+            free, new = zip(*[(g, waiting.popleft()) for g in free[:len(waiting)]], strict=True)
+            of = [n * i + j for i in new for j in range(n)]
+            logits_GV, *drawn = d.fill([prompts[i] for i in new], free, uniform_BT[of])
+            if on_prompts is not None:
+                on_prompts(logits_GV)
+            at = [n * g + j for g in free for j in range(n)]
+            for slot, row in zip(at, of, strict=True):
+                row_at[slot] = row
+            for slot, token, logp in zip(at, *drawn, strict=True):
+                accept(slot, token, logp)
+        elif len(free) == places:
             break
-        position_B = position_B + 1
-        x_BD = model.model.embed_tokens(ids_B)
-        hidden_BD = model.model(x_BD, position_B.expand(3, -1), cache.decode)
-        cache.length_B = cache.length_B + 1
-    return [Completion(processor.decode(i), tuple(i), tuple(p), d) for i, p, d in zip(ids, logprobs, done, strict=True)]
+        else:
+            lengths = [len(ids[row]) for row in row_at if row is not None]
+            if not d.captured:
+                d.cache.used = max(lengths)
+            for drawn in zip(*d.run(min(SYNC, max_new_tokens - min(lengths)) if d.captured else 1), strict=True):
+                for slot, (token, logp) in enumerate(zip(*drawn, strict=True)):
+                    accept(slot, token, logp)
+    return [Completion(processor.decode(i), tuple(i), tuple(p), f)
+            for i, p, f in zip(ids, logprobs, finished, strict=True)]
 
 
-@torch.inference_mode()
 def generate(model, processor, conversations, *, n=1, max_new_tokens, temperature, seed, stop=(), step=0, keys=None,
-             on_token=None):
+             on_token=None, slots=None, impl="torch"):
     """n continuations of each conversation.
 
     Args:
-        conversations: as Processor takes them; all are decoded together.
+        conversations: as Processor takes them, or Prompts that it made of them.
         temperature: 0 = greedy. stop: strings that end a completion (they stay in it).
         seed, step, keys: what the randomness depends on, beside the sample's number and the position; a key defaults to
             a digest of the prompt's ids and media.
         on_token: called as on_token(row, ids so far) after every new token; row = n * conversation + sample.
+        slots: how many completions are decoded at once, at least n; None = all. Memory: pool_bytes.
+        impl: "triton" | "torch", of the decoding attention; on a GPU "triton" also captures the step as a CUDA graph,
+            which runs no hooks of the model's modules.
     Returns:
         A list of n Completions for each conversation.
     Raises:
         ValueError: a conversation that the processor refuses, max_new_tokens < 1 or past the model's limit, a negative
-            temperature, an empty stop string, or logits that are not finite.
+            temperature, an empty stop string, fewer slots than n, or logits that are not finite.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -153,20 +291,14 @@ def generate(model, processor, conversations, *, n=1, max_new_tokens, temperatur
         raise ValueError(f"temperature must be 0 (greedy) or above, got {temperature}")
     if "" in stop:
         raise ValueError("a stop string must not be empty")
-    prompts = [processor(conversation) for conversation in conversations]
+    if slots is not None and slots < n:
+        raise ValueError(f"slots {slots} cannot hold the n = {n} completions of a prompt")
+    prompts = [c if isinstance(c, Prompt) else processor(c) for c in conversations]
     if (longest := max(map(len, prompts)) + max_new_tokens) > processor.max_positions:
         raise ValueError(f"prompt and max_new_tokens make {longest} tokens, over the model's limit of "
                          f"{processor.max_positions}")
     keys = [prompt_key(prompt) for prompt in prompts] if keys is None else keys
-    hidden_BD, position_B, cache = prefill(model, prompts)
-    cache.repeat(n)
-    banned = torch.tensor(processor.banned, device=hidden_BD.device)
-
-    def draw(logits_BV, t):
-        u_B = torch.tensor([uniform(seed, step, keys[b // n], b % n, t) for b in range(len(logits_BV))],
-                           dtype=torch.float64)
-        return sample(logits_BV, u_B.to(logits_BV.device), temperature, banned)
-
-    flat = decode(model, processor, hidden_BD.repeat_interleave(n, 0), position_B.repeat_interleave(n), cache, draw,
-                  max_new_tokens=max_new_tokens, stop=stop, on_token=on_token)
-    return [flat[i * n:(i + 1) * n] for i in range(len(prompts))]
+    uniform_BT = torch.stack([uniforms(seed, step, key, i, max_new_tokens) for key in keys for i in range(n)])
+    flat = decode(model, processor, prompts, uniform_BT, n=n, max_new_tokens=max_new_tokens, temperature=temperature,
+                  banned=processor.banned, stop=stop, slots=slots, impl=impl, on_token=on_token)
+    return [flat[n * i:n * i + n] for i in range(len(prompts))]

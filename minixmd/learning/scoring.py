@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 import triton
@@ -16,7 +17,7 @@ from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import build_conversation
 from minixmd.inputs.media import MediaError
 from minixmd.learning.answers import extract
-from minixmd.learning.rollout import decode, prefill, sample
+from minixmd.learning.rollout import decode
 
 SHARD = 512  # examples; a killed stage redoes at most one shard
 
@@ -122,19 +123,8 @@ def score_letters(model, processor, stage, examples, batch_tokens=8192, top_k=0,
             else:
                 yield example, prompt
 
-    def greedy(logits_BV, t):
-        return sample(logits_BV, None, 0, banned.to(device))
-
-    for run in _batches(prompts(), batch_tokens):
-        asked = [prompt for _, prompt in run]
-        if max_new_tokens:
-            start = prefill(model, asked)
-            hidden_BD = start[0]
-        else:  # the same rows, and no keys and values kept
-            batch = pack(asked).to(device)
-            hidden_BD = model(batch)[torch.tensor([end - 1 for _, end in batch.spans], device=device)]
-        logits_BV = model.logits(hidden_BD).cpu()
-        for (example, _), logits_V in zip(run, logits_BV, strict=True):
+    def read_letters(run, logits_BV):
+        for (example, _), logits_V in zip(run, logits_BV.cpu(), strict=True):
             letters = logits_V[processor.letter_ids(len(example.options))]
             if not letters.isfinite().all():
                 raise ValueError(f"{stage.name}: the logits of example {example.id!r} are not finite: the weights of "
@@ -149,12 +139,20 @@ def score_letters(model, processor, stage, examples, batch_tokens=8192, top_k=0,
                     "ids": top.indices.tolist(), "logits": [round(x, 4) for x in top.values.tolist()],
                     "temperature": temperature,
                     "logsumexp": round((logits_V / temperature).logsumexp(0).item(), 5)}
-        if max_new_tokens:
-            said = decode(model, processor, *start, greedy, max_new_tokens=max_new_tokens)
-            for (example, _), completion in zip(run, said, strict=True):
-                record, (index, how) = records[example.id], extract(completion.text, example.options)
-                record.update(by_letters=record["answer"], answer=index, how=how, text=completion.text,
-                              option=None if index is None else example.options[index], finished=completion.finished)
+
+    for run in _batches(prompts(), batch_tokens):
+        asked = [prompt for _, prompt in run]
+        if not max_new_tokens:
+            batch = pack(asked).to(device)
+            last_B = torch.tensor([end - 1 for _, end in batch.spans], device=device)
+            read_letters(run, model.logits(model(batch)[last_B]))
+            continue
+        said = decode(model, processor, asked, None, max_new_tokens=max_new_tokens, temperature=0, banned=banned,
+                      impl=impl_of(stage), on_prompts=partial(read_letters, run))
+        for (example, _), completion in zip(run, said, strict=True):
+            record, (index, how) = records[example.id], extract(completion.text, example.options)
+            record.update(by_letters=record["answer"], answer=index, how=how, text=completion.text,
+                          option=None if index is None else example.options[index], finished=completion.finished)
     return [records[example.id] for example in examples]
 
 

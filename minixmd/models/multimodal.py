@@ -1,4 +1,5 @@
 """MultimodalLM: towers whose features take the place of their placeholders, a Qwen2 decoder, and an LM head."""
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -75,13 +76,23 @@ class MultimodalLM(nn.Module):
         return x_ND
 
     def encode(self, kind, media):
-        """A tower's output in the decoder's width, one row a placeholder."""
+        """A tower's output in the decoder's width, one row a placeholder. Of kind "encoded" it has been made."""
+        if kind == "encoded":
+            return torch.cat([m.features for m in media])
         if kind == "audio" and self.config.audio is not None:
             features = self.audio_tower(media)
             return features if self.multi_modal_projector is None else self.multi_modal_projector(features)
         if kind == "video" and self.config.vision is not None:
             return self.visual(media)
         raise ValueError(f"a {self.config.family.model_type} model cannot take {kind}")
+
+    @torch.no_grad()
+    def encode_ahead(self, prompt):
+        """The Prompt with its clips' features for the clips: whoever passes it often, with towers that do not train,
+        encodes them once."""
+        device = self.lm_head.weight.device
+        media = (replace(m, features=self.encode(m.kind, [m.to(device)]), kind="encoded") for m in prompt.media)
+        return replace(prompt, media=tuple(media))
 
     def forward(self, batch):
         """Batch to hidden states (N, D) in packed order, in the storage dtype."""
