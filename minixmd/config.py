@@ -115,7 +115,9 @@ class Switch:
 USED_BY = {  # Train's fields that other objectives do not read
     **dict.fromkeys(("student_labels", "switch", "gate", "teacher_loss"), ("distill",)),
     **dict.fromkeys(("teacher_labels", "temperature"), ("distill", "grpo")),
-    **dict.fromkeys(("group_size", "max_new_tokens", "beta", "kl", "clip_low", "clip_high", "ratio", "aggregation",
+    "traces": ("sft",),
+    "max_new_tokens": ("sft", "grpo"),
+    **dict.fromkeys(("group_size", "beta", "kl", "clip_low", "clip_high", "ratio", "aggregation",
                      "scale_rewards", "truncated", "zero_variance", "num_iterations", "completions_every"), ("grpo",)),
 }
 
@@ -132,12 +134,14 @@ class Train:
     manifest: str  # JSONL file
     val_manifest: str | None = None  # JSONL file; None = no validation
     media: str = "audio"  # "audio" | "video" | "both", one after the other | "sounded", a video with its track (Omni)
-    prompt: str | None = None  # over {question} {options} {first} {last}; None = PROMPT, in "grpo" THINK_PROMPT
+    prompt: str | None = None  # as in Evaluate; None = PROMPT, or THINK_PROMPT in "grpo" and with traces
     # video
     fps: float = 1.0  # frames a second
     min_pixels: int = 100_352  # pixels a frame
     max_pixels: int = 262_144  # pixels a frame
     nframes: int | None = None  # frames a clip; None = by fps
+    # SFT
+    traces: str | None = None  # JSONL of {"id", "text"}: what "sft" learns to write of a clip; None = the right letter
     # distillation
     teacher_labels: str | None = None  # "@label"; needed by "distill"; what "grpo" rewards, None = the manifest's
     student_labels: str | None = None  # the student's own letters, "@label"; None = no anti-forgetting
@@ -147,7 +151,7 @@ class Train:
     temperature: float | None = None  # of this KL, None = 2; of the sampling in "grpo", None = 1
     # GRPO, with the defaults of SightSound-R1
     group_size: int = 8  # completions of each prompt
-    max_new_tokens: int = 512  # tokens of a completion, the end of turn included
+    max_new_tokens: int = 512  # tokens of a completion, the end of turn included; with traces, of validation's
     beta: float = 0.04  # weight of the KL to the policy that training starts from; 0 = off
     kl: str = "k3"  # its estimator: "k3" | "k1"
     clip_low: float = 0.2  # the ratio's lower bound is 1 - clip_low
@@ -192,7 +196,8 @@ class Train:
             if self.objective not in objectives and value != unused:
                 raise ConfigError(f"config: objective {self.objective!r} does not use {name}, got {value!r}")
         if self.prompt is None:  # frozen: set only here, while it is being made
-            object.__setattr__(self, "prompt", THINK_PROMPT if self.objective == "grpo" else PROMPT)
+            written = self.objective == "grpo" or self.traces is not None
+            object.__setattr__(self, "prompt", THINK_PROMPT if written else PROMPT)
         if self.temperature is None:
             object.__setattr__(self, "temperature", {"distill": 2.0, "grpo": 1.0}.get(self.objective))
         _check_asking(self)
@@ -214,6 +219,9 @@ class Train:
             raise ConfigError(f"config: betas must be >= 0 and < 1, got {self.betas}")
         if self.objective == "distill" and self.teacher_labels is None and self.gate != "never":
             raise ConfigError("config: objective 'distill' needs teacher_labels, got None")
+        if self.objective == "sft" and self.traces is None and self.max_new_tokens != 512:
+            raise ConfigError(f"config: objective 'sft' without traces does not use max_new_tokens, got "
+                              f"{self.max_new_tokens}")
         if (self.gate in ("learned", "oracle")) != (self.switch is not None):
             raise ConfigError(f"config: gate {self.gate!r} with switch {self.switch!r}: 'learned' and 'oracle' need a "
                               "switch, 'always' and 'never' none")

@@ -16,6 +16,7 @@ INPUTS = {  # the fields that name a file or folder, and the kind of stage that 
     "student": "evaluate",
     "train_manifest": None,
     "weights": None,
+    "traces": None,
     "teacher_labels": "label",
     "student_labels": "label",
     "switch": "switch",

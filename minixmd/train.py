@@ -45,20 +45,22 @@ from minixmd.stages import evaluate, label, report, switch, toy
 
 
 def sources(stage, examples):
-    """Which answer each training example learns: the manifest's own (SFT), or the teacher's or the student's (distill).
-    In GRPO no answer is given: the example's answer, its own or the teacher's, is what is rewarded.
+    """Which answer each training example learns: the manifest's own or every trace of it (SFT), the teacher's or the
+    student's (distill). In GRPO none is given: the example's, from the manifest or the teacher, is what is rewarded.
 
     In distillation the gate decides a clip: closed (p_teacher >= 0.5), the teacher's letter or its stored logits are
     the target; open, the student's own earlier letter is, which keeps what it knew (the anti-forgetting loss). Without
     the student's letters an open clip is left out. The manifest's answers are not read.
 
     Returns:
-        ([(example, answer index or None, the teacher's best ids or None)], {reason: count} of what stands where and
-        what was left out).
+        ([(example, answer: an index, a text or None, the teacher's best ids or None)], {reason: count} of what stands
+        where and what was left out).
     Raises:
-        ValueError: an example without the answer that is to be learnt, labels of other clips or without stored logits,
-            or nothing left to learn.
+        ValueError: an example without the answer that is to be learnt, labels or traces of other clips, labels without
+            stored logits, or nothing left to learn.
     """
+    if stage.traces is not None:
+        return traced(stage, examples)
     given = stage.objective != "grpo"
     if stage.objective == "sft" or not given and stage.teacher_labels is None:
         if missing := next((e for e in examples if e.answer is None), None):
@@ -94,6 +96,21 @@ def sources(stage, examples):
     if not chosen:
         raise ValueError(f"{stage.name}: no clip is left to learn from ({dict(counts)})")
     return chosen, dict(counts)
+
+
+def traced(stage, examples):
+    """As sources, for traces: an example of n traces stands n times, in their order, one without is left out."""
+    by_id, chosen = {e.id: e for e in examples}, []
+    for number, record in enumerate(read_records(Path(stage.traces)), 1):
+        if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("id", "text")):
+            raise ValueError(f"{stage.traces}: trace {number} needs an 'id' and a 'text', both strings")
+        if record["id"] not in by_id:
+            raise ValueError(f"{stage.traces}: trace {number} is of {record['id']!r}, which is not in {stage.manifest}")
+        chosen.append((by_id[record["id"]], record["text"], None))
+    if not chosen:
+        raise ValueError(f"{stage.name}: {stage.traces} holds no trace")
+    without = len(examples) - len({e.id for e, *_ in chosen})
+    return chosen, {"traces": len(chosen), **({"left out: no trace": without} if without else {})}
 
 
 def _by_id(path):
@@ -447,9 +464,9 @@ def train(stage, folder, log):
 
 
 def validate(run, stage, processor, validation, folder, log):
-    """Accuracy on the validation manifest, by letters or, in GRPO, by greedily written answers; the best weights so far
-    (the earliest, in a tie) are kept aside."""
-    written = stage.max_new_tokens if stage.objective == "grpo" else 0
+    """Accuracy on the validation manifest, by letters or, in GRPO and with traces, by greedily written answers; the
+    best weights so far (the earliest, in a tie) are kept aside."""
+    written = stage.max_new_tokens if stage.objective == "grpo" or stage.traces else 0
     records = score_letters(run.model, processor, stage, validation, max_new_tokens=written)
     bad = count_bad(records, stage)
     if written:  # not the letters' logits and not what the words are like, but the answer that is rewarded

@@ -44,6 +44,14 @@ def test_more_than_one_letter_is_no_letter():
     assert extract("A or B: toilet flushing", OPTIONS) == (9, "option")
 
 
+def test_the_only_answer_tag_is_read_alone():
+    assert extract("<think>It is B. dog, not A.</think>\n<answer>C</answer>", OPTIONS) == (2, "letter")
+    assert extract("<think>dog</think><answer>toilet\nflushing</answer> B.", OPTIONS) == (9, "option")
+    assert extract("<answer></answer> B.", OPTIONS) == (None, "none")
+    assert extract("<answer>C</answer><answer>C</answer>", OPTIONS) == (2, "letter")  # the whole text, which says C
+    assert extract("<answer>B", OPTIONS) == (1, "letter")
+
+
 def test_a_letter_that_no_option_has_is_none():
     assert extract("K", OPTIONS) == extract("E.", OPTIONS[:4]) == extract("Z. fox", OPTIONS) == (None, "none")
     assert extract("J", OPTIONS) == (9, "letter") and extract("J", OPTIONS[:9]) == (None, "none")

@@ -159,6 +159,8 @@ def test_a_value_out_of_range_is_refused(given, said):
     (dict(teacher_loss="kl"), "objective 'sft' does not use teacher_loss, got 'kl'"),
     (dict(temperature=2.0), "objective 'sft' does not use temperature, got 2.0"),
     (dict(group_size=4), "objective 'sft' does not use group_size, got 4"),
+    (dict(max_new_tokens=64), "objective 'sft' without traces does not use max_new_tokens, got 64"),
+    ({**DISTILL, "traces": "t.jsonl"}, "objective 'distill' does not use traces, got 't.jsonl'"),
     ({**DISTILL, "beta": 0.0}, "objective 'distill' does not use beta, got 0.0"),
     ({**DISTILL, "truncated": "mask"}, "objective 'distill' does not use truncated, got 'mask'"),
     ({**GRPO, "student_labels": "@s"}, "objective 'grpo' does not use student_labels, got '@s'"),

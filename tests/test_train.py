@@ -22,6 +22,7 @@ from minixmd.files import UMASK
 from minixmd.inputs.examples import Example, read_manifest
 from minixmd.kernels import logprob
 from minixmd.learning.optim import adamw, optimizer_tensors, restore_optimizer
+from minixmd.learning.scoring import ask
 from minixmd.train import main, order, sources
 
 FRAMES = "min_pixels=3136, max_pixels=3136"
@@ -161,6 +162,34 @@ def test_a_closed_switch_takes_the_teachers_letter_an_open_one_the_students(tmp_
         {"a": 0}, {"teacher": 1, "left out: switch open": 2, "left out: missing": 1})  # fmt: skip
     assert learnt(gate="learned", switch=switch, student_labels=student) == (
         {"a": 0, "b": 1, "c": 1}, {"teacher": 1, "student": 2, "left out: missing": 1})  # fmt: skip
+
+
+def test_sft_learns_every_trace_of_a_clip_and_leaves_out_clips_without_one(tmp_path):
+    examples = [Example(id=i, audio=None, video=None, question="?", options=CLASSES) for i in "abc"]
+    path = tmp_path / "traces.jsonl"
+
+    def learnt(*records):
+        path.write_text("".join(json.dumps(r) + "\n" for r in records))
+        chosen, counts = sources(Train(name="s", objective="sft", model="m", manifest="m", traces=str(path)), examples)
+        return [(e.id, text) for e, text, _ in chosen], counts
+
+    told = [dict(id="c", text="<think>x</think><answer>A</answer>", score=1.5), dict(id="a", text="B"),
+            dict(id="c", text="C")]  # fmt: skip
+    assert learnt(*told) == ([(r["id"], r["text"]) for r in told], {"traces": 3, "left out: no trace": 1})
+    for wrong, message in (([dict(id="z", text="B")], "trace 1 is of 'z', which is not in m"),
+                           ([told[0], dict(id="a", text=None)], "trace 2 needs an 'id' and a 'text', both strings"),
+                           ([told[0], "B"], "trace 2 needs an 'id' and a 'text', both strings"),
+                           ([], "s: .*traces.jsonl holds no trace")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            learnt(*wrong)
+
+
+def test_what_a_trace_says_is_the_turn_that_is_learnt(tmp_path):
+    stage = Train(name="s", objective="sft", model="m", manifest="m", traces="t", prompt="{options}")
+    example = Example(id="a", audio=str(tmp_path), video=None, question="?", options=CLASSES)
+    seen = []
+    ask(stage, lambda conversation: seen.append(conversation), example, "<think>hm</think>")
+    assert seen[0][1] == {"role": "assistant", "content": "<think>hm</think>"}
 
 
 def test_every_epoch_is_a_new_permutation_of_all_examples():

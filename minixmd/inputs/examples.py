@@ -82,7 +82,7 @@ def build_conversation(example, *, media, prompt, answer=None, video_options=Non
     Args:
         media: "audio", "video", "both" (video first), or "sounded": the video and its own sound track.
         prompt: format string over {question} {options} {first} {last}; options are lettered lines.
-        answer: index of the option that the assistant turn gives, or None for no such turn.
+        answer: what the assistant turn gives, the index of an option or a text; None for no such turn.
         video_options: the video part's fps, min_pixels, max_pixels, nframes.
     Raises:
         ValueError: the example lacks the medium.
@@ -101,5 +101,5 @@ def build_conversation(example, *, media, prompt, answer=None, video_options=Non
     text = prompt.format(question=example.question, options=options, first=letters[0], last=letters[-1])
     turns = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
     if answer is not None:
-        turns.append({"role": "assistant", "content": letters[answer]})
+        turns.append({"role": "assistant", "content": answer if isinstance(answer, str) else letters[answer]})
     return turns

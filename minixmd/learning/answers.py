@@ -1,4 +1,5 @@
-"""Which option a written answer means. The first of these that tells, and what none tells is no answer:
+"""Which option a written answer means: what stands in its only <answer>…</answer>, or all of it where there is none.
+The first of these that tells, and what none tells is no answer:
 
 letter   The text states one letter and no other, and an option has it. A letter is stated by a capital that stands
          alone where neither an article ("A dog") nor a pronoun ("I hear") can stand: at the end of a line, before
@@ -20,16 +21,20 @@ CUTOFF = 0.7  # at difflib's own 0.6, one refusal to answer in nine is "like" on
 STATED = re.compile(
     r"""(?<![\w./-])(?!I,)[A-Z](?=\s*$|[.:;,!?)\]}"'”’*]+(?:\s|$)|</|\s?[-–—]\s|\s+(?:and|or|is|because|since)\b)""",
     re.MULTILINE)  # fmt: skip
+INSIDE = r"(?:(?!</?(?:think|answer)>).)*"  # text without any of the four tags
+ANSWER = re.compile(rf"<answer>({INSIDE})</answer>", re.DOTALL)
 FIRST = re.compile(r"\A\W*[a-z](?=[.:)\]]|\W*$)")
 
 
 def extract(text, options):
     """(index of the option that `text` means or None, one of WAYS)."""
+    found = ANSWER.findall(text)
+    text = found[0] if len(found) == 1 else text
     text = FIRST.sub(lambda found: found[0].upper(), unicodedata.normalize("NFKC", text))
     letters = set(STATED.findall(text))
     if len(letters) == 1 and (index := ord(letters.pop()) - ord("A")) < len(options):
         return index, "letter"
-    said, choices = _words(text), [_words(option) for option in options]
+    said, choices = words_of(text), [words_of(option) for option in options]
     named = [i for i, choice in enumerate(choices) if _holds(said, choice)]
     named = [i for i in named if not any(choices[j] != choices[i] and _holds(choices[j], choices[i]) for j in named)]
     if len(named) == 1:
@@ -41,7 +46,8 @@ def extract(text, options):
     return None, "none"
 
 
-def _words(text):
+def words_of(text):
+    """Runs of letters and digits, without case and apostrophes."""
     text = re.sub("['’]", "", unicodedata.normalize("NFKC", text))
     return re.findall(r"[^\W_]+", text.casefold())
 

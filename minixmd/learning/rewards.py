@@ -4,19 +4,17 @@ SightSound-R1 rewards a right answer with 1 and the right form with 1, each on i
 `<think>…</think><answer>…</answer>`, with newlines anywhere and nothing but white space around; no tag stands twice.
 """
 import re
-import unicodedata
 from dataclasses import dataclass
 from string import ascii_lowercase
 
 import torch
 
 from minixmd.inputs.batch import Group
+from minixmd.learning.answers import ANSWER, INSIDE, words_of
 from minixmd.learning.head import token_weights
 
 EPS = 1e-4  # keeps the advantage finite where all rewards are equal
-_INSIDE = r"(?:(?!</?(?:think|answer)>).)*"  # text without any of the four tags
-FORMAT = re.compile(rf"\s*<think>{_INSIDE}</think>\s*<answer>{_INSIDE}</answer>\s*", re.DOTALL)
-ANSWER = re.compile(rf"<answer>({_INSIDE})</answer>", re.DOTALL)
+FORMAT = re.compile(rf"\s*<think>{INSIDE}</think>\s*<answer>{INSIDE}</answer>\s*", re.DOTALL)
 
 
 def format_reward(completion, example):
@@ -42,17 +40,12 @@ def parse_answer(completion, options):
     found = ANSWER.findall(completion)
     if len(found) != 1 or completion.count("<answer>") != 1:
         return None
-    said, letters = _words(found[0]), list(ascii_lowercase[:len(options)])
+    said, letters = words_of(found[0]), list(ascii_lowercase[:len(options)])
     if len(said) == 1 and said[0] in letters:
         return letters.index(said[0])
-    choices = [(letter, _words(option)) for letter, option in zip(letters, options, strict=True)]
+    choices = [(letter, words_of(option)) for letter, option in zip(letters, options, strict=True)]
     meant = [i for i, (letter, words) in enumerate(choices) if words and said in (words, [letter, *words])]
     return meant[0] if len(meant) == 1 else None
-
-
-def _words(text):
-    text = re.sub("['’]", "", unicodedata.normalize("NFKC", text))
-    return re.findall(r"[^\W_]+", text.casefold())
 
 
 def advantages(reward_G, scale):
