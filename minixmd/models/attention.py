@@ -15,18 +15,21 @@ def attend(q_NHK, k_NJK, v_NJK, segments, causal=True):
     Returns:
         (N, H, K), of q's dtype.
     """
+    runs = [list(run) for _, run in groupby(segments, key=lambda s: (s.length, s.parent))]  # go through one call each
+    rows = [run[0].length * len(run) for run in runs]
+    at = {segment.start: (i, j) for i, run in enumerate(runs) for j, segment in enumerate(run)}
+    # split once: a slice's derivative would fill N rows with zeros for each of the segments
+    q_R, k_R, v_R = ([part.unflatten(0, (len(run), -1)).transpose(1, 2)  # B h T K
+                      for part, run in zip(x.split(rows), runs, strict=True)] for x in (q_NHK, k_NJK, v_NJK))
     out = []
-    for (length, parent), run in groupby(segments, key=lambda s: (s.length, s.parent)):
-        run = list(run)  # neighbours of equal length and parent go through one call
-        start, end, B = run[0].start, run[-1].start + length, len(run)
-        q, k, v = (x[start:end].unflatten(0, (B, length)).transpose(1, 2) for x in (q_NHK, k_NJK, v_NJK))  # B h T K
+    for run, q, k, v in zip(runs, q_R, k_R, v_R, strict=True):
         mask_TS = None
-        if parent >= 0:
-            rows = slice(segments[parent].start, segments[parent].start + segments[parent].length)
-            k, v = (torch.cat([x[rows].transpose(0, 1).expand(B, -1, -1, -1), own], dim=2)
-                    for x, own in ((k_NJK, k), (v_NJK, v)))
-            S = k.shape[2]
-            mask_TS = torch.ones(length, S, dtype=torch.bool, device=q.device).tril(S - length)
+        if run[0].parent >= 0:
+            i, j = at[segments[run[0].parent].start]
+            k, v = (torch.cat([x_R[i][j].expand(len(run), -1, -1, -1), own], dim=2)
+                    for x_R, own in ((k_R, k), (v_R, v)))
+            T, S = q.shape[2], k.shape[2]
+            mask_TS = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TS, is_causal=causal and mask_TS is None,
                                            enable_gqa=q.shape[1] != k.shape[1])
         out.append(o.transpose(1, 2).flatten(0, 1))
