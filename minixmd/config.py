@@ -18,6 +18,7 @@ class Toy:
 
     name: str = "toy"
     seed: int = 0  # drives the world, both models and their training
+    thinking: bool = False  # the models also learn to think in words before they answer
 
     def __post_init__(self):
         check_types(self)
@@ -229,6 +230,9 @@ class Train:
             raise ConfigError(f"config: gate 'always' does not use student_labels, got {self.student_labels!r}")
         if self.gate == "never" and self.student_labels is None:
             raise ConfigError("config: gate 'never' needs student_labels, got None")
+        for name, unused in (("teacher_labels", None), ("teacher_loss", "ce")):
+            if self.gate == "never" and getattr(self, name) != unused:
+                raise ConfigError(f"config: gate 'never' does not use {name}, got {getattr(self, name)!r}")
         if self.beta == 0 and self.kl != "k3":
             raise ConfigError(f"config: beta 0.0 does not use kl, got {self.kl!r}")
         if self.trainable != "lora" and self.dtype == "float16":  # gradients below 6e-8 would be 0

@@ -16,7 +16,7 @@ from minixmd.inputs.media import MediaError, read_audio, read_frames
 from minixmd.inputs.tokenizer import Processor
 from minixmd.models.weights import load_model, save_model
 from minixmd.stages import toy, world
-from minixmd.stages.toy_models import BASE, PROMPT, SPECIAL, make_model, write_processor
+from minixmd.stages.toy_models import BASE, SPECIAL, make_model, write_processor
 
 SMALL = {"base": 2, "train": 2, "analysis": 1, "test": 1, "unseen": 2}
 SEEN = [kind for kind in world.KINDS if kind.seen]
@@ -187,22 +187,26 @@ def test_names_and_letters_are_single_tokens(untrained):
     assert processor.decode(processor.encode(sentence)) == sentence
 
 
-def test_a_lesson_is_the_prompt_that_a_stage_asks(untrained, small):
+@pytest.mark.parametrize("form", [toy.DIRECT, toy.THINKING])
+def test_a_lesson_is_the_prompt_that_a_stage_asks(untrained, small, form):
     """Lessons are put together from pieces; token for token they must be what Evaluate and Train will show."""
     example = read_manifest(small / "base.jsonl")[0]
     for name, (_, processor) in untrained.items():
         media = toy.FAMILY[name][1]
-        options = dict(media=media, prompt=PROMPT, video_options=toy.PIXELS if media == "video" else None)
-        asked = processor(build_conversation(example, answer=example.answer, **options))
+        options = dict(media=media, prompt=form.prompt, video_options=toy.PIXELS if media == "video" else None)
+        answer = form.answer.format(name=example.label, letter="ABCDEFGHIJ"[example.answer])
+        asked = processor(build_conversation(example, answer=answer, **options))
         question = processor.encode(world.QUESTION + "\n")
         ids = asked.ids_N.tolist()
         at = next(i for i in range(len(ids)) if ids[i:i + len(question)] == question)
-        made, hints = toy.lesson(processor, ids[:at], asked.media, example.answer, example.options, "ABCDEFGHIJ")
+        made, hints, back = toy.lesson(processor, ids[:at], asked.media, example.answer, example.options, "ABCDEFGHIJ",
+                                       form)
         assert made.ids_N.tolist() == ids[:len(made)]
         assert torch.equal(made.positions_3N, asked.positions_3N[:, :len(made)])
         target = asked.ids_N[asked.target_N].tolist()
         assert made.ids_N[made.target_N].tolist() == target[:int(made.target_N.sum())]
         letter = processor.letter_ids(world.OPTIONS)[example.answer]
+        assert made.ids_N[-back] == letter
         assert [token == letter for _, token in hints] == [option == example.label for option in example.options]
         assert [processor.decode([ids[row]]).strip() for row, _ in hints] == list(example.options)
 

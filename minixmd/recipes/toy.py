@@ -24,9 +24,8 @@ stages = [
            train_manifest="@toy/train.jsonl", width=1 / 16, clip_s=1.0, epochs=6, lr=3e-3, augment="spec"),
     # the student learns from the teacher where the switch is closed, from itself where it is open
     Train(name="distilled", objective="distill", model="@toy/student", manifest="@toy/train.jsonl",
-          val_manifest="@toy/val.jsonl", teacher_labels="@teacher_labels", student_labels="@student_labels",
-          switch="@switch", gate="learned", trainable="full", lr=3e-4, epochs=6, batch_size=32, micro_batch_size=32,
-          eval_every=100, save_every=100, **EAR),
+          teacher_labels="@teacher_labels", student_labels="@student_labels", switch="@switch", gate="learned",
+          trainable="full", lr=3e-4, epochs=6, batch_size=32, micro_batch_size=32, **EAR),
     *(Evaluate(name=f"distilled_{split}", model="@distilled", manifest=f"@toy/{split}.jsonl", **EAR)
       for split in ("analysis", "test", "unseen")),
     Report(name="report", tables={

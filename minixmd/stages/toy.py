@@ -3,8 +3,11 @@
 From scratch a model cannot learn to answer by letter: nothing tells its decoder what the options are for. So the models
 grow up as real ones do. The decoder, which both share, first learns the question alone, on text in which a name stands
 where the clip will be. Then each tower learns to say, in the decoder's own embedding, what it hears or sees. Last,
-tower and decoder learn the question together. The two last steps use the base split only.
+tower and decoder learn the question together. Where they shall think, they then learn to answer in that form as well.
+All steps but the first use the base split only.
 """
+from dataclasses import dataclass
+from itertools import accumulate, cycle
 from string import ascii_uppercase
 
 import numpy as np
@@ -24,7 +27,16 @@ from minixmd.learning.optim import learning_rate
 from minixmd.models.lora import hash_seed
 from minixmd.models.weights import save_model
 from minixmd.stages.toy_models import make_model, write_processor
-from minixmd.stages.world import KINDS, OPTIONS, QUESTION, draw_options, make_world
+from minixmd.stages.world import KINDS, OPTIONS, QUESTION, THINK_PROMPT, draw_options, make_world
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a lesson asks, over {first} and {last} after the options, and answers, over {name} and then {letter}."""
+
+    prompt: str
+    answer: str
+
 
 FAMILY = {"student": ("qwen2_audio", "audio"), "teacher": ("qwen2_vl", "video")}
 PIXELS = dict(min_pixels=3_136, max_pixels=3_136)  # of a frame, which has 56 x 56
@@ -41,6 +53,8 @@ ASKING_BATCH, ASKING_MOST, ASKING_FADE = 24, 900, 150
 # the rate fades once the loss over 40 steps is below this on the classes that a model's sense tells apart; on the
 # others it goes on guessing for as long as it learns
 ASKING_PASSED = 0.15
+DIRECT = Form(PROMPT, "{letter}")
+THINKING = Form(THINK_PROMPT, "<think>I hear {name}.</think><answer>{letter}</answer>")
 TOLD_APART = {"student": ("both", "ear"), "teacher": ("both", "eye")}
 
 
@@ -54,7 +68,7 @@ def run(stage, folder, log):
         if not (folder / name / "config.json").exists():  # written last
             model, processor = new_model(folder / name, name, stage.seed)
             adopt(model, load_file(language))
-            teach_tower(model, processor, folder, name, stage.seed, log)
+            teach_tower(model, processor, folder, name, stage, log)
             save_model(model, processor.folder, folder / name)
 
 
@@ -80,7 +94,7 @@ def adopt(model, language):
 # ---- lessons: prompts made of pieces, so that a clip can be asked about with new options every time ----
 
 
-def lesson(processor, before_N, media, right, options, letters):
+def lesson(processor, before_N, media, right, options, letters, form):
     """A Prompt that ends with its answer, and a hint for the decoder.
 
     The hint: the row of every option's name predicts its letter if it is the right one, and what follows anyway if not.
@@ -88,33 +102,39 @@ def lesson(processor, before_N, media, right, options, letters):
 
     Args:
         before_N: ids up to the question. media: the clips in them. right: index into options. letters: of the options.
+        form: how it is asked and answered.
     Returns:
-        (Prompt, [(row, id to predict), ...]).
+        (Prompt, [(row, id to predict), ...], the letter's place among the answer's tokens, from the end).
     """
     ids, hints = [*before_N, *processor.encode(QUESTION + "\n")], []
     for i, (letter, name) in enumerate(zip(letters, options, strict=True)):
         line = processor.encode(f"{letter}. {name}\n")
         hints.append((len(ids) + 2, line[0] if i == right else line[3]))
         ids += line
-    _, _, after = PROMPT.partition("{options}\n")
+    _, _, after = form.prompt.partition("{options}\n")
     after = after.format(first="A", last=ascii_uppercase[OPTIONS - 1])
     ids += processor.encode(after + "<|im_end|>\n<|im_start|>assistant\n")
-    ids += [*processor.encode(letters[right]), processor.end_id]
-    target_N = torch.arange(len(ids)) >= len(ids) - 2
+    asked = len(ids)
+    before, _, after = form.answer.partition("{letter}")
+    after = [*processor.encode(after), processor.end_id]
+    ids += processor.encode(before.format(name=options[right]) + letters[right]) + after
     blocks = [(int(m.rows_P[0]), grid_offsets(m.grid_thw)) for m in media if m.grid_thw]
-    return Prompt(torch.tensor(ids), positions_of(len(ids), blocks), tuple(media), target_N), hints
+    prompt = Prompt(torch.tensor(ids), positions_of(len(ids), blocks), tuple(media), torch.arange(len(ids)) >= asked)
+    return prompt, hints, len(after) + 1
 
 
 def lesson_loss(model, lessons):
-    """(mean loss of a batch of lessons, answer and hints; the loss of each one's answer, floats)"""
-    batch = pack([prompt for prompt, _ in lessons])
-    hints = torch.tensor([(start + row, token) for (start, _), (_, pairs) in zip(batch.spans, lessons, strict=True)
+    """(mean loss of a batch of lessons, answer and hints; the loss of each one's letter, floats)"""
+    batch = pack([prompt for prompt, *_ in lessons])
+    hints = torch.tensor([(start + row, token) for (start, _), (_, pairs, _) in zip(batch.spans, lessons, strict=True)
                           for row, token in pairs])
+    ends = accumulate(int(prompt.target_N.sum()) for prompt, *_ in lessons)
+    letters = [end - back for end, (*_, back) in zip(ends, lessons, strict=True)]
     row_T = torch.cat([batch.target_row_T, hints[:, 0]])
     objective = CrossEntropy(torch.cat([batch.target_id_T, hints[:, 1]]),
                              torch.cat([batch.target_weight_T, torch.full((len(hints),), HINT)]), "torch")
     loss, columns = head_loss(model(batch), model.lm_head.weight, row_T, objective)
-    return loss / len(lessons), columns["nll"][:2 * len(lessons):2].tolist()  # a lesson's targets: letter, end
+    return loss / len(lessons), columns["nll"][letters].tolist()
 
 
 def descend(optimizer, loss, lr):
@@ -147,7 +167,7 @@ def teach_language(folder, seed, log):
                     right = int(rng.integers(count))
                     letters = [ascii_uppercase[j] for j in sorted(rng.choice(OPTIONS, count, replace=False))]
                     heard = processor.encode(" " + options[right]) * (12 if i % 2 else 6)
-                    lessons.append(lesson(processor, before + heard, (), right, options, letters))
+                    lessons.append(lesson(processor, before + heard, (), right, options, letters, DIRECT))
                 loss, answers = lesson_loss(model, lessons)
                 answer = np.mean(answers)
                 fade = 1 - i / most if fades else 1.0
@@ -167,8 +187,8 @@ def teach_language(folder, seed, log):
             for name, p in decoder_parameters(model).items()}
 
 
-def teach_tower(model, processor, folder, name, seed, log):
-    """Steps 2 and 3 of a model, on the base split."""
+def teach_tower(model, processor, folder, name, stage, log):
+    """Steps 2 to 4 of a model, on the base split."""
     media = FAMILY[name][1]
     examples = read_manifest(folder / "base.jsonl")
     shown = []  # (ids up to the question, the clip) of every example
@@ -177,9 +197,11 @@ def teach_tower(model, processor, folder, name, seed, log):
         prompt = processor(build_conversation(example, media=media, prompt=QUESTION,
                                               video_options=PIXELS if media == "video" else None))
         shown.append((prompt.ids_N[:-question].tolist(), prompt.media[0]))
-    rng = np.random.default_rng([seed, 2])
+    rng = np.random.default_rng([stage.seed, 2])
     teach_naming(model, processor, shown, examples, name, rng, log)
-    teach_asking(model, processor, shown, examples, name, rng, log)
+    teach_asking(model, processor, shown, examples, name, rng, log, (DIRECT,))
+    if stage.thinking:
+        teach_asking(model, processor, shown, examples, name, rng, log, (DIRECT, THINKING))
 
 
 def batches(count, size, rng):
@@ -215,28 +237,32 @@ def teach_naming(model, processor, shown, examples, name, rng, log):
     log({"part": name, "step": "naming", "loss": float(np.mean(losses[-20:]))})
 
 
-def teach_asking(model, processor, shown, examples, name, rng, log):
-    """Step 3: all of the model learns the question, with new options at every turn."""
+def teach_asking(model, processor, shown, examples, name, rng, log, forms):
+    """Steps 3 and 4: all of the model learns the question, with new options at every turn, in several forms by turns.
+    What is passed is the last form."""
     frequency = {label: 1 for label in sorted({example.label for example in examples})}
     trained = [p for n, p in model.named_parameters() if "embed_positions" not in n]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.05)
     losses, told, faded = [], [], 0
-    with tqdm(desc=f"toy: {name} answers", unit="step") as bar:
+    does = "thinks" if THINKING in forms else "answers"
+    with tqdm(desc=f"toy: {name} {does}", unit="step") as bar:
         for step, chosen in enumerate(batches(len(shown), ASKING_BATCH, rng)):
             lessons = []
-            for i in chosen:
+            for i, form in zip(chosen, cycle(forms), strict=False):
                 options, right = draw_options(examples[i].label, frequency, OPTIONS, rng)
-                lessons.append(lesson(processor, shown[i][0], [shown[i][1]], right, options, ascii_uppercase[:OPTIONS]))
+                lessons.append(lesson(processor, shown[i][0], [shown[i][1]], right, options, ascii_uppercase[:OPTIONS],
+                                      form))
             loss, answers = lesson_loss(model, lessons)
             descend(optimizer, loss, ASKING_LR * min(1.0, (step + 1) / 40) * (1 - faded / ASKING_FADE))
             losses.append(np.mean(answers))
-            told.append(np.mean([loss for i, loss in zip(chosen, answers, strict=True)
-                                 if examples[i].meta["group"] in TOLD_APART[name]]))
+            apart = [loss for i, loss, form in zip(chosen, answers, cycle(forms), strict=False)
+                     if form == forms[-1] and examples[i].meta["group"] in TOLD_APART[name]]
+            told += [np.mean(apart)] if apart else []
             bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
             bar.update()
             if faded or step + 1 >= ASKING_MOST or (step >= 40 and np.mean(told[-40:]) < ASKING_PASSED):
                 faded += 1
             if faded == ASKING_FADE:
                 break
-    log({"part": name, "step": "answering", "steps": step + 1, "loss": float(np.mean(losses[-20:])),
+    log({"part": name, "step": does, "steps": step + 1, "loss": float(np.mean(losses[-20:])),
          "told_apart": float(np.mean(told[-20:]))})
