@@ -46,6 +46,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu",), default="cpu", help="it measures on a CPU only")
     parser.add_argument("--out", type=Path, help="file to write the JSON to as well")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

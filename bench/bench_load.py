@@ -131,6 +131,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="loads of each side")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu",), default="cpu", help="it measures on a CPU only")
     parser.add_argument("--out", help="file to write the JSON to as well")
     parser.add_argument("--side", nargs=3, metavar=("SIDE", "DTYPE", "FOLDER"), help="(for its own processes)")
     args = parser.parse_args()

@@ -14,6 +14,7 @@ import torch
 from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.inputs.media import MediaError, read_audio, read_frames
 from minixmd.inputs.tokenizer import Processor
+from minixmd.learning.rewards import accuracy_reward, format_reward
 from minixmd.models.weights import load_model, save_model
 from minixmd.stages import toy, world
 from minixmd.stages.toy_models import BASE, SPECIAL, make_model, write_processor
@@ -209,6 +210,15 @@ def test_a_lesson_is_the_prompt_that_a_stage_asks(untrained, small, form):
         assert made.ids_N[-back] == letter
         assert [token == letter for _, token in hints] == [option == example.label for option in example.options]
         assert [processor.decode([ids[row]]).strip() for row, _ in hints] == list(example.options)
+
+
+def test_traces_have_the_form_and_the_right_answer_of_as_many_clips_of_each_class(small):
+    examples = read_manifest(small / "base.jsonl")
+    by_id, told = {e.id: e for e in examples}, [json.loads(line) for line in toy.traces(examples * 9).splitlines()]
+    assert Counter(by_id[one["id"]].label for one in told) == {e.label: toy.TRACED for e in examples}
+    for one in told:
+        e = by_id[one["id"]]
+        assert accuracy_reward(one["text"], e) == format_reward(one["text"], e) == 1 and e.label in one["text"]
 
 
 def test_two_families_share_one_language_model(untrained):

@@ -6,6 +6,8 @@ where the clip will be. Then each tower learns to say, in the decoder's own embe
 tower and decoder learn the question together. Where they shall think, they then learn to answer in that form as well.
 All steps but the first use the base split only.
 """
+import json
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate, cycle
 from string import ascii_uppercase
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from minixmd.config import PROMPT
-from minixmd.files import write_safetensors
+from minixmd.files import write_safetensors, write_text
 from minixmd.inputs.batch import Prompt, pack
 from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.inputs.positions import grid_offsets, positions_of
@@ -55,12 +57,16 @@ ASKING_BATCH, ASKING_MOST, ASKING_FADE = 24, 900, 150
 ASKING_PASSED = 0.15
 DIRECT = Form(PROMPT, "{letter}")
 THINKING = Form(THINK_PROMPT, "<think>I hear {name}.</think><answer>{letter}</answer>")
+TRACED = 10
 TOLD_APART = {"student": ("both", "ear"), "teacher": ("both", "eye")}
 
 
 def run(stage, folder, log):
-    """Writes <split>.jsonl and their clips, language.safetensors (the decoder that has read), student/ and teacher/."""
+    """Writes <split>.jsonl and their clips, language.safetensors (the decoder that has read), student/ and teacher/;
+    where they think, also traces.jsonl: what was heard, and the answer, of some train clips."""
     make_world(folder, stage.seed)
+    if stage.thinking:
+        write_text(folder / "traces.jsonl", traces(read_manifest(folder / "train_truth.jsonl")))
     language = folder / "language.safetensors"
     if not language.exists():
         write_safetensors(language, teach_language(folder, stage.seed, log))
@@ -70,6 +76,17 @@ def run(stage, folder, log):
             adopt(model, load_file(language))
             teach_tower(model, processor, folder, name, stage, log)
             save_model(model, processor.folder, folder / name)
+
+
+def traces(examples):
+    """JSON lines {"id", "text"} in the form THINKING, of the first TRACED clips of each class."""
+    lines, seen = [], Counter()
+    for e in examples:
+        seen[e.label] += 1
+        if seen[e.label] <= TRACED:
+            text = THINKING.answer.format(name=e.label, letter=ascii_uppercase[e.answer])
+            lines.append(json.dumps({"id": e.id, "text": text}) + "\n")
+    return "".join(lines)
 
 
 def new_model(folder, name, seed):
