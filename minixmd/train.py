@@ -56,9 +56,12 @@ def sources(stage, examples):
         ([(example, answer: an index, a text or None, the teacher's best ids or None)], {reason: count} of what stands
         where and what was left out).
     Raises:
-        ValueError: an example without the answer that is to be learnt, labels or traces of other clips, labels without
-            stored logits, or nothing left to learn.
+        ValueError: an example without the answer that is to be learnt or without what is shown, labels, decisions or
+            traces of other clips, labels without stored logits, or nothing left to learn.
     """
+    evaluate.check_media(stage.name, stage.manifest, examples, stage.media)
+    if stage.val_manifest is not None:
+        evaluate.check_media(stage.name, stage.val_manifest, read_manifest(stage.val_manifest), stage.media)
     if stage.traces is not None:
         return traced(stage, examples)
     given = stage.objective != "grpo"
@@ -73,10 +76,13 @@ def sources(stage, examples):
         raise ValueError(f"{stage.switch}: no clip has the {looked_up!r} that gate {stage.gate!r} goes by")
     chosen, counts = [], Counter()
     for e in examples:
-        to_teacher = switch.get(e.id, {}).get(looked_up, 0.0) >= 0.5 if looked_up else stage.gate == "always"
-        if to_teacher and e.id not in teacher:
-            raise ValueError(f"{stage.teacher_labels}: no label for example {e.id!r} of {stage.manifest}")
-        record = teacher[e.id] if to_teacher else student.get(e.id, {"bad": "switch open"})
+        if looked_up and e.id not in switch:
+            raise ValueError(f"{stage.switch}: no decision on example {e.id!r} of {stage.manifest}")
+        to_teacher = switch[e.id].get(looked_up, 0.0) >= 0.5 if looked_up else stage.gate == "always"
+        path, labels = (stage.teacher_labels, teacher) if to_teacher else (stage.student_labels, student)
+        if path and e.id not in labels:
+            raise ValueError(f"{path}: no label for example {e.id!r} of {stage.manifest}")
+        record = labels[e.id] if path else {"bad": "switch open"}
         source = "teacher" if to_teacher else "student"
         if "bad" in record:
             counts[f"left out: {record['bad']}"] += 1

@@ -170,6 +170,9 @@ def test_a_value_out_of_range_is_refused(given, said):
     ({**GRPO, "batch_size": 6, "micro_batch_size": 4}, "batch_size 6 is not a multiple of micro_batch_size 4"),
     ({**DISTILL, "student_labels": "@s"}, "gate 'always' does not use student_labels, got '@s'"),
     ({**DISTILL, "gate": "never"}, "gate 'never' needs student_labels, got None"),
+    ({**DISTILL, "gate": "never", "student_labels": "@s"}, "gate 'never' does not use teacher_labels, got 't.jsonl'"),
+    ({**DISTILL, "gate": "never", "student_labels": "@s", "teacher_labels": None, "teacher_loss": "kl"},
+     "gate 'never' does not use teacher_loss, got 'kl'"),
     ({**DISTILL, "gate": "oracle"}, "gate 'oracle' with switch None: 'learned' and 'oracle' need a switch, 'always' "
                                     "and 'never' none"),
     ({**DISTILL, "switch": "@w"}, "gate 'always' with switch '@w': 'learned' and 'oracle' need a switch, 'always' "

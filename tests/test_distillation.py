@@ -137,12 +137,12 @@ def labels(path, **answers):
 
 @pytest.fixture
 def told(tmp_path):
-    """Three clips. The teacher says dog, dog, dog, the student cat, cat, cat."""
+    """Three clips. The teacher says dog, dog, dog, the student cat, cat, cat; both stored their logits, as in XMD."""
     top = {"ids": [1], "logits": [0.0], "logsumexp": 0.0, "temperature": 2.0}
     return dict(
         name="s", objective="distill", model="m", manifest="d",
         teacher_labels=labels(tmp_path / "t", **{name: {"option": "dog", "top": top} for name in "abc"}),
-        student_labels=labels(tmp_path / "s", **{name: {"option": "cat"} for name in "abc"}),
+        student_labels=labels(tmp_path / "s", **{name: {"option": "cat", "top": top} for name in "abc"}),
         switch=labels(tmp_path / "w", a={"p_teacher": 0.5, "oracle": 0.0}, b={"p_teacher": 0.4, "oracle": 1.0},
                       c={"bad": "no sound"}))
 
@@ -161,7 +161,8 @@ EXAMPLES = [Example(id=name, audio="x.wav", video=None, question="?", options=OP
 @pytest.mark.parametrize("teacher_loss", ["ce", "kl"])
 def test_a_gate_decides_who_is_followed(told, gate, left_out, expected, teacher_loss):
     given = {key: value for key, value in told.items() if key not in left_out}
-    chosen, counts = sources(Train(**given, gate=gate, teacher_loss=teacher_loss), EXAMPLES)
+    given |= dict(teacher_labels=None) if gate == "never" else dict(teacher_loss=teacher_loss)
+    chosen, counts = sources(Train(**given, gate=gate), EXAMPLES)
     assert " ".join(OPTIONS[answer] for _, answer, _ in chosen) == expected
     assert [top is not None for _, _, top in chosen] == [teacher_loss == "kl" and OPTIONS[answer] == "dog"
                                                          for _, answer, _ in chosen]

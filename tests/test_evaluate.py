@@ -290,9 +290,9 @@ def test_bad_clips_alone_leave_nothing_to_compare():
 
 
 @pytest.mark.parametrize("a, b, said", [
-    (answers(True, True, True), answers(True, True), "clip '2': only the first model was asked about it"),
-    (answers(True), answers(True, None, True), "clip '1': only the second model was asked about it"),
-    (answers(None, question="p"), answers(True, question="q"), "clip '0': the two models were asked different"),
+    (answers(True, True, True), answers(True, True), "clip '2': only the first of the two has it"),
+    (answers(True), answers(True, None, True), "clip '1': only the second of the two has it"),
+    (answers(None, question="p"), answers(True, question="q"), "clip '0': the two are different questions"),
     ([dict(id="x", answer=0)], [dict(id="x", answer=0)], "clip 'x': its record does not say what was asked"),
 ])
 def test_records_that_do_not_belong_together_are_refused(a, b, said):
@@ -319,5 +319,5 @@ def test_models_evaluated_on_different_questions_are_not_compared(world, tmp_pat
         found[name] = read_records(tmp_path / name / "answers.jsonl")
     assert compare(found["first"], found["again"])["count"] == 4
     for pair in (("first", "second"), ("second", "again")):
-        with pytest.raises(ValueError, match="clip '(clip2|other)': (the two models were asked different|only the fi)"):
+        with pytest.raises(ValueError, match="clip '(clip2|other)': (the two are different questions|only the fi)"):
             compare(*(found[name] for name in pair))

@@ -14,7 +14,7 @@ from minixmd.fields import ConfigError
 from minixmd.inputs.examples import read_manifest
 from minixmd.references import check_references, input_paths
 from minixmd.stages import report
-from minixmd.stages.evaluate import digest, letters_beside, tabulate, wilson
+from minixmd.stages.evaluate import digest, groups, letters_beside, tabulate, wilson
 from minixmd.stages.report_html import page, ticks
 from minixmd.train import main
 
@@ -159,8 +159,8 @@ def pct(share):
     return f"{100 * share:.1f}"
 
 
-def shown(part):
-    return f"{pct(part['accuracy'])} {pct(part['interval'][0])}–{pct(part['interval'][1])}"
+def shown(part, between=" "):
+    return f"{pct(part['accuracy'])}{between}{pct(part['interval'][0])}–{pct(part['interval'][1])}"
 
 
 def test_tables_alone_are_enough(world, tmp_path, capsys):
@@ -169,8 +169,8 @@ def test_tables_alone_are_enough(world, tmp_path, capsys):
     assert [tag for tag, _ in html.tags].count("section") == 1 and not html.svgs and found["paper"] is None
     out = capsys.readouterr().out
     cell = found["tables"]["teacher"]["test"]
-    assert f"| teacher           | {pct(cell['accuracy'])} ± " in out and out.count("| teacher ") == 1
-    assert (tmp_path / "report.md").read_text().split("\n\n")[1].strip() in out
+    assert f"| teacher           | {shown(cell, ' (')}) " in out and out.count("| teacher ") == 2  # all, and by group
+    assert "".join((tmp_path / "report.md").read_text().split("\n\n", 1)[1]).strip() in out and "±" not in out
     made(Report(tables={}), tmp_path)  # nothing to show is no error
 
 
@@ -195,17 +195,15 @@ def test_the_page_is_made_from_report_json_alone(whole):
 
 def test_every_cell_of_the_accuracies_is_that_of_report_json(whole):
     _, found, html = whole
-    groups = sorted(["plain", ODD])
-    rows = html.table(list(ROWS))
-    assert rows[0] == ["", "analysis  30 clips", "test  24 clips", "unseen  6 clips"]
-    heads = ["all", *groups]
-    assert rows[1] == ["accuracy, %", *heads, *heads, "by letters", "they differ", *heads]
-    for row, cells in zip(rows[2:], found["tables"].values(), strict=True):
+    rows, by_group = html.tables[:2]
+    assert rows[0] == by_group[0] == ["", "analysis  30 clips", "test  24 clips", "unseen  6 clips"]
+    assert rows[1] == ["accuracy, %", "all", "all", "by letters", "they differ", "all"]
+    assert by_group[1] == ["accuracy by group, %", *[ODD, "plain"] * 3]
+    for row, parts, cells in zip(rows[2:], by_group[2:], found["tables"].values(), strict=True):
         a, t, u = (cells[split] for split in ("analysis", "test", "unseen"))
         letters = [shown(t["letters"]), pct(t["disagreement"])] if "letters" in t else ["-", "-"]
-        assert row[1:] == [*map(shown, [a, *(a["groups"][g] for g in groups)]), shown(t),
-                           *(shown(t["groups"][g]) for g in groups), *letters, shown(u),
-                           *(shown(u["groups"][g]) for g in groups)]  # fmt: skip
+        assert row[1:] == [shown(a), shown(t), *letters, shown(u)]
+        assert parts[1:] == [shown(cell["groups"][group]) for cell in (a, t, u) for group in (ODD, "plain")]
     assert found["tables"]["student after"]["test"]["disagreement"] == 8 / 23  # where its words are wrong
 
 
@@ -224,13 +222,15 @@ def test_gains_are_paired_and_stand_in_the_page(whole):
 
 def test_groups_by_hand():
     lead = {"a": 0.5, "b": 0.1, "c": -0.2, "d": 0.0, "e": 0.3, "f": -0.2, "g": 0.1}
-    assert list(report.groups(lead).values()) == [["a", "e", "b"], ["c", "f"], ["d", "g"]]  # a third, rounded up
-    assert list(report.groups(lead, most=1).values()) == [["a"], ["c"], ["d"]]
+    assert list(groups(lead).values()) == [["a", "e", "b"], ["c", "f"], ["d", "g"]]  # a third, rounded up
+    assert list(groups(lead, most=1).values()) == [["a"], ["c"], ["d"]]
     many = {f"{i:03}": (i - 100) / 286 for i in range(286)}
-    ahead, behind, rest = report.groups(many).values()
+    ahead, behind, rest = groups(many).values()
     assert ahead == [f"{i}" for i in range(285, 275, -1)] and behind == [f"{i:03}" for i in range(10)]
     assert rest == ["100", "099", "101", "098", "102", "097", "103", "096", "104", "095"]
-    assert list(report.groups({"x": 0.0}).values()) == [[], [], ["x"]]
+    assert list(groups({"x": 0.0}).values()) == [[], [], ["x"]]
+    # all leads are large, and the third group is named for what it is
+    assert groups({"a": 0.9, "b": 0.8, "c": 0.4})["The smallest gaps among the others"] == ["c"]
 
 
 def test_classes_are_chosen_on_analysis_and_unseen_ones_on_themselves(whole):
@@ -287,16 +287,20 @@ def test_the_switch_is_tallied_against_the_true_class(world, whole, tmp_path):
                            "majority": 0.55, "confusion": [[1111, 4], [5, 6]]}}
     path = write_lines(tmp_path / "s/switch.jsonl", lines)
     stage = Report(tables=tables(world), switch=str(path))
-    assert made(stage, tmp_path / "r")[0]["switch"] == {"clips": 2, "to_teacher": 1, "tallies": {}}
+    assert made(stage, tmp_path / "r")[0]["switch"] == {"clips": 2, "to_teacher": 1, "tallies": {}, "words": {}}
     (path.parent / "results.json").write_text(json.dumps(left))
     found, html = made(stage, tmp_path / "r")
     assert found["switch"]["tallies"] == left and "77.5 % of 40" in "".join(html.text)
     assert "always the commoner one: 55.0 %" in "".join(html.text)
     assert html.tables[-1][1:] == [["the teacher is not better, by the class", "1,111", "4"],
                                    ["the teacher is better, by the class", "5", "6"]]
-    write_lines(path, [dict(line, oracle=0.0) for line in lines] + [dict(id="c", p_teacher=0.9, oracle=None)])
+    write_lines(path, [dict(line, oracle=0.0) for line in lines] + [dict(id="c", p_teacher=0.9)])
     tallies = made(stage, tmp_path / "r")[0]["switch"]["tallies"]
     assert tallies["validation"] == left["validation"] and tallies["training"]["confusion"] == [[1, 1], [0, 0]]
+    for records in ([dict(id="a", option="dog")], [dict(id="a", bad="empty")]):
+        write_lines(path, records)
+        with pytest.raises(ValueError, match="switch.jsonl: not the decisions of a Switch stage: no record has 'p_te"):
+            made(stage, tmp_path / "r")
 
 
 def test_curves_hold_the_logs_values(whole):
@@ -361,6 +365,19 @@ def test_media_are_in_the_page_up_to_the_cap_and_linked_beyond(world, whole, tmp
     assert "2 media files" in "".join(html.text) and "22 are linked where they lie" in "".join(html.text)
 
 
+def test_a_file_that_is_sound_and_picture_is_played_once_and_heard(tmp_path):
+    examples = manifest(tmp_path, "test", ["x", "y"], 1)
+    text = (tmp_path / "test.jsonl").read_text()
+    (tmp_path / "test.jsonl").write_text(text.replace("test 0#.wav", "test 0#.mp4"))
+    rows = {role: {"test": evaluated(tmp_path / role, examples, lambda i: False)} for role in report.ROLES}
+    stage = Report(tables=rows, roles=tuple(report.ROLES), gap="test", clips=f"{tmp_path}/test.jsonl")
+    found, html = made(stage, tmp_path / "r")
+    assert [[file["kind"] for file in clip["media"]] for clip in found["clips"]["kinds"][2]["clips"]] == [
+        ["both"], ["video", "audio"]]  # fmt: skip
+    players = [(tag, "muted" in attrs) for tag, attrs in html.tags if tag in ("audio", "video")]
+    assert players == [("video", False), ("video", True), ("audio", False)]
+
+
 def test_a_clip_that_is_gone_or_of_an_unknown_kind_does_not_stop_the_report(tmp_path):
     examples = manifest(tmp_path, "test", ["x", "x", "x", "x", "x", "y"], 1)
     rows = {role: {"test": evaluated(tmp_path / role, examples, lambda i, role=role: role == "teacher")}
@@ -390,7 +407,7 @@ def test_text_from_data_is_never_markup(world, whole, tmp_path):
     assert all(not name.startswith("on") for _, attrs in html.tags for name in attrs)
     assert f"classes of {column}" in [attrs.get("aria-label") for _, attrs in html.tags]
     for line in (folder / "report.md").read_text().split("\n"):  # a bar in a name does not end a cell
-        assert not line.startswith("|") or len(re.findall(r"(?<!\\)\|", line)) in (4, 6, 8, 13)
+        assert not line.startswith("|") or len(re.findall(r"(?<!\\)\|", line)) in (3, 4, 5, 6, 7, 8)
 
 
 def test_the_page_needs_no_script_and_nothing_from_elsewhere(whole):
@@ -407,25 +424,64 @@ def test_the_page_needs_no_script_and_nothing_from_elsewhere(whole):
 
 
 def test_the_papers_figures_stand_beside_rows_of_its_titles_only(world, whole, tmp_path):
-    _, found, html = whole
+    _, found, html = whole  # its ablation has a row of the paper's title, by models that are not the paper's
     text = "".join(html.text)
-    assert found["ablation"]["KL on teacher's logits"]["test"]["paper"] == 88.7 and "paper" not in str(found["tables"])
-    assert "In italics: the paper's figures" in text and "Nothing here was measured by this run." in text
-    paper = html.table(list(report.PAPERS["xmd"]["tables"]))
-    assert paper[1] == ["Qwen2-Audio-7B-Instruct", "71.9", "69.0", "60.0"]
-    assert paper[2] == ["Qwen2-Audio distilled from Qwen2-VL", "92.6", "89.4", "72.3"]
-    assert html.table(["Human eyes", "Qwen2-Audio", "Human ears"])[1:] == [
-        ["Qwen2.5-Omni", "94.4"], ["Human ears and eyes", "84.2"], ["Qwen2-VL", "83.9"], ["Human eyes", "74.1"],
-        ["Qwen2-Audio", "72.5"], ["Human ears", "71.9"]]
-    path = f"{world}/0_test/results.json"
-    found, html = made(Report(tables={"Qwen2-VL-7B-Instruct": {"test": path, "mine": path}, "Qwen2-VL": {"test": path}},
-                              published="xmd"), tmp_path)  # fmt: skip
+    assert "paper" not in str(found["tables"]) and "paper" not in str(found["ablation"])
+    assert "In italics" not in text and text.count("No row here is an experiment of the paper's") == 2
+    path = f"{world}/2_test/results.json"  # with letters of its own
+    rows = {"Qwen2-VL-7B-Instruct": {"test": path, "mine": path}, "Qwen2-VL": {"test": path}}
+    ours = {"KL on teacher's logits": {"test": path}, "mine": {"test": path}}
+    found, html = made(Report(tables=rows, ablation=ours, published="xmd"), tmp_path)
     cells = found["tables"]
     assert cells["Qwen2-VL-7B-Instruct"]["test"]["paper"] == 80.8
-    assert "paper" not in cells["Qwen2-VL-7B-Instruct"]["mine"]
-    assert "paper" not in cells["Qwen2-VL"]["test"] and html.tables[0][2][4] == "80.8" and html.tables[0][3][4] == "-"
-    _, html = made(Report(tables=tables(world), published="xmd"), tmp_path)
-    assert "No row of this run is one of the paper's" in "".join(html.text)
+    assert "paper" not in cells["Qwen2-VL-7B-Instruct"]["mine"] and "paper" not in cells["Qwen2-VL"]["test"]
+    assert [row[2] for row in html.tables[0][1:]] == ["paper", "80.8", "-"], "beside our own figure, before all else"
+    assert found["ablation"]["KL on teacher's logits"]["test"]["paper"] == 88.7
+    assert [row[2] for row in html.tables[2][1:]] == ["paper", "88.7", "-"]
+    assert "".join(html.text).count("In italics") == 2 and "No row here" not in "".join(html.text)
+    _, html = made(Report(tables=rows, ablation={"mine": {"test": path}}, published="xmd"), tmp_path)  # table by table
+    assert "".join(html.text).count("In italics") == "".join(html.text).count("No row here") == 1
+
+
+PAPER = """
+Qwen2-Audio-7B-Instruct 71.9 69.0 60.0
+Qwen2-Audio distilled from Qwen2-VL 92.6 89.4 72.3
+Qwen-Audio-Chat (7B) 63.2 60.4 -
+Kimi-Audio-7B-Instruct 70.6 66.7 -
+Qwen2-VL-7B-Instruct 88.5 80.8 -
+Qwen2-VL distilled from Qwen2-Audio 91.4 83.9 -
+Qwen2.5-VL-7B-Instruct 88.8 81.0 -
+VideoLLaMA 3 83.4 76.4 -
+Qwen2.5-Omni 92.6 89.7 -
+
+KL on teacher's logits 92.1 88.7
+KL on teacher's logits + labels 92.3 88.9
+Ground-truth labels (upper bound) 96.4 92.8
+Teacher's labels (default) 92.6 89.4
+Teacher's labels without anti-forgetting loss 92.5 89.1
+
+Qwen2.5-Omni 94.4
+Human ears and eyes 84.2
+Qwen2-VL 83.9
+Human eyes 74.1
+Qwen2-Audio 72.5
+Human ears 71.9
+"""  # typed from its Table 1 and section 5.2, Table 2, and the caption of Figure 1
+
+
+def test_every_figure_of_the_paper_is_the_papers(whole):
+    folder, found, html = whole
+    text, marked = "".join(html.text), (folder / "report.md").read_text()
+    for given, columns in zip(PAPER.strip().split("\n\n"), (3, 2, 1), strict=True):
+        rows = [line.rsplit(" ", columns) for line in given.split("\n")]
+        assert html.table([row[0] for row in rows])[1:] == rows
+        assert all(re.search(r"\| " + r" +\| ".join(map(re.escape, row)) + r" +\|", marked) for row in rows)
+    for said in ("equal in 1 and worse in 2 (in the paper, on VGGSound: better in 226 of 286)",
+                 "Right by the table of classes for 80.0 % of 10 (95 % interval 49.0–94.3); always the commoner one: "
+                 "70.0 %; the paper's, on VGGSound: 89.1 %.", "5 of 10 clips go to the teacher.",
+                 "Nothing here was measured by this run."):
+        assert said in text and said in marked
+    assert found["paper"]["switch"] == {"validation": 88.8, "training": 89.1}
 
 
 @pytest.mark.parametrize("given, said", [
@@ -481,7 +537,14 @@ def test_inputs_that_do_not_belong_together_are_named(world, tmp_path, capsys):
 
     roles, rows = dict(roles=tuple(ROWS)), tables(world)
     rows["teacher"] |= {"test": rows["teacher"]["unseen"]}
-    assert "'student after' and 'teacher' on 'test': clip 'test0': only the first" in said("a", tables=rows, **roles)
+    assert f"report: 'teacher' and {ODD!r} on 'test': clip 'unseen0': only the first" in said("a", tables=rows, **roles)
+    other = {"other": {"test": f"{world}/0_unseen/results.json"}}  # which no role reads, in either table
+    for name, fields in (("e", dict(tables=tables(world) | other)), ("f", dict(ablation=other))):
+        assert "report: 'teacher' and 'other' on 'test': clip 'test0': only the first of" in said(name, **fields)
+    examples = [replace(e, options=e.options[::-1]) for e in read_manifest(world / "test.jsonl")]
+    turned = {"turned": {"test": evaluated(tmp_path / "turned", examples, lambda i: True)}}
+    assert "'teacher' and 'turned' on 'test': clip 'test0': the two are different questions" in said(
+        "g", tables=tables(world) | turned)
     error = said("b", clips=f"{world}/unseen.jsonl", **roles)
     assert "unseen.jsonl: clip 'unseen0' was not asked so in column 'test'" in error
     other = tmp_path / "other.jsonl"

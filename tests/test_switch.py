@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,33 +21,45 @@ from safetensors.torch import load_file
 from minixmd.config import Switch
 from minixmd.configfile import load_config
 from minixmd.fields import ConfigError
+from minixmd.inputs.examples import read_manifest
 from minixmd.inputs.media import MediaError
 from minixmd.learning.checkpoint import log_line
 from minixmd.models.cnn14 import make_cnn14
 from minixmd.stages import switch
+from minixmd.stages.evaluate import digest
 
 TEACHER, STUDENT = {"dog": 0.9, "cat": 0.6, "owl": 0.5}, {"dog": 0.5, "cat": 0.6, "owl": 0.9}  # won, tied, lost
 
 
-def write_results(path, accuracies):
-    path.write_text(json.dumps({"classes": {name: {"accuracy": share} for name, share in accuracies.items()}}))
-    return str(path)
+def write_answers(folder, manifest, accuracies, bad=()):
+    """What Evaluate leaves of a model that is right on such shares of ten clips a class and could read none of the
+    classes `bad`. Returns the path of its results."""
+    seen, records = Counter(), []
+    for e in read_manifest(manifest):
+        answer = e.answer if seen[e.label] < 10 * accuracies[e.label] else (e.answer + 1) % 3
+        seen[e.label] += 1
+        records.append({"id": e.id, "question": digest(e)} | ({"bad": "missing"} if e.label in bad else
+                                                              {"answer": answer, "right": answer == e.answer}))
+    folder.mkdir()
+    (folder / "results.json").write_text("{}")
+    (folder / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(folder / "results.json")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """30 labelled clips of three classes told apart by pitch, 12 others without labels, and two models' results."""
+    """30 labelled clips of three classes told apart by pitch, 12 others without labels, and two models' answers."""
     folder = tmp_path_factory.mktemp("world")
     write_clips(folder / "analysis", 30)
     write_clips(folder / "blind", answers=False)
     write_clips(folder / "told")
-    write_results(folder / "teacher.json", TEACHER)
-    write_results(folder / "student.json", STUDENT)
+    for name, accuracies in (("teacher", TEACHER), ("student", STUDENT)):
+        write_answers(folder / name, folder / "analysis/manifest.jsonl", accuracies)
     return folder
 
 
 def fields(world, **more):
-    return {**dict(name="switch", teacher=f"{world}/teacher.json", student=f"{world}/student.json",
+    return {**dict(name="switch", teacher=f"{world}/teacher/results.json", student=f"{world}/student/results.json",
                    manifest=f"{world}/analysis/manifest.jsonl", train_manifest=f"{world}/blind/manifest.jsonl",
                    width=1 / 16, clip_s=0.5, epochs=10, batch_size=4, lr=1e-2, augment="off", device="cpu"), **more}
 
@@ -95,7 +109,7 @@ def test_it_learns_which_clips_are_the_teachers_and_decides_for_every_clip(learn
     assert [record["p_teacher"] >= 0.5 for record in records.values()] == [i % 3 == 0 for i in range(12)]  # "dog"
     results = json.loads((folder / "results.json").read_text())
     assert results == log[-1] and results["validation"]["accuracy"] == 1.0
-    assert (results["classes_won"], results["classes_tied"], results["classes_lost"]) == (1, 1, 1)
+    assert [results[f"classes_{what}"] for what in ("won", "tied", "lost", "left_out")] == [1, 1, 1, 0]
     assert (results["clips"], results["clips_to_teacher"], results["bad"]) == (12, 4, {})
     assert "training" not in results and "note" not in results
     curve = [line for line in log if "loss" in line]
@@ -104,14 +118,16 @@ def test_it_learns_which_clips_are_the_teachers_and_decides_for_every_clip(learn
 
 
 def test_a_tie_leaves_the_student_its_own_answer_in_both_directions(world):
-    there = switch.gains(SimpleNamespace(name="s", teacher=world / "teacher.json", student=world / "student.json"))
-    back = switch.gains(SimpleNamespace(name="s", teacher=world / "student.json", student=world / "teacher.json"))
-    assert {name for name, gain in there.items() if gain > 0} == {"dog"}
-    assert {name for name, gain in back.items() if gain > 0} == {"owl"}
+    stage, examples = Switch(**fields(world)), read_manifest(world / "analysis/manifest.jsonl")
+    there = switch.gains(stage, examples)
+    back = switch.gains(replace(stage, teacher=stage.student, student=stage.teacher), examples)
+    assert there == pytest.approx({"dog": 0.4, "cat": 0.0, "owl": -0.4})
+    assert back == pytest.approx({"dog": -0.4, "cat": 0.0, "owl": 0.4}) and there["cat"] == back["cat"] == 0
 
 
 def test_exchanged_results_teach_the_other_direction(world, tmp_path):
-    records, _ = run(world, tmp_path / "run", teacher=f"{world}/student.json", student=f"{world}/teacher.json")
+    records, _ = run(world, tmp_path / "run", teacher=f"{world}/student/results.json",
+                     student=f"{world}/teacher/results.json")
     assert [record["p_teacher"] >= 0.5 for record in records.values()] == [i % 3 == 2 for i in range(12)]  # "owl"
 
 
@@ -252,6 +268,19 @@ def test_bad_analysis_clips_are_left_out(world, tmp_path):
     assert log[0]["bad"] == 1 and log[0]["train_clips"] + log[0]["validation_clips"] == 29
 
 
+@pytest.mark.parametrize("bad", [("cat", ""), ("", "cat"), ("cat", "cat")])
+def test_a_class_that_one_of_the_two_never_answered_is_left_out_and_counted(world, tmp_path, capsys, bad):
+    clips = f"{world}/analysis/manifest.jsonl"
+    teacher, student = (write_answers(tmp_path / name, clips, accuracies, of) for name, accuracies, of in (
+        ("t", TEACHER, bad[:1]), ("s", STUDENT, bad[1:])))
+    records, log = run(world, tmp_path / "run", teacher=teacher, student=student, epochs=1,
+                       train_manifest=f"{world}/told/manifest.jsonl")
+    assert [log[-1][f"classes_{what}"] for what in ("won", "tied", "lost", "left_out")] == [1, 0, 1, 1]
+    assert log[0]["train_clips"] + log[0]["validation_clips"] == 20 and log[-1]["training"]["count"] == 8
+    assert ["oracle" in record for record in records.values()] == [True, False, True] * 4
+    assert "loses 1 (the paper: 226 to 60); 1 left out, whose clips were all bad for one of" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("which", ["analysis", "blind"])
 def test_too_many_bad_clips_fail(world, tmp_path, which):
     path = edited(world / which, tmp_path / "bad", silence_clips(0))
@@ -332,27 +361,35 @@ def test_it_starts_from_a_checkpoint_with_a_head_of_its_own(world, tmp_path):
 
 
 def test_results_that_cannot_be_compared_are_refused(world, tmp_path):
-    other = write_results(tmp_path / "other.json", {"dog": 0.9, "gnu": 0.1})
-    with pytest.raises(ValueError, match="were evaluated on different classes, for example 'cat'"):
-        run(world, tmp_path / "a", teacher=other)
-    nothing = write_results(tmp_path / "nothing.json", {})
-    with pytest.raises(ValueError, match="has no classes: the switch needs an analysis manifest whose"):
-        run(world, tmp_path / "b", teacher=nothing, student=nothing)
-    for name, label in (("c", "gnu"), ("d", None)):
-        path = edited(world / "analysis", tmp_path / name, lambda i, record, label=label: record.update(label=label))
-        with pytest.raises(ValueError, match=f"example 'clip0' has the label {label!r}, not a class of .*teacher.json"):
-            run(world, tmp_path / f"run {name}", manifest=path)
+    def refused(said, **more):
+        with pytest.raises(ValueError, match=said):
+            run(world, tmp_path / "run", **more)
+        assert not list((tmp_path / "run").iterdir()), "before any work"
+
+    other = write_answers(tmp_path / "other", world / "told/manifest.jsonl", TEACHER)  # another split
+    for who in ("teacher", "student"):
+        refused("switch: .*analysis/manifest.jsonl and .*other/results.json: clip 'clip12': only the f", **{who: other})
+    for name, more in (("c", dict(question="Who?")), ("d", dict(options=["cat", "dog", "owl"])), ("e", dict(answer=0))):
+        path = edited(world / "analysis", tmp_path / name, lambda i, record, more=more: i == 5 and record.update(more))
+        refused(f"{name}/manifest.jsonl and .*teacher.*: clip 'clip5': the two are different questions", manifest=path)
+    path = edited(world / "analysis", tmp_path / "f", lambda i, record: i == 7 and record.update(label=None))
+    refused("f/manifest.jsonl: example 'clip7' has no label, by which the switch learns", manifest=path)
+    answers = [write_answers(tmp_path / f"of {bad[0]}", world / "analysis/manifest.jsonl", TEACHER, bad)
+               for bad in (("dog",), ("cat", "owl"))]
+    refused("of cat.* have no class that both answered", teacher=answers[0], student=answers[1])
 
 
 def test_clips_without_sound_or_too_few_of_them_are_refused(world, tmp_path):
     silent = edited(world / "blind", tmp_path / "silent", lambda i, record: record.update(audio=None))
-    with pytest.raises(ValueError, match="example 'clip0' has no audio"):
-        run(world, tmp_path / "a", train_manifest=silent, epochs=1)
+    with pytest.raises(ValueError, match="switch: .*silent/manifest.jsonl: example 'clip0' has no audio"):
+        run(world, tmp_path / "a", train_manifest=silent)
+    assert not list((tmp_path / "a").iterdir()), "before any work"
     single = tmp_path / "single.jsonl"
     record = json.loads((world / "analysis/manifest.jsonl").read_text().splitlines()[0])
     single.write_text(json.dumps({**record, "audio": f"{world}/analysis/0.wav"}) + "\n")
+    answers = write_answers(tmp_path / "t", single, TEACHER)
     with pytest.raises(ValueError, match="1 examples are too few to learn from and to validate"):
-        run(world, tmp_path / "b", manifest=str(single))
+        run(world, tmp_path / "b", manifest=str(single), teacher=answers, student=answers)
 
 
 def test_a_loss_that_is_not_finite_stops_the_stage(world, tmp_path):

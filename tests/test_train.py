@@ -142,7 +142,7 @@ def test_the_whole_distillation_line_runs_without_an_answer_in_the_training_mani
 
 
 def test_a_closed_switch_takes_the_teachers_letter_an_open_one_the_students(tmp_path):
-    examples = [Example(id=i, audio=None, video=None, question="?", options=CLASSES, answer=2) for i in "abcd"]
+    examples = [Example(id=i, audio="a.wav", video=None, question="?", options=CLASSES, answer=2) for i in "abcd"]
 
     def write(name, records):
         (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -150,11 +150,12 @@ def test_a_closed_switch_takes_the_teachers_letter_an_open_one_the_students(tmp_
 
     teacher = write("teacher", [dict(id=i, option="dog") for i in "abc"] + [dict(id="d", bad="missing", detail="")])
     student = write("student", [dict(id=i, option="cat") for i in "abcd"])
-    switch = write("switch", [dict(id="a", p_teacher=1.0), dict(id="b", p_teacher=0.0), dict(id="d", p_teacher=1.0)])
+    switch = write("switch", [dict(id="a", p_teacher=1.0), dict(id="b", p_teacher=0.0), dict(id="c", bad="missing"),
+                              dict(id="d", p_teacher=1.0)])
     base = dict(objective="distill", manifest="m", model="m", name="s", teacher_labels=teacher)
 
     def learnt(**more):
-        chosen, counts = sources(Train(**base, **more), examples)
+        chosen, counts = sources(Train(**base | more), examples)
         return {e.id: answer for e, answer, _ in chosen}, counts
 
     assert learnt() == ({"a": 0, "b": 0, "c": 0}, {"teacher": 3, "left out: missing": 1})
@@ -162,10 +163,19 @@ def test_a_closed_switch_takes_the_teachers_letter_an_open_one_the_students(tmp_
         {"a": 0}, {"teacher": 1, "left out: switch open": 2, "left out: missing": 1})  # fmt: skip
     assert learnt(gate="learned", switch=switch, student_labels=student) == (
         {"a": 0, "b": 1, "c": 1}, {"teacher": 1, "student": 2, "left out: missing": 1})  # fmt: skip
+    half = write("half", [dict(id=i, p_teacher=0.0) for i in "abd"])
+    with pytest.raises(ValueError, match="half: no decision on example 'c' of m"):
+        learnt(gate="learned", switch=half, student_labels=student)
+    half = write("half", [dict(id=i, option="cat") for i in "abd"])
+    for more in (dict(gate="learned", switch=switch), dict(gate="never", teacher_labels=None)):
+        with pytest.raises(ValueError, match="half: no label for example 'c' of m"):
+            learnt(student_labels=half, **more)
+    assert learnt(gate="learned", switch=write("all", [dict(id=i, p_teacher=1.0) for i in "abcd"]),
+                  student_labels=half)[1]["teacher"] == 3  # c's is not needed
 
 
 def test_sft_learns_every_trace_of_a_clip_and_leaves_out_clips_without_one(tmp_path):
-    examples = [Example(id=i, audio=None, video=None, question="?", options=CLASSES) for i in "abc"]
+    examples = [Example(id=i, audio="a.wav", video=None, question="?", options=CLASSES) for i in "abc"]
     path = tmp_path / "traces.jsonl"
 
     def learnt(*records):
@@ -290,6 +300,21 @@ def test_a_file_without_the_needed_track_is_refused(world, tmp_path, capsys):
     manifest = broken_clip(world, tmp_path, "silent.mp4", silent.read_bytes())
     line = refused(tmp_path, capsys, f"Label(name='own', model='{world}/ears', manifest='{manifest}')")
     assert "silent.mp4: no audio track" in line
+
+
+@pytest.mark.parametrize("stage", ["Evaluate", "Label", "Train", "Train val"])
+def test_a_clip_without_what_a_stage_shows_stops_it_before_the_first_clip(world, tmp_path, capsys, monkeypatch, stage):
+    manifest = broken_clip(world, tmp_path, "gone.wav", None)
+    *lines, last = manifest.read_text().splitlines()
+    manifest.write_text("\n".join([*lines, json.dumps(json.loads(last) | {"video": None})]))
+    monkeypatch.setattr("minixmd.learning.scoring.build_conversation", lambda *args, **more: pytest.fail("asked"))
+    manifests = dict(manifest=str(manifest))
+    if stage == "Train val":
+        manifests = dict(manifest=f"{world}/clips/manifest.jsonl", val_manifest=str(manifest))
+    fields = dict(model=f"{world}/eyes", media="video", **manifests)
+    line = refused(tmp_path, capsys, train(world, **fields) if "Train" in stage else
+                   f"{stage}(name='student', {', '.join(f'{key}={value!r}' for key, value in fields.items())})")
+    assert line == f"minixmd: student: {manifest}: example 'clip11' has no video"
 
 
 def test_audio_too_short_for_one_token_is_refused(world, tmp_path, capsys):
@@ -431,7 +456,7 @@ def test_line_separators_inside_a_string_do_not_cut_a_manifest_or_a_label(world,
 
 
 @pytest.mark.parametrize("fault, says", [
-    ("no labels", "has no classes"),
+    ("no labels", "example 'clip0' has no label"),
 ])  # fmt: skip
 def test_a_switch_that_could_decide_nothing_is_refused(world, tmp_path, capsys, fault, says):
     records = [json.loads(line) for line in (world / "clips" / "manifest.jsonl").read_text().splitlines()]

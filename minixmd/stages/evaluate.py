@@ -6,6 +6,7 @@ import json
 from collections import Counter, defaultdict
 from functools import partial
 from math import sqrt
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ from minixmd.learning.scoring import (
     device_of,
     dtype_of,
     impl_of,
+    read_records,
     score_in_shards,
     score_letters,
     write_records,
@@ -98,6 +100,34 @@ def paired_interval(both, only_a, only_b, neither):
             (a - b) / n + joined(high_a - a / n, b / n - low_b))
 
 
+def answers_beside(results):
+    """The records of the answers.jsonl that Evaluate wrote beside this results.json."""
+    return read_records(Path(results).with_name("answers.jsonl"))
+
+
+def pairs(a, b):
+    """[(record of a, record of b)] clip by clip, in a's order; a record has "id" and "question", the digest.
+
+    Raises:
+        ValueError: names the first clip that only one was asked about, or with another question, other options or
+            another right answer; or a record without those, as Label's are.
+    """
+    others, found = {record["id"]: record for record in b}, []
+    for record in a:
+        other = others.pop(record["id"], None)
+        if other is None:
+            raise ValueError(f"clip {record['id']!r}: only the first of the two has it")
+        if "question" not in record or "question" not in other:
+            raise ValueError(f"clip {record['id']!r}: its record does not say what was asked: not an Evaluate stage's")
+        if record["question"] != other["question"]:
+            raise ValueError(f"clip {record['id']!r}: the two are different questions: other words, options or right "
+                             "answer")
+        found.append((record, other))
+    if others:
+        raise ValueError(f"clip {next(iter(others))!r}: only the second of the two has it")
+    return found
+
+
 def compare(a, b):
     """How much more often model a is right than model b, on the same questions.
 
@@ -107,23 +137,10 @@ def compare(a, b):
         {"count", "left_out", "both", "only_a", "only_b", "neither", "difference", "interval"}: the counts of clips by
         who is right, a's accuracy less b's, and its 95 % interval (paired_interval).
     Raises:
-        ValueError: names the first clip that only one was asked about, or with another question, other options or
-            another right answer; or a record without those, as Label's are.
+        ValueError: they do not belong together (pairs).
     """
-    others, who = {record["id"]: record for record in b}, Counter()
-    for record in a:
-        other = others.pop(record["id"], None)
-        if other is None:
-            raise ValueError(f"clip {record['id']!r}: only the first model was asked about it")
-        if "question" not in record or "question" not in other:
-            raise ValueError(f"clip {record['id']!r}: its record does not say what was asked: not an Evaluate stage's")
-        if record["question"] != other["question"]:
-            raise ValueError(f"clip {record['id']!r}: the two models were asked different questions, with other "
-                             "words, options or right answer")
-        bad = "bad" in record or "bad" in other
-        who["left_out" if bad else (record["right"], other["right"])] += 1
-    if others:
-        raise ValueError(f"clip {next(iter(others))!r}: only the second model was asked about it")
+    who = Counter("left_out" if "bad" in record or "bad" in other else (record["right"], other["right"])
+                  for record, other in pairs(a, b))
     both, only_a, only_b, neither = (who[pair] for pair in ((True, True), (True, False), (False, True), (False, False)))
     count = len(a) - who["left_out"]
     return {"count": count, "left_out": who["left_out"], "both": both, "only_a": only_a, "only_b": only_b,
@@ -131,10 +148,38 @@ def compare(a, b):
             "interval": list(paired_interval(both, only_a, only_b, neither))}
 
 
+def leads(a, b):
+    """{class: a's accuracy less b's} of the classes that both answered, from the "classes" of two results."""
+    return {name: a[name]["accuracy"] - b[name]["accuracy"] for name in a if name in b}
+
+
+def groups(lead, most=10):
+    """{title: class names}: where the teacher leads most, where the student does, and of the others the closest.
+
+    lead: {class: the teacher's accuracy less the student's}. The groups are disjoint, of at most `most` classes (10 as
+    in the paper's Figures 1 and 3) and a third of all. A tie is broken by name.
+    """
+    size = min(most, -(-len(lead) // 3))
+    names = sorted(lead, key=lambda name: (-lead[name], name))
+    ahead = [name for name in names if lead[name] > 0][:size]
+    behind = sorted((name for name in names if lead[name] < 0), key=lambda name: (lead[name], name))[:size]
+    rest = sorted(set(names) - {*ahead, *behind}, key=lambda name: (abs(lead[name]), name))[:size]
+    return {"The teacher is ahead": ahead, "The student is ahead": behind, "The smallest gaps among the others": rest}
+
+
+def check_media(name, manifest, examples, media):
+    """Raises ValueError for the first of a manifest's examples that lacks what stage `name` shows."""
+    kinds = {"both": ("video", "audio"), "sounded": ("video",)}.get(media, (media,))
+    for e in examples:
+        if missing := [kind for kind in kinds if getattr(e, kind) is None]:
+            raise ValueError(f"{name}: {manifest}: example {e.id!r} has no {missing[0]}")
+
+
 def score(stage, folder, top_k=0, temperature=1.0, max_new_tokens=0):
     """Load the stage's model and put its manifest to it: (examples, records, processor), finished shards read back.
     The rest is as score_letters takes it."""
     examples = read_manifest(stage.manifest)
+    check_media(stage.name, stage.manifest, examples, stage.media)
     model, processor = load(stage.model, device=device_of(stage), dtype=dtype_of(stage))
     set_impl(model, impl_of(stage))
     ask = partial(score_letters, model, processor, stage, batch_tokens=stage.batch_tokens, top_k=top_k,

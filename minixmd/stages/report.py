@@ -10,10 +10,10 @@ from pathlib import Path
 from minixmd.files import read_json, write_json, write_text
 from minixmd.inputs.examples import read_manifest
 from minixmd.learning.scoring import read_records
-from minixmd.stages.evaluate import compare, digest, summary
-from minixmd.stages.report_html import MIME, NAMES, ROLES, WHO, heads, page, value
+from minixmd.stages.evaluate import answers_beside, compare, digest, groups, leads, pairs
+from minixmd.stages.report_html import MIME, NAMES, ROLES, WHO, columns_of, heads, page, pct, value
+from minixmd.stages.switch import tally
 
-MOST = 10  # classes in a group of bars, as in the paper's Figures 1 and 3
 POINTS = 150  # of a line in a figure
 CLIPS = 4  # shown of a kind
 KINDS = {  # title of a kind of clip -> who was right: the teacher (None: no matter), the student before, after
@@ -23,10 +23,12 @@ KINDS = {  # title of a kind of clip -> who was right: the teacher (None: no mat
 }
 DRAWN = {"loss": "training loss", "kl": "KL to the teacher", "val_accuracy": "validation accuracy, %",
          "train_accuracy": "training accuracy, %"}  # keys of a log.jsonl that are drawn, in this order
-PAPERS = {"xmd": {  # accuracies in %; columns are looked up by these titles
-    "source": "Jiang, Wu, Choudhari and Mesgarani, Bridging Ears and Eyes: Tables 1 and 2, the caption of Figure 1, "
-              "sections 3.2, 4.2 and 4.3. VGGSound, 286 classes; unseen: AudioSet evaluation set",
-    "tables": {
+ONE, TWO = "Table 1, and the unseen classes", "Table 2: Qwen2-VL teaches Qwen2-Audio"
+PAPERS = {"xmd": {  # rows and columns are looked up by these titles
+    "source": "Nothing here was measured by this run. Jiang, Wu, Choudhari and Mesgarani, Bridging Ears and Eyes: "
+              "Tables 1 and 2, the caption of Figure 1, sections 3.2, 4.2 and 4.3. VGGSound, 286 classes; unseen: "
+              "AudioSet evaluation set. Accuracies in %.",
+    "tables": {ONE: {
         "Qwen2-Audio-7B-Instruct": {"analysis": 71.9, "test": 69.0, "unseen": 60.0},
         "Qwen2-Audio distilled from Qwen2-VL": {"analysis": 92.6, "test": 89.4, "unseen": 72.3},
         "Qwen-Audio-Chat (7B)": {"analysis": 63.2, "test": 60.4},
@@ -36,23 +38,22 @@ PAPERS = {"xmd": {  # accuracies in %; columns are looked up by these titles
         "Qwen2.5-VL-7B-Instruct": {"analysis": 88.8, "test": 81.0},
         "VideoLLaMA 3": {"analysis": 83.4, "test": 76.4},
         "Qwen2.5-Omni": {"analysis": 92.6, "test": 89.7},
-    },
-    "ablation": {
+    }, TWO: {
         "KL on teacher's logits": {"analysis": 92.1, "test": 88.7},
         "KL on teacher's logits + labels": {"analysis": 92.3, "test": 88.9},
         "Ground-truth labels (upper bound)": {"analysis": 96.4, "test": 92.8},
         "Teacher's labels (default)": {"analysis": 92.6, "test": 89.4},
         "Teacher's labels without anti-forgetting loss": {"analysis": 92.5, "test": 89.1},
-    },
-    "averages": {"Qwen2.5-Omni": 94.4, "Human ears and eyes": 84.2, "Qwen2-VL": 83.9, "Human eyes": 74.1,
-                 "Qwen2-Audio": 72.5, "Human ears": 71.9},  # 30 classes, 50 clips each
+    }, "Averages over the 30 classes of Figure 1, people included": {name: {"50 clips a class": x} for name, x in {
+        "Qwen2.5-Omni": 94.4, "Human ears and eyes": 84.2, "Qwen2-VL": 83.9, "Human eyes": 74.1, "Qwen2-Audio": 72.5,
+        "Human ears": 71.9}.items()}},
     "classes": {"won": 226, "of": 286},  # by Qwen2-VL over Qwen2-Audio; the other 60 hold the ties
     "switch": {"validation": 88.8, "training": 89.1},
 }}  # fmt: skip
 
 
 def run(stage, folder, log):
-    """Writes report.html, report.json and report.md; prints the tables. ± is half the 95 % Wilson interval."""
+    """Writes report.html, report.json and report.md; prints the tables."""
     found, embedded = gather(stage, folder)
     write_json(folder / "report.json", found)
     write_text(folder / "report.md", markdown(found))
@@ -61,33 +62,34 @@ def run(stage, folder, log):
          for row, cells in found["tables"].items()})
     for table in (found["tables"], found["ablation"]):
         print(f"\n{render(table)}" if table else "", flush=True)
-    print(f"(± half the 95 % interval; written to {folder / 'report.html'}, .json and .md)", flush=True)
+    print(f"(in brackets the 95 % interval; written to {folder / 'report.html'}, .json and .md)", flush=True)
 
 
 def gather(stage, folder):
     """(every figure of the report, {path: bytes} of the clips that the page itself will hold)."""
-    paper = PAPERS.get(stage.published, {})
+    paper = PAPERS.get(stage.published, {"tables": {}})
     results = {row: {column: _results(path) for column, path in cells.items()} for row, cells in stage.tables.items()}
     ablation = {row: {column: _results(path) for column, path in cells.items()}
                 for row, cells in (stage.ablation or {}).items()}
-    found = {"tables": _table(results, paper.get("tables", {})),
-             "ablation": _table(ablation, paper.get("ablation", {})),
-             "roles": None, "switch": None, "curves": None, "clips": None, "paper": paper or None}
+    _check_questions(stage)
+    tables = _table(results, paper["tables"].get(ONE, {}))
+    comparable = any("paper" in cell for cells in tables.values() for cell in cells.values())
+    found = {"tables": tables, "ablation": _table(ablation, paper["tables"][TWO] if comparable else {}),
+             "roles": None, "switch": None, "curves": None, "clips": None, "paper": PAPERS.get(stage.published)}
     embedded = {}
     if stage.roles:
         found["roles"] = roles = dict(zip(ROLES, stage.roles, strict=True))
         shared = [column for column in stage.tables[stage.roles[0]]
                   if all(column in stage.tables[row] for row in stage.roles)]
-        answers = {column: {role: _answers(stage.tables[row][column]) for role, row in roles.items()}
+        answers = {column: {role: answers_beside(stage.tables[row][column]) for role, row in roles.items()}
                    for column in shared}
-        found["gains"] = {column: {role: _compare(each["after"], each[role], f"{roles['after']!r} and {roles[role]!r} "
-                                   f"on {column!r}") for role in ("before", "teacher")}
-                          for column, each in answers.items()}  # fmt: skip
-        found["classes"] = classes(stage, {role: results[row] for role, row in roles.items()})
+        found["gains"] = {column: {role: compare(each["after"], each[role]) for role in ("before", "teacher")}
+                          for column, each in answers.items()}
+        found["classes"] = classes(stage, {role: results[row] for role, row in roles.items()}, found["paper"])
         if stage.clips:
             found["clips"], embedded = clips(stage, folder, answers[stage.clips_of])
     if stage.switch:
-        found["switch"] = switch(Path(stage.switch))
+        found["switch"] = switch(Path(stage.switch), found["paper"])
     if stage.curves:
         found["curves"] = {title: panels(logs) for title, logs in stage.curves.items()}
     return found, embedded
@@ -100,15 +102,18 @@ def _results(path):
     return results
 
 
-def _answers(path):
-    return read_records(Path(path).parent / "answers.jsonl")  # Evaluate writes it beside the results
-
-
-def _compare(a, b, who):
-    try:
-        return compare(a, b)
-    except ValueError as error:
-        raise ValueError(f"report: {who}: {error}") from None
+def _check_questions(stage):
+    """Raises ValueError, naming both rows, if two rows of a column were asked different questions."""
+    first = {}  # column -> the row that has it first, and its answers
+    for table in (stage.tables, stage.ablation or {}):
+        for row, cells in table.items():
+            for column, path in cells.items():
+                answers = answers_beside(path)
+                other, theirs = first.setdefault(column, (row, answers))
+                try:
+                    pairs(theirs, answers)
+                except ValueError as error:
+                    raise ValueError(f"{stage.name}: {other!r} and {row!r} on {column!r}: {error}") from None
 
 
 def _table(results, published):
@@ -127,56 +132,48 @@ def _table(results, published):
     return table
 
 
-def groups(lead, most=MOST):
-    """{title: class names}: where the teacher leads most, where the student does, and where they are closest.
-
-    lead: {class: the teacher's accuracy - the student's before}. The groups are disjoint, of at most `most` classes and
-    a third of all. A tie is broken by name.
-    """
-    size = min(most, -(-len(lead) // 3))
-    names = sorted(lead, key=lambda name: (-lead[name], name))
-    ahead = [name for name in names if lead[name] > 0][:size]
-    behind = sorted((name for name in names if lead[name] < 0), key=lambda name: (lead[name], name))[:size]
-    rest = sorted(set(names) - {*ahead, *behind}, key=lambda name: (abs(lead[name]), name))[:size]
-    return {"The teacher is ahead": ahead, "The student is ahead": behind, "They are closest": rest}
-
-
-def classes(stage, results):
+def classes(stage, results, paper):
     """Who wins how many classes of the column `gap`; for each column of `bars` its classes and groups of them.
 
     A column that shares no class with `gap` (unseen ones) is grouped by the leads on that column itself.
     """
-    def leads(column):
-        teacher, before = (results[role][column]["classes"] for role in ("teacher", "before"))
-        return {name: teacher[name]["accuracy"] - before[name]["accuracy"] for name in teacher if name in before}
+    def lead_on(column):
+        return leads(*(results[role][column]["classes"] for role in ("teacher", "before")))
 
-    lead = leads(stage.gap)
+    lead = lead_on(stage.gap)
     found = {"chosen_on": stage.gap, "won": sum(x > 0 for x in lead.values()),
              "tied": sum(x == 0 for x in lead.values()), "lost": sum(x < 0 for x in lead.values()), "bars": {}}
+    found["words"] = "the teacher is better in {won}, equal in {tied} and worse in {lost}".format(**found)
+    if paper:
+        found["words"] += " (in the paper, on VGGSound: better in {won} of {of})".format(**paper["classes"])
     for column in stage.bars:
         parts = {role: results[role][column]["classes"] for role in ROLES}
         here = {name: {role: parts[role][name] for role in ROLES} for name in parts["teacher"]
                 if all(name in parts[role] for role in ROLES)}
         known = {name: lead[name] for name in here if name in lead}
-        own = {name: x for name, x in leads(column).items() if name in here}
+        own = {name: x for name, x in lead_on(column).items() if name in here}
         found["bars"][column] = {"chosen_on": stage.gap if known else column, "groups": groups(known or own),
                                  "classes": here}
     return found
 
 
-def switch(path):
+def switch(path, paper):
     """Where the clips went, and tallies of the learned switch against the classes' table: those that the stage Switch
     left in results.json, and for clips whose true class it knew ("oracle") this one."""
     decided = [record for record in read_records(path) if "p_teacher" in record]
+    if not decided:
+        raise ValueError(f"{path}: not the decisions of a Switch stage: no record has 'p_teacher'")
     left = read_json(path.parent / "results.json") if (path.parent / "results.json").exists() else {}
     tallies = {part: left[part] for part in ("validation", "training") if part in left}
-    known = [(record["oracle"] >= 0.5, record["p_teacher"] >= 0.5) for record in decided
-             if record.get("oracle") is not None]
+    known = [record for record in decided if "oracle" in record]
     if known and "training" not in tallies:
-        tallies["training"] = {**summary([truth == said for truth, said in known]), "confusion": [
-            [known.count((truth, said)) for said in (False, True)] for truth in (False, True)]}
+        tallies["training"] = tally([record["p_teacher"] for record in known], [record["oracle"] for record in known])
+    words = {part: f"Right by the table of classes for {pct(one['accuracy'])} % of {one['count']:,} (95 % interval "
+                   f"{'–'.join(map(pct, one['interval']))}); always the commoner one: {pct(one['majority'])} %"
+                   + (f"; the paper's, on VGGSound: {paper['switch'][part]} %" if paper else "") + "."
+             for part, one in tallies.items()}
     return {"clips": len(decided), "to_teacher": sum(record["p_teacher"] >= 0.5 for record in decided),
-            "tallies": tallies}
+            "tallies": tallies, "words": words}
 
 
 def panels(logs):
@@ -219,7 +216,8 @@ def clips(stage, folder, answers):
         shown = []
         for _, _, example, records in sorted(fit, key=lambda each: each[:2])[:CLIPS]:
             media = []
-            for kind, file in (("video", example.video), ("audio", example.audio)):
+            files = {"video": example.video, "audio": example.audio}
+            for kind, file in ({"both": example.video} if example.audio == example.video else files).items():
                 if file is None:
                     continue
                 path = Path(os.path.relpath(file, folder)).as_posix()
@@ -236,11 +234,12 @@ def clips(stage, folder, answers):
 
 
 def markdown(found):
-    """The tables of the page."""
+    """The tables of the page, and its figures that stand in none."""
     parts = ["# minixmd report", render(found["tables"]), found["ablation"] and "## Ablation",
              found["ablation"] and render(found["ablation"])]
     if found["roles"]:
-        parts += ["## The student after, less the others on the same questions", _grid(
+        parts += [f"Of the classes of {found['classes']['chosen_on']}, {found['classes']['words']}.",
+                  "## The student after, less the others on the same questions", _grid(
             [["points", "less before", "less the teacher"]]
             + [[column] + [_points(gain[role]) for role in ("before", "teacher")]
                for column, gain in found["gains"].items()])]
@@ -249,28 +248,35 @@ def markdown(found):
                 [["class", "group", *NAMES.values()]]
                 + [[name, title, *(_text(one["classes"][name][role], "all") for role in ROLES)]
                    for title, names in one["groups"].items() for name in names])]
-    for part, one in found["switch"]["tallies"].items() if found["switch"] else ():
-        parts += [f"## The switch: {part}", _grid([["by the class", "switch: to itself", "switch: to the teacher"]] + [
-            [who, *map(str, row)] for who, row in zip(WHO, one["confusion"], strict=True)])]
+    if found["switch"]:
+        parts += ["## The switch", "{to_teacher:,} of {clips:,} clips go to the teacher.".format(**found["switch"])]
+        for part, one in found["switch"]["tallies"].items():
+            parts += [f"### On {part} clips", found["switch"]["words"][part], _grid(
+                [["by the class", "switch: to itself", "switch: to the teacher"]]
+                + [[who, *map(str, row)] for who, row in zip(WHO, one["confusion"], strict=True)])]
+    if found["paper"]:
+        parts += ["## The paper's own figures", found["paper"]["source"]]
+        for name, rows in found["paper"]["tables"].items():
+            parts += [f"### {name}", _grid([["", *columns_of(rows)]] + [
+                [row, *(_text(cells.get(column), "paper") for column in columns_of(rows))]
+                for row, cells in rows.items()])]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def render(table):
-    """A Markdown table: a row a model, a column a split, its groups, the letters' accuracy and the paper's figure."""
-    columns = heads(table)
-    rows = [["accuracy, %"] + [column if what == "all" else f"{column}: {title}" for column, what, title in columns]]
-    for title, cells in table.items():
-        rows.append([title] + [_text(value(cells, head), head[1]) for head in columns])
-    return _grid(rows)
+    """Markdown tables: a row a model, a column a split, the paper's figure and the letters'; below it one of groups."""
+    return "\n\n".join(_grid(
+        [["accuracy, %"] + [column if what == "all" else f"{column}: {title}" for column, what, title in columns]]
+        + [[title] + [_text(value(cells, head), head[1]) for head in columns] for title, cells in table.items()])
+        for columns in heads(table) if columns)
 
 
 def _text(part, what):
     if part is None or (isinstance(part, dict) and not part["count"]):
         return "-"
     if what in ("paper", "disagreement"):
-        return f"{part:.1f}" if what == "paper" else f"{100 * part:.1f}"
-    low, high = part["interval"]
-    return f"{100 * part['accuracy']:.1f} ± {50 * (high - low):.1f}"
+        return f"{part:.1f}" if what == "paper" else pct(part)
+    return f"{pct(part['accuracy'])} ({'–'.join(map(pct, part['interval']))})"
 
 
 def _points(gain):

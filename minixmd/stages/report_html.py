@@ -58,17 +58,24 @@ def pct(share):
     return f"{100 * share:.1f}"
 
 
+def columns_of(rows):
+    return list(dict.fromkeys(column for cells in rows.values() for column in cells))
+
+
 def heads(table):
-    """[(column, what, heading)] of a table of accuracies; what: "all", "group", "letters", "disagreement", "paper"."""
-    found = []
-    for column in dict.fromkeys(column for cells in table.values() for column in cells):
+    """[(column, what, heading)] of a table of accuracies, and of the table of its groups, which may be empty.
+
+    what: "all", "paper", "letters", "disagreement"; in the second "group".
+    """
+    first, second = [], []
+    for column in columns_of(table):
         here = [cells[column] for cells in table.values() if column in cells]
-        groups = sorted({group for cell in here for group in cell["groups"]})
-        found += [(column, "all", "all")] + [(column, "group", group) for group in groups if len(groups) > 1]
-        found += [(column, what, heading) for what, heading in (
-            ("letters", "by letters"), ("disagreement", "they differ"), ("paper", "paper"))
+        first += [(column, "all", "all")] + [(column, what, heading) for what, heading in (
+            ("paper", "paper"), ("letters", "by letters"), ("disagreement", "they differ"))
             if any(what in cell for cell in here)]  # fmt: skip
-    return found
+        groups = sorted({group for cell in here for group in cell["groups"]})
+        second += [(column, "group", group) for group in groups if len(groups) > 1]
+    return first, second
 
 
 def value(cells, head):
@@ -82,10 +89,11 @@ def value(cells, head):
 
 def page(found, embedded):
     """The whole page. found: report.json. embedded: {path: bytes} of the clips that it holds."""
-    sections = [("Accuracy", accuracy(found)), ("Ablation", found["ablation"] and table(found["ablation"]))]
+    sections = [("Accuracy", accuracy(found)),
+                ("Ablation", found["ablation"] and table(found["ablation"], found["paper"]))]
     if found["roles"]:
         sections += [(f"Classes: {column}", bars(found, column)) for column in found["classes"]["bars"]]
-    sections += [("The switch", found["switch"] and switch(found)),
+    sections += [("The switch", found["switch"] and switch(found["switch"])),
                  ("Curves", found["curves"] and "".join(curves(*item) for item in found["curves"].items())),
                  ("Clips", found["clips"] and clips(found, embedded)),
                  ("The paper's own figures", found["paper"] and paper(found["paper"]))]
@@ -117,27 +125,30 @@ def cell(part, what="all"):
     return f'<td class="{what}">{text}</td>'
 
 
-def table(rows):
-    """A table of accuracies: the columns' titles, and below them those of their groups."""
-    columns = heads(rows)
-    tops = "<th></th>"
-    for column in dict.fromkeys(column for column, _, _ in columns):
-        count = max(cells[column]["count"] for cells in rows.values() if column in cells)
-        tops += (f'<th scope="colgroup" colspan="{sum(column == head[0] for head in columns)}">{esc(column)} <small>'
-                 f"{count:,} clips</small></th>")
-    return grid("accuracy", [heading for _, _, heading in columns],
-                {title: [cell(value(cells, head), head[1]) for head in columns] for title, cells in rows.items()},
-                f"<tr>{tops}</tr>", "accuracy, %") + "<p class=dim>Small figures: 95 % intervals.</p>"
+def table(rows, paper):
+    """A table of accuracies, one of their groups, and whether the paper's figures may stand beside them."""
+    text = ""
+    for name, columns in zip(("accuracy", "accuracy by group"), heads(rows), strict=True):
+        tops = "<th></th>"
+        for column in dict.fromkeys(column for column, _, _ in columns):
+            count = max(cells[column]["count"] for cells in rows.values() if column in cells)
+            tops += (f'<th scope="colgroup" colspan="{sum(column == head[0] for head in columns)}">{esc(column)} '
+                     f"<small>{count:,} clips</small></th>")
+        text += grid(name, [heading for _, _, heading in columns],
+                     {title: [cell(value(cells, head), head[1]) for head in columns] for title, cells in rows.items()},
+                     f"<tr>{tops}</tr>", f"{name}, %") if columns else ""
+    text += "<p class=dim>Small figures: 95 % intervals.</p>"
+    if paper:
+        text += ("<p>In italics: the paper's figures, where row and column are the paper's.</p>"
+                 if any(what == "paper" for _, what, _ in heads(rows)[0]) else
+                 "<p>No row here is an experiment of the paper's: other models or other data. The paper's own figures "
+                 "stand at the end and are not to be compared with these.</p>")  # fmt: skip
+    return text
 
 
 def accuracy(found):
-    """The first table, what of it is the paper's, and what the student gained."""
-    text = table(found["tables"])
-    if found["paper"]:
-        text += ("<p>In italics: the paper's figures, where row and column are the paper's.</p>"
-                 if any(what == "paper" for part in ("tables", "ablation") for _, what, _ in heads(found[part])) else
-                 "<p>No row of this run is one of the paper's: other models in another world. The paper's own figures "
-                 "stand at the end and are not to be compared with these.</p>")  # fmt: skip
+    """The first table, and what the student gained."""
+    text = table(found["tables"], found["paper"])
     if not found["roles"]:
         return text
     rows = {column: [f"<td>{100 * one['difference']:+.1f}<small>"
@@ -150,16 +161,9 @@ def accuracy(found):
 
 
 def paper(figures):
-    """Tables 1 and 2 of the paper and its averages over 30 classes, as it gives them."""
-    averages = {name: {"accuracy": x} for name, x in figures["averages"].items()}
-    text = f"<p>Nothing here was measured by this run. {esc(figures['source'])}. Accuracies in %.</p>"
-    for name, rows in (("Table 1, and the unseen classes", figures["tables"]),
-                       ("Table 2: Qwen2-VL teaches Qwen2-Audio", figures["ablation"]),
-                       ("Averages over the 30 classes of Figure 1, people included", averages)):
-        columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
-        text += f"<h3>{name}</h3>" + grid(name, columns, {
-            row: [cell(cells.get(column), "paper") for column in columns] for row, cells in rows.items()})
-    return text
+    return f"<p>{esc(figures['source'])}</p>" + "".join(f"<h3>{name}</h3>" + grid(name, columns_of(rows), {
+        row: [cell(cells.get(column), "paper") for column in columns_of(rows)] for row, cells in rows.items()})
+        for name, rows in figures["tables"].items())  # fmt: skip
 
 
 def bars(found, column):
@@ -170,12 +174,8 @@ def bars(found, column):
                    f"{esc(roles[role])}</span>" for role in ROLES)
     text = (f"<p>{text}</p><p>Accuracy in % on {esc(column)}, with 95 % intervals. The classes were chosen by the "
             f"teacher's lead over the student before on {esc(one['chosen_on'])}")
-    if one["chosen_on"] != every["chosen_on"]:
-        text += f" itself: {esc(every['chosen_on'])} has none of them"
-    else:
-        text += ", where the teacher is better in {won}, equal in {tied} and worse in {lost}".format(**every)
-        if found["paper"]:
-            text += " (in the paper, on VGGSound: better in {won} of {of})".format(**found["paper"]["classes"])
+    text += (f", where {esc(every['words'])}" if one["chosen_on"] == every["chosen_on"] else
+             f" itself: {esc(every['chosen_on'])} has none of them")
     text += '.</p><div class="grid">' + "".join(
         f"<div><h3>{esc(title)}</h3>{bar_chart(title, {name: one['classes'][name] for name in names})}</div>"
         for title, names in one["groups"].items() if names) + "</div>"
@@ -203,19 +203,14 @@ def bar_chart(title, classes):
     return f'<svg class="chart" viewBox="0 0 340 {bottom + 16}" role="img"><title>{esc(title)}</title>{text}</svg>'
 
 
-def switch(found):
+def switch(one):
     """Where the clips went, and the learned switch against the classes' table."""
-    one = found["switch"]
-    text = f"<p>{one['to_teacher']:,} of {one['clips']:,} clips go to the teacher.</p>"
-    for part, tally in one["tallies"].items():
-        text += (f"<h3>On {part} clips</h3><p>Right by the table of classes for {pct(tally['accuracy'])} % of "
-                 f"{tally['count']:,} (95 % interval {'–'.join(map(pct, tally['interval']))})")
-        text += f"; always the commoner one: {pct(tally['majority'])} %" if "majority" in tally else ""
-        text += f"; the paper's, on VGGSound: {found['paper']['switch'][part]} %" if found["paper"] else ""
-        text += ".</p>" + grid(f"confusion, {part}", ["switch: to itself", "switch: to the teacher"], {
+    return f"<p>{one['to_teacher']:,} of {one['clips']:,} clips go to the teacher.</p>" + "".join(
+        f"<h3>On {part} clips</h3><p>{esc(one['words'][part])}</p>"
+        + grid(f"confusion, {part}", ["switch: to itself", "switch: to the teacher"], {
             f"{who}, by the class": [f"<td>{count:,}</td>" for count in row]
             for who, row in zip(WHO, tally["confusion"], strict=True)})
-    return text
+        for part, tally in one["tallies"].items())
 
 
 def curves(title, panels):
@@ -289,12 +284,12 @@ def card(clip, embedded):
 
 
 def player(file, embedded):
-    """A video, muted, as its model sees it, or a sound: from the page itself, or linked where it lies."""
-    kind, link = file["kind"], quote(file["path"])
+    """A video, muted, as its model sees it, a sound, or both: from the page itself, or linked where it lies."""
+    tag, link = "audio" if file["kind"] == "audio" else "video", quote(file["path"])
     if file["bytes"] is None:
-        return f'<p class="dim">The {kind} {esc(file["path"])} is not there.</p>'
+        return f'<p class="dim">The {tag} {esc(file["path"])} is not there.</p>'
     note = f'<p class="dim">Not in this page: <a href="{link}">{esc(file["path"])}</a></p>'
     if file["embedded"]:
         data = base64.b64encode(embedded[file["path"]]).decode()
         link, note = f"data:{MIME[PurePath(file['path']).suffix.lower()]};base64,{data}", ""
-    return f'<{kind} controls preload="metadata"{" muted" * (kind == "video")} src="{link}"></{kind}>{note}'
+    return f'<{tag} controls preload="metadata"{" muted" * (file["kind"] == "video")} src="{link}"></{tag}>{note}'

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minixmd.files import read_json, write_json, write_text
+from minixmd.files import write_json, write_text
 from minixmd.inputs.audio import SAMPLE_RATE
 from minixmd.inputs.examples import read_manifest
 from minixmd.inputs.media import MediaError, read_audio
@@ -24,24 +24,24 @@ from minixmd.learning.optim import learning_rate, optimizer_tensors, restore_opt
 from minixmd.learning.scoring import SHARD, count_bad, device_of, prefetch, read_records
 from minixmd.models.cnn14 import load_weights, make_cnn14, mixup, spec_augment
 from minixmd.models.lora import hash_seed
-from minixmd.stages.evaluate import summary
+from minixmd.stages.evaluate import answers_beside, check_media, digest, leads, pairs, summary, tabulate
 
 
 def run(stage, folder, log):
     """Writes results.json and switch.jsonl, {"id", "p_teacher", "oracle" if it can be told} or {"id", "bad", "detail"}
     for each clip to decide on."""
-    gain = gains(stage)
+    examples, clips = read_manifest(stage.manifest), read_manifest(stage.train_manifest)
+    for path, listed in ((stage.manifest, examples), (stage.train_manifest, clips)):
+        check_media(stage.name, path, listed, "audio")
+    gain = gains(stage, examples)
     won, lost = sum(g > 0 for g in gain.values()), sum(g < 0 for g in gain.values())
-    results = {"classes_won": won, "classes_tied": len(gain) - won - lost, "classes_lost": lost}
+    left_out = len({e.label for e in examples}) - len(gain)
+    results = {"classes_won": won, "classes_tied": len(gain) - won - lost, "classes_lost": lost,
+               "classes_left_out": left_out}
     tqdm.write(f"{stage.name}: the teacher wins {won} classes, ties {results['classes_tied']}, loses {lost} "
-               "(the paper: 226 to 60)")
-    examples = read_manifest(stage.manifest)
-    for e in examples:
-        if e.label not in gain:
-            raise ValueError(f"{stage.manifest}: example {e.id!r} has the label {e.label!r}, not a class of "
-                             f"{stage.teacher}")
-    model, results["validation"] = fit(stage, folder, log, examples, gain)
-    clips = read_manifest(stage.train_manifest)
+               "(the paper: 226 to 60)" + (f"; {left_out} left out, whose clips were all bad for one of the two"
+                                           if left_out else ""))
+    model, results["validation"] = fit(stage, folder, log, [e for e in examples if e.label in gain], gain)
     records = decide(stage, folder, model, clips)
     results["bad"] = count_bad(records, stage)
     results["clips"] = len(records) - sum(results["bad"].values())
@@ -65,17 +65,25 @@ def run(stage, folder, log):
                + (f", bad: {results['bad']}" if results["bad"] else ""))
 
 
-def gains(stage):
-    """{class: the teacher's accuracy less the student's} on the analysis split."""
-    teacher, student = (read_json(path).get("classes", {}) for path in (stage.teacher, stage.student))
-    if set(teacher) != set(student):
-        odd = sorted(set(teacher) ^ set(student))[0]
-        raise ValueError(f"{stage.name}: teacher {stage.teacher} and student {stage.student} were evaluated on "
-                         f"different classes, for example {odd!r}")
-    if not teacher:
-        raise ValueError(f"{stage.name}: {stage.teacher} has no classes: the switch needs an analysis manifest whose "
-                         "examples have a 'label'")
-    return {name: teacher[name]["accuracy"] - student[name]["accuracy"] for name in teacher}
+def gains(stage, examples):
+    """{class: the teacher's accuracy less the student's} on the analysis split, of the classes that both answered.
+
+    Raises:
+        ValueError: an example without a class, answers to other questions than theirs, or no class that both answered.
+    """
+    if missing := next((e for e in examples if e.label is None), None):
+        raise ValueError(f"{stage.name}: {stage.manifest}: example {missing.id!r} has no label, by which the switch "
+                         "learns who is better")
+    asked, classes = [{"id": e.id, "question": digest(e)} for e in examples], []
+    for path in (stage.teacher, stage.student):
+        try:
+            answers = [answer for _, answer in pairs(asked, answers_beside(path))]
+        except ValueError as error:
+            raise ValueError(f"{stage.name}: {stage.manifest} and {path}: {error}") from None
+        classes.append(tabulate(examples, answers)["classes"])
+    if not (gain := leads(*classes)):
+        raise ValueError(f"{stage.name}: {stage.teacher} and {stage.student} have no class that both answered")
+    return gain
 
 
 def tally(p_N, truth_N):
@@ -103,8 +111,6 @@ def split(stage, examples):
 
 def hear(stage, example):
     """The log-mel frames (A, M) of a clip's first clip_s seconds, then of silence; or the MediaError it raised."""
-    if example.audio is None:
-        raise ValueError(f"example {example.id!r} has no audio, which the switch decides by")
     try:
         wave_S = read_audio(example.audio)
     except MediaError as error:
