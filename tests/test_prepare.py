@@ -216,6 +216,24 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(vgg, clip, monkeypatch):
     assert vggsound(vgg, "--analysis", "2") == 1
 
 
+def test_a_wrong_folder_of_clips_leaves_an_earlier_runs_manifests_alone(vgg, clip, capsys):
+    (vgg / "empty").mkdir()
+    (vgg / "clips" / "-ab_defghij_000030.mp4").write_bytes(clip)
+    (vgg / "clips").rename(vgg / "right")
+    (vgg / "empty").rename(vgg / "clips")
+    assert vggsound(vgg) == 1 and len(drops(vgg)) == 34  # nothing to lose yet: the reasons are listed
+    assert sorted(contents(vgg)) == ["drops.jsonl"] and "is " + str(vgg / "clips") in capsys.readouterr().err
+    (vgg / "clips").rename(vgg / "empty")
+    (vgg / "right").rename(vgg / "clips")
+    assert vggsound(vgg) == 0
+    expected = contents(vgg)
+    assert sorted(expected) == ["drops.jsonl", "summary.json", "test.jsonl"]
+    (vgg / "clips").rename(vgg / "right")
+    (vgg / "empty").rename(vgg / "clips")
+    assert vggsound(vgg) == 1 and "no clip is left; is" in (err := capsys.readouterr().err) and "(missing 34)" in err
+    assert contents(vgg) == expected and not list((vgg / "out").glob(".*"))
+
+
 def test_sound_is_extracted_once_as_the_reader_hears_it(vgg, clip, capsys):
     path = vgg / "clips" / "-ab_defghij_000030.mp4"
     write_mp4(path, grey_frames(4, 32, 48), 3 * sine(440, 1, 44100), 4, rate=44100)  # beyond full scale

@@ -11,7 +11,7 @@ from tiny import positions, published_config
 
 from minixmd import Processor
 from minixmd.inputs.audio import log_mel
-from minixmd.inputs.examples import Example, build_conversation
+from minixmd.inputs.examples import Example, build_conversation, read_manifest
 from minixmd.inputs.media import MediaError
 from minixmd.models.families import FAMILIES, read_config
 
@@ -274,6 +274,23 @@ def test_a_stages_media_say_which_parts_an_example_is_shown_as(media, parts):
     example = Example("x", "c.wav", "c.mp4", "Which?", ("dog", "cat"))
     (shown,) = build_conversation(example, media=media, prompt="{question} {first}-{last}", video_options={"fps": 2.0})
     assert shown["content"] == [*parts, {"type": "text", "text": "Which? A-B"}]
+
+
+@pytest.mark.parametrize("media, asked", [
+    ("audio", "In the audio?"), ("video", "In the video?"), ("both", "In the audio?"), ("sounded", "In the audio?")])
+def test_a_video_that_is_shown_alone_and_silent_may_have_a_wording_of_its_own(media, asked):
+    example = Example("x", "c.wav", "c.mp4", "In the audio?", ("dog", "cat"), meta={"video_question": "In the video?"})
+    (shown,) = build_conversation(example, media=media, prompt="{question}")
+    assert shown["content"][-1]["text"] == asked
+
+
+@pytest.mark.parametrize("meta, said", [(None, "'meta' must be an object"), ([], "'meta' must be an object"), *(
+    ({"video_question": asked}, "'video_question' must be a non-empty string") for asked in (None, "", 3))])
+def test_a_manifest_whose_wording_for_the_video_is_none_is_refused(tmp_path, meta, said):
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps({"id": "x", "question": "Which?", "options": ["dog", "cat"], "meta": meta}))
+    with pytest.raises(ValueError, match=f"m.jsonl:1: field.*{said}"):
+        read_manifest(path)
 
 
 # ---- positions ----

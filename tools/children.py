@@ -32,8 +32,8 @@ def run_tasks(tasks, function, *, workers, limit_s, preload=()):
 
     Args:
         tasks: iterable of Task, taken as needed.
-        function: of a module; function(*job) returns a result. An OSError that it raises ends everything, any other
-            exception is a crash.
+        function: of a module, or a partial of one; function(*job) returns a result. An OSError that it raises ends
+            everything, any other exception is a crash.
         workers: how many children do jobs at a time; none is started before there is a job.
         limit_s: seconds that a job may take before its child is killed.
         preload: names of modules that children need, imported once for all of them.

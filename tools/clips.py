@@ -10,6 +10,7 @@ import json
 import os
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from minixmd.inputs.media import MediaError, read_audio, read_frames
 
 CHUNK = 200  # rows; a killed run opens no more than these again
 MIN_SAMPLES = 4_960  # at 16 kHz: the least that Cnn14 takes; Qwen2-Audio needs 321
-MAX_SECONDS = 15.0  # of sound; the data sets' clips have 10 at most, so what is longer was never cut
+MAX_SECONDS = 15.0  # of sound, where clips are cut to 10 at most: what is longer was never cut
 STEP = 2.0**-15  # of 16-bit sound, full scale 1: what never moves by one is silent
 SOUND_ONLY = (".wav", ".flac", ".ogg", ".mp3", ".m4a")
 
@@ -40,20 +41,21 @@ class Row:
     drop: tuple[str, str] | None = None  # (reason, detail) of a row whose clip need not be looked for
 
 
-def judge(rows, args, total, title):
+def judge(rows, args, total, title, max_seconds=MAX_SECONDS):
     """Yield (row, verdict) for every row, in order, in constant memory.
 
     Args:
         rows: iterable of Row. total: how many, for the progress bar. title: of the bar.
         args: clips and out (folders), no_open, extract_audio, workers, time_limit (seconds a clip).
+        max_seconds: of sound, that a clip may have.
     Raises:
         OSError: something cannot be written. ValueError: what an earlier run kept was edited.
     """
     folder = Path(args.out, "opened")
     for stale in Path(args.out, "audio").glob(".*.tmp"):  # of children that were killed
         stale.unlink(missing_ok=True)
-    done = run_tasks(_tasks(rows, args, folder), look, workers=args.workers, limit_s=args.time_limit,
-                     preload=["minixmd.inputs.media"])
+    done = run_tasks(_tasks(rows, args, folder), partial(look, max_seconds=max_seconds), workers=args.workers,
+                     limit_s=args.time_limit, preload=["minixmd.inputs.media"])
     with tqdm(total=total, desc=title, unit="clip", smoothing=0.1) as bar, closing(done):
         for number in count():
             chunk = []
@@ -132,14 +134,14 @@ def find(folder, names):
     return None
 
 
-def look(name, size, path, flac):
+def look(name, size, path, flac, max_seconds=MAX_SECONDS):
     """Decode one file as training will; its sound goes to `flac` if that is a path. Returns the verdict."""
     try:
         wave_S = read_audio(path)
         if len(wave_S) < MIN_SAMPLES:
             raise MediaError(path, "too short", f"{len(wave_S)} samples at 16 kHz, {MIN_SAMPLES} are needed")
-        if len(wave_S) > MAX_SECONDS * SAMPLE_RATE:
-            raise MediaError(path, "too long", f"{len(wave_S) / SAMPLE_RATE:.1f} s: not cut to the 10 s of the csv")
+        if len(wave_S) > max_seconds * SAMPLE_RATE:
+            raise MediaError(path, "too long", f"{len(wave_S) / SAMPLE_RATE:.1f} s, at most {max_seconds:g}: not cut")
         if not name.lower().endswith(SOUND_ONLY):
             frames_TCHW, _ = read_frames(path)
             try:

@@ -22,6 +22,7 @@ from minixmd.stages.world import OPTIONS, QUESTION
 DATA = Path(__file__).resolve().parent / "data"
 ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 YOUTUBE_ID = r"[A-Za-z0-9_-]{11}"
+LETTERS = 26  # options that a question can have
 
 
 def read_csv(path, columns):
@@ -108,16 +109,20 @@ class Manifests:
         return Path(self.args.out, f"{'.' * bool(end)}{name}.jsonl{end}")
 
     def keep(self, split, row, verdict, *, label, options, answer, **meta):
-        """The line that examples.manifest_text gives, five times faster."""
-        clip = f"{self.clips}/{verdict['file']}"
+        """A question about a row's class."""
         meta |= {"youtube": row.facts["youtube"], "start_s": row.facts["start_s"]}
+        self.write(split, row.id, verdict, id=row.id, question=QUESTION, options=options, answer=answer, label=label,
+                   source=f"{self.source}/{row.split}", meta=meta)
+
+    def write(self, split, name, verdict, *, meta, **fields):
+        """A question about the clip of this name: the line that examples.manifest_text gives, five times faster."""
+        clip = f"{self.clips}/{verdict['file']}"
         if verdict.get("silent"):
             meta["silent"] = True
             self.silent += 1
         example = Example(
-            id=row.id, audio=f"audio/{row.id}.flac" if self.args.extract_audio and not self.args.no_open else clip,
-            video=None if clip.lower().endswith(SOUND_ONLY) else clip, question=QUESTION, options=options,
-            answer=answer, label=label, source=f"{self.source}/{row.split}", meta=meta)
+            audio=f"audio/{name}.flac" if self.args.extract_audio and not self.args.no_open else clip,
+            video=None if clip.lower().endswith(SOUND_ONLY) else clip, meta=meta, **fields)
         self.files[split].write(ENCODE(vars(example)) + "\n")
         self.kept[split] += 1
 
@@ -127,28 +132,40 @@ class Manifests:
         self.files["drops"].write(json.dumps(line) + "\n")
 
     def __exit__(self, kind, error, trace):
+        """Raises ValueError if nothing is left; manifests of an earlier run, and its drops.jsonl, then stay."""
+        left, earlier = any(self.kept.values()), any(self._path(split).exists() for split in self.kept)
         for name, file in self.files.items():
             if kind is None:
                 file.flush()
                 os.fsync(file.fileno())
             file.close()
-            if kind is None and (name == "drops" or self.kept[name]):
+            if kind is None and (self.kept[name] or name == "drops" and (left or not earlier)):
                 os.replace(self._path(name, ".tmp"), self._path(name))
             else:
                 os.unlink(self._path(name, ".tmp"))
-                if kind is None:
+                if kind is None and left:
                     self._path(name).unlink(missing_ok=True)  # an empty manifest is none, nor is an earlier run's left
+        if kind is None and not left:
+            reasons = self._reasons()
+            where = f"; is {self.args.clips} the folder of the clips?" if reasons["missing"] else ""
+            raise ValueError(f"no clip is left{where} "
+                             f"({', '.join(f'{reason} {number:,}' for reason, number in reasons.most_common())})")
 
-    def tell(self, inputs, **more):
-        """Write summary.json, print what was dropped, and raise ValueError if nothing is left."""
-        args, reasons = self.args, Counter()
+    def _reasons(self):
+        reasons = Counter()
         for (reason, _), number in self.dropped.items():
             reasons[reason] += number
+        return reasons
+
+    def tell(self, inputs, **more):
+        """Write summary.json and print what was dropped."""
+        args, reasons = self.args, self._reasons()
         dropped = {reason: {split: number for (why, split), number in sorted(self.dropped.items()) if why == reason}
                    for reason, _ in reasons.most_common()}
         sums = {Path(path).name: sha256(Path(path).read_bytes()).hexdigest() for path in inputs}
         write_json(Path(args.out, "summary.json"), {
-            "kept": self.kept, "dropped": dropped, "silent": self.silent, "seed": args.seed, "options": args.options,
+            "kept": self.kept, "dropped": dropped, "silent": self.silent,
+            **{name: value for name, value in vars(args).items() if name in ("seed", "options")},
             "opened": not args.no_open, **more, "sha256": sums})
         print(f"dropped: {sum(reasons.values()):,}, listed with their reasons in {Path(args.out, 'drops.jsonl')}")
         for reason, by_split in dropped.items():
@@ -156,9 +173,6 @@ class Manifests:
             print(f"  {reason:24}{reasons[reason]:>9,}   {parts}")
         if self.silent:
             print(f"silent and kept: {self.silent:,}, marked in their meta")
-        if not sum(self.kept.values()):
-            raise ValueError(f"no clip is left; is {args.clips} the folder of the clips?" if reasons["missing"] else
-                             "no clip is left")
 
 
 class Repeats:
@@ -184,12 +198,17 @@ class Repeats:
 
 
 def parser_of(tool, doc, csv_help):
-    parser = argparse.ArgumentParser(prog=tool, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", metavar="CSV", type=Path, help=csv_help)
-    parser.add_argument("clips", metavar="CLIPS", type=Path, help="folder of the clips, as they were downloaded")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write to")
+    parser = base_parser(tool, doc, "csv", metavar="CSV", help=csv_help)
     parser.add_argument("--options", type=int, default=OPTIONS, help=f"a question has; {OPTIONS} when absent")
     parser.add_argument("--seed", type=int, default=0, help="of the options and of whatever else is drawn")
+    return parser
+
+
+def base_parser(tool, doc, first, **of_first):
+    parser = argparse.ArgumentParser(prog=tool, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(first, type=Path, **of_first)
+    parser.add_argument("clips", metavar="CLIPS", type=Path, help="folder of the clips, as they were downloaded")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write to")
     parser.add_argument("--extract-audio", action="store_true",
                         help="write every clip's sound to OUT/audio, 16 kHz mono FLAC, and list that")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N",
@@ -205,13 +224,14 @@ def run_tool(tool, prepare, parser, argv):
     """Returns the exit status; what is wrong with the input is one line on stderr."""
     args = parser.parse_args(argv)
     try:
-        for name, low, high in (("options", 2, 26), ("seed", 0, None), ("workers", 1, None),
+        for name, low, high in (("options", 2, LETTERS), ("seed", 0, None), ("workers", 1, None),
                                 ("time_limit", 1, 86_400)):
-            value = getattr(args, name)
+            value = getattr(args, name, low)
             if not low <= value <= (high or value):
                 raise ValueError(f"--{name.replace('_', '-')} must be {low} {f'to {high}' if high else 'or more'}, "
                                  f"got {value}")
-        for folder, what in ((args.csv, "csv files"), *([] if args.no_open else [(args.clips, "clips")])):
+        for folder, what in (*([(args.csv, "csv files")] if "csv" in args else []),
+                             *([] if args.no_open else [(args.clips, "clips")])):
             if not folder.is_dir():
                 raise ValueError(f"{folder}: no such folder of {what}")
         args.out.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,11 @@ def _example(line, where):
         raise ValueError(f"{where}: field 'options' must be a list of 2 to 26 strings, got {options!r}")
     if answer is not None and (type(answer) is not int or not 0 <= answer < len(options)):
         raise ValueError(f"{where}: field 'answer' must be null or an index below {len(options)}, got {answer!r}")
+    meta = record.get("meta", {})
+    if not isinstance(meta, dict):
+        raise ValueError(f"{where}: field 'meta' must be an object, got {meta!r}")
+    if not isinstance(asked := meta.get("video_question", record["question"]), str) or not asked:
+        raise ValueError(f"{where}: field 'meta': 'video_question' must be a non-empty string, got {asked!r}")
     return Example(**{**record, "options": tuple(options)})
 
 
@@ -77,7 +82,8 @@ def manifest_text(examples):
 
 
 def build_conversation(example, *, media, prompt, answer=None, video_options=None):
-    """The conversation that shows `example` and asks its question.
+    """The conversation that shows `example` and asks its question: meta's "video_question", if there is one, where the
+    video is shown alone and silent.
 
     Args:
         media: "audio", "video", "both" (video first), or "sounded": the video and its own sound track.
@@ -98,7 +104,8 @@ def build_conversation(example, *, media, prompt, answer=None, video_options=Non
                 content[-1]["use_audio"] = True
     letters = ascii_uppercase[: len(example.options)]
     options = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, example.options, strict=True))
-    text = prompt.format(question=example.question, options=options, first=letters[0], last=letters[-1])
+    question = example.meta.get("video_question", example.question) if media == "video" else example.question
+    text = prompt.format(question=question, options=options, first=letters[0], last=letters[-1])
     turns = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
     if answer is not None:
         turns.append({"role": "assistant", "content": answer if isinstance(answer, str) else letters[answer]})

@@ -21,8 +21,8 @@ KINDS = {  # title of a kind of clip -> who was right: the teacher (None: no mat
     "Forgotten: the student was right before and is wrong after": (None, True, False),
     "Not learnt: the student was wrong before and is wrong after": (None, False, False),
 }
-DRAWN = {"loss": "training loss", "kl": "KL to the teacher", "val_accuracy": "validation accuracy, %",
-         "train_accuracy": "training accuracy, %"}  # keys of a log.jsonl that are drawn, in this order
+DRAWN = {"reward": "mean reward", "loss": "training loss", "kl": "KL to the teacher, in GRPO to the policy before",
+         "val_accuracy": "validation accuracy, %", "train_accuracy": "training accuracy, %"}  # keys of a log.jsonl
 ONE, TWO = "Table 1, and the unseen classes", "Table 2: Qwen2-VL teaches Qwen2-Audio"
 PAPERS = {"xmd": {  # rows and columns are looked up by these titles
     "source": "Nothing here was measured by this run. Jiang, Wu, Choudhari and Mesgarani, Bridging Ears and Eyes: "
