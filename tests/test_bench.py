@@ -1,4 +1,5 @@
 """The benches of the kernels: what they count, that they refuse wrong code, and how bench/gpu.sh runs them."""
+import importlib
 import json
 import os
 import re
@@ -151,6 +152,51 @@ def test_large_and_small_errors_are_seen(name, ours, verdict, which):
             measure.check(sides, lambda: (truth,), list)
 
 
+# ---- bench_grpo_step ----
+
+
+@pytest.fixture
+def grpo_step_bench():
+    pytest.importorskip("transformers"), pytest.importorskip("peft")
+    threads = torch.get_num_threads()
+    yield importlib.import_module("bench.bench_grpo_step")
+    torch.set_num_threads(threads)
+
+
+def test_a_grpo_step_is_counted_and_ends_with_json(grpo_step_bench, tmp_path, capsys, monkeypatch):
+    config = json.loads(grpo_step_bench.SEVEN_B.read_text())
+    config["text_config"]["num_hidden_layers"] = 1  # of 32
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(grpo_step_bench, "SEVEN_B", tmp_path / "config.json")
+    grpo_step_bench.main(["--small", "--rounds", "2", "--out", str(tmp_path / "x.json")])
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    *sharing, memory, encoders, step, pool = result["rows"]
+    P, n, C = result["prompt_tokens"], 3, 6
+    sizes = (5000, 32, 48, 2, 2), (156_032, 4096, 11_008, 1, 0)  # in the last place: layers whose q kᵀ is made again
+    for row, (V, D, F, layers, again) in zip(sharing, sizes, strict=True):
+        for name, rows, seen in (("shared", P + n * C, P**2 + n * C * (P + C)), ("apart", n * (P + C), n * (P + C)**2)):
+            head = n * C * V * D
+            forward = layers * (rows * (4 * D * D + 3 * D * F) + 2 * seen * D) + head
+            assert row["flop"][name] == {"scoring": 2 * forward, "update": 2 * (3 * forward + again * seen * D + head)}
+        assert row["share"]["both"] == sum(row["flop"]["shared"].values()) / sum(row["flop"]["apart"].values())
+    assert encoders["clips"] == {"minixmd": 1, "transformers": 9}  # one a completion and pass
+    assert memory["peak_bytes"]["log_softmax"] > 4 * 70 * 500 * 4 and pool["bytes"] <= pool["target"]
+    assert set(step["ratio"]) == {"rollout", "update", "whole", "wall"} and min(step["ratio"].values()) > 0
+    with pytest.raises(SystemExit):
+        grpo_step_bench.main(["--small", "--device", "cuda"])
+
+
+@pytest.mark.parametrize("side, name, wrong", [
+    ("apart", "items_of", lambda right: lambda prompt, ids_GC, shared: right(prompt, ids_GC.roll(int(shared)), shared)),
+    ("transformers", "Rollout", lambda right: lambda items, advantage_T, *x: right(items, 1.001 * advantage_T, *x)),
+])  # fmt: skip
+def test_a_wrong_grpo_step_is_not_timed(grpo_step_bench, side, name, wrong, monkeypatch):
+    monkeypatch.setattr(grpo_step_bench, name, wrong(getattr(grpo_step_bench, name)))
+    with pytest.raises(ValueError, match=f"parity: .* against {side} differ .*; nothing is timed"):
+        grpo_step_bench.main(["--small"])
+
+
 # ---- what is measured ----
 
 ONE_N1 = torch.zeros(100, 1, dtype=torch.long)  # 800 bytes
@@ -295,7 +341,7 @@ def test_gpu_sh_names_every_bench_and_ends_in_time():
     runs = re.findall(r"^run (\d+) (\w+)$", text, re.M)
     grace = int(re.search(r"--kill-after=(\d+)", text)[1])
     assert sum(int(seconds) + grace for seconds, _ in runs) < 540
-    left_out = re.search(r"^# Not here: (.*)$", text, re.M)[1]
+    left_out = re.findall(r"bench_\w+", re.search(r"^# Not here: (.*)$", text, re.M)[1])
     for path in (ROOT / "bench").glob("bench_*.py"):
         named = path.stem.removeprefix("bench_") in [name for _, name in runs]
         assert named != (path.stem in left_out), f"{path.name} must be run, or said not to be"
