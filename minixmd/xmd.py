@@ -29,7 +29,7 @@ class XMD:
     train: str  # manifest that is learnt from
     truth: str  # the same clips with true answers and classes: an ablation's upper bound and oracle, the switch's tally
     splits: dict[str, str]  # {column of the tables: manifest}; "analysis" is the one that teaches the switch
-    asking: dict[str, dict]  # {"audio": fields of Evaluate, Label and Train alike, "video": …}, media included
+    asking: dict[str, dict]  # fields of Evaluate, Label and Train alike, media included: {"audio": …, "video": …}
     evaluating: dict = field(default_factory=dict)  # more fields of Evaluate
     learning: dict = field(default_factory=dict)  # of Train
     switching: dict = field(default_factory=dict)  # of Switch
@@ -105,14 +105,15 @@ def vggsound(*, audio="Qwen/Qwen2-Audio-7B-Instruct", video="Qwen/Qwen2-VL-7B-In
         cnn14: PANN's checkpoint, from which the switch starts. learning: fields of Train to change.
     """
     gpu = dict(device="cuda", dtype="bfloat16")
+    seen = dict(fps=1.0, min_pixels=100_352, max_pixels=262_144, **gpu)
     return XMD(
         models={"audio": audio, "video": video},
         train=f"{data}/vggsound/train.jsonl",
         truth=f"{data}/vggsound/train.jsonl",
         splits={"analysis": f"{data}/vggsound/analysis.jsonl", "test": f"{data}/vggsound/test.jsonl",
                 "unseen": f"{data}/audioset/unseen.jsonl"},
-        asking={"audio": dict(media="audio", **gpu),
-                "video": dict(media="video", fps=1.0, min_pixels=100_352, max_pixels=262_144, **gpu)},
+        asking={"audio": dict(media="audio", **gpu), "video": dict(media="video", **seen),
+                "sounded": dict(media="sounded", **seen)},
         evaluating=dict(answer="generate"),
         # not stated: alpha, the adapted layers (here every projection of the decoder), weight decay, clipping
         learning=dict(epochs=1, batch_size=8, micro_batch_size=4, lr=1e-4, warmup=0.1, lora_rank=16, lora_alpha=32.0,

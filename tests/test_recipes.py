@@ -46,6 +46,15 @@ def test_only_the_upper_bound_sees_the_toys_true_labels():
     trained = stages_of("toy_ablation", Train)
     assert [name for name, s in trained.items() if s.manifest == "@toy/train_truth.jsonl"] == ["truth"]
     assert all(s.manifest == "@toy/train.jsonl" for name, s in trained.items() if name != "truth")
+    assert all(s.val_manifest is None for s in [*trained.values(), *stages_of("toy", Train).values()])
+
+
+def test_the_other_models_are_shown_what_the_paper_shows_them():
+    asked = stages_of("xmd_models", Evaluate)
+    assert {s.media for name, s in asked.items() if name.startswith("qwen25_vl_")} == {"video"}
+    assert {s.media for name, s in asked.items() if name.startswith("omni_")} == {"sounded"}
+    (report,) = stages_of("xmd_models", Report).values()
+    assert {"Qwen2.5-VL-7B-Instruct", "Qwen2.5-Omni"} <= report.tables.keys() and report.name == "models_report"
 
 
 @pytest.mark.parametrize("recipe, learner, teacher, name, switch", [
@@ -71,6 +80,7 @@ def test_the_directions_differ_by_who_learns(recipe, learner, teacher, name, swi
 def test_the_three_share_their_stages_so_that_one_run_directory_serves_them():
     audio, video, ablation = ({s.name: s for s in load_config(name).stages} for name in (
         "xmd_audio", "xmd_video", "xmd_ablation"))
-    for one, other in ((audio, video), (audio, ablation)):
+    models = {s.name: s for s in load_config("xmd_models").stages}
+    for one, other in ((audio, video), (audio, ablation), (audio, models)):
         shared = one.keys() & other.keys()
         assert len(shared) >= 8 and all(one[name] == other[name] for name in shared)
