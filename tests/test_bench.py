@@ -1,6 +1,7 @@
 """The benches of the kernels: what they count, that they refuse wrong code, and how bench/gpu.sh runs them."""
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import bench_distill, bench_grpo, bench_logprob, bench_lora, measure  # noqa: E402
+from bench import ablation, bench_distill, bench_grpo, bench_logprob, bench_lora, measure, toy_grpo  # noqa: E402
 
 SCRIPTS = {"logprob": bench_logprob, "grpo": bench_grpo, "distill": bench_distill, "lora": bench_lora}
 KERNEL = '''
@@ -365,3 +366,70 @@ def test_gpu_sh_goes_on_after_a_failure_and_reports_it(tmp_path):
             f"-m bench.bench_{name} --device cuda --out {folder}/{name}_gpu.json" for name in names]  # fmt: skip
         written = [f"{name}_gpu.json" for name in names if f"bench.bench_{name}" != fail]
         assert sorted(path.name for path in folder.iterdir()) == sorted(written)
+
+
+def toy_grpo_run(folder, right, rewards):
+    """A finished run's files: of 200 clips each row has so many right, in the form; GRPO's reward every 20 steps."""
+    write(folder / "toy" / "test.jsonl", [dict(id=str(i), question="?", options=["x", "y"], answer=0)
+                                          for i in range(200)])
+    for name, count in right.items():
+        write(folder / f"{name}_test" / "answers.jsonl", [
+            dict(id=str(i), question="q", right=i < count, text=f"<think>.</think><answer>{'BA'[i < count]}</answer>")
+            for i in range(200)])
+    write(folder / "grpo" / "log.jsonl", [dict.fromkeys(toy_grpo.CURVE, reward)
+                                          for reward in rewards for _ in range(toy_grpo.EDGE)])
+    return str(folder)
+
+
+def write(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.mark.parametrize("right, rewards, holds", [
+    (dict(before=90, sft=100, continued=110, grpo=150), (1.4, 1.6, 1.8), [True] * 5),
+    (dict(before=90, sft=100, continued=149, grpo=150), (1.4, 1.6, 1.8), [False, False, True, True, True]),
+    (dict(before=90, sft=100, continued=110, grpo=150), (1.4, 1.1, 1.3), [True, True, False, True, False]),
+    (dict(before=90, sft=100, continued=110, grpo=150), (1.4, math.inf, 1.8), [True, True, True, False, True]),
+])  # fmt: skip
+def test_what_the_toys_grpo_claims_is_read_from_its_runs(tmp_path, capsys, right, rewards, holds):
+    runs = [toy_grpo_run(tmp_path / name, right, rewards) for name in ("one", "two")]
+    status = toy_grpo.main([*runs, "--out", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found["claims"].values()) == holds and status == (0 if all(holds) else 1)
+    row = found["rows"]["SFT, then GRPO"]
+    assert (row["count"], row["correct"], row["reward"]) == (400, 300, 1.75)
+    assert found["differences"]["GRPO less SFT continued"]["only_a"] == 2 * (150 - right["continued"])
+    assert "| SFT, then GRPO | 75.0 (" in capsys.readouterr().out
+
+
+def ablation_run(folder, right, switch):
+    """A finished run's files: each row has the first so many of 300 clips right, which are of three groups by turns."""
+    for split in ablation.SPLITS:
+        write(folder / "toy" / f"{split}.jsonl", [
+            dict(id=str(i), question="?", options=["x", "y"], answer=0, meta={"group": ("ear", "eye", "both")[i % 3]})
+            for i in range(300)])
+        for name in ablation.ROWS.values():
+            write(folder / f"{name}_{split}" / "answers.jsonl",
+                  [dict(id=str(i), question="q", right=i < right.get(name, 250)) for i in range(300)])
+    for which in ("switch", "video_switch"):
+        write(folder / which / "results.json", [{part: {"accuracy": switch} for part in ("validation", "training")}])
+    return str(folder)
+
+
+@pytest.mark.parametrize("right, switch, fails", [
+    (dict(truth=290, distilled=280, always=250, never=200), 0.9, []),
+    (dict(truth=290, distilled=280, always=250, never=200, kl=291), 0.9, [0]),
+    (dict(truth=290, distilled=200, always=280, never=180), 0.9, [1, 2, 5]),
+    (dict(truth=290, distilled=280, always=250, never=270), 0.9, [3]),
+    (dict(truth=290, distilled=280, always=250, never=200), 0.79, [4]),
+])  # fmt: skip
+def test_what_the_ablation_claims_is_read_from_its_runs(tmp_path, monkeypatch, capsys, right, switch, fails):
+    runs = [ablation_run(tmp_path / name, right, switch) for name in ("one", "two")]
+    monkeypatch.setattr(sys, "argv", ["ablation", *runs, "--out", str(tmp_path / "found.json")])
+    assert ablation.main() == bool(fails)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [i for i, holds in enumerate(found["claims"].values()) if not holds] == fails
+    assert found["rows"]["Ground-truth labels (upper bound)"]["test"]["correct"] == 2 * 290
+    gain = (right["distilled"] - right["never"]) / 3
+    assert f"learned less never, test: {gain:+.1f} points" in capsys.readouterr().out
