@@ -116,10 +116,9 @@ class Switch:
 USED_BY = {  # Train's fields that other objectives do not read
     **dict.fromkeys(("student_labels", "switch", "gate", "teacher_loss"), ("distill",)),
     **dict.fromkeys(("teacher_labels", "temperature"), ("distill", "grpo")),
-    "traces": ("sft",),
-    "max_new_tokens": ("sft", "grpo"),
-    **dict.fromkeys(("group_size", "beta", "kl", "clip_low", "clip_high", "ratio", "aggregation",
-                     "scale_rewards", "truncated", "zero_variance", "num_iterations", "completions_every"), ("grpo",)),
+    "traces": ("sft",), "max_new_tokens": ("sft", "grpo"),
+    **dict.fromkeys(("group_size", "beta", "kl", "clip_low", "clip_high", "ratio", "aggregation", "scale_rewards",
+                     "truncated", "zero_variance", "num_iterations", "slots", "stop", "completions_every"), ("grpo",)),
 }
 
 
@@ -163,6 +162,8 @@ class Train:
     truncated: str = "keep"  # completions that max_new_tokens cut: "keep" | "mask", no loss on them
     zero_variance: str = "keep"  # groups of equal rewards, which only have a KL: "keep" | "skip"
     num_iterations: int = 1  # optimizer steps on each rollout
+    slots: int | None = None  # completions decoded at once, at least group_size; None = all of a step's
+    stop: tuple[str, ...] = ()  # strings that end a completion, beside the end of turn
     completions_every: int = 10  # steps between those of which completions.jsonl shows some; 0 = none
     # what trains
     trainable: str = "lora"  # "lora" | "decoder", tower and projector stay | "full"
@@ -220,6 +221,10 @@ class Train:
             raise ConfigError(f"config: betas must be >= 0 and < 1, got {self.betas}")
         if self.objective == "distill" and self.teacher_labels is None and self.gate != "never":
             raise ConfigError("config: objective 'distill' needs teacher_labels, got None")
+        if self.slots is not None and self.slots < self.group_size:
+            raise ConfigError(f"config: slots {self.slots} is below group_size {self.group_size}")
+        if "" in self.stop:
+            raise ConfigError("config: a stop string must not be empty, got ''")
         if self.objective == "sft" and self.traces is None and self.max_new_tokens != 512:
             raise ConfigError(f"config: objective 'sft' without traces does not use max_new_tokens, got "
                               f"{self.max_new_tokens}")

@@ -33,8 +33,18 @@ from minixmd.kernels.logprob import split_banned
 from minixmd.learning.checkpoint import LOGS, begin, finish, load_state, log_line, save_state
 from minixmd.learning.head import CrossEntropy, DistillTopK, Grpo, head_loss
 from minixmd.learning.optim import adamw, learning_rate, optimizer_tensors, restore_optimizer
-from minixmd.learning.rewards import REWARDS, learnable, no_variance, parse_answer
-from minixmd.learning.scoring import ask, count_bad, device_of, dtype_of, impl_of, prefetch, read_records, score_letters
+from minixmd.learning.rewards import REWARDS, learnable, parse_answer, summary
+from minixmd.learning.scoring import (
+    ask,
+    check_room,
+    count_bad,
+    device_of,
+    dtype_of,
+    impl_of,
+    prefetch,
+    read_records,
+    score_letters,
+)
 from minixmd.models.hub import pinned
 from minixmd.models.lora import add_lora, hash_seed, merge_lora, set_impl
 from minixmd.models.weights import adapted, save_adapter, save_model
@@ -299,11 +309,13 @@ def grpo_step(run, stage, processor, good, folder):
         return {"loss": 0.0, "tokens": 0}
     times = [time.perf_counter()]
     prompts, examples = [prompt for prompt, _ in good], [one[0] for _, one in good]
+    for prompt, e in zip(prompts, examples, strict=True):
+        check_room(processor, e, prompt, stage.max_new_tokens)
     if all(name.startswith(("model.", "lm_head.")) for name in run.parameters):  # sampling, scoring and learning share
         prompts = [run.model.encode_ahead(prompt) for prompt in prompts]  # what the towers say
     answers = generate(run.model, processor, prompts, n=stage.group_size, max_new_tokens=stage.max_new_tokens,
-                       temperature=stage.temperature, seed=stage.seed, step=run.step, keys=[e.id for e in examples],
-                       impl=run.impl)
+                       temperature=stage.temperature, seed=stage.seed, stop=stage.stop, step=run.step,
+                       keys=[e.id for e in examples], slots=stage.slots, impl=run.impl)
     pairs = [[(c, e) for c in group] for group, e in zip(answers, examples, strict=True)]
     parts = {name: torch.tensor([[reward(c.text, e) for c, e in group] for group in pairs])
              for name, reward in REWARDS.items()}
@@ -326,23 +338,13 @@ def grpo_step(run, stage, processor, good, folder):
             figures["kl"] = found["kl"].mean().item()
         means.update({name: value / stage.num_iterations for name, value in figures.items()})
     times.append(time.perf_counter())
-    line = {**means, **summary(pairs, parts)}
+    line = {**means, **summary(pairs, parts), "learned": len(rollout.groups) if rollout else 0}  # groups
     if rollout:  # what the sampler said of its tokens against what the training pass says: 0 but for rounding
         gap_T = (rollout.sampled_T - rollout.old_T).abs()
         line |= {"logp_gap_mean": gap_T.mean().item(), "logp_gap_max": gap_T.max().item()}
     for i, name in enumerate(("rollout_s", "scoring_s", "update_s")):
         line[name] = round(times[i + 1] - times[i], 3)
     return line | {"tokens": sum(map(len, prompts)) + sum(len(c.ids) for group in answers for c in group)}
-
-
-def summary(pairs, parts):
-    """What a rollout is like, for the log, of (Completion, example)s prompt by prompt and of what they earned."""
-    flat = sum(pairs, [])
-    return {**{name: part_PG.mean().item() for name, part_PG in parts.items()},
-            "unparsed": sum(parse_answer(c.text, e.options) is None for c, e in flat) / len(flat),
-            "zero_variance": sum(map(no_variance, parts["reward"])) / len(pairs),  # share of the groups
-            "completion_tokens": sum(len(c.ids) for c, _ in flat) / len(flat),
-            "truncated": sum(not c.finished for c, _ in flat) / len(flat)}
 
 
 def show(run, stage, group, parts, folder):
@@ -466,6 +468,8 @@ def train(stage, folder, log):
                 validate(run, stage, processor, validation, folder, log)
             if last or (stage.save_every and run.step % stage.save_every == 0):
                 save(run, folder)
+    if not any(run.optimizer.state.values()):
+        raise ValueError(f"{stage.name}: no step had anything to learn: its clips were bad, or its groups left out")
     publish(run, stage, processor, folder)
 
 

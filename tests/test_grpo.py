@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,9 +22,10 @@ import minixmd
 import minixmd.train as trainer
 from minixmd import Completion, Prompt, pack
 from minixmd.config import Train
-from minixmd.inputs.examples import read_manifest
+from minixmd.inputs.examples import Example, read_manifest
 from minixmd.learning.optim import adamw
-from minixmd.learning.rewards import learnable
+from minixmd.learning.rewards import learnable, summary
+from minixmd.learning.rollout import Decoder
 from minixmd.train import Run, check_reference, learn, main, reference_of, score, sources, update
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -292,6 +294,7 @@ def train(world, **more):
 
 
 def run(tmp_path, stages):
+    tmp_path.mkdir(exist_ok=True)
     return main([str(write_config(tmp_path / "config.py", f"[{stages}]")), f"run_dir={tmp_path / 'run'}"])
 
 
@@ -314,19 +317,82 @@ def test_what_is_logged(world, tmp_path, earns, capsys):
     assert "the loss starts at 0" in first["note"] and first["note"] in capsys.readouterr().out.replace("\n", " ")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     keys = {"step", "loss", "lr", "grad_norm", "entropy", "clip_fraction", "kl", "letters", "reward", "unparsed",
-            "zero_variance", "completion_tokens", "truncated", "logp_gap_mean", "logp_gap_max", "rollout_s",
+            "zero_variance", "completion_tokens", "truncated", "learned", "logp_gap_mean", "logp_gap_max", "rollout_s",
             "scoring_s", "update_s", "tokens", "tokens_per_s"}
     for line in lines:
         assert line.keys() == keys
         assert 0 <= line["logp_gap_mean"] <= line["logp_gap_max"] < 1e-4 and line["reward"] == line["letters"]
         assert line["kl"] >= 0 and line["grad_norm"] > 0 and line["entropy"] > 0
         assert 0 < line["completion_tokens"] <= 6 and 0 <= line["truncated"] <= 1 and line["unparsed"] == 1
+    assert all(line["kl"] > 0 for line in lines) and len({line["entropy"] for line in lines}) == 6
+    assert all(line["learned"] == 2 for line in lines)
     assert lines[0]["clip_fraction"] > 0  # in the second of its updates, of which the figures are the mean
     assert lines[0]["lr"] == pytest.approx(3e-3)
     shown = lines_of(tmp_path / "run/g", "completions.jsonl")
     assert Counter(line["step"] for line in shown) == {1: 4, 3: 4, 5: 4}
     assert shown[0].keys() == {"step", "id", "letters", "reward", "finished", "text"}
     assert all(line["reward"] == pytest.approx(lowercase(line["text"], None)) for line in shown)
+
+
+def test_a_rollout_is_summed_up_as_a_person_would():
+    options = ("dog", "cat")
+    examples = [Example(id=i, audio=None, video=None, question="?", options=options, answer=0) for i in "ab"]
+    right, wrong = "<think>.</think><answer>A</answer>", "<think>.</think><answer>B</answer>"
+    said = [[(right, 4, True), (wrong, 2, True), ("what?", 1, True)], [(right, 3, True), (right, 5, True),
+                                                                       (right, 9, False)]]  # fmt: skip
+    pairs = [[(Completion(text, (7,) * count, (0.0,) * count, finished), e) for text, count, finished in group]
+             for group, e in zip(said, examples, strict=True)]
+    assert summary(pairs, {"reward": torch.tensor([[2.0, 1, 0], [2, 2, 2]])}) == {
+        "reward": 1.5, "unparsed": pytest.approx(1 / 6), "zero_variance": 0.5, "completion_tokens": 4.0,
+        "truncated": pytest.approx(1 / 6)}  # fmt: skip
+
+
+def test_the_logged_gap_is_between_what_the_sampler_said_and_what_training_says(world, tmp_path, earns, monkeypatch):
+    def shifted(*args, **given):
+        (first, *group), *others = minixmd.generate(*args, **given)
+        return [[replace(first, logprobs=(first.logprobs[0] + 0.5, *first.logprobs[1:])), *group], *others]
+
+    monkeypatch.setattr(trainer, "generate", shifted)
+    assert run(tmp_path, train(world, max_steps=1)) == 0
+    line = lines_of(tmp_path / "run/g")[1]
+    tokens = 8 * line["completion_tokens"]  # of 2 prompts, 4 completions each
+    assert line["logp_gap_max"] == pytest.approx(0.5, abs=1e-4)
+    assert line["logp_gap_mean"] == pytest.approx(0.5 / tokens, rel=1e-2)
+
+
+def test_fewer_slots_decode_fewer_prompts_at_once_and_change_nothing(world, tmp_path, earns, monkeypatch):
+    fills, fill = [], Decoder.fill
+    monkeypatch.setattr(Decoder, "fill", lambda self, prompts, *args: fills.append(len(prompts)) or fill(
+        self, prompts, *args))  # fmt: skip
+    shown = []
+    for slots in (None, 4):
+        assert run(tmp_path / str(slots), train(world, max_steps=1, completions_every=1, slots=slots)) == 0
+        shown.append(lines_of(tmp_path / str(slots) / "run/g", "completions.jsonl"))
+    assert fills == [2, 1, 1] and shown[0] == shown[1]
+
+
+def test_a_stop_string_ends_a_rollouts_completions(world, tmp_path, monkeypatch, earns):
+    given = []
+    monkeypatch.setattr(trainer, "generate", lambda *args, **more: given.append(more["stop"]) or minixmd.generate(
+        *args, **more))  # fmt: skip
+    assert run(tmp_path, train(world, max_steps=1, stop=("</answer>", "x"))) == 0
+    assert given == [("</answer>", "x")]
+
+
+def test_a_run_that_learns_nothing_ends_with_an_error(world, tmp_path, earns, capsys):
+    assert run(tmp_path / "cut", train(world, truncated="mask", max_new_tokens=1)) == 1
+    assert "g: no step had anything to learn" in capsys.readouterr().err
+    lines = lines_of(tmp_path / "cut/run/g")[1:]
+    assert [line["learned"] for line in lines] == [0, 0, 0] and "kl" not in lines[0]
+    records = [{**record, "audio": __file__} for record in lines_of(world / "clips", "manifest.jsonl")]
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert run(tmp_path / "bad", train(world, manifest=str(tmp_path / "bad.jsonl"), max_bad=1.0)) == 1
+    assert "g: no step had anything to learn" in capsys.readouterr().err
+
+
+def test_a_prompt_without_room_for_a_completion_is_named(world, tmp_path, earns, capsys):
+    assert run(tmp_path, train(world, max_new_tokens=10**6)) == 1
+    assert re.search(r"example 'clip\d+': the prompt's \d+ tokens and max_new_tokens 1000000", capsys.readouterr().err)
 
 
 def test_a_step_gives_every_prompt_its_group_and_two_like_prompts_groups_of_their_own(world, tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """Rollouts: what the draws depend on, where a completion ends, places and slots, the captured step, and agreement with
 training. The same for models of every family: tests/test_invariance.py."""
 import copy
+import gc
 import hashlib
 import json
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -321,6 +323,17 @@ def test_a_rollouts_pools_hold_a_prompt_once_and_no_more_slots_than_asked(speake
 
 
 # ---- the step that is captured ----
+
+
+def test_the_pools_are_freed_with_the_call(speaker, monkeypatch):
+    made, init = [], Cache.__init__
+    monkeypatch.setattr(Cache, "__init__", lambda self, *args: made.append(weakref.ref(self)) or init(self, *args))
+    gc.disable()  # it would free a cycle only now and then
+    try:
+        say(speaker, [ask("Hm")], max_new_tokens=2)
+        assert len(made) == 1 and made[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_a_step_looks_at_no_value(speaker):

@@ -65,6 +65,16 @@ def no_variance(reward_G):
     return bool(torch.all(reward_G == reward_G[0]))
 
 
+def summary(pairs, parts):
+    """What a rollout is like, for the log, of (Completion, example)s prompt by prompt and of what they earned."""
+    flat = sum(pairs, [])
+    return {**{name: part_PG.mean().item() for name, part_PG in parts.items()},
+            "unparsed": sum(parse_answer(c.text, e.options) is None for c, e in flat) / len(flat),
+            "zero_variance": sum(map(no_variance, parts["reward"])) / len(pairs),  # share of the groups
+            "completion_tokens": sum(len(c.ids) for c, _ in flat) / len(flat),
+            "truncated": sum(not c.finished for c, _ in flat) / len(flat)}
+
+
 @dataclass
 class Rollout:
     """A step's completions as the update reads them: T tokens, in the order in which `pack` makes them targets."""

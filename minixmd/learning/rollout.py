@@ -139,7 +139,7 @@ class Decoder:
         self.logp_SB = torch.zeros(SYNC, B, device=self.device)
         self.at_1 = torch.zeros(1, dtype=torch.int64, device=self.device)  # row of these that a step writes
         self.captured = impl == "triton" and self.device.type == "cuda"
-        self.advance = capture(self.step) if self.captured else self.step
+        self.replay = capture(self.step) if self.captured else None  # not self.step: a cycle would keep the pools alive
 
     def fill(self, prompts, places, uniform_BT):
         """Put prompts into places and draw the first token of their completions, whose uniforms are given in order.
@@ -181,7 +181,7 @@ class Decoder:
         """`steps` <= SYNC steps: ids and log-probs of every slot, (steps, slots) as lists."""
         self.at_1.zero_()
         for _ in range(steps):
-            self.advance()
+            (self.replay or self.step)()
         return self.ids_SB[:steps].tolist(), self.logp_SB[:steps].tolist()
 
 

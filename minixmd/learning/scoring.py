@@ -58,6 +58,13 @@ def ask(stage, processor, example, answer=None):
         raise ValueError(f"example {example.id!r}: {error}") from error
 
 
+def check_room(processor, example, prompt, max_new_tokens):
+    """Raises ValueError where a prompt and what is to be written after it are over the model's limit."""
+    if len(prompt) + max_new_tokens > processor.max_positions:
+        raise ValueError(f"example {example.id!r}: the prompt's {len(prompt)} tokens and max_new_tokens "
+                         f"{max_new_tokens} are over the model's limit of {processor.max_positions}")
+
+
 def prefetch(function, items, ahead=16):
     """function(item) for every item, in order, computed by threads up to `ahead` items early."""
     items, workers = iter(items), max(2, min(8, (os.cpu_count() or 2) // 2))
@@ -117,10 +124,8 @@ def score_letters(model, processor, stage, examples, batch_tokens=8192, top_k=0,
         for example, prompt in prefetch(lambda e: (e, ask(stage, processor, e)), examples):
             if isinstance(prompt, MediaError):
                 records[example.id] = {"id": example.id, "bad": prompt.reason, "detail": str(prompt)}
-            elif len(prompt) + max_new_tokens > processor.max_positions:
-                raise ValueError(f"example {example.id!r}: the prompt's {len(prompt)} tokens and max_new_tokens "
-                                 f"{max_new_tokens} are over the model's limit of {processor.max_positions}")
             else:
+                check_room(processor, example, prompt, max_new_tokens)
                 yield example, prompt
 
     def read_letters(run, logits_BV):
