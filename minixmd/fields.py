@@ -14,6 +14,7 @@ from typing import get_args, get_origin, get_type_hints
 
 _NAMES = {int: "an int", float: "a float", str: "a str", bool: "true or false"}
 _PROMPT = {"question": "Which?", "options": "A. dog\nB. cat", "first": "A", "last": "B"}  # the placeholders, an example
+_TRACE = {"trace": "<think>It barks.</think><answer>A</answer>"}  # where a prompt may show one
 _COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 
@@ -90,18 +91,32 @@ def require(item, *rules):
             raise ConfigError(f"config: {name} must be {sign} {bound}, got {value!r}")
 
 
-def check_prompt(prompt):
+def check_prompt(prompt, needs=("options",)):
+    """A format string over the placeholders, which holds those of `needs`; {trace} may stand where it is needed."""
+    known = _PROMPT | (_TRACE if "trace" in needs else {})
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None]
-        unknown = [name for name in names if name not in _PROMPT]
+        unknown = [name for name in names if name not in known]
         if not unknown:
-            prompt.format(**_PROMPT)  # a format specification may still be wrong
+            prompt.format(**known)  # a format specification may still be wrong
     except (ValueError, LookupError) as error:
         raise ConfigError(f"config: prompt {prompt!r} is no format string: {error}") from None
     if unknown:
-        raise ConfigError(f"config: prompt has no placeholder {unknown[0]!r}{nearest(unknown[0], _PROMPT)}")
-    if "options" not in names:
-        raise ConfigError(f"config: prompt {prompt!r} must hold the placeholder 'options'")
+        raise ConfigError(f"config: prompt has no placeholder {unknown[0]!r}{nearest(unknown[0], known)}")
+    if missing := [name for name in needs if name not in names]:
+        raise ConfigError(f"config: prompt {prompt!r} must hold the placeholder {missing[0]!r}")
+
+
+def check_asking(item, needs=("options",)):
+    """The fields that every stage which asks a model has in common."""
+    one_of(item, "media", "audio", "video", "both", "sounded")
+    one_of(item, "device", "auto", "cpu", "cuda")
+    one_of(item, "impl", "auto", "triton", "torch")
+    one_of(item, "dtype", "float32", "bfloat16", "float16")
+    require(item, "fps > 0", "min_pixels >= 1", "nframes >= 2", "max_bad >= 0", "max_bad <= 1", "seed >= 0")
+    if item.min_pixels > item.max_pixels:
+        raise ConfigError(f"config: min_pixels {item.min_pixels} is more than max_pixels {item.max_pixels}")
+    check_prompt(item.prompt, needs)
 
 
 def _convert(annotation, value):

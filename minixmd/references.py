@@ -7,8 +7,15 @@ from pathlib import Path
 
 from minixmd.fields import ConfigError, kind, nearest
 
-OUTPUTS = {"train": "best", "label": "labels.jsonl", "switch": "switch.jsonl", "evaluate": "results.json"}  # of "@name"
-INPUTS = {  # the fields that name a file or folder, and the kind of stage that a bare "@name" in them must be
+OUTPUTS = {  # what a bare "@name" means
+    "train": "best",
+    "label": "labels.jsonl",
+    "switch": "switch.jsonl",
+    "evaluate": "results.json",
+    "traces": "traces.jsonl",
+    "factcheck": "traces.jsonl",  # those that were accepted
+}
+INPUTS = {  # the fields that name a file or folder, and the kinds of stage that a bare "@name" in them may be
     "model": "train",
     "manifest": None,
     "val_manifest": None,
@@ -16,7 +23,8 @@ INPUTS = {  # the fields that name a file or folder, and the kind of stage that 
     "student": "evaluate",
     "train_manifest": None,
     "weights": None,
-    "traces": None,
+    "traces": "traces factcheck",
+    "verdicts": None,
     "teacher_labels": "label",
     "student_labels": "label",
     "switch": "switch",
@@ -77,8 +85,9 @@ def check_references(stages):
                 raise ConfigError(f"{where} names no stage{nearest('@' + name, ['@' + known for known in before])}")
             if not file and before[name] not in OUTPUTS:
                 raise ConfigError(f"{where} names no file; write '@{name}/FILE'")
-            if not file and before[name] != needs:
-                wanted = f"the output of a {needs} stage" if needs else "a manifest"
+            if not file and before[name] not in (needs or "").split():
+                wanted = f"the output of a {needs.replace(' ', ' or ')} stage" if needs else \
+                    "a manifest" if "manifest" in field else f"a file of it; write '@{name}/FILE'"
                 raise ConfigError(f"{where} is the output of a {before[name]} stage, not {wanted}")
         before[item.name] = kind(type(item))
 

@@ -1,6 +1,6 @@
 """Run a config's stages: python -m minixmd.train config.py [stage.field=value …], or a bundled recipe: … train toy
 
-Read it from the top: which examples a Train stage learns from (sources), a step on given answers (sft, distill), a step
+Read it from the top: what a run is made of, a step on given answers (SFT, distillation; sources.py says whose), a step
 on the model's own (GRPO), the loop around both (train, validate, save), then the runner that gives every stage its
 directory (main). A stage that is finished is skipped; a training run that was stopped goes on from its last state and
 ends with the same weights, bit for bit on the CPU.
@@ -45,93 +45,12 @@ from minixmd.learning.scoring import (
     read_records,
     score_letters,
 )
+from minixmd.learning.sources import sources
 from minixmd.models.hub import pinned
 from minixmd.models.lora import add_lora, hash_seed, merge_lora, set_impl
 from minixmd.models.weights import adapted, save_adapter, save_model
 from minixmd.references import check_files, input_paths, resolve
 from minixmd.stages import evaluate, label, report, switch, toy
-
-# ---- what is learnt: one answer an example ----
-
-
-def sources(stage, examples):
-    """Which answer each training example learns: the manifest's own or every trace of it (SFT), the teacher's or the
-    student's (distill). In GRPO none is given: the example's, from the manifest or the teacher, is what is rewarded.
-
-    In distillation the gate decides a clip: closed (p_teacher >= 0.5), the teacher's letter or its stored logits are
-    the target; open, the student's own earlier letter is, which keeps what it knew (the anti-forgetting loss). Without
-    the student's letters an open clip is left out. The manifest's answers are not read.
-
-    Returns:
-        ([(example, answer: an index, a text or None, the teacher's best ids or None)], {reason: count} of what stands
-        where and what was left out).
-    Raises:
-        ValueError: an example without the answer that is to be learnt or without what is shown, labels, decisions or
-            traces of other clips, labels without stored logits, or nothing left to learn.
-    """
-    evaluate.check_media(stage.name, stage.manifest, examples, stage.media)
-    if stage.val_manifest is not None:
-        evaluate.check_media(stage.name, stage.val_manifest, read_manifest(stage.val_manifest), stage.media)
-    if stage.traces is not None:
-        return traced(stage, examples)
-    given = stage.objective != "grpo"
-    if stage.objective == "sft" or not given and stage.teacher_labels is None:
-        if missing := next((e for e in examples if e.answer is None), None):
-            raise ValueError(f"{stage.manifest}: example {missing.id!r} has no answer to learn from")
-        return [(e, e.answer if given else None, None) for e in examples], {"manifest": len(examples)}
-    teacher, student, switch = (_by_id(path) if path else {} for path in (stage.teacher_labels, stage.student_labels,
-                                                                          stage.switch))
-    looked_up = {"learned": "p_teacher", "oracle": "oracle"}.get(stage.gate)
-    if looked_up and not any(looked_up in record for record in switch.values()):
-        raise ValueError(f"{stage.switch}: no clip has the {looked_up!r} that gate {stage.gate!r} goes by")
-    chosen, counts = [], Counter()
-    for e in examples:
-        if looked_up and e.id not in switch:
-            raise ValueError(f"{stage.switch}: no decision on example {e.id!r} of {stage.manifest}")
-        to_teacher = switch[e.id].get(looked_up, 0.0) >= 0.5 if looked_up else stage.gate == "always"
-        path, labels = (stage.teacher_labels, teacher) if to_teacher else (stage.student_labels, student)
-        if path and e.id not in labels:
-            raise ValueError(f"{path}: no label for example {e.id!r} of {stage.manifest}")
-        record = labels[e.id] if path else {"bad": "switch open"}
-        source = "teacher" if to_teacher else "student"
-        if "bad" in record:
-            counts[f"left out: {record['bad']}"] += 1
-        elif record["option"] not in e.options:
-            raise ValueError(f"the {source}'s label of {e.id!r} is {record['option']!r}, not among its options: the "
-                             f"labels were made from another manifest than {stage.manifest}")
-        else:
-            by_logits = to_teacher and stage.teacher_loss != "ce"
-            top = record.get("top") if by_logits else None
-            if by_logits and (top is None or top["temperature"] != stage.temperature):
-                raise ValueError(f"{stage.name}: teacher_loss {stage.teacher_loss!r} at temperature "
-                                 f"{stage.temperature} needs labels made with top_k, at that temperature: "
-                                 f"{stage.teacher_labels}")
-            answer = e.options.index(record["option"])
-            chosen.append((e, answer, top) if given else (replace(e, answer=answer), None, None))
-            counts[source] += 1
-    if not chosen:
-        raise ValueError(f"{stage.name}: no clip is left to learn from ({dict(counts)})")
-    return chosen, dict(counts)
-
-
-def traced(stage, examples):
-    """As sources, for traces: an example of n traces stands n times, in their order, one without is left out."""
-    by_id, chosen = {e.id: e for e in examples}, []
-    for number, record in enumerate(read_records(Path(stage.traces)), 1):
-        if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("id", "text")):
-            raise ValueError(f"{stage.traces}: trace {number} needs an 'id' and a 'text', both strings")
-        if record["id"] not in by_id:
-            raise ValueError(f"{stage.traces}: trace {number} is of {record['id']!r}, which is not in {stage.manifest}")
-        chosen.append((by_id[record["id"]], record["text"], None))
-    if not chosen:
-        raise ValueError(f"{stage.name}: {stage.traces} holds no trace")
-    without = len(examples) - len({e.id for e, *_ in chosen})
-    return chosen, {"traces": len(chosen), **({"left out: no trace": without} if without else {})}
-
-
-def _by_id(path):
-    return {record["id"]: record for record in read_records(Path(path))}
-
 
 # ---- what a run is made of ----
 
@@ -544,7 +463,7 @@ def main(argv=None):
         check_files(config.stages)
         for stage in config.stages:  # what is not here, on the hub or reachable shows before the first hour of work
             where(stage)
-            if not getattr(stage, "model", "@").startswith("@"):
+            if not (getattr(stage, "model", None) or "@").startswith("@"):
                 pinned(stage.model)
         for stage in config.stages:
             paths = input_paths(stage, config.run_dir, config.stages)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from minixmd import config, configfile
-from minixmd.config import PROMPT, THINK_PROMPT, Evaluate, Label, Report, Switch, Toy, Train
+from minixmd.config import Evaluate, Label, Report, Switch, Toy, Train
 from minixmd.configfile import load_config
 from minixmd.fields import ConfigError, check_types, parse_field, stage
+from minixmd.prompts import PROMPT, THINK_PROMPT
 from minixmd.references import check_files, input_paths, references, resolve
 
 EVALUATE = dict(name="before", model="m", manifest="d.jsonl")
@@ -251,9 +252,10 @@ def test_the_default_prompt_and_doubled_braces_are_allowed():
 
 def test_label_asks_with_the_fields_and_defaults_of_evaluate_but_scores_letters_only():
     evaluate, label = ({f.name: (f.type, f.default) for f in fields(cls)} for cls in (Evaluate, Label))
-    own = {"answer", "max_new_tokens"}, {"top_k", "temperature"}
+    own = {"answer", "max_new_tokens", "rule", "n", "traces"}, {"top_k"}
     assert (evaluate.keys() - label.keys(), label.keys() - evaluate.keys()) == own
-    assert all(evaluate[name] == label[name] for name in evaluate.keys() & label.keys())
+    shared = evaluate.keys() & label.keys() - {"temperature"}  # of the sampling; of what is stored for distillation
+    assert all(evaluate[name] == label[name] for name in shared)
     assert message(Label, **EVALUATE, answer="generate") == "config: label 'before' has no field 'answer'"
 
 

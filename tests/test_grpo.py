@@ -26,7 +26,8 @@ from minixmd.inputs.examples import Example, read_manifest
 from minixmd.learning.optim import adamw
 from minixmd.learning.rewards import learnable, summary
 from minixmd.learning.rollout import Decoder
-from minixmd.train import Run, check_reference, learn, main, reference_of, score, sources, update
+from minixmd.learning.sources import sources
+from minixmd.train import Run, check_reference, learn, main, reference_of, score, update
 
 ROOT = Path(__file__).resolve().parents[1]
 BANNED, LIMIT = torch.tensor([3, 50]), 90  # no completion has one of these, nor an id from LIMIT on

@@ -23,7 +23,8 @@ from minixmd.inputs.examples import Example, read_manifest
 from minixmd.kernels import logprob
 from minixmd.learning.optim import adamw, optimizer_tensors, restore_optimizer
 from minixmd.learning.scoring import ask
-from minixmd.train import main, order, sources
+from minixmd.learning.sources import sources
+from minixmd.train import main, order
 
 FRAMES = "min_pixels=3136, max_pixels=3136"
 

@@ -44,6 +44,14 @@ def impl_of(stage):
     return stage.impl
 
 
+def check_media(name, manifest, examples, media):
+    """Raises ValueError for the first of a manifest's examples that lacks what stage `name` shows."""
+    kinds = {"both": ("video", "audio"), "sounded": ("video",)}.get(media, (media,))
+    for e in examples:
+        if missing := [kind for kind in kinds if getattr(e, kind) is None]:
+            raise ValueError(f"{name}: {manifest}: example {e.id!r} has no {missing[0]}")
+
+
 def ask(stage, processor, example, answer=None):
     """The Prompt with which a stage asks an example's question (and, to learn it, gives `answer`), or the MediaError
     that its clip raised."""

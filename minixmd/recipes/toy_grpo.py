@@ -15,7 +15,7 @@ ROWS = {"before": "@toy/student", "sft": "@sft", "continued": "@continued", "grp
 TITLES = {"before": "before", "sft": "SFT", "continued": "SFT continued", "grpo": "SFT, then GRPO"}
 
 stages = [
-    Toy(name="toy", thinking=True),
+    Toy(name="toy", thinking="both"),
     Train(name="sft", model="@toy/student", max_steps=40, **TRACED),
     Train(name="continued", model="@sft", max_steps=UPDATES, **TRACED),
     Train(name="grpo", model="@sft", objective="grpo", epochs=2, max_steps=UPDATES, lr=3e-4, save_every=40, **LEARNING),

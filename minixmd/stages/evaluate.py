@@ -15,6 +15,7 @@ from minixmd.files import write_json
 from minixmd.inputs.examples import read_manifest
 from minixmd.learning.answers import WAYS
 from minixmd.learning.scoring import (
+    check_media,
     count_bad,
     device_of,
     dtype_of,
@@ -165,14 +166,6 @@ def groups(lead, most=10):
     behind = sorted((name for name in names if lead[name] < 0), key=lambda name: (lead[name], name))[:size]
     rest = sorted(set(names) - {*ahead, *behind}, key=lambda name: (abs(lead[name]), name))[:size]
     return {"The teacher is ahead": ahead, "The student is ahead": behind, "The smallest gaps among the others": rest}
-
-
-def check_media(name, manifest, examples, media):
-    """Raises ValueError for the first of a manifest's examples that lacks what stage `name` shows."""
-    kinds = {"both": ("video", "audio"), "sounded": ("video",)}.get(media, (media,))
-    for e in examples:
-        if missing := [kind for kind in kinds if getattr(e, kind) is None]:
-            raise ValueError(f"{name}: {manifest}: example {e.id!r} has no {missing[0]}")
 
 
 def score(stage, folder, top_k=0, temperature=1.0, max_new_tokens=0):

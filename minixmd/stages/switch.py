@@ -21,10 +21,10 @@ from minixmd.inputs.media import MediaError, read_audio
 from minixmd.inputs.panns import log_mel
 from minixmd.learning.checkpoint import load_state, save_state
 from minixmd.learning.optim import learning_rate, optimizer_tensors, restore_optimizer
-from minixmd.learning.scoring import SHARD, count_bad, device_of, prefetch, read_records
+from minixmd.learning.scoring import SHARD, check_media, count_bad, device_of, prefetch, read_records
 from minixmd.models.cnn14 import load_weights, make_cnn14, mixup, spec_augment
 from minixmd.models.lora import hash_seed
-from minixmd.stages.evaluate import answers_beside, check_media, digest, leads, pairs, summary, tabulate
+from minixmd.stages.evaluate import answers_beside, digest, leads, pairs, summary, tabulate
 
 
 def run(stage, folder, log):

@@ -65,7 +65,7 @@ def run(stage, folder, log):
     """Writes <split>.jsonl and their clips, language.safetensors (the decoder that has read), student/ and teacher/;
     where they think, also traces.jsonl: what was heard, and the answer, of some train clips."""
     make_world(folder, stage.seed)
-    if stage.thinking:
+    if stage.thinking == "both":
         write_text(folder / "traces.jsonl", traces(read_manifest(folder / "train_truth.jsonl")))
     language = folder / "language.safetensors"
     if not language.exists():
@@ -217,7 +217,7 @@ def teach_tower(model, processor, folder, name, stage, log):
     rng = np.random.default_rng([stage.seed, 2])
     teach_naming(model, processor, shown, examples, name, rng, log)
     teach_asking(model, processor, shown, examples, name, rng, log, (DIRECT,))
-    if stage.thinking:
+    if stage.thinking == "both" or (stage.thinking == "teacher" and name == "teacher"):
         teach_asking(model, processor, shown, examples, name, rng, log, (DIRECT, THINKING))
 
 
