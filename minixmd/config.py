@@ -116,7 +116,7 @@ class Traces(_Asking, _Remote):
 
     model: str | None = None  # folder, hub name or "@train"; None = an endpoint
     media: str = "video"  # as in Evaluate; an endpoint is shown "video" or "audio"
-    prompt: str = AUDIO_COT_PROMPT
+    prompt: str = AUDIO_COT_PROMPT  # as in Evaluate
     # how it samples
     n: int = 8  # samples a clip
     temperature: float = 1.0  # of the sampling
@@ -147,7 +147,7 @@ class FactCheck(_Remote):
     threshold: float = 0.0  # a trace is accepted above it; scores are log-odds of yes (endpoints without: +1, -1)
     # who judges
     model: str | None = None  # of "model" the one that hears; of "verifier" the one whose decoder reads the traces
-    prompt: str = CHECK_PROMPT
+    prompt: str = CHECK_PROMPT  # format string over {trace} and what Evaluate has
     verdicts: str | None = None  # "@factcheck/verdicts.jsonl": what "verifier" learns from, or "verdicts" takes over
     # the trained verifier: a Cnn14 beside the decoder's mean hidden state
     weights: str | None = None  # checkpoint to start from, .pth or .safetensors; None = from scratch
