@@ -1,6 +1,7 @@
 """GRPO: equation 2 against an oracle for every switch, what a step does and logs, what stops it, and exact resume."""
 import copy
 import json
+import math
 import os
 import re
 import signal
@@ -419,14 +420,29 @@ def test_a_step_gives_every_prompt_its_group_and_two_like_prompts_groups_of_thei
 
 
 @pytest.mark.parametrize("trainable", ["lora", "decoder", "full"])
-def test_trainable_says_what_changes(world, tmp_path, earns, trainable):
-    assert run(tmp_path, train(world, max_steps=2, trainable=trainable)) == 0
-    before, _ = minixmd.load(world / "ears")
-    after, _ = minixmd.load(tmp_path / "run/g/best")
+@pytest.mark.parametrize("device, dtype, impl, gap_mean, gap_max", [
+    ("cpu", "float32", "torch", 1e-5, 1e-4), ("cpu", "bfloat16", "torch", 0.015, 0.1),
+    pytest.param("cuda", "bfloat16", "triton", 0.015, 0.1, marks=pytest.mark.gpu)])  # fmt: skip
+def test_two_steps_change_what_trains(world, tmp_path, earns, device, dtype, impl, gap_mean, gap_max, trainable):
+    """Sampling and training round apart: in bf16 each rounds a hidden state 20 times in 2 layers, by 2^-9 / sqrt(3)
+    of it. sqrt(2 x 20) of these are 0.7 % of the logits' spread, here 1 / 0.8: 0.007 in the mean, 0.03 at most. The
+    bounds are 2 and 3 times that; older weights, or another token, position or temperature, are off by more."""
+    assert run(tmp_path, train(world, trainable=trainable, device=device, dtype=dtype, impl=impl, max_steps=2, slots=4,
+                               max_new_tokens=20, temperature=0.8)) == 0
+    lines = lines_of(tmp_path / "run/g")[1:]
+    assert len(lines) == 2 and lines[0]["kl"] <= 1e-6 < lines[1]["kl"]
+    for line in lines:
+        assert all(math.isfinite(value) for value in line.values()) and line["learned"] == 2 and line["grad_norm"] > 0
+        assert line["logp_gap_mean"] <= gap_mean and line["logp_gap_max"] <= gap_max
+    before, after = (minixmd.load(path, dtype=getattr(torch, dtype))[0]
+                     for path in (world / "ears", tmp_path / "run/g/best"))
     changed = {name for name, p in before.named_parameters() if not torch.equal(p, after.get_parameter(name))}
     everything = {name for name, _ in before.named_parameters()} - {"audio_tower.embed_positions.weight"}
     decoder = {name for name in everything if name.startswith(("model.", "lm_head."))}
     assert changed == {"lora": set(), "decoder": decoder, "full": everything}[trainable]
+    assert all(p.isfinite().all() for p in after.parameters())
+    adapters = [p for name, p in after.named_parameters() if name.endswith("lora_B")]  # they start at 0
+    assert len(adapters) == (14 if trainable == "lora" else 0) and all(p.any() for p in adapters)
 
 
 @pytest.mark.parametrize("trainable,passes", [("lora", 1), ("decoder", 1), ("full", 1 + 1 + 2)])

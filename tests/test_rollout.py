@@ -4,6 +4,8 @@ import copy
 import gc
 import hashlib
 import json
+import math
+import re
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -16,7 +18,17 @@ from tiny import positions, processor_of, tiny_model
 from minixmd import Group, Prompt, generate, pack
 from minixmd.kernels.logprob import row_stats
 from minixmd.learning import rollout
-from minixmd.learning.rollout import Cache, Decoder, decode, pool_bytes, pool_shapes, prompt_key, sample, uniforms
+from minixmd.learning.rollout import (
+    TEMPERATURES,
+    Cache,
+    Decoder,
+    decode,
+    pool_bytes,
+    pool_shapes,
+    prompt_key,
+    sample,
+    uniforms,
+)
 from minixmd.models.families import read_config
 
 LENGTH = 12
@@ -216,24 +228,9 @@ def test_a_stop_string_ends_a_completion_and_leaves_the_others_and_what_came_bef
     assert 2 <= ended < 10
 
 
-def test_one_new_token_is_enough_and_fewer_is_an_error(speaker):
+def test_one_new_token_is_enough(speaker):
     (completion,) = say(speaker, [ask("Hm")], max_new_tokens=1)[0]
     assert len(completion.ids) == 1
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
-        say(speaker, [ask("Hm")], max_new_tokens=0)
-
-
-@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
-def test_a_temperature_that_is_none_is_an_error(speaker, temperature):
-    with pytest.raises(ValueError, match="temperature must be 0"):
-        say(speaker, [ask("Hm")], temperature=temperature)
-
-
-def test_an_empty_stop_string_and_a_length_over_the_models_limit_are_errors(speaker):
-    with pytest.raises(ValueError, match="stop string must not be empty"):
-        say(speaker, [ask("Hm")], max_new_tokens=2, stop=("x", ""))
-    with pytest.raises(ValueError, match="over the model's limit of"):
-        say(speaker, [ask("Hm")], max_new_tokens=10**6)
 
 
 # ---- places and refills ----
@@ -273,11 +270,6 @@ def test_a_row_gives_the_same_tokens_alone_and_in_any_batch(speaker):
         print(f"rows with other tokens {name}: {flipped}")
         assert len(flipped) <= 1
     assert len({c.ids for c in together}) > 90
-
-
-def test_fewer_slots_than_completions_of_a_prompt_are_refused(speaker):
-    with pytest.raises(ValueError, match="slots 2 cannot hold the n = 3"):
-        flat(speaker, [heard(0)], n=3, slots=2)
 
 
 @pytest.mark.parametrize("kind", ["audio", "vision"])
@@ -447,6 +439,32 @@ def test_sampled_frequencies_are_the_softmax(speaker, temperature):
 
 
 # ---- what it refuses ----
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(n=0), "n must be at least 1, got 0"), (dict(n=-1), "n must be at least 1, got -1"),
+    (dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
+    *((dict(temperature=t), f"temperature must be 0 (greedy) or from 1e-06 to 1e+06, got {t}")
+      for t in (-1.0, 1e-39, 1e39, float("nan"), float("inf"))),
+    (dict(stop="</answer>"), "stop must be a list of strings, none of them empty, got '</answer>'"),
+    (dict(stop=("x", "")), "stop must be a list of strings, none of them empty, got ('x', '')"),
+    (dict(stop=[7]), "stop must be a list of strings, none of them empty, got [7]"),
+    (dict(n=3, slots=2), "slots must be at least n = 3, the completions of a prompt, got 2"),
+    (dict(slots=0), "slots must be at least n = 1, the completions of a prompt, got 0"),
+    (dict(keys=["a"]), "keys must be one for each of the 2 conversations, got 1"),
+    (dict(keys=["a", "b", "c"]), "keys must be one for each of the 2 conversations, got 3"),
+    (dict(conversations=[]), "generate needs at least one conversation, got none"),
+    (dict(conversations=[], keys=[]), "generate needs at least one conversation, got none"),
+    (dict(max_new_tokens=5000), "over the model's limit of 4096"),
+], ids=str)  # fmt: skip
+def test_what_cannot_be_is_refused_with_what_was_expected_and_what_came(speaker, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        say(speaker, **{"conversations": [ask("Hm"), ask("What is this?")], **options})
+
+
+def test_the_ends_of_the_temperatures_that_are_taken_give_finite_log_probabilities(speaker):
+    for temperature in TEMPERATURES:
+        assert all(math.isfinite(x) for c in flat(speaker, [ask("Hm")], temperature=temperature) for x in c.logprobs)
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -20,6 +20,7 @@ from minixmd.kernels.decode import decode_attention
 from minixmd.models.attention import attend
 
 SYNC = 8  # captured steps between two looks at what they sampled
+TEMPERATURES = 1e-6, 1e6  # well inside fp32, where 1e-39 would make logits inf and 1e39 a banned id's -inf NaN
 
 
 @dataclass(frozen=True)
@@ -282,18 +283,26 @@ def generate(model, processor, conversations, *, n=1, max_new_tokens, temperatur
     Returns:
         A list of n Completions for each conversation.
     Raises:
-        ValueError: a conversation that the processor refuses, max_new_tokens < 1 or past the model's limit, a negative
-            temperature, an empty stop string, fewer slots than n, or logits that are not finite.
+        ValueError: no conversation, or one that the processor refuses; n or max_new_tokens < 1, a prompt past the
+            model's limit, a temperature that is neither 0 nor within TEMPERATURES, a stop that is one string or holds
+            an empty one, fewer slots than n, not as many keys as conversations, or logits that are not finite.
     """
+    low, high = TEMPERATURES
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be 0 (greedy) or above, got {temperature}")
-    if "" in stop:
-        raise ValueError("a stop string must not be empty")
+    if temperature != 0 and not low <= temperature <= high:
+        raise ValueError(f"temperature must be 0 (greedy) or from {low:g} to {high:g}, got {temperature}")
+    if isinstance(stop, str) or not all(isinstance(string, str) and string for string in stop):
+        raise ValueError(f"stop must be a list of strings, none of them empty, got {stop!r}")
     if slots is not None and slots < n:
-        raise ValueError(f"slots {slots} cannot hold the n = {n} completions of a prompt")
+        raise ValueError(f"slots must be at least n = {n}, the completions of a prompt, got {slots}")
     prompts = [c if isinstance(c, Prompt) else processor(c) for c in conversations]
+    if not prompts:
+        raise ValueError("generate needs at least one conversation, got none")
+    if keys is not None and len(keys) != len(prompts):
+        raise ValueError(f"keys must be one for each of the {len(prompts)} conversations, got {len(keys)}")
     if (longest := max(map(len, prompts)) + max_new_tokens) > processor.max_positions:
         raise ValueError(f"prompt and max_new_tokens make {longest} tokens, over the model's limit of "
                          f"{processor.max_positions}")
