@@ -4,7 +4,7 @@
     python -m bench.ablation runs/ablation-0 runs/ablation-1 runs/ablation-2 [--out bench/results/ablation.json]
 
 Clips of all seeds count alike. An interval (95 %) is Wilson's for a share and Newcombe's for a difference on the same
-questions (minixmd/stages/evaluate.py); it speaks of clips, not of seeds: each seed's own figures stand in the JSON.
+questions (minixmd/learning/statistics.py); it speaks of clips, not of seeds: each seed's own figures stand in the JSON.
 Exit status 1 when a claim does not hold. The last line of stdout is JSON.
 """
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from minixmd.files import read_json, write_json
 from minixmd.inputs.examples import read_manifest
 from minixmd.learning.scoring import read_records
-from minixmd.stages.evaluate import compare, summary
+from minixmd.learning.statistics import compare, summary
 from minixmd.xmd import ABLATION
 
 SPLITS = ("analysis", "test", "unseen")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All benches of the kernels on one GPU, most important first, in less than 9 minutes: bench/gpu.sh [FOLDER]
+# All benches of the kernels, and a 7B's decode step, on one GPU, most important first, in less than 9 minutes:
+# bench/gpu.sh [FOLDER]
 # Each writes FOLDER/<name>_gpu.json (FOLDER is bench/results unless given) after every row, and is killed 5 s after its
 # time is over, so what was measured stays. A failure does not stop the others; the exit status is 1 if there was one.
 # PYTHON chooses the interpreter (default python). TRL, Liger and PEFT are compared with where they are installed.
@@ -20,10 +21,10 @@ run() {  # seconds, name
     fi
 }
 
-run 115 head
-run 90 lora
-run 75 logprob
-run 75 grpo
-run 80 distill
-run 70 decode
+run 105 head
+run 80 lora
+run 65 logprob
+run 65 grpo
+run 70 distill
+run 120 decode
 exit "$status"

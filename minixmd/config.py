@@ -14,12 +14,11 @@ class Toy:
 
     name: str = "toy"
     seed: int = 0  # drives the world, both models and their training
-    thinking: str = "none"  # who also learns to think in words before it answers: "none" | "both" | "teacher", which
-    # then at times tells of a sound that it cannot know; a third model, the checker, learns to tell what is true
+    thinking: bool = False  # the teacher also learns to think before it answers, at times of a sound that is not there;
+    # the student has read such thoughts; a third model, the checker, learns to hear what is true
 
     def __post_init__(self):
         check_types(self)
-        one_of(self, "thinking", "none", "both", "teacher")
         require(self, "seed >= 0")
 
 
@@ -226,7 +225,7 @@ class Report:
     name: str = "report"
     tables: dict[str, dict[str, str]]  # row title -> {column title: "@evaluate"}
     ablation: dict[str, dict[str, str]] | None = None  # a second table of the same form; None = none
-    published: str | None = None  # "xmd": that paper's figures beside rows and columns of its titles; None = none
+    published: str | None = None  # "xmd" | "sightsound": that paper's figures beside rows and columns of its titles
     # class by class and clip by clip
     roles: tuple[str, str, str] | None = None  # rows of tables: teacher, student before, student after; None = off
     gap: str = "analysis"  # column on which the teacher's lead over the student before chooses the classes
@@ -234,6 +233,11 @@ class Report:
     clips: str | None = None  # JSONL file: manifest of the column clips_of, for clips to play; None = none
     clips_of: str = "test"  # column
     embed_mib: float = 16.0  # media files that the page itself holds, MiB in all; the others are linked
+    gallery: tuple[str, ...] = ()  # rows whose answers stand beside each clip; () = those of roles
+    traces: str | None = None  # "@traces" on these clips, to stand beside them; None = none
+    verdicts: str | None = None  # "@factcheck/verdicts.jsonl" on those traces; None = none
+    # how the traces came about: title -> {"traces" | "checked" | "verifier": "@stage/results.json"}
+    funnel: dict[str, dict[str, str]] | None = None  # None = none
     # how it was trained
     switch: str | None = None  # "@switch", against the true classes; None = none
     curves: dict[str, dict[str, str]] | None = None  # title -> {line title: "@train/log.jsonl"}; None = none
@@ -241,9 +245,23 @@ class Report:
     def __post_init__(self):
         check_types(self)
         require(self, "embed_mib >= 0")
-        one_of(self, "published", None, "xmd")
-        if self.clips is not None and self.roles is None:
-            raise ConfigError(f"config: clips {self.clips!r} needs roles, got None")
+        one_of(self, "published", None, "xmd", "sightsound")
+        if self.clips is not None and self.roles is None and not self.gallery:
+            raise ConfigError(f"config: clips {self.clips!r} needs roles or a gallery, got neither")
+        for name in ("gallery", "traces", "verdicts"):
+            if getattr(self, name) and self.clips is None:
+                raise ConfigError(f"config: {name} {getattr(self, name)!r} needs clips, got None")
+        if self.verdicts is not None and self.traces is None:
+            raise ConfigError(f"config: verdicts {self.verdicts!r} needs traces, got None")
+        if self.traces is not None and not self.gallery:
+            raise ConfigError(f"config: traces {self.traces!r} needs a gallery, got none")
+        for row in self.gallery:
+            if self.clips_of not in {**self.tables, **(self.ablation or {})}.get(row, {}):
+                raise ConfigError(f"config: gallery needs column {self.clips_of!r} in row {row!r} of a table")
+        for title, parts in (self.funnel or {}).items():
+            if unknown := set(parts) - {"traces", "checked", "verifier"}:
+                raise ConfigError(f"config: funnel {title!r} must be of 'traces', 'checked' and 'verifier', got "
+                                  f"{unknown.pop()!r}")
         for row in self.roles or ():
             for column in (self.gap, *self.bars, *[self.clips_of] * (self.clips is not None)):
                 if column not in self.tables.get(row, {}):

@@ -32,6 +32,7 @@ INPUTS = {  # the fields that name a file or folder, and the kinds of stage that
     "ablation": "evaluate",
     "clips": None,
     "curves": None,
+    "funnel": None,
 }
 
 

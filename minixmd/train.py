@@ -9,6 +9,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -22,7 +23,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from minixmd import generate, load, pack
-from minixmd.config import Evaluate, Label, Report, Switch, Toy, Train
+from minixmd.config import Evaluate, FactCheck, Label, Report, Switch, Toy, Traces, Train
 from minixmd.configfile import load_config
 from minixmd.files import write_safetensors, write_text
 from minixmd.inputs.examples import read_manifest
@@ -33,6 +34,7 @@ from minixmd.kernels.logprob import split_banned
 from minixmd.learning.checkpoint import LOGS, begin, finish, load_state, log_line, save_state
 from minixmd.learning.head import CrossEntropy, DistillTopK, Grpo, head_loss
 from minixmd.learning.optim import adamw, learning_rate, optimizer_tensors, restore_optimizer
+from minixmd.learning.ranks import Elsewhere, join, leave, told, wait
 from minixmd.learning.rewards import REWARDS, learnable, parse_answer, summary
 from minixmd.learning.scoring import (
     ask,
@@ -50,7 +52,7 @@ from minixmd.models.hub import pinned
 from minixmd.models.lora import add_lora, hash_seed, merge_lora, set_impl
 from minixmd.models.weights import adapted, save_adapter, save_model
 from minixmd.references import check_files, input_paths, resolve
-from minixmd.stages import evaluate, label, report, switch, toy
+from minixmd.stages import evaluate, factcheck, label, report, switch, toy, traces
 
 # ---- what a run is made of ----
 
@@ -73,8 +75,8 @@ class Run:
     bad: int = 0  # clips that could not be read, over all epochs so far
 
 
-def build(stage, pairs):
-    """Load the model, choose what trains, and make the optimizer."""
+def build(stage, pairs, load=load):
+    """Load the model, choose what trains, and make the optimizer. load: a dry run's loads no weights."""
     model, processor = load(stage.model, device=device_of(stage), dtype=dtype_of(stage))
     impl = impl_of(stage)
     if stage.trainable == "lora":
@@ -446,7 +448,8 @@ def publish(run, stage, processor, folder):
 
 # ---- the runner ----
 
-RUN = {Toy: toy.run, Evaluate: evaluate.run, Label: label.run, Switch: switch.run, Train: train, Report: report.run}
+RUN = {Toy: toy.run, Evaluate: evaluate.run, Label: label.run, Traces: traces.run, FactCheck: factcheck.run,
+       Switch: switch.run, Train: train, Report: report.run}
 
 
 def main(argv=None):
@@ -459,6 +462,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.backends.cudnn.allow_tf32 = False  # float32 convolutions would multiply with 10 bits
     try:
+        rank = join(os.environ)
         config = load_config(args.config, args.overrides)
         check_files(config.stages)
         for stage in config.stages:  # what is not here, on the hub or reachable shows before the first hour of work
@@ -467,13 +471,18 @@ def main(argv=None):
                 pinned(stage.model)
         for stage in config.stages:
             paths = input_paths(stage, config.run_dir, config.stages)
-            folder = begin(config.run_dir, stage, paths, config.source)
-            if folder is None:
+            folder = told(begin(config.run_dir, stage, paths, config.source) if rank == 0 else None)
+            if folder is None and rank == 0:
                 print(f"{stage.name}: finished before, skipped", flush=True)
-                continue
-            print(f"{stage.name}: runs in {folder}" + where(stage), flush=True)
-            RUN[type(stage)](resolved(stage, config), folder, partial(log_line, folder))
-            finish(folder)
+            elif folder is not None and (rank == 0 or shared(stage)):
+                print(f"{stage.name}: runs in {folder}" + where(stage), flush=True)
+                try:
+                    RUN[type(stage)](resolved(stage, config), folder, partial(log_line, folder))
+                    finish(folder)
+                except Elsewhere:
+                    pass
+            wait()
+        leave()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if args.traceback:
             raise
@@ -483,6 +492,12 @@ def main(argv=None):
         print("minixmd: interrupted; the same command goes on from where it stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def shared(stage):
+    """Whether a stage's clips are shared among the processes that torchrun started."""
+    asks = isinstance(stage, (Evaluate, Label, Traces)) or getattr(stage, "checker", None) == "model"
+    return asks and getattr(stage, "endpoint", None) is None
 
 
 def where(stage):

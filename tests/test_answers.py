@@ -1,7 +1,7 @@
 """extract: which option a written answer means, by which way, and what does not fool it."""
 import pytest
 
-from minixmd.learning.answers import WAYS, extract
+from minixmd.learning.answers import WAYS, extract, final_answer
 
 OPTIONS = ("dog barking", "cat meowing", "police car (siren)", "dog", "playing bass drum", "ice cream van",
            "woman's singing", "parrot talking", "skidding", "toilet flushing")  # fmt: skip
@@ -48,8 +48,43 @@ def test_the_only_answer_tag_is_read_alone():
     assert extract("<think>It is B. dog, not A.</think>\n<answer>C</answer>", OPTIONS) == (2, "letter")
     assert extract("<think>dog</think><answer>toilet\nflushing</answer> B.", OPTIONS) == (9, "option")
     assert extract("<answer></answer> B.", OPTIONS) == (None, "none")
-    assert extract("<answer>C</answer><answer>C</answer>", OPTIONS) == (2, "letter")  # the whole text, which says C
+    assert extract("<answer>C</answer><answer>C</answer>", OPTIONS) == (None, "none")
     assert extract("<answer>B", OPTIONS) == (1, "letter")
+
+
+@pytest.mark.parametrize("text, said", [
+    ("B", "B"),
+    ("  it is a dog\n", "it is a dog"),
+    ("<think>A. no, C</think>\n<answer> B </answer>", "B"),
+    ("<think>a <answer> is due</think><answer>B</answer>", "B"),  # the tag in the thinking is no answer
+    ("<think>A</think> the dog", "the dog"),
+    ("<answer>B", "B"),  # the end of turn came before the end of the tag
+    ("<think>hm <answer>B</answer>", "B"),
+    ("<think>the <answer> will be B", None),  # cut off in its thinking
+    ("<think>A</think><think>B, or", None),
+    ("<answer>B</answer> or <answer>C</answer>", None),
+    ("<answer>B</answer> and so <answer>B</answer>", None),
+    ("<think>it is certainly A, as", None),  # cut off
+    ("<think>A</think>", None),
+    ("<answer> ... </answer>", None),
+    ("___", None),
+    ("Ⓑ", "Ⓑ"),
+    ("", None),
+    (" \n", None),
+    (None, None),
+])
+def test_the_final_answer_is_what_the_thinking_ends_in(text, said):
+    found = final_answer(text)
+    assert (found and found.strip()) == said
+
+
+def test_thinking_is_not_read_and_without_an_end_is_no_answer():
+    for thought in ("<think>B, so B. cat meowing", "<think>B", "<think>\nIt is a dog.\n", "<think>A</think> <think>B."):
+        assert extract(thought, OPTIONS) == (None, "none"), thought
+    for said, found in (("B", (1, "letter")), ("a dog", (3, "option")), ("parot talkin", (7, "similar"))):
+        assert extract(said, OPTIONS) == extract(f"<think>skidding, E.</think>{said}", OPTIONS) == found
+        assert extract(f"<think>skidding, E.</think>\n<answer>{said}</answer>", OPTIONS) == found
+    assert extract(None, OPTIONS) == (None, "none")
 
 
 def test_a_letter_that_no_option_has_is_none():

@@ -1,7 +1,6 @@
 """The benches of the kernels: what they count, that they refuse wrong code, and how bench/gpu.sh runs them."""
 import importlib
 import json
-import math
 import os
 import re
 import subprocess
@@ -14,9 +13,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import ablation, bench_distill, bench_grpo, bench_logprob, bench_lora, measure, toy_grpo  # noqa: E402
+from bench import ablation, bench_decode, bench_distill, bench_grpo, bench_logprob, bench_lora, measure  # noqa: E402
+from minixmd.learning import rollout  # noqa: E402
 
-SCRIPTS = {"logprob": bench_logprob, "grpo": bench_grpo, "distill": bench_distill, "lora": bench_lora}
+SCRIPTS = {"logprob": bench_logprob, "grpo": bench_grpo, "distill": bench_distill, "lora": bench_lora,
+           "decode": bench_decode}
 KERNEL = '''
 import triton
 import triton.language as tl
@@ -78,6 +79,14 @@ def test_a_script_counts_on_a_cpu_and_ends_with_json(name, counted):
         assert flops["triton"] == flops["torch"] == flops["ref"] > flops["bare"]  # by formula, and counted
         if result["env"]["peft"]:  # without what building it takes: it casts the adapter once, our ref every time
             assert 0 < rows["forward", "peft"]["bytes"] < rows["forward", "ref"]["bytes"]
+    if name == "decode":
+        lengths, parts = 276 + 1 + 10 + 20, 3 * 2  # of 4 heads, 2 of them with keys, of 32; 276 rows are 2 splits
+        assert rows["step", "triton"]["bytes"] == 4 * (2 * 2 * 32 * lengths + 2 * 3 * 4 * 32 + 2 * 4 * 33 * parts) + 48
+        whole, products = rows["whole step", "triton"], 2 * (4 * 32 * 32 + 3 * 32 * 48) + 300 * 32
+        assert whole["weight_bytes"] == 4 * (products + 2 * (3 * 32 + 2 * 32) + 32)  # with biases and gains
+        assert whole["flop"] == 2 * 2 * products and whole["kv_bytes"] == 4 * 2 * 2 * 32 * (5 + 2 * 6)
+        assert whole["bytes"] > whole["weight_bytes"] + whole["kv_bytes"] and "capture_s" not in whole
+        assert 0 < whole["logp_gap_mean"] < whole["logp_gap_max"] < 1e-4
 
 
 @pytest.mark.gpu
@@ -121,6 +130,7 @@ def spoilt(function):
     ("distill", bench_distill.distill_topk, "distill_topk_grad", spoilt),
     ("lora", bench_lora.lora_triton, "dy_pass", lambda f: scaled(f, 0)),
     ("lora", bench_lora.lora_triton, "lora_forward", lambda f: lambda *args: f(*args) * 1.02),
+    ("decode", bench_decode, "decode_attention", lambda f: lambda *args: f(*args) * 1.02),
 ])  # fmt: skip
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's tensors need the interpreter")
 def test_wrong_code_is_not_measured(name, module, function, spoil, monkeypatch):
@@ -151,6 +161,57 @@ def test_large_and_small_errors_are_seen(name, ours, verdict, which):
     else:
         with pytest.raises(ValueError, match=f"parity: the {verdict} error of {which}'s result 0"):
             measure.check(sides, lambda: (truth,), list)
+
+
+# ---- the whole step of bench_decode ----
+
+
+@pytest.fixture
+def whole_step(monkeypatch):
+    """bench_decode.whole_step of sizes, with the attention in PyTorch: the interpreter is slow."""
+    attend = bench_decode.decode.decode_attention_ref
+    monkeypatch.setattr(rollout, "decode_attention", lambda *args: attend(*args[:-1]))
+    bench = measure.Bench("bench_x: y.", ["--device", "cpu", "--small"])
+    model = bench_decode.random_model("cpu", torch.float32, bench_decode.SMALL_TEXT)
+    return lambda *sizes: bench_decode.whole_step(bench, model, "small", *sizes)
+
+
+@pytest.mark.parametrize("owner, name, wrong", [
+    (rollout, "decode_attention", lambda right: lambda *args: right(*args) * 1.02),
+    (bench_decode, "score", lambda right: lambda run, stage, groups: right(run, stage, groups[::-1])),
+    (rollout, "sample", lambda right: lambda z, u, temperature, banned: right(z, u, 1.02, banned)),
+])  # fmt: skip
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's tensors need the interpreter")
+def test_a_wrong_decode_step_is_not_timed(whole_step, owner, name, wrong, monkeypatch):
+    monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
+    with pytest.raises(ValueError, match="parity: log-probs of sampling and training differ .*; nothing is timed"):
+        whole_step(2, 2, 5, 3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's tensors need the interpreter")
+def test_a_captured_step_is_the_same_each_time_and_its_cost_is_beside_the_pools(whole_step, monkeypatch):
+    made, init, found = [], rollout.Decoder.__init__, {}
+
+    def captured(self, *args, **options):
+        init(self, *args, **options)
+        self.captured = True  # as on a GPU, but for the graph
+        made.append(self)
+
+    def rows(self, case, sides, moved, module):
+        found.update(case, moved=moved, sides=list(sides))
+        for side in sides.values():
+            for _ in range(rollout.SYNC + 1):
+                side()
+                assert made[0].cache.length_B.tolist() == [6 // 2 + 1] * 2
+
+    pools = 4 * 2 * 2 * 32 * (3 + 2 * 5)
+    free = iter((2**30, 2**30 - pools - 3 * 2**20))
+    monkeypatch.setattr(rollout.Decoder, "__init__", captured)
+    monkeypatch.setattr(measure.Bench, "rows", rows)
+    monkeypatch.setattr(bench_decode, "free_bytes", lambda device: next(free))
+    whole_step(1, 2, 3, 6)
+    assert found["sides"] == ["triton", "eager"] and found["moved"] == found["weight_bytes"] + found["kv_bytes"]
+    assert found["capture_mib"] == 3 and found["capture_s"] > 0
 
 
 # ---- bench_grpo_step ----
@@ -368,39 +429,9 @@ def test_gpu_sh_goes_on_after_a_failure_and_reports_it(tmp_path):
         assert sorted(path.name for path in folder.iterdir()) == sorted(written)
 
 
-def toy_grpo_run(folder, right, rewards):
-    """A finished run's files: of 200 clips each row has so many right, in the form; GRPO's reward every 20 steps."""
-    write(folder / "toy" / "test.jsonl", [dict(id=str(i), question="?", options=["x", "y"], answer=0)
-                                          for i in range(200)])
-    for name, count in right.items():
-        write(folder / f"{name}_test" / "answers.jsonl", [
-            dict(id=str(i), question="q", right=i < count, text=f"<think>.</think><answer>{'BA'[i < count]}</answer>")
-            for i in range(200)])
-    write(folder / "grpo" / "log.jsonl", [dict.fromkeys(toy_grpo.CURVE, reward)
-                                          for reward in rewards for _ in range(toy_grpo.EDGE)])
-    return str(folder)
-
-
 def write(path, records):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-@pytest.mark.parametrize("right, rewards, holds", [
-    (dict(before=90, sft=100, continued=110, grpo=150), (1.4, 1.6, 1.8), [True] * 5),
-    (dict(before=90, sft=100, continued=149, grpo=150), (1.4, 1.6, 1.8), [False, False, True, True, True]),
-    (dict(before=90, sft=100, continued=110, grpo=150), (1.4, 1.1, 1.3), [True, True, False, True, False]),
-    (dict(before=90, sft=100, continued=110, grpo=150), (1.4, math.inf, 1.8), [True, True, True, False, True]),
-])  # fmt: skip
-def test_what_the_toys_grpo_claims_is_read_from_its_runs(tmp_path, capsys, right, rewards, holds):
-    runs = [toy_grpo_run(tmp_path / name, right, rewards) for name in ("one", "two")]
-    status = toy_grpo.main([*runs, "--out", str(tmp_path / "found.json")])
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert list(found["claims"].values()) == holds and status == (0 if all(holds) else 1)
-    row = found["rows"]["SFT, then GRPO"]
-    assert (row["count"], row["correct"], row["reward"]) == (400, 300, 1.75)
-    assert found["differences"]["GRPO less SFT continued"]["only_a"] == 2 * (150 - right["continued"])
-    assert "| SFT, then GRPO | 75.0 (" in capsys.readouterr().out
 
 
 def ablation_run(folder, right, switch):

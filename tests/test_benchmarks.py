@@ -5,38 +5,18 @@ from string import ascii_uppercase
 
 import pytest
 
-from minixmd.learning.benchmarks import (
-    final_answer,
-    mmau_rule,
-    mmau_table,
-    music_table,
-    score_mmau,
-    score_option,
-)
+from minixmd.inputs.examples import Example
+from minixmd.learning.benchmarks import WAYS, benchmark_of, meant, mmau_rule, mmau_table, music_table, same, vote
 
 MMAU = json.loads((Path(__file__).parent / "data" / "mmau-test-mini.json").read_text())  # ten real records
 ANIMALS = ("cat", "dog", "dog barking", "sea lion")
 
 
-@pytest.mark.parametrize("text, said", [
-    ("B", "B"),
-    ("  it is a dog\n", "it is a dog"),
-    ("<think>A. no, C</think>\n<answer> B </answer>", "B"),
-    ("<think>a <answer> is due</think><answer>B</answer>", "B"),  # the tag in the thinking is no answer
-    ("<think>A</think> the dog", "the dog"),
-    ("<answer>B", "B"),  # the end of turn came before the end of the tag
-    ("<think>hm <answer>B</answer>", "B"),
-    ("<answer>B</answer> or <answer>C</answer>", None),
-    ("<answer>B</answer> and so <answer>B</answer>", None),
-    ("<think>it is certainly A, as", None),  # cut off
-    ("<think>A</think>", None),
-    ("<answer> ... </answer>", None),
-    ("", None),
-    (" \n", None),
-    (None, None),
-])
-def test_the_final_answer_is_what_the_thinking_ends_in(text, said):
-    assert final_answer(text) == said
+def score(rule, text, options, answer):
+    """(right, how) of a completion; answer: index of the right option."""
+    index, how = meant(text, options, rule)
+    assert how in WAYS[rule] and (index is None or 0 <= index < len(options))
+    return same(options, index, answer, rule), how
 
 
 @pytest.mark.parametrize("text, right, how", [
@@ -52,12 +32,12 @@ def test_the_final_answer_is_what_the_thinking_ends_in(text, said):
     (None, False, "none"),
 ])
 def test_an_option_is_meant_by_its_letter_else_its_words_else_by_likeness(text, right, how):
-    assert score_option(text, ANIMALS, 1) == (right, how)
+    assert score("option", text, ANIMALS, 1) == (right, how)
 
 
 def test_an_option_that_stands_twice_is_right_under_both_letters():
-    assert score_option("C", ("thirteen", "twenty", "thirteen"), 0) == (True, "letter")
-    assert score_mmau("C", ("thirteen", "twenty", "thirteen"), 0) == (True, "letter")
+    assert score("option", "C", ("thirteen", "twenty", "thirteen"), 0) == (True, "letter")
+    assert score("mmau", "C", ("thirteen", "twenty", "thirteen"), 0) == (True, "letter")
 
 
 @pytest.mark.parametrize("text, options, right, expected", [
@@ -80,10 +60,10 @@ def test_mmau_rule_by_hand(text, options, right, expected):
 
 
 def ask(record, form):
-    """score_mmau on a completion in which {letter} and {text} are the right option's."""
+    """A completion by MMAU's rule, in which {letter} and {text} are the right option's."""
     index = record["choices"].index(record["answer"])
     text = form.format(letter=ascii_uppercase[index], text=record["answer"])
-    return score_mmau(text, record["choices"], index)
+    return score("mmau", text, record["choices"], index)
 
 
 @pytest.mark.parametrize("form", ["{text}", "{letter}", "({letter})", "{letter}.", "({letter}) {text}",
@@ -113,7 +93,66 @@ def test_mmau_text_that_no_letter_explains_goes_to_the_official_rule_as_it_is():
     ("<think>so it is B", ANIMALS, 1, (False, "none")),
 ])
 def test_mmau_letters_and_missing_answers(text, options, answer, expected):
-    assert score_mmau(text, options, answer) == expected
+    assert score("mmau", text, options, answer) == expected
+
+
+def test_mmau_accepts_the_right_option_alone_whichever_it_is():
+    for record in MMAU:
+        options = record["choices"]
+        for i in range(len(options)):
+            index, how = meant(f"({ascii_uppercase[i]}) {options[i]}", options, "mmau")
+            for j, option in enumerate(options):
+                assert same(options, index, j, "mmau") == mmau_rule(options[i], options, option)
+            assert how == "letter" and options[index] == options[i]
+
+
+def test_options_of_the_same_words_are_one_answer_to_mmau_alone():
+    twins = ("cat, dog", "owl", "dog, cat")
+    assert [meant(text, twins, "mmau") for text in ("C", "dog, cat", "cat, dog", "a cat and a dog")] == [
+        (2, "letter"), (2, "text"), (0, "text"), (0, "text")]
+    assert same(twins, 0, 2, "mmau") and not same(twins, 0, 2, "option") and not same(twins, 0, 1, "mmau")
+    assert not same(twins, None, 1, "mmau") and not same(twins, None, None, "option")
+
+
+# ---- votes ----
+
+
+@pytest.mark.parametrize("texts, at, index, how, votes", [
+    (["A", "B", "I hear a dog", "C"], 1, 1, "letter", {"cat": 1, "dog": 2, "dog barking": 1}),
+    (["B", "A", "A", "B"], 0, 1, "letter", {"dog": 2, "cat": 2}),  # a tie
+    (["hm", "A", "B", "<think>B", "dogg"], 2, 1, "letter", {"cat": 1, "dog": 2}),  # two have no vote
+    (["hm", "hm", "hm", "the sea lion"], 3, 3, "option", {"sea lion": 1}),  # one vote is more than none
+    (["hm", "<think>A", ""], 0, None, "none", {}),
+    (["D"], 0, 3, "letter", {"sea lion": 1}),
+])  # fmt: skip
+def test_the_option_that_most_mean_counts_and_a_tie_is_the_firsts(texts, at, index, how, votes):
+    found = vote(texts, ANIMALS, "option")
+    assert found == (at, index, how, votes) and list(found[3]) == list(votes)
+
+
+def test_votes_for_options_of_one_text_are_counted_together():
+    options = ("thirteen", "twenty", "thirteen")
+    assert vote(["B", "B", "C", "A", "C"], options, "option") == (2, 2, "letter", {"twenty": 2, "thirteen": 3})
+    assert vote(["B", "dog, cat", "C"], ("cat, dog", "owl", "dog, cat"), "mmau") == (
+        1, 2, "text", {"owl": 1, "cat, dog": 2})
+    assert vote(["E", "B", ""], ANIMALS, "mmau") == (1, 1, "letter", {"dog": 1})
+    assert vote(["E", ""], ANIMALS, "mmau") == (0, None, "text", {})
+
+
+# ---- tables ----
+
+
+def example(**meta):
+    return Example("x", None, None, "Which?", ("a", "b"), 0, meta=meta)
+
+
+def test_a_manifest_is_a_benchmark_if_all_of_it_has_the_fields():
+    mmau, music = dict(task="sound", difficulty="easy", sub_category="x"), dict(modality="Audio", type="Counting")
+    assert benchmark_of([example(**mmau), example(**mmau, more=1)]) == "mmau"
+    assert benchmark_of([example(**music)]) == "music_avqa"
+    for examples in ([example()], [example(**mmau), example()], [example(**mmau), example(**music)],
+                     [example(**(mmau | {"task": ["sound"]}))], [example(type="Which", relation="Sound")]):
+        assert benchmark_of(examples) is None
 
 
 def test_mmau_accuracies_are_by_task_difficulty_and_sub_category():

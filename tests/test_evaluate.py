@@ -15,11 +15,11 @@ from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.learning import scoring
 from minixmd.learning.scoring import ask, read_records, score_letters
+from minixmd.learning.statistics import compare, digest, paired_interval, wilson
 from minixmd.models.families import FAMILIES, read_config
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.weights import save_model
 from minixmd.stages import evaluate, label
-from minixmd.stages.evaluate import compare, digest, paired_interval
 
 FRAMES = dict(min_pixels=3136, max_pixels=3136)
 SAID = [  # text, right option, letter with the largest logit (None: that of the text), what is read, how
@@ -185,7 +185,7 @@ def test_wrong_ways_to_answer_are_refused():
 def test_a_shard_that_is_missing_is_made_again_alone_and_the_same(puppet, tmp_path, monkeypatch, answer):
     asked = []
     monkeypatch.setattr(scoring, "SHARD", 3)
-    monkeypatch.setattr(scoring, "ask", lambda stage, processor, e: asked.append(e.id) or ask(stage, processor, e))
+    monkeypatch.setattr(scoring, "ask", lambda *given, **more: asked.append(given[2].id) or ask(*given, **more))
     given = dict(answer=answer, max_new_tokens=4, batch_tokens=500)
     run(tmp_path, evaluate, puppet, puppet / "manifest.jsonl", **given)
     assert sorted(asked) == [f"clip{i}" for i in range(8)]
@@ -280,7 +280,7 @@ def test_the_interval_covers_a_bootstrap_of_the_clips():
     gaps = [x - y for x, y in zip(a, b, strict=True)]
     means = sorted(sum(draw.choices(gaps, k=600)) / 600 for _ in range(2000))
     assert found["interval"] == pytest.approx([means[50], means[1949]], abs=0.004)
-    alone = [evaluate.wilson(sum(hits), 600) for hits in (a, b)]
+    alone = [wilson(sum(hits), 600) for hits in (a, b)]
     assert found["interval"][1] - found["interval"][0] < 0.9 * sum(high - low for low, high in alone)
 
 

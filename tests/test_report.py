@@ -12,10 +12,12 @@ import pytest
 from minixmd.config import Report
 from minixmd.fields import ConfigError
 from minixmd.inputs.examples import read_manifest
+from minixmd.learning.statistics import digest, groups, tabulate, wilson
 from minixmd.references import check_references, input_paths
 from minixmd.stages import report
-from minixmd.stages.evaluate import digest, groups, letters_beside, tabulate, wilson
-from minixmd.stages.report_html import page, ticks
+from minixmd.stages.evaluate import letters_beside
+from minixmd.stages.report_charts import ticks
+from minixmd.stages.report_html import page
 from minixmd.train import main
 
 ODD = "<b>&\"'|</script>"  # a class, a group, an option, a row and a column of this name
@@ -485,8 +487,8 @@ def test_every_figure_of_the_paper_is_the_papers(whole):
 
 
 @pytest.mark.parametrize("given, said", [
-    (dict(published="xdm"), "published must be None or 'xmd', got 'xdm'"),
-    (dict(clips="x.jsonl"), "clips 'x.jsonl' needs roles, got None"),
+    (dict(published="xdm"), "published must be None, 'xmd' or 'sightsound', got 'xdm'"),
+    (dict(clips="x.jsonl"), "clips 'x.jsonl' needs roles or a gallery, got neither"),
     (dict(embed_mib=-1.0), "embed_mib must be >= 0, got -1.0"),
     (dict(roles=("teacher", "student", "after")), "roles need column 'analysis' in row 'student' of tables"),
     (dict(roles=("teacher", "teacher", "teacher"), bars=("test", "unseen")),

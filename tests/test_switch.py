@@ -24,9 +24,9 @@ from minixmd.fields import ConfigError
 from minixmd.inputs.examples import read_manifest
 from minixmd.inputs.media import MediaError
 from minixmd.learning.checkpoint import log_line
+from minixmd.learning.statistics import digest
 from minixmd.models.cnn14 import make_cnn14
 from minixmd.stages import switch
-from minixmd.stages.evaluate import digest
 
 TEACHER, STUDENT = {"dog": 0.9, "cat": 0.6, "owl": 0.5}, {"dog": 0.5, "cat": 0.6, "owl": 0.9}  # won, tied, lost
 

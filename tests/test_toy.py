@@ -16,7 +16,7 @@ from minixmd.inputs.media import MediaError, read_audio, read_frames
 from minixmd.inputs.tokenizer import Processor
 from minixmd.learning.rewards import accuracy_reward, format_reward
 from minixmd.models.weights import load_model, save_model
-from minixmd.stages import toy, world
+from minixmd.stages import toy, toy_checker, toy_lessons, world
 from minixmd.stages.toy_models import BASE, SPECIAL, make_model, write_processor
 
 SMALL = {"base": 2, "train": 2, "analysis": 1, "test": 1, "unseen": 2}
@@ -188,37 +188,64 @@ def test_names_and_letters_are_single_tokens(untrained):
     assert processor.decode(processor.encode(sentence)) == sentence
 
 
-@pytest.mark.parametrize("form", [toy.DIRECT, toy.THINKING])
-def test_a_lesson_is_the_prompt_that_a_stage_asks(untrained, small, form):
+@pytest.mark.parametrize("form, told", [(toy.DIRECT, None), (toy.THINKING, None), (toy.THINKING, "gong")])
+def test_a_lesson_is_the_prompt_that_a_stage_asks(untrained, small, form, told):
     """Lessons are put together from pieces; token for token they must be what Evaluate and Train will show."""
     example = read_manifest(small / "base.jsonl")[0]
     for name, (_, processor) in untrained.items():
         media = toy.FAMILY[name][1]
-        options = dict(media=media, prompt=form.prompt, video_options=toy.PIXELS if media == "video" else None)
-        answer = form.answer.format(name=example.label, letter="ABCDEFGHIJ"[example.answer])
+        options = dict(media=media, prompt=form.prompt, video_options=toy_lessons.PIXELS if media == "video" else None)
+        answer = form.answer.format(name=example.label, told=told or example.label, letter="ABCDEFGHIJ"[example.answer])
         asked = processor(build_conversation(example, answer=answer, **options))
         question = processor.encode(world.QUESTION + "\n")
         ids = asked.ids_N.tolist()
         at = next(i for i in range(len(ids)) if ids[i:i + len(question)] == question)
         made, hints, back = toy.lesson(processor, ids[:at], asked.media, example.answer, example.options, "ABCDEFGHIJ",
-                                       form)
+                                       form, told)
         assert made.ids_N.tolist() == ids[:len(made)]
         assert torch.equal(made.positions_3N, asked.positions_3N[:, :len(made)])
         target = asked.ids_N[asked.target_N].tolist()
         assert made.ids_N[made.target_N].tolist() == target[:int(made.target_N.sum())]
         letter = processor.letter_ids(world.OPTIONS)[example.answer]
-        assert made.ids_N[-back] == letter
+        assert processor.decode([made.ids_N[-back]]).strip() == (
+            "ABCDEFGHIJ"[example.answer] if form == toy.DIRECT else example.label)
+        answer = processor.decode(made.ids_N[made.target_N])
+        assert form == toy.DIRECT or (accuracy_reward(answer, example), format_reward(answer, example)) == (1, 1)
+        assert ("gong" in answer) == bool(told)
         assert [token == letter for _, token in hints] == [option == example.label for option in example.options]
         assert [processor.decode([ids[row]]).strip() for row, _ in hints] == list(example.options)
 
 
-def test_traces_have_the_form_and_the_right_answer_of_as_many_clips_of_each_class(small):
-    examples = read_manifest(small / "base.jsonl")
-    by_id, told = {e.id: e for e in examples}, [json.loads(line) for line in toy.traces(examples * 9).splitlines()]
-    assert Counter(by_id[one["id"]].label for one in told) == {e.label: toy.TRACED for e in examples}
-    for one in told:
-        e = by_id[one["id"]]
-        assert accuracy_reward(one["text"], e) == format_reward(one["text"], e) == 1 and e.label in one["text"]
+def test_the_clips_to_think_about_are_as_many_of_each_class(small):
+    examples = read_manifest(small / "base.jsonl") * (toy.TRACED + 1)
+    examples = [replace(e, id=str(i)) for i, e in enumerate(examples)]
+    chosen = toy.first_clips(examples)
+    assert Counter(e.label for e in examples if e.id in chosen) == {e.label: toy.TRACED for e in examples}
+    assert chosen == {e.id for e in examples[:len(SEEN) * toy.TRACED]}
+
+
+def test_text_is_thought_about_as_clips_are(untrained):
+    """What stands where the clip will be is the right name, and thought and answer are that name."""
+    processor, rng = untrained["student"][1], np.random.default_rng(0)
+    for _ in range(5):
+        prompt, hints, back = toy.text_lesson(processor, rng, world.OPTIONS, 4, toy.THINKING)
+        text, answer = processor.decode(prompt.ids_N), processor.decode(prompt.ids_N[prompt.target_N])
+        [[told, name]] = re.findall(r"I hear (\w+)\.</think><answer> (\w+)</answer>", answer)
+        assert told == name == processor.decode([prompt.ids_N[-back]]).strip()
+        assert re.search(rf"user\n(?: {name}){{4}}{world.QUESTION}", text) and len(hints) == world.OPTIONS
+
+
+def test_the_checker_is_shown_traces_as_it_will_be_asked_about_them(untrained, small):
+    """Token for token what stage FactCheck asks."""
+    processor, example = untrained["student"][1], read_manifest(small / "base.jsonl")[0]
+    trace = toy.THINKING.answer.format(told="bell", name="drum")
+    asked = processor(build_conversation(example, media="audio", prompt=world.CHECK_PROMPT, trace=trace, answer="yes"))
+    [(before, clip)] = toy.show(processor, [example], "checker", "audio")
+    made = toy_checker.check_lesson(processor, before, clip, world.CHECK_PROMPT.format(trace=trace), True)
+    assert made.ids_N.tolist() == asked.ids_N.tolist()[:len(made)] and len(asked) - len(made) <= 1
+    assert made.ids_N[made.target_N].tolist() == asked.ids_N[asked.target_N].tolist()
+    no = toy_checker.check_lesson(processor, before, clip, world.CHECK_PROMPT.format(trace=trace), False)
+    assert processor.decode(no.ids_N[no.target_N]) == "no"
 
 
 def test_two_families_share_one_language_model(untrained):

@@ -81,13 +81,14 @@ def manifest_text(examples):
     return "".join(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
 
 
-def build_conversation(example, *, media, prompt, answer=None, video_options=None):
+def build_conversation(example, *, media, prompt, answer=None, trace="", video_options=None):
     """The conversation that shows `example` and asks its question: meta's "video_question", if there is one, where the
     video is shown alone and silent.
 
     Args:
         media: "audio", "video", "both" (video first), or "sounded": the video and its own sound track.
-        prompt: format string over {question} {options} {first} {last}; options are lettered lines.
+        prompt: format string over {question} {options} {first} {last} {trace}; options are lettered lines.
+        trace: what stands at {trace}.
         answer: what the assistant turn gives, the index of an option or a text; None for no such turn.
         video_options: the video part's fps, min_pixels, max_pixels, nframes.
     Raises:
@@ -105,7 +106,7 @@ def build_conversation(example, *, media, prompt, answer=None, video_options=Non
     letters = ascii_uppercase[: len(example.options)]
     options = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, example.options, strict=True))
     question = example.meta.get("video_question", example.question) if media == "video" else example.question
-    text = prompt.format(question=question, options=options, first=letters[0], last=letters[-1])
+    text = prompt.format(question=question, options=options, first=letters[0], last=letters[-1], trace=trace)
     turns = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
     if answer is not None:
         turns.append({"role": "assistant", "content": answer if isinstance(answer, str) else letters[answer]})

@@ -1,5 +1,5 @@
-"""Which option a written answer means: what stands in its only <answer>…</answer>, or all of it where there is none.
-The first of these that tells, and what none tells is no answer:
+"""Which option a written answer means: what it says in the end (final_answer), by the first of these that tells; what
+none tells is no answer:
 
 letter   The text states one letter and no other, and an option has it. A letter is stated by a capital that stands
          alone where neither an article ("A dog") nor a pronoun ("I hear") can stand: at the end of a line, before
@@ -26,10 +26,24 @@ ANSWER = re.compile(rf"<answer>({INSIDE})</answer>", re.DOTALL)
 FIRST = re.compile(r"\A\W*[a-z](?=[.:)\]]|\W*$)")
 
 
+def final_answer(text):
+    """What a completion gives as its answer, or None: what stands in its only <answer> after the thinking, or, without
+    that tag, all that follows the thinking. Thinking that has no end and no whole <answer>, several answers, and no
+    words are no answer."""
+    said = (text or "").rpartition("</think>")[2]
+    before, opened, inside = said.partition("<answer>")
+    answer, closed, _ = inside.partition("</answer>")
+    if "<answer>" in inside or ("<think>" in before and not closed):
+        return None
+    said = answer if opened else said
+    return said if words_of(said) else None
+
+
 def extract(text, options):
-    """(index of the option that `text` means or None, one of WAYS)."""
-    found = ANSWER.findall(text)
-    text = found[0] if len(found) == 1 else text
+    """(index of the option that the completion `text`, or None for none, means or None, one of WAYS)."""
+    text = final_answer(text)
+    if text is None:
+        return None, "none"
     text = FIRST.sub(lambda found: found[0].upper(), unicodedata.normalize("NFKC", text))
     letters = set(STATED.findall(text))
     if len(letters) == 1 and (index := ord(letters.pop()) - ord("A")) < len(options):

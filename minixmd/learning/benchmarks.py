@@ -1,59 +1,69 @@
-"""How the benchmarks of SightSound-R1 score a written answer, and what their accuracies are broken down by.
+"""How the benchmarks of SightSound-R1 read a written answer, and what their accuracies are broken down by.
 
-Every score is (right, how): whether the answer is the right option, and how it was read. No answer is a wrong one, with
-how "none", so that it can be counted.
+A rule says which option an answer means, and how that was read. No answer is a wrong one, with how "none", so that it
+can be counted.
 
-AVQA, MUSIC-AVQA   The option that the words mean by answers.extract: its letter, else its words, else the option that
-                   is most similar to them. MUSIC-AVQA has no official rule for text; this is ours.
-MMAU               The official rule, over the option's text where the answer is a letter: "letter" or "text".
+option   AVQA, MUSIC-AVQA: by answers.extract, the letter, else the words, else the option that is most similar to them.
+         MUSIC-AVQA has no official rule for text; this is ours.
+mmau     The official rule, over the option's text where the answer is a letter: "letter" or "text".
 """
 import re
+from collections import Counter
 from string import ascii_lowercase
 
-from minixmd.learning.answers import extract
+from minixmd.learning import answers
+from minixmd.learning.answers import extract, final_answer
 
+WAYS = {"option": answers.WAYS, "mmau": ("letter", "text", "none")}
 TYPES = ("Temporal", "Comparative", "Counting", "Existential", "Location")  # of MUSIC-AVQA; the paper's table has four
+FIELDS = {"mmau": ("task", "difficulty", "sub_category"), "music_avqa": ("modality", "type")}  # of the Examples' meta
 
 
-def final_answer(text):
-    """What a completion gives as its answer, or None: what stands in its only <answer> after the thinking, or, without
-    that tag, all that follows the thinking. Thinking that has no end, several answers and no words are no answer."""
-    thought, closed, said = (text or "").rpartition("</think>")
-    _, opened, inside = said.partition("<answer>")
-    if "<answer>" in inside or (not opened and not closed and "<think>" in said):
-        return None
-    said = inside.partition("</answer>")[0] if opened else said
-    return said.strip() if re.search(r"\w", said) else None
+def meant(text, options, rule):
+    """(index of the option that a completion means, or None; how, one of WAYS[rule]).
 
-
-def score_option(text, options, answer):
-    """(right, how) with how one of answers.WAYS; the rule of AVQA and MUSIC-AVQA.
+    By MMAU's rule an option's own text wins over a letter ("D" where the options are chords, "a dog" where A is "dog").
+    A letter stands for its option, with that option's text behind it or alone, unless the answer also has the words of
+    another one ("Lyndon B. Johnson"). Of options with the same words, said in another order, the first is meant.
 
     Args:
-        text: a completion, or None for none. answer: index of the right option.
+        text: a completion, or None for none. rule: "option" | "mmau".
     """
-    said = final_answer(text)
-    index, how = (None, "none") if said is None else extract(said, options)
-    return index is not None and options[index] == options[answer], how
-
-
-def score_mmau(text, options, answer):
-    """(right, how) with how "letter", "text" or "none".
-
-    An option's own text wins over a letter ("D" where the options are chords, "a dog" where A is "dog"). A letter
-    stands for its option, with that option's text behind it or alone, unless the answer also has the words of another
-    one ("Lyndon B. Johnson").
-    """
+    if rule == "option":
+        return extract(text, options)
     said = final_answer(text)
     if said is None:
-        return False, "none"
-    index, how = _option_meant(said, options), "letter"
-    if index is None:
-        how = "text"
-    return mmau_rule(said if index is None else options[index], options, options[answer]), how
+        return None, "none"
+    if (letter := _lettered(said, options)) is not None:
+        return letter, "letter"
+    fits = [i for i, option in enumerate(options) if mmau_rule(said, options, option)]
+    return min(fits, key=lambda i: _plain(options[i]) != _plain(said), default=None), "text"
 
 
-def _option_meant(said, options):
+def same(options, i, j, rule):
+    """Whether the options of these indices are one answer: the same text, or by MMAU's rule the same words. None is no
+    answer, and the same as nothing."""
+    if i is None or j is None:
+        return False
+    return options[i] == options[j] if rule == "option" else mmau_rule(options[i], options, options[j])
+
+
+def vote(texts, options, rule):
+    """What most of a question's completions mean; one that means no option has no vote, and a tie is the option's that
+    was said first. Options that are the same answer share their votes, under the first's text.
+
+    Returns:
+        (number of the first text that means the winner, or 0; its index and how, as `meant`; {option: votes}).
+    """
+    read = [meant(text, options, rule) for text in texts]
+    said = [next((option for i, option in enumerate(options) if same(options, i, index, rule)), None)
+            for index, _ in read]
+    votes = Counter(option for option in said if option is not None)
+    at = said.index(votes.most_common(1)[0][0]) if votes else 0  # of equals, the one that was counted first
+    return at, *read[at], dict(votes)
+
+
+def _lettered(said, options):
     """Index of the option for which a letter stands in `said`, or None where there is no letter to replace."""
     plain, texts = _plain(said), [_plain(option) for option in options]
     if plain in texts:
@@ -86,14 +96,19 @@ def mmau_rule(text, options, right):
     return words <= said and not said & (set().union(*map(_tokens, options)) - words)
 
 
+def benchmark_of(examples):
+    """"mmau" or "music_avqa", where the meta of all Examples has what its accuracies are broken down by; else None."""
+    return next((name for name, needed in FIELDS.items()
+                 if all(isinstance(e.meta.get(field), str) for e in examples for field in needed)), None)
+
+
 def mmau_table(metas, rights):
     """{"all": rights, "task" | "difficulty" | "sub_category": {name: rights}}: the right and wrong answers of each.
 
     Args:
         metas: the Examples' meta. rights: a boolean each.
     """
-    return {"all": list(rights), **{field: _by(field, metas, rights)
-                                    for field in ("task", "difficulty", "sub_category")}}
+    return {"all": list(rights), **{field: _by([meta[field] for meta in metas], rights) for field in FIELDS["mmau"]}}
 
 
 def music_table(metas, rights):
@@ -107,11 +122,11 @@ def music_table(metas, rights):
     return {name: {**{kind: [right for meta, right in part if meta["type"] == kind] for kind in TYPES},
                    "all": [right for _, right in part]}
             for name, part in (("audio", heard), ("every", pairs))} | {
-        "pair": _by("group", metas, rights)}
+        "pair": _by([f"{meta['modality']} {meta['type']}" for meta in metas], rights)}
 
 
-def _by(field, metas, rights):
-    found = {name: [] for name in sorted({meta[field] for meta in metas})}
-    for meta, right in zip(metas, rights, strict=True):
-        found[meta[field]].append(right)
+def _by(names, rights):
+    found = {name: [] for name in sorted(set(names))}
+    for name, right in zip(names, rights, strict=True):
+        found[name].append(right)
     return found

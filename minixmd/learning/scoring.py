@@ -8,6 +8,7 @@ import os
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import torch
 import triton
@@ -16,10 +17,12 @@ from minixmd.files import write_text
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import build_conversation
 from minixmd.inputs.media import MediaError
-from minixmd.learning.answers import extract
-from minixmd.learning.rollout import decode
+from minixmd.learning.benchmarks import vote
+from minixmd.learning.ranks import Elsewhere, ranks, wait
+from minixmd.learning.rollout import decode, uniforms
 
 SHARD = 512  # examples; a killed stage redoes at most one shard
+ROOM = 4  # times batch_tokens: tokens of the answers that are sampled at once; by default 64 answers of 512 tokens
 
 
 def device_of(stage):
@@ -52,12 +55,12 @@ def check_media(name, manifest, examples, media):
             raise ValueError(f"{name}: {manifest}: example {e.id!r} has no {missing[0]}")
 
 
-def ask(stage, processor, example, answer=None):
-    """The Prompt with which a stage asks an example's question (and, to learn it, gives `answer`), or the MediaError
-    that its clip raised."""
+def ask(stage, processor, example, answer=None, trace=""):
+    """The Prompt with which a stage asks an example's question (and, to learn it, gives `answer`; where the stage's
+    prompt has {trace}, with this one), or the MediaError that its clip raised."""
     video_options = {name: getattr(stage, name) for name in ("fps", "min_pixels", "max_pixels", "nframes")}
     conversation = build_conversation(example, media=stage.media, prompt=stage.prompt, answer=answer,
-                                      video_options=video_options)
+                                      trace=trace, video_options=video_options)
     try:
         return processor(conversation)
     except MediaError as error:
@@ -92,8 +95,8 @@ def prefetch(function, items, ahead=16):
                 future.cancel()
 
 
-def _batches(prompts, batch_tokens):
-    """Runs of (example, prompt) whose prompts together hold at most batch_tokens (a longer one goes alone)."""
+def packs(prompts, batch_tokens):
+    """Runs of (item, prompt) whose prompts together hold at most batch_tokens (a longer one goes alone)."""
     run, tokens = [], 0
     for pair in prompts:
         if run and tokens + len(pair[1]) > batch_tokens:
@@ -106,38 +109,45 @@ def _batches(prompts, batch_tokens):
 
 
 @torch.inference_mode()
-def score_letters(model, processor, stage, examples, batch_tokens=8192, top_k=0, temperature=1.0, max_new_tokens=0):
+def score_letters(model, processor, stage, examples, batch_tokens=8192, top_k=0, top_temperature=1.0, traces=None,
+                  max_new_tokens=0, n=1, temperature=0.0, rule="option"):
     """Ask every example and read the letters' logits where the answer would start, in one forward pass a batch.
 
-    With max_new_tokens the model goes on from there, greedily, and its answer is the option that its words mean
-    (answers.py); the letters' logits stay those that they are without.
+    With max_new_tokens the model goes on from there, and its answer is the option that its words mean (benchmarks.py);
+    the letters' logits stay those that they are without. Of n > 1 such answers the one that most of them give counts
+    (vote). A sampled token depends on (stage.seed, the example's id, the sample's number, the position) alone.
 
     Args:
-        stage: Evaluate, Label or Train: media, prompt and video options.
-        batch_tokens: packed into a forward pass.
-        top_k: best ids to keep of those that are not banned, with the logsumexp of all of them at `temperature`.
+        stage: Evaluate, Label or Train: media, prompt, video options and seed.
+        batch_tokens: packed into a forward pass. So many answers are sampled at once that their tokens are at most
+            ROOM times as many, or n if those are more; greedy ones for a whole batch at once.
+        top_k: best ids to keep of those that are not banned, with the logsumexp of all of them at `top_temperature`.
+        traces: {id: text that stands at the prompt's {trace}}; an id that is not there has an empty one. None = no ids.
         max_new_tokens: that a written answer may have, the end of turn included; 0 = none is written.
+        temperature: of the sampling; 0 = greedy, for n = 1. rule: "option" | "mmau", by which the answers are read.
     Returns:
         A JSON-able record an example, in order: {"id", "answer": index, "option", "logits"} or {"id", "bad", "detail"};
         with top_k also "top": {"ids", "logits", "temperature", "logsumexp"}. With max_new_tokens "answer" and "option"
         may be None, and there are also "by_letters": index by the logits, "how": one of WAYS, "text", and "finished":
-        the model ended its turn.
+        the model ended its turn; with n > 1 those are the sample's that speaks for all, beside "votes": {option:
+        count} and all "texts".
     Raises:
         ValueError: an example that lacks the medium, or a prompt over the model's limit.
     """
     device = model.lm_head.weight.device
-    records, banned = {}, torch.tensor(processor.banned if top_k or max_new_tokens else [], dtype=torch.long)
+    records, traces = {}, traces or {}
+    banned = torch.tensor(processor.banned if top_k or max_new_tokens else [], dtype=torch.long)
 
     def prompts():
-        for example, prompt in prefetch(lambda e: (e, ask(stage, processor, e)), examples):
+        for example, prompt in prefetch(lambda e: (e, ask(stage, processor, e, trace=traces.get(e.id, ""))), examples):
             if isinstance(prompt, MediaError):
-                records[example.id] = {"id": example.id, "bad": prompt.reason, "detail": str(prompt)}
+                records[example.id] = bad_record(example, prompt)
             else:
                 check_room(processor, example, prompt, max_new_tokens)
                 yield example, prompt
 
     def read_letters(run, logits_BV):
-        for (example, _), logits_V in zip(run, logits_BV.cpu(), strict=True):
+        for logits_V, (example, _) in zip(logits_BV.cpu(), run, strict=False):  # of the run's rest, so many
             letters = logits_V[processor.letter_ids(len(example.options))]
             if not letters.isfinite().all():
                 raise ValueError(f"{stage.name}: the logits of example {example.id!r} are not finite: the weights of "
@@ -150,36 +160,67 @@ def score_letters(model, processor, stage, examples, batch_tokens=8192, top_k=0,
                 top = logits_V.topk(top_k)
                 records[example.id]["top"] = {
                     "ids": top.indices.tolist(), "logits": [round(x, 4) for x in top.values.tolist()],
-                    "temperature": temperature,
-                    "logsumexp": round((logits_V / temperature).logsumexp(0).item(), 5)}
+                    "temperature": top_temperature,
+                    "logsumexp": round((logits_V / top_temperature).logsumexp(0).item(), 5)}
 
-    for run in _batches(prompts(), batch_tokens):
+    for run in packs(prompts(), batch_tokens):
         asked = [prompt for _, prompt in run]
         if not max_new_tokens:
             batch = pack(asked).to(device)
             last_B = torch.tensor([end - 1 for _, end in batch.spans], device=device)
-            read_letters(run, model.logits(model(batch)[last_B]))
+            read_letters(iter(run), model.logits(model(batch)[last_B]))
             continue
-        said = decode(model, processor, asked, None, max_new_tokens=max_new_tokens, temperature=0, banned=banned,
-                      impl=impl_of(stage), on_prompts=partial(read_letters, run))
-        for (example, _), completion in zip(run, said, strict=True):
-            record, (index, how) = records[example.id], extract(completion.text, example.options)
-            record.update(by_letters=record["answer"], answer=index, how=how, text=completion.text,
-                          option=None if index is None else example.options[index], finished=completion.finished)
+        uniform_BT, slots = None, None
+        if temperature:
+            uniform_BT = torch.stack([uniforms(stage.seed, 0, example.id, i, max_new_tokens) for example, _ in run
+                                      for i in range(n)])
+            slots = max(n, ROOM * batch_tokens // max_new_tokens)
+        said = decode(model, processor, asked, uniform_BT, n=n, max_new_tokens=max_new_tokens, temperature=temperature,
+                      banned=banned, slots=slots, impl=impl_of(stage), on_prompts=partial(read_letters, iter(run)))
+        for i, (example, _) in enumerate(run):
+            record, texts = records[example.id], [one.text for one in said[n * i:n * i + n]]
+            at, index, how, votes = vote(texts, example.options, rule)
+            record.update(by_letters=record["answer"], answer=index, how=how, text=texts[at],
+                          option=None if index is None else example.options[index], finished=said[n * i + at].finished)
+            if n > 1:
+                record.update(votes=votes, texts=texts)
     return [records[example.id] for example in examples]
 
 
-def score_in_shards(score, examples, folder, progress):
-    """The records that score(examples) gives, by shards fixed by the manifest's order, each written whole; finished
-    ones are read back."""
-    records = []
-    for start in range(0, len(examples), SHARD):
-        part, path = examples[start:start + SHARD], folder / f"{start:07d}.jsonl"
+def score_in_shards(score, examples, folder, progress, size=None, alone=False):
+    """The records that score(examples) gives, by shards of `size` (None = SHARD) in the manifest's order, each
+    written whole; finished ones are read back. Several processes take them by turns (ranks.py), and all but the first
+    end here, by Elsewhere; alone: the others do not come here."""
+    size, (rank, count) = size or SHARD, (0, 1) if alone else ranks()
+    shards = [(examples[start:start + size], folder / f"{start:07d}.jsonl") for start in range(0, len(examples), size)]
+    for part, path in shards[rank::count]:
         if not path.exists():
             write_records(path, score(part))
-        records += read_records(path)
         progress(len(part))
+    if count > 1:
+        wait()
+    if rank:
+        raise Elsewhere
+    return [record for _, path in shards for record in read_records(path)]
+
+
+def bad_record(example, error):
+    """Of a clip that could not be used; error: the MediaError that it raised."""
+    return {"id": example.id, "bad": error.reason, "detail": str(error)}
+
+
+def read_traces(path):
+    """The lines of a file of traces, {"id", "text", …}. Raises ValueError for one that is no trace."""
+    records = read_records(Path(path))
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("id", "text")):
+            raise ValueError(f"{path}: trace {number} needs an 'id' and a 'text', both strings")
     return records
+
+
+def answers_beside(results):
+    """The records of the answers.jsonl that Evaluate wrote beside this results.json."""
+    return read_records(Path(results).with_name("answers.jsonl"))
 
 
 def write_records(path, records):

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minixmd.inputs.examples import read_manifest
-from minixmd.learning.scoring import check_media, read_records
+from minixmd.learning.scoring import check_media, read_records, read_traces
 
 
 def sources(stage, examples):
@@ -71,9 +71,7 @@ def traced(stage, examples):
     """As sources, for the traces that `which` names: an example of n of them stands n times, in their order, one
     without is left out. First traces are those with "sample" 0, unanimous ones those with "unanimous" true."""
     by_id, chosen, passed = {e.id: e for e in examples}, [], 0
-    for number, record in enumerate(read_records(Path(stage.traces)), 1):
-        if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("id", "text")):
-            raise ValueError(f"{stage.traces}: trace {number} needs an 'id' and a 'text', both strings")
+    for number, record in enumerate(read_traces(stage.traces), 1):
         if record["id"] not in by_id:
             raise ValueError(f"{stage.traces}: trace {number} is of {record['id']!r}, which is not in {stage.manifest}")
         field, wanted = {"all": (None, None), "first": ("sample", 0), "unanimous": ("unanimous", True)}[stage.which]

@@ -1,208 +1,181 @@
-"""Stage Evaluate: a model's accuracy on a manifest, by class, by group and overall, with Wilson intervals; and the
-comparison of two models on the same questions.
+"""Stage Evaluate: a model's accuracy on a manifest, by class, by group and overall, with Wilson intervals; on MMAU and
+MUSIC-AVQA also as those break it down.
 """
-import hashlib
-import json
-from collections import Counter, defaultdict
+from collections import Counter
 from functools import partial
-from math import sqrt
-from pathlib import Path
 
 from tqdm import tqdm
 
 from minixmd import load
 from minixmd.files import write_json
 from minixmd.inputs.examples import read_manifest
-from minixmd.learning.answers import WAYS
+from minixmd.learning.benchmarks import WAYS, benchmark_of, mmau_table, music_table, same
 from minixmd.learning.scoring import (
     check_media,
     count_bad,
     device_of,
     dtype_of,
     impl_of,
-    read_records,
+    read_traces,
     score_in_shards,
     score_letters,
     write_records,
 )
+from minixmd.learning.statistics import digest, summary, tabulate
 from minixmd.models.lora import set_impl
+from minixmd.stages.traces import TAG
+
+SHOWN = {  # tables of a benchmark that are printed, and as what
+    "mmau": {"task": "task", "difficulty": "difficulty"},
+    "music_avqa": {"audio": "audio, audio-visual", "every": "all modalities"},
+}
 
 
-def wilson(correct, count, z=1.959964):
-    """95 % interval of a share; (0, 1) for no observation."""
-    if count == 0:
-        return 0.0, 1.0
-    p = correct / count
-    middle, half = p + z * z / (2 * count), z * sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
-
-
-def summary(hits):
-    """{"count", "correct", "accuracy", "interval"} of a list of booleans."""
-    correct = sum(hits)
-    low, high = wilson(correct, len(hits))
-    return {"count": len(hits), "correct": correct, "accuracy": correct / len(hits) if hits else None,
-            "interval": [low, high]}
-
-
-def tabulate(examples, records):
-    """Overall, class and group summaries. A bad clip has no answer and is left out; its count stands beside."""
-    hits, classes, groups = [], defaultdict(list), defaultdict(list)
-    for example, record in zip(examples, records, strict=True):
-        if "bad" in record:
-            continue
-        hit = record["answer"] == example.answer
-        hits.append(hit)
-        if example.label is not None:
-            classes[example.label].append(hit)
-        if "group" in example.meta:
-            groups[example.meta["group"]].append(hit)
-    return {**summary(hits), "groups": {name: summary(hits) for name, hits in sorted(groups.items())},
-            "classes": {name: summary(hits) for name, hits in sorted(classes.items())}}
-
-
-def letters_beside(examples, records):
-    """What stands beside the accuracy of written answers: how each was read ("none" counts as wrong), how many had no
-    end within max_new_tokens, the share of which another letter had the largest logit, and those letters' accuracy."""
-    asked = [record for record in records if "bad" not in record]
-    how = Counter(record["how"] for record in asked)
-    scored = [record if "bad" in record else {"answer": record["by_letters"]} for record in records]
-    return {"how": {way: how[way] for way in WAYS}, "unfinished": sum(not record["finished"] for record in asked),
-            "disagreement": sum(record["answer"] != record["by_letters"] for record in asked) / len(asked),
-            "letters": tabulate(examples, scored)}
-
-
-def digest(example):
-    """16 hex digits of what was asked: the question, the options in their order and the right one."""
-    asked = json.dumps([example.question, example.options, example.answer])
-    return hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()
-
-
-def paired_interval(both, only_a, only_b, neither):
-    """95 % interval of the share that a has right less the share that b has, from the counts of clips by who is right.
-
-    Newcombe, Statistics in Medicine 17 (1998) 2635-2650, method 10: the Wilson limits of the two shares, joined by
-    their correlation, whose numerator has a continuity correction.
-    """
-    n = both + only_a + only_b + neither
-    if n == 0:
-        return -1.0, 1.0
-    a, b = both + only_a, both + only_b
-    (low_a, high_a), (low_b, high_b) = wilson(a, n), wilson(b, n)
-    together = both * neither - only_a * only_b
-    together = max(together - n / 2, 0) if together > 0 else together
-    spread = sqrt(a * (n - a) * b * (n - b))
-    correlation = together / spread if spread else 0.0
-
-    def joined(x, y):
-        return sqrt(max(x * x - 2 * correlation * x * y + y * y, 0))
-
-    return ((a - b) / n - joined(a / n - low_a, high_b - b / n),
-            (a - b) / n + joined(high_a - a / n, b / n - low_b))
-
-
-def answers_beside(results):
-    """The records of the answers.jsonl that Evaluate wrote beside this results.json."""
-    return read_records(Path(results).with_name("answers.jsonl"))
-
-
-def pairs(a, b):
-    """[(record of a, record of b)] clip by clip, in a's order; a record has "id" and "question", the digest.
-
-    Raises:
-        ValueError: names the first clip that only one was asked about, or with another question, other options or
-            another right answer; or a record without those, as Label's are.
-    """
-    others, found = {record["id"]: record for record in b}, []
-    for record in a:
-        other = others.pop(record["id"], None)
-        if other is None:
-            raise ValueError(f"clip {record['id']!r}: only the first of the two has it")
-        if "question" not in record or "question" not in other:
-            raise ValueError(f"clip {record['id']!r}: its record does not say what was asked: not an Evaluate stage's")
-        if record["question"] != other["question"]:
-            raise ValueError(f"clip {record['id']!r}: the two are different questions: other words, options or right "
-                             "answer")
-        found.append((record, other))
-    if others:
-        raise ValueError(f"clip {next(iter(others))!r}: only the second of the two has it")
-    return found
-
-
-def compare(a, b):
-    """How much more often model a is right than model b, on the same questions.
+def score(stage, folder, ask):
+    """Load the stage's model and put its manifest to it, shard by shard; finished ones are read back.
 
     Args:
-        a, b: the records of their answers.jsonl. A clip that was bad for either is left out.
+        ask: function(model, processor, examples=…) -> records.
     Returns:
-        {"count", "left_out", "both", "only_a", "only_b", "neither", "difference", "interval"}: the counts of clips by
-        who is right, a's accuracy less b's, and its 95 % interval (paired_interval).
-    Raises:
-        ValueError: they do not belong together (pairs).
+        (examples, records, processor).
     """
-    who = Counter("left_out" if "bad" in record or "bad" in other else (record["right"], other["right"])
-                  for record, other in pairs(a, b))
-    both, only_a, only_b, neither = (who[pair] for pair in ((True, True), (True, False), (False, True), (False, False)))
-    count = len(a) - who["left_out"]
-    return {"count": count, "left_out": who["left_out"], "both": both, "only_a": only_a, "only_b": only_b,
-            "neither": neither, "difference": (only_a - only_b) / count if count else None,
-            "interval": list(paired_interval(both, only_a, only_b, neither))}
-
-
-def leads(a, b):
-    """{class: a's accuracy less b's} of the classes that both answered, from the "classes" of two results."""
-    return {name: a[name]["accuracy"] - b[name]["accuracy"] for name in a if name in b}
-
-
-def groups(lead, most=10):
-    """{title: class names}: where the teacher leads most, where the student does, and of the others the closest.
-
-    lead: {class: the teacher's accuracy less the student's}. The groups are disjoint, of at most `most` classes (10 as
-    in the paper's Figures 1 and 3) and a third of all. A tie is broken by name.
-    """
-    size = min(most, -(-len(lead) // 3))
-    names = sorted(lead, key=lambda name: (-lead[name], name))
-    ahead = [name for name in names if lead[name] > 0][:size]
-    behind = sorted((name for name in names if lead[name] < 0), key=lambda name: (lead[name], name))[:size]
-    rest = sorted(set(names) - {*ahead, *behind}, key=lambda name: (abs(lead[name]), name))[:size]
-    return {"The teacher is ahead": ahead, "The student is ahead": behind, "The smallest gaps among the others": rest}
-
-
-def score(stage, folder, top_k=0, temperature=1.0, max_new_tokens=0):
-    """Load the stage's model and put its manifest to it: (examples, records, processor), finished shards read back.
-    The rest is as score_letters takes it."""
     examples = read_manifest(stage.manifest)
     check_media(stage.name, stage.manifest, examples, stage.media)
     model, processor = load(stage.model, device=device_of(stage), dtype=dtype_of(stage))
     set_impl(model, impl_of(stage))
-    ask = partial(score_letters, model, processor, stage, batch_tokens=stage.batch_tokens, top_k=top_k,
-                  temperature=temperature, max_new_tokens=max_new_tokens)
     with tqdm(total=len(examples), desc=stage.name, unit="clip", smoothing=0.1) as bar:
-        return examples, score_in_shards(ask, examples, folder / "shards", bar.update), processor
+        records = score_in_shards(lambda part: ask(model, processor, examples=part), examples, folder / "shards",
+                                  bar.update)
+    return examples, records, processor
 
 
 def run(stage, folder, log):
     """Writes answers.jsonl (a record a clip, with a digest of what was asked and whether it is right) and results.json.
     """
-    if missing := next((e for e in read_manifest(stage.manifest) if e.answer is None), None):
+    examples = read_manifest(stage.manifest)
+    if missing := next((e for e in examples if e.answer is None), None):
         raise ValueError(f"{stage.manifest}: example {missing.id!r} has no answer to evaluate against")
+    ask = partial(score_letters, stage=stage, batch_tokens=stage.batch_tokens)
+    results = {"model": str(stage.model), "manifest": str(stage.manifest), "media": stage.media}
+    benchmark = describe(stage, examples)
+    without = {}
+    if stage.traces is not None:
+        shown, without = first_traces(stage, examples)
+        ask = partial(ask, traces=shown)
+        results |= {"traces": str(stage.traces), "without_trace": dict(Counter(without.values()).most_common())}
     written = stage.answer == "generate"
-    examples, records, _ = score(stage, folder, max_new_tokens=stage.max_new_tokens if written else 0)
-    results = {"model": str(stage.model), "manifest": str(stage.manifest), "media": stage.media,
-               "bad": count_bad(records, stage), **tabulate(examples, records)}
     if written:
-        results |= {"answer": stage.answer, "max_new_tokens": stage.max_new_tokens, **letters_beside(examples, records)}
+        ask = partial(ask, max_new_tokens=stage.max_new_tokens, n=stage.n, temperature=stage.temperature,
+                      rule=stage.rule)
+    _, records, _ = score(stage, folder, ask)
+    results |= {"bad": count_bad(records, stage), **tabulate(examples, records, stage.rule)}
+    if written:
+        how = ["answer", "max_new_tokens", *["rule"] * (stage.rule != "option"),
+               *["n", "temperature", "seed"] * (stage.temperature > 0)]
+        results |= {name: getattr(stage, name) for name in how} | letters_beside(examples, records, stage.rule)
     for example, record in zip(examples, records, strict=True):
         record["question"] = digest(example)
+        if example.id in without:
+            record["without_trace"] = without[example.id]
         if "bad" not in record:
-            record["right"] = record["answer"] == example.answer
+            record["right"] = same(example.options, record["answer"], example.answer, stage.rule)
+    if benchmark:
+        results["benchmark"] = benchmark | breakdown(benchmark["name"], examples, records)
     write_records(folder / "answers.jsonl", records)
     write_json(folder / "results.json", results)
     log({name: results[name] for name in ("count", "correct", "accuracy", "interval", "bad")}
-        | {name: results[name] for name in ("how", "unfinished", "disagreement") if written})
+        | {name: results[name] for name in ("without_trace", "how", "unfinished", "disagreement") if name in results})
+    tell(stage, results)
+
+
+def letters_beside(examples, records, rule="option"):
+    """What stands beside the accuracy of written answers: how each was read ("none" counts as wrong), how many had no
+    end within max_new_tokens, the share of which another letter had the largest logit, and those letters' accuracy."""
+    pairs = [(e, record) for e, record in zip(examples, records, strict=True) if "bad" not in record]
+    how = Counter(record["how"] for _, record in pairs)
+    differ = sum(not same(e.options, record["answer"], record["by_letters"], rule) for e, record in pairs)
+    scored = [record if "bad" in record else {"answer": record["by_letters"]} for record in records]
+    return {"how": {way: how[way] for way in WAYS[rule]}, "unfinished": sum(not one["finished"] for _, one in pairs),
+            "disagreement": differ / len(pairs), "letters": tabulate(examples, scored, rule)}
+
+
+# ---- the teacher's traces in the prompt ----
+
+
+def first_traces(stage, examples):
+    """({id: the first trace of it in the file}, {id: why there is none}) of the examples; those are asked without.
+
+    Raises:
+        ValueError: a line of the file that is no trace, or no example with one.
+    """
+    first, without = {}, {}
+    for trace in read_traces(stage.traces):
+        first.setdefault(trace["id"], trace["text"])
+    for e in examples:
+        if e.id not in first:
+            without[e.id] = "no trace"
+        elif TAG.search(first[e.id]):  # the processor would refuse it, or the turn would end there
+            without[e.id] = "special token"
+    if len(without) == len(examples):
+        raise ValueError(f"{stage.name}: {stage.traces} holds no trace of a clip in {stage.manifest} that can be shown")
+    return {e.id: first[e.id] for e in examples if e.id not in without}, without
+
+
+# ---- MMAU and MUSIC-AVQA ----
+
+
+def describe(stage, examples):
+    """{"name", and of MMAU its "version" and "sha256"} of the benchmark that a manifest is, or None.
+
+    Raises:
+        ValueError: more than one version of MMAU.
+    """
+    name = benchmark_of(examples)
+    official = name == "mmau" or any((e.source or "").casefold().startswith("mmau") for e in examples)
+    if stage.answer == "generate" and official != (stage.rule == "mmau"):
+        tqdm.write(f"{stage.name}: note: {stage.manifest} is {'' if official else 'not '}MMAU, and rule {stage.rule!r} "
+                   f"is {'not ' if official else ''}MMAU's own")
+    if name != "mmau":
+        return name and {"name": name}
+    versions = {tuple(str(e.meta.get(key, "unknown")) for key in ("version", "sha256")) for e in examples}
+    if len(versions) > 1:
+        raise ValueError(f"{stage.manifest}: mixes {len(versions)} versions of MMAU, whose accuracies do not compare: "
+                         + "; ".join(" ".join(one) for one in sorted(versions)))
+    [(version, sha256)] = versions
+    return {"name": name, "version": version, "sha256": sha256}
+
+
+def breakdown(name, examples, records):
+    """The tables of a benchmark with a summary for each list. A missing answer is a wrong one, a bad clip left out."""
+    asked = [(e.meta, record["right"]) for e, record in zip(examples, records, strict=True) if "bad" not in record]
+    tables = {"mmau": mmau_table, "music_avqa": music_table}[name](*zip(*asked, strict=True))
+    return {name: summary(part) if isinstance(part, list) else {row: summary(rights) for row, rights in part.items()}
+            for name, part in tables.items()}
+
+
+def tell(stage, results):
+    """The result on the screen: a line, and a short table of a benchmark."""
     low, high = results["interval"]
-    tqdm.write(f"{stage.name}: {100 * results['accuracy']:.1f} % of {results['count']} right "
-               f"(95 % interval {100 * low:.1f} to {100 * high:.1f})"
-               + (f"; by the letters' logits {100 * results['letters']['accuracy']:.1f} %, which differ on "
-                  f"{100 * results['disagreement']:.1f} % (read by {results['how']})" if written else "")
-               + (f", bad: {results['bad']}" if results["bad"] else ""))
+    line = f"{stage.name}: {100 * results['accuracy']:.1f} % of {results['count']} right"
+    line += f" by the majority of {stage.n}" if stage.answer == "generate" and stage.n > 1 else ""
+    line += f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
+    if stage.answer == "generate":
+        line += (f"; by the letters' logits {100 * results['letters']['accuracy']:.1f} %, which differ on "
+                 f"{100 * results['disagreement']:.1f} % (read by {results['how']})")
+    if results.get("without_trace"):
+        line += f"; asked without a trace: {results['without_trace']}"
+    tqdm.write(line + (f", bad: {results['bad']}" if results["bad"] else ""))
+    if "benchmark" in results:
+        tqdm.write(f"{stage.name}: " + "\n  ".join(rows_of(results["benchmark"])))
+
+
+def rows_of(benchmark):
+    """A benchmark's name and its rows, as text; those without a question are left out."""
+    rows = [" ".join(benchmark[key] for key in ("name", "version") if key in benchmark)]
+    for table, title in SHOWN[benchmark["name"]].items():
+        for name, one in benchmark[table].items():
+            if one["count"]:
+                low, high = one["interval"]
+                rows.append(f"{title:22}{name:14}{100 * one['accuracy']:5.1f} % of {one['count']:<5} ({100 * low:.1f} "
+                            f"to {100 * high:.1f})")
+    return rows

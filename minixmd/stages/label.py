@@ -1,17 +1,20 @@
 """Stage Label: a model's predicted letters for a split, with the letters' logits, as labels.jsonl."""
 import json
 import shutil
+from functools import partial
 
 from tqdm import tqdm
 
 from minixmd.files import write_text
-from minixmd.learning.scoring import count_bad
+from minixmd.learning.scoring import count_bad, score_letters
 from minixmd.stages.evaluate import score
 
 
 def run(stage, folder, log):
     """The manifest's true answers are not read: a record depends on the clip, the question and the model alone."""
-    _, records, processor = score(stage, folder, stage.top_k, stage.temperature)
+    ask = partial(score_letters, stage=stage, batch_tokens=stage.batch_tokens, top_k=stage.top_k,
+                  top_temperature=stage.temperature)
+    _, records, processor = score(stage, folder, ask)
     bad = count_bad(records, stage)
     if stage.top_k:  # what the stored ids mean
         shutil.copyfile(processor.folder / "tokenizer.json", folder / "tokenizer.json")

@@ -3,53 +3,22 @@
 `gather` brings every figure into one dict, which is report.json; the page and the Markdown are made from that dict
 alone, so the three cannot differ.
 """
-import os
-from collections import Counter
 from pathlib import Path
 
 from minixmd.files import read_json, write_json, write_text
-from minixmd.inputs.examples import read_manifest
-from minixmd.learning.scoring import read_records
-from minixmd.stages.evaluate import answers_beside, compare, digest, groups, leads, pairs
-from minixmd.stages.report_html import MIME, NAMES, ROLES, WHO, columns_of, heads, page, pct, value
+from minixmd.learning.scoring import answers_beside, read_records
+from minixmd.learning.statistics import compare, groups, leads, pairs
+from minixmd.stages.published import BESIDE, PAPERS
+from minixmd.stages.report_charts import NAMES, ROLES, pct
+from minixmd.stages.report_clips import clips, gallery
+from minixmd.stages.report_html import WHO, columns_of, figure, heads, page, remarks, steps, value
+from minixmd.stages.report_sightsound import breakdowns, funnel
 from minixmd.stages.switch import tally
 
 POINTS = 150  # of a line in a figure
-CLIPS = 4  # shown of a kind
-KINDS = {  # title of a kind of clip -> who was right: the teacher (None: no matter), the student before, after
-    "Learnt from the teacher: the teacher was right, the student wrong before and right after": (True, False, True),
-    "Forgotten: the student was right before and is wrong after": (None, True, False),
-    "Not learnt: the student was wrong before and is wrong after": (None, False, False),
-}
-DRAWN = {"reward": "mean reward", "loss": "training loss", "kl": "KL to the teacher, in GRPO to the policy before",
-         "val_accuracy": "validation accuracy, %", "train_accuracy": "training accuracy, %"}  # keys of a log.jsonl
-ONE, TWO = "Table 1, and the unseen classes", "Table 2: Qwen2-VL teaches Qwen2-Audio"
-PAPERS = {"xmd": {  # rows and columns are looked up by these titles
-    "source": "Nothing here was measured by this run. Jiang, Wu, Choudhari and Mesgarani, Bridging Ears and Eyes: "
-              "Tables 1 and 2, the caption of Figure 1, sections 3.2, 4.2 and 4.3. VGGSound, 286 classes; unseen: "
-              "AudioSet evaluation set. Accuracies in %.",
-    "tables": {ONE: {
-        "Qwen2-Audio-7B-Instruct": {"analysis": 71.9, "test": 69.0, "unseen": 60.0},
-        "Qwen2-Audio distilled from Qwen2-VL": {"analysis": 92.6, "test": 89.4, "unseen": 72.3},
-        "Qwen-Audio-Chat (7B)": {"analysis": 63.2, "test": 60.4},
-        "Kimi-Audio-7B-Instruct": {"analysis": 70.6, "test": 66.7},
-        "Qwen2-VL-7B-Instruct": {"analysis": 88.5, "test": 80.8},
-        "Qwen2-VL distilled from Qwen2-Audio": {"analysis": 91.4, "test": 83.9},
-        "Qwen2.5-VL-7B-Instruct": {"analysis": 88.8, "test": 81.0},
-        "VideoLLaMA 3": {"analysis": 83.4, "test": 76.4},
-        "Qwen2.5-Omni": {"analysis": 92.6, "test": 89.7},
-    }, TWO: {
-        "KL on teacher's logits": {"analysis": 92.1, "test": 88.7},
-        "KL on teacher's logits + labels": {"analysis": 92.3, "test": 88.9},
-        "Ground-truth labels (upper bound)": {"analysis": 96.4, "test": 92.8},
-        "Teacher's labels (default)": {"analysis": 92.6, "test": 89.4},
-        "Teacher's labels without anti-forgetting loss": {"analysis": 92.5, "test": 89.1},
-    }, "Averages over the 30 classes of Figure 1, people included": {name: {"50 clips a class": x} for name, x in {
-        "Qwen2.5-Omni": 94.4, "Human ears and eyes": 84.2, "Qwen2-VL": 83.9, "Human eyes": 74.1, "Qwen2-Audio": 72.5,
-        "Human ears": 71.9}.items()}},
-    "classes": {"won": 226, "of": 286},  # by Qwen2-VL over Qwen2-Audio; the other 60 hold the ties
-    "switch": {"validation": 88.8, "training": 89.1},
-}}  # fmt: skip
+DRAWN = {"reward": "mean reward", "completion_tokens": "completion length, tokens", "loss": "training loss",
+         "kl": "KL to the teacher, in GRPO to the policy before", "val_accuracy": "validation accuracy, %",
+         "train_accuracy": "training accuracy, %"}  # keys of a log.jsonl
 
 
 def run(stage, folder, log):
@@ -60,22 +29,23 @@ def run(stage, folder, log):
     write_text(folder / "report.html", page(found, embedded))
     log({row: {column: cell["accuracy"] for column, cell in cells.items()}
          for row, cells in found["tables"].items()})
-    for table in (found["tables"], found["ablation"]):
-        print(f"\n{render(table)}" if table else "", flush=True)
+    for which in ("tables", "ablation"):
+        print(f"\n{accuracies(found, which)}" if found[which] else "", flush=True)
     print(f"(in brackets the 95 % interval; written to {folder / 'report.html'}, .json and .md)", flush=True)
 
 
 def gather(stage, folder):
     """(every figure of the report, {path: bytes} of the clips that the page itself will hold)."""
-    paper = PAPERS.get(stage.published, {"tables": {}})
     results = {row: {column: _results(path) for column, path in cells.items()} for row, cells in stage.tables.items()}
     ablation = {row: {column: _results(path) for column, path in cells.items()}
                 for row, cells in (stage.ablation or {}).items()}
     _check_questions(stage)
-    tables = _table(results, paper["tables"].get(ONE, {}))
+    beside, below = BESIDE[stage.published]
+    tables = _table(results, beside)
     comparable = any("paper" in cell for cells in tables.values() for cell in cells.values())
-    found = {"tables": tables, "ablation": _table(ablation, paper["tables"][TWO] if comparable else {}),
-             "roles": None, "switch": None, "curves": None, "clips": None, "paper": PAPERS.get(stage.published)}
+    found = {"tables": tables, "ablation": _table(ablation, below if comparable else {}),
+             "benchmarks": breakdowns(stage, {"tables": results, "ablation": ablation}), "roles": None, "switch": None,
+             "funnel": None, "curves": None, "clips": None, "gallery": None, "paper": PAPERS.get(stage.published)}
     embedded = {}
     if stage.roles:
         found["roles"] = roles = dict(zip(ROLES, stage.roles, strict=True))
@@ -86,10 +56,14 @@ def gather(stage, folder):
         found["gains"] = {column: {role: compare(each["after"], each[role]) for role in ("before", "teacher")}
                           for column, each in answers.items()}
         found["classes"] = classes(stage, {role: results[row] for role, row in roles.items()}, found["paper"])
-        if stage.clips:
+        if stage.clips and not stage.gallery:
             found["clips"], embedded = clips(stage, folder, answers[stage.clips_of])
     if stage.switch:
         found["switch"] = switch(Path(stage.switch), found["paper"])
+    if stage.gallery:
+        found["gallery"], embedded = gallery(stage, folder)
+    if stage.funnel:
+        found["funnel"] = {title: funnel(paths) for title, paths in stage.funnel.items()}
     if stage.curves:
         found["curves"] = {title: panels(logs) for title, logs in stage.curves.items()}
     return found, embedded
@@ -144,7 +118,7 @@ def classes(stage, results, paper):
     found = {"chosen_on": stage.gap, "won": sum(x > 0 for x in lead.values()),
              "tied": sum(x == 0 for x in lead.values()), "lost": sum(x < 0 for x in lead.values()), "bars": {}}
     found["words"] = "the teacher is better in {won}, equal in {tied} and worse in {lost}".format(**found)
-    if paper:
+    if paper and "classes" in paper:
         found["words"] += " (in the paper, on VGGSound: better in {won} of {of})".format(**paper["classes"])
     for column in stage.bars:
         parts = {role: results[role][column]["classes"] for role in ROLES}
@@ -168,9 +142,10 @@ def switch(path, paper):
     known = [record for record in decided if "oracle" in record]
     if known and "training" not in tallies:
         tallies["training"] = tally([record["p_teacher"] for record in known], [record["oracle"] for record in known])
+    theirs = (paper or {}).get("switch", {})
     words = {part: f"Right by the table of classes for {pct(one['accuracy'])} % of {one['count']:,} (95 % interval "
                    f"{'–'.join(map(pct, one['interval']))}); always the commoner one: {pct(one['majority'])} %"
-                   + (f"; the paper's, on VGGSound: {paper['switch'][part]} %" if paper else "") + "."
+                   + (f"; the paper's, on VGGSound: {theirs[part]} %" if theirs else "") + "."
              for part, one in tallies.items()}
     return {"clips": len(decided), "to_teacher": sum(record["p_teacher"] >= 0.5 for record in decided),
             "tallies": tallies, "words": words}
@@ -197,46 +172,10 @@ def panels(logs):
     return found
 
 
-def clips(stage, folder, answers):
-    """({"kinds", …}, {path as the page writes it: bytes}): up to CLIPS clips of each of KINDS, the first of each class
-    in the manifest's order, then the second of each, …; and the media that fit into embed_mib, in the page's order."""
-    examples = read_manifest(stage.clips)
-    by_id = {role: {record["id"]: record for record in records} for role, records in answers.items()}
-    left, embedded, kinds = int(stage.embed_mib * 2**20), {}, []
-    for title, wanted in KINDS.items():
-        fit, seen = [], Counter()
-        for example in examples:
-            records = {role: by_id[role].get(example.id) for role in ROLES}
-            if any(record is None or record["question"] != digest(example) for record in records.values()):
-                raise ValueError(f"{stage.clips}: clip {example.id!r} was not asked so in column {stage.clips_of!r}")
-            if not any("bad" in record for record in records.values()) and all(
-                    want in (None, record["right"]) for want, record in zip(wanted, records.values(), strict=True)):
-                fit.append((seen[example.label], len(fit), example, records))
-                seen[example.label] += 1
-        shown = []
-        for _, _, example, records in sorted(fit, key=lambda each: each[:2])[:CLIPS]:
-            media = []
-            files = {"video": example.video, "audio": example.audio}
-            for kind, file in ({"both": example.video} if example.audio == example.video else files).items():
-                if file is None:
-                    continue
-                path = Path(os.path.relpath(file, folder)).as_posix()
-                size = os.path.getsize(file) if os.path.isfile(file) else None
-                if path not in embedded and size is not None and size <= left and Path(file).suffix.lower() in MIME:
-                    embedded[path], left = Path(file).read_bytes(), left - size
-                media.append({"kind": kind, "path": path, "bytes": size, "embedded": path in embedded})
-            shown.append({"id": example.id, "question": example.question, "options": example.options,
-                          "right": example.options[example.answer], "media": media,
-                          "answers": {role: {name: record[name] for name in ("option", "right", "text")
-                                             if name in record} for role, record in records.items()}})
-        kinds.append({"title": title, "count": len(fit), "clips": shown})
-    return {"column": stage.clips_of, "of": len(examples), "kinds": kinds, "embed_mib": stage.embed_mib}, embedded
-
-
 def markdown(found):
     """The tables of the page, and its figures that stand in none."""
-    parts = ["# minixmd report", render(found["tables"]), found["ablation"] and "## Ablation",
-             found["ablation"] and render(found["ablation"])]
+    parts = ["# minixmd report", accuracies(found, "tables"), found["ablation"] and "## Ablation",
+             found["ablation"] and accuracies(found, "ablation")]
     if found["roles"]:
         parts += [f"Of the classes of {found['classes']['chosen_on']}, {found['classes']['words']}.",
                   "## The student after, less the others on the same questions", _grid(
@@ -254,13 +193,35 @@ def markdown(found):
             parts += [f"### On {part} clips", found["switch"]["words"][part], _grid(
                 [["by the class", "switch: to itself", "switch: to the teacher"]]
                 + [[who, *map(str, row)] for who, row in zip(WHO, one["confusion"], strict=True)])]
+    if found["funnel"]:
+        parts += ["## The teacher's traces"]
+        for title, one in found["funnel"].items():
+            parts += [f"### {title}", _grid([["", "kept", "share", "left out"], *steps(one)]),
+                      one["verifier"] and one["verifier"]["words"]]
+    if found["gallery"]:
+        parts += ["## Gallery", _grid([["clips", f"of {found['gallery']['of']:,}"]] + [
+            [kind["title"], f"{kind['count']:,}"] for kind in found["gallery"]["kinds"]])]
     if found["paper"]:
-        parts += ["## The paper's own figures", found["paper"]["source"]]
-        for name, rows in found["paper"]["tables"].items():
-            parts += [f"### {name}", _grid([["", *columns_of(rows)]] + [
-                [row, *(_text(cells.get(column), "paper") for column in columns_of(rows))]
-                for row, cells in rows.items()])]
+        parts += ["## The paper's own figures", found["paper"]["source"], *found["paper"].get("notes", ())]
+        parts += _published(found["paper"]["tables"])
+        others = found["paper"].get("others")
+        parts += ["## Other published figures", *_published(others)] if others else []
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def accuracies(found, which):
+    """Markdown of "tables" or "ablation" and of the benchmarks in it."""
+    parts = [render(found[which]), *remarks(found, which)]
+    for column, one in found["benchmarks"][which].items():
+        parts += [f"### {column}: {one['name']}", render(one["rows"]), one["words"]]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _published(tables):
+    for name, rows in tables.items():
+        yield f"### {name}"
+        yield _grid([["", *columns_of(rows)]] + [
+            [row, *(_text(cells.get(column), "paper") for column in columns_of(rows))] for row, cells in rows.items()])
 
 
 def render(table):
@@ -275,7 +236,7 @@ def _text(part, what):
     if part is None or (isinstance(part, dict) and not part["count"]):
         return "-"
     if what in ("paper", "disagreement"):
-        return f"{part:.1f}" if what == "paper" else pct(part)
+        return figure(part) if what == "paper" else pct(part)
     return f"{pct(part['accuracy'])} ({'–'.join(map(pct, part['interval']))})"
 
 

@@ -1,20 +1,11 @@
 """The page of stage Report: HTML, CSS and SVG by hand, no script, nothing fetched from elsewhere.
 
-Every string from the data goes through `esc`. A model is told by place and shape as well as by colour: the teacher's
-bar is filled orange, the student's is blue, hollow before and filled after. Charts are 340 units wide, so that a phone
-shows their text at full size.
+Every string from the data goes through `esc`. Its charts are report_charts.py's, its clips report_cards.py's.
 """
-import base64
-from html import escape
-from math import floor, log10
-from pathlib import PurePath
-from urllib.parse import quote
+from minixmd.stages.report_cards import card, clips, thought
+from minixmd.stages.report_charts import NAMES, ROLES, bar_chart, esc, line_chart, pct, roc_chart
 
-ROLES = ("teacher", "before", "after")
 WHO = ("the teacher is not better", "the teacher is better")
-NAMES = {"teacher": "teacher", "before": "student before", "after": "student after"}
-MIME = {".wav": "audio/wav", ".flac": "audio/flac", ".mp3": "audio/mpeg", ".ogg": "audio/ogg", ".m4a": "audio/mp4",
-        ".mp4": "video/mp4", ".webm": "video/webm", ".mkv": "video/webm"}
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1c2128; --dim: #59636e; --rule: #d1d9e0; --box: #f6f8fa;
   --teacher: #c75000; --student: #0072b2; --c2: #00795c; --c3: #a3427b; --c4: #59636e; --c5: #8a6d00 }
@@ -46,16 +37,10 @@ svg text { fill: var(--ink) } svg .dim { fill: var(--dim); font-size: 10px } .ru
 .l4 { stroke: var(--c4); stroke-dasharray: 12 4 } .l5 { stroke: var(--c5); stroke-dasharray: 4 4 }
 .clip { border: 1px solid var(--rule); border-radius: .5rem; padding: .8rem; background: var(--box) }
 .clip video, .clip audio { display: block; width: 100%; max-height: 12rem; margin: 0 0 .5rem }
-.clip table { margin: 0 0 .5rem; font-size: .875rem } .clip th { white-space: nowrap } pre { white-space: pre-wrap }
+.funnel th:last-child, .funnel td:last-child { text-align: left; white-space: normal; min-width: 14rem }
+.clip table { margin: 0 0 .5rem; font-size: .875rem } .clip th { white-space: nowrap }
+.clip .long th { white-space: normal } pre { white-space: pre-wrap }
 """
-
-
-def esc(text):
-    return escape(str(text), quote=True)
-
-
-def pct(share):
-    return f"{100 * share:.1f}"
 
 
 def columns_of(rows):
@@ -70,10 +55,11 @@ def heads(table):
     first, second = [], []
     for column in columns_of(table):
         here = [cells[column] for cells in table.values() if column in cells]
-        first += [(column, "all", "all")] + [(column, what, heading) for what, heading in (
+        first += [(column, "all", "all" if any("groups" in cell for cell in here) else "ours")]
+        first += [(column, what, heading) for what, heading in (
             ("paper", "paper"), ("letters", "by letters"), ("disagreement", "they differ"))
             if any(what in cell for cell in here)]  # fmt: skip
-        groups = sorted({group for cell in here for group in cell["groups"]})
+        groups = sorted({group for cell in here for group in cell.get("groups", ())})
         second += [(column, "group", group) for group in groups if len(groups) > 1]
     return first, second
 
@@ -89,14 +75,17 @@ def value(cells, head):
 
 def page(found, embedded):
     """The whole page. found: report.json. embedded: {path: bytes} of the clips that it holds."""
-    sections = [("Accuracy", accuracy(found)),
-                ("Ablation", found["ablation"] and table(found["ablation"], found["paper"]))]
+    sections = [("Accuracy", accuracy(found)), ("Ablation", found["ablation"] and table(found, "ablation"))]
     if found["roles"]:
         sections += [(f"Classes: {column}", bars(found, column)) for column in found["classes"]["bars"]]
     sections += [("The switch", found["switch"] and switch(found["switch"])),
+                 ("The teacher's traces", found["funnel"] and "".join(funnel(*one) for one in found["funnel"].items())),
                  ("Curves", found["curves"] and "".join(curves(*item) for item in found["curves"].items())),
-                 ("Clips", found["clips"] and clips(found, embedded)),
-                 ("The paper's own figures", found["paper"] and paper(found["paper"]))]
+                 ("Clips", found["clips"] and clips(found["clips"], embedded, card)),
+                 ("Gallery", found["gallery"] and clips(found["gallery"], embedded, thought,
+                                                      ", and clips that stand above only when no others are left")),
+                 ("The paper's own figures", found["paper"] and paper(found["paper"])),
+                 ("Other published figures", found["paper"] and others(found["paper"]))]
     sections = [(f"s{i}", esc(title), text) for i, (title, text) in enumerate(sections) if text]
     links = " ".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
     body = "".join(f'<section id="{name}"><h2>{title}</h2>{text}</section>\n' for name, title, text in sections)
@@ -119,36 +108,59 @@ def cell(part, what="all"):
     if part is None or (isinstance(part, dict) and not part["count"]):
         text = "-"
     elif what in ("paper", "disagreement"):
-        text = f"{part:.1f}" if what == "paper" else pct(part)
+        text = figure(part) if what == "paper" else pct(part)
     else:
         text = f"{pct(part['accuracy'])}<small>{'–'.join(map(pct, part['interval']))}</small>"
     return f'<td class="{what}">{text}</td>'
 
 
-def table(rows, paper):
-    """A table of accuracies, one of their groups, and whether the paper's figures may stand beside them."""
-    text = ""
-    for name, columns in zip(("accuracy", "accuracy by group"), heads(rows), strict=True):
-        tops = "<th></th>"
-        for column in dict.fromkeys(column for column, _, _ in columns):
-            count = max(cells[column]["count"] for cells in rows.values() if column in cells)
-            tops += (f'<th scope="colgroup" colspan="{sum(column == head[0] for head in columns)}">{esc(column)} '
-                     f"<small>{count:,} clips</small></th>")
-        text += grid(name, [heading for _, _, heading in columns],
-                     {title: [cell(value(cells, head), head[1]) for head in columns] for title, cells in rows.items()},
-                     f"<tr>{tops}</tr>", f"{name}, %") if columns else ""
+def figure(published):
+    """As it was published, with one or two decimals."""
+    return f"{published:.{1 if round(published, 1) == published else 2}f}"
+
+
+def table(found, which):
+    """The accuracies of "tables" or "ablation", their groups and benchmarks, and whether the paper's figures may stand
+    beside them."""
+    rows, benchmarks = found[which], found["benchmarks"][which]
+    text = grids(rows) + "".join(f"<p>{esc(words)}</p>" for words in remarks(found, which))
+    for column, one in benchmarks.items():
+        text += f"<h3>{esc(column)}: {esc(one['name'])}</h3>" + grids(one["rows"], f" on {column}")
+        text += f"<p>{esc(one['words'])}</p>" if one["words"] else ""
     text += "<p class=dim>Small figures: 95 % intervals.</p>"
-    if paper:
+    if found["paper"]:
         text += ("<p>In italics: the paper's figures, where row and column are the paper's.</p>"
-                 if any(what == "paper" for _, what, _ in heads(rows)[0]) else
+                 if any(what == "paper" for each in (rows, *(one["rows"] for one in benchmarks.values()))
+                        for _, what, _ in heads(each)[0]) else
                  "<p>No row here is an experiment of the paper's: other models or other data. The paper's own figures "
                  "stand at the end and are not to be compared with these.</p>")  # fmt: skip
     return text
 
 
+def remarks(found, which):
+    """What is to be said of columns in "tables" or "ablation"."""
+    known = (found["paper"] or {}).get("columns", {})
+    return [words for column, words in known.items() if column in columns_of(found[which])]
+
+
+def grids(rows, on=""):
+    """A table of accuracies, and one of their groups."""
+    text = ""
+    for title, columns in zip(("accuracy", "accuracy by group"), heads(rows), strict=True):
+        tops = "<th></th>"
+        for column in dict.fromkeys(column for column, _, _ in columns):
+            count = max(cells[column]["count"] for cells in rows.values() if column in cells)
+            tops += (f'<th scope="colgroup" colspan="{sum(column == head[0] for head in columns)}">{esc(column)} '
+                     f"<small>{count:,} clips</small></th>")
+        text += grid(title + on, [heading for _, _, heading in columns],
+                     {row: [cell(value(cells, head), head[1]) for head in columns] for row, cells in rows.items()},
+                     f"<tr>{tops}</tr>", f"{title}, %") if columns else ""
+    return text
+
+
 def accuracy(found):
     """The first table, and what the student gained."""
-    text = table(found["tables"], found["paper"])
+    text = table(found, "tables")
     if not found["roles"]:
         return text
     rows = {column: [f"<td>{100 * one['difference']:+.1f}<small>"
@@ -161,9 +173,17 @@ def accuracy(found):
 
 
 def paper(figures):
-    return f"<p>{esc(figures['source'])}</p>" + "".join(f"<h3>{name}</h3>" + grid(name, columns_of(rows), {
+    notes = "".join(f"<p>{esc(note)}</p>" for note in (figures["source"], *figures.get("notes", ())))
+    return notes + "".join(published(*item) for item in figures["tables"].items())
+
+
+def others(figures):
+    return "".join(published(*item) for item in figures.get("others", {}).items())
+
+
+def published(name, rows):
+    return f"<h3>{esc(name)}</h3>" + grid(name, columns_of(rows), {
         row: [cell(cells.get(column), "paper") for column in columns_of(rows)] for row, cells in rows.items()})
-        for name, rows in figures["tables"].items())  # fmt: skip
 
 
 def bars(found, column):
@@ -184,25 +204,6 @@ def bars(found, column):
         f"classes of {column}", NAMES.values(), rows) + "</details>"
 
 
-def bar_chart(title, classes):
-    """SVG; a class's name stands over its three bars, their figures at the right."""
-    step, bottom = 58, 4 + 58 * len(classes)
-    text = "".join(f'<line class="rule" x1="{x}" x2="{x}" y1="4" y2="{bottom}"/><text class="dim" x="{x}" '
-                   f'y="{bottom + 12}" text-anchor="middle">{share}</text>'
-                   for x, share in ((4, 0), (146.5, 50), (289, 100)))
-    for i, (name, parts) in enumerate(classes.items()):
-        text += (f'<text x="4" y="{16 + step * i}"><title>{esc(name)}</title>'
-                 f"{esc(name if len(name) <= 52 else name[:51] + '…')}</text>")
-        for role, y in zip(ROLES, (26 + step * i, 38 + step * i, 50 + step * i), strict=True):
-            part = parts[role]
-            low, high = (4 + 285 * x for x in part["interval"])
-            text += (f"<g><title>{esc(name)}, {NAMES[role]}: {pct(part['accuracy'])} % of {part['count']}</title>"
-                     f'<rect class="{role}" x="4" y="{y - 4.5}" width="{285 * part["accuracy"]:.1f}" height="9"/>'
-                     f'<line class="whisker" x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"/>'
-                     f'<text x="338" y="{y + 4}" text-anchor="end">{pct(part["accuracy"])}</text></g>')
-    return f'<svg class="chart" viewBox="0 0 340 {bottom + 16}" role="img"><title>{esc(title)}</title>{text}</svg>'
-
-
 def switch(one):
     """Where the clips went, and the learned switch against the classes' table."""
     return f"<p>{one['to_teacher']:,} of {one['clips']:,} clips go to the teacher.</p>" + "".join(
@@ -213,6 +214,24 @@ def switch(one):
         for part, tally in one["tallies"].items())
 
 
+def steps(funnel):
+    """The rows of a funnel's table, as texts: [step, how many, of how many, what was left out]."""
+    return [[one["step"], f"{one['count']:,}",
+             f"{pct(one['count'] / one['of'])} % of {one['of']:,}" if one["of"] else "-",
+             ", ".join(f"{count:,} {reason}" for reason, count in one["left_out"].items()) or "-"]
+            for one in funnel["steps"]]
+
+
+def funnel(title, one):
+    """What was left of a teacher's samples, step by step, and the small verifier's ROC curve."""
+    text = f'<h3>{esc(title)}</h3><div class="funnel">' + grid(title, ["kept", "share", "left out"], {
+        step: [f"<td>{esc(text)}</td>" for text in texts] for step, *texts in steps(one)}) + "</div>"
+    if one["verifier"]:
+        text += (f"<p>{esc(one['verifier']['words'])}</p>"
+                 + roc_chart(one["verifier"]["roc"], "The verifier against the checker on held-out verdicts"))
+    return text
+
+
 def curves(title, panels):
     """A figure: a panel for each quantity, a line for each log."""
     names = list(dict.fromkeys(name for panel in panels for name in panel["lines"]))
@@ -220,76 +239,3 @@ def curves(title, panels):
                   f'x2="28" y1="3" y2="3"/></svg>{esc(name)}</span>' for i, name in enumerate(names))
     return f'<h3>{esc(title)}</h3><p>{key or "The logs hold nothing to draw."}</p><div class="grid">' + "".join(
         f"<div>{line_chart(panel, names)}</div>" for panel in panels) + "</div>"
-
-
-def ticks(low, high):
-    """Two to six round values that enclose low to high."""
-    span = high - low or abs(high) or 1.0
-    step = 10.0 ** floor(log10(span / 5))
-    step *= next(m for m in (1, 2, 5, 10) if span <= 5 * m * step)
-    first = floor(low / step + 1e-9)
-    return [step * i for i in range(first, max(-floor(1e-9 - high / step), first + 1) + 1)]
-
-
-def line_chart(panel, names):
-    """SVG; shares are drawn in %, losses from 0."""
-    scale, low = (100, 100) if panel["what"].endswith("%") else (1, 0)
-    points = [(x, scale * y) for line in panel["lines"].values() for x, y in line]
-    ys, last = ticks(min(low, *(y for _, y in points)), max(y for _, y in points)), max(x for x, _ in points) or 1
-
-    def at(x, y):
-        return 40 + 285 * x / last, 165 - 140 * (y - ys[0]) / (ys[-1] - ys[0])
-
-    text = f'<text x="2" y="12">{esc(panel["what"])}</text>'
-    for y in ys:
-        height = at(0, y)[1]
-        text += (f'<line class="rule" x1="40" x2="325" y1="{height:.1f}" y2="{height:.1f}"/>'
-                 f'<text class="dim" x="36" y="{height + 3:.1f}" text-anchor="end">{y:.10g}</text>')
-    text += "".join(f'<text class="dim" x="{at(x, 0)[0]:.1f}" y="180" text-anchor="middle">{x:,}</text>'
-                    for x in sorted({0, last // 2, last}))
-    text += f'<text class="dim" x="325" y="194" text-anchor="end">{panel["x"]}</text>'
-    for i, name in enumerate(names):
-        if line := [at(x, scale * y) for x, y in panel["lines"].get(name, [])]:
-            x, y = panel["lines"][name][-1]
-            text += (f'<g class="line l{i % 6}"><title>{esc(name)}: {scale * y:.3g} at {panel["x"]} {x}</title>'
-                     f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in line)}"/>' + "".join(
-                         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in line if len(line) <= 12) + "</g>")
-    return f'<svg class="chart" viewBox="0 0 340 200" role="img"><title>{esc(panel["what"])}</title>{text}</svg>'
-
-
-def clips(found, embedded):
-    one, size = found["clips"], sum(map(len, embedded.values())) / 2**20
-    linked = sum(not file["embedded"] for kind in one["kinds"] for clip in kind["clips"] for file in clip["media"])
-    text = (f"<p>From the {one['of']:,} clips of {esc(one['column'])}; of each kind the first of each class in the "
-            f"manifest's order, then the second of each. The page holds {len(embedded)} media files of {size:.1f} MiB")
-    text += f" of at most {one['embed_mib']:g}; {linked} are linked where they lie.</p>" if linked else ".</p>"
-    for kind in one["kinds"]:
-        text += (f"<h3>{kind['title']} ({len(kind['clips'])} of {kind['count']:,} shown)</h3><div class='grid small'>"
-                 + "".join(card(clip, embedded) for clip in kind["clips"]) + "</div>")
-    return text
-
-
-def card(clip, embedded):
-    rows, written = "", ""
-    for role, answer in clip["answers"].items():
-        said, right = answer["option"], answer["right"]
-        rows += (f'<tr><th scope="row">{NAMES[role]}</th><td class="said">{"✓ right" if right else "✗ wrong"}: '
-                 f"{'no answer' if said is None else esc(said)}</td></tr>")
-        written += f"<p>{NAMES[role]} wrote:</p><pre>{esc(answer['text'])}</pre>" if "text" in answer else ""
-    options = "".join(f"<li>{esc(option)}</li>" for option in clip["options"])
-    return (f'<div class="clip"><h4>{esc(clip["right"])} <small>{esc(clip["id"])}</small></h4>'
-            f"{''.join(player(file, embedded) for file in clip['media'])}<table>{rows}</table>"
-            f"<details><summary>What was asked</summary><p>{esc(clip['question'])}</p><ul>{options}</ul>{written}"
-            "</details></div>")
-
-
-def player(file, embedded):
-    """A video, muted, as its model sees it, a sound, or both: from the page itself, or linked where it lies."""
-    tag, link = "audio" if file["kind"] == "audio" else "video", quote(file["path"])
-    if file["bytes"] is None:
-        return f'<p class="dim">The {tag} {esc(file["path"])} is not there.</p>'
-    note = f'<p class="dim">Not in this page: <a href="{link}">{esc(file["path"])}</a></p>'
-    if file["embedded"]:
-        data = base64.b64encode(embedded[file["path"]]).decode()
-        link, note = f"data:{MIME[PurePath(file['path']).suffix.lower()]};base64,{data}", ""
-    return f'<{tag} controls preload="metadata"{" muted" * (file["kind"] == "video")} src="{link}"></{tag}>{note}'

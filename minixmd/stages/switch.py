@@ -21,10 +21,19 @@ from minixmd.inputs.media import MediaError, read_audio
 from minixmd.inputs.panns import log_mel
 from minixmd.learning.checkpoint import load_state, save_state
 from minixmd.learning.optim import learning_rate, optimizer_tensors, restore_optimizer
-from minixmd.learning.scoring import SHARD, check_media, count_bad, device_of, prefetch, read_records
+from minixmd.learning.scoring import (
+    SHARD,
+    answers_beside,
+    bad_record,
+    check_media,
+    count_bad,
+    device_of,
+    prefetch,
+    read_records,
+)
+from minixmd.learning.statistics import digest, leads, pairs, summary, tabulate
 from minixmd.models.cnn14 import load_weights, make_cnn14, mixup, spec_augment
 from minixmd.models.lora import hash_seed
-from minixmd.stages.evaluate import answers_beside, digest, leads, pairs, summary, tabulate
 
 
 def run(stage, folder, log):
@@ -116,10 +125,6 @@ def hear(stage, example):
     except MediaError as error:
         return error
     return log_mel(F.pad(wave_S, (0, round(stage.clip_s * SAMPLE_RATE) - len(wave_S))))  # below 0 it cuts
-
-
-def bad_record(example, error):
-    return {"id": example.id, "bad": error.reason, "detail": str(error)}
 
 
 def fit(stage, folder, log, examples, gain):

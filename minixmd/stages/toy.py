@@ -3,13 +3,13 @@
 From scratch a model cannot learn to answer by letter: nothing tells its decoder what the options are for. So the models
 grow up as real ones do. The decoder, which both share, first learns the question alone, on text in which a name stands
 where the clip will be. Then each tower learns to say, in the decoder's own embedding, what it hears or sees. Last,
-tower and decoder learn the question together. Where they shall think, they then learn to answer in that form as well.
-All steps but the first use the base split only.
+tower and decoder learn the question together. Where they shall think, the student meanwhile reads on, of names that are
+thought about before the answer, and the teacher then learns to do so of what it sees. All steps but the first use the
+base split only. The checker (toy_checker.py) goes on from the student.
 """
 import json
 from collections import Counter
-from dataclasses import dataclass
-from itertools import accumulate, cycle
+from itertools import cycle
 from string import ascii_uppercase
 
 import numpy as np
@@ -20,35 +20,23 @@ from tqdm import tqdm
 
 from minixmd.config import PROMPT
 from minixmd.files import write_safetensors, write_text
-from minixmd.inputs.batch import Prompt, pack
-from minixmd.inputs.examples import build_conversation, read_manifest
-from minixmd.inputs.positions import grid_offsets, positions_of
+from minixmd.inputs.examples import read_manifest
 from minixmd.inputs.tokenizer import Processor
-from minixmd.learning.head import CrossEntropy, head_loss
 from minixmd.learning.optim import learning_rate
 from minixmd.models.lora import hash_seed
 from minixmd.models.weights import save_model
+from minixmd.stages.toy_checker import teach_checker
+from minixmd.stages.toy_lessons import Form, batches, descend, lesson, lesson_loss, show
 from minixmd.stages.toy_models import make_model, write_processor
-from minixmd.stages.world import KINDS, OPTIONS, QUESTION, THINK_PROMPT, draw_options, make_world
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a lesson asks, over {first} and {last} after the options, and answers, over {name} and then {letter}."""
-
-    prompt: str
-    answer: str
-
+from minixmd.stages.world import KINDS, OPTIONS, THINK_PROMPT, draw_options, make_world
 
 FAMILY = {"student": ("qwen2_audio", "audio"), "teacher": ("qwen2_vl", "video")}
-PIXELS = dict(min_pixels=3_136, max_pixels=3_136)  # of a frame, which has 56 x 56
 NAMES = [kind.name for kind in KINDS]
 # (options, prompts a step, most steps, mean loss over 20 steps that ends it, as a share of guessing's): with all
 # options at once the decoder learns nothing, with two it soon does
 LESSONS = ((2, 20, 600, 0.3), (4, 16, 800, 0.3), (7, 12, 600, 0.3), (OPTIONS, 12, 800, 0.1))
 # then the learning rate fades to 0, and again, at most five times, while the loss at the end is above that
 LAST, REPEATS = (OPTIONS, 12, 150, 0.02), 5
-HINT = 0.3  # weight of the hint, see `lesson`
 TEXT_LR, NAMING_LR, ASKING_LR = 1.5e-3, 1e-3, 1e-3
 NAMING_STEPS, NAMING_BATCH = 400, 32
 ASKING_BATCH, ASKING_MOST, ASKING_FADE = 24, 900, 150
@@ -56,17 +44,22 @@ ASKING_BATCH, ASKING_MOST, ASKING_FADE = 24, 900, 150
 # others it goes on guessing for as long as it learns
 ASKING_PASSED = 0.15
 DIRECT = Form(PROMPT, "{letter}")
-THINKING = Form(THINK_PROMPT, "<think>I hear {name}.</think><answer>{letter}</answer>")
+THINKING = Form(THINK_PROMPT, "<think>I hear {told}.</think><answer> {name}</answer>")
 TRACED = 10
+FALSE = 0.3  # share of the thoughts from which the teacher learns that name any of the options
+READ = 6  # lessons of text, beside 24 of clips
 TOLD_APART = {"student": ("both", "ear"), "teacher": ("both", "eye")}
 
 
 def run(stage, folder, log):
-    """Writes <split>.jsonl and their clips, language.safetensors (the decoder that has read), student/ and teacher/;
-    where they think, also traces.jsonl: what was heard, and the answer, of some train clips."""
+    """Writes <split>.jsonl and their clips, language.safetensors (the decoder that has read), student/ and teacher/.
+
+    Where they think, also checker/ and traced.jsonl: some of the train split, as blind as that."""
     make_world(folder, stage.seed)
-    if stage.thinking == "both":
-        write_text(folder / "traces.jsonl", traces(read_manifest(folder / "train_truth.jsonl")))
+    if stage.thinking:
+        some = first_clips(read_manifest(folder / "train_truth.jsonl"))
+        lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+        write_text(folder / "traced.jsonl", "".join(line for line in lines if json.loads(line)["id"] in some))
     language = folder / "language.safetensors"
     if not language.exists():
         write_safetensors(language, teach_language(folder, stage.seed, log))
@@ -76,17 +69,17 @@ def run(stage, folder, log):
             adopt(model, load_file(language))
             teach_tower(model, processor, folder, name, stage, log)
             save_model(model, processor.folder, folder / name)
+    if stage.thinking and not (folder / "checker" / "config.json").exists():
+        teach_checker(folder, stage.seed, THINKING.answer, log)
 
 
-def traces(examples):
-    """JSON lines {"id", "text"} in the form THINKING, of the first TRACED clips of each class."""
-    lines, seen = [], Counter()
+def first_clips(examples):
+    """Ids of the first TRACED clips of each class."""
+    chosen, seen = set(), Counter()
     for e in examples:
         seen[e.label] += 1
-        if seen[e.label] <= TRACED:
-            text = THINKING.answer.format(name=e.label, letter=ascii_uppercase[e.answer])
-            lines.append(json.dumps({"id": e.id, "text": text}) + "\n")
-    return "".join(lines)
+        chosen |= {e.id} if seen[e.label] <= TRACED else set()
+    return chosen
 
 
 def new_model(folder, name, seed):
@@ -108,69 +101,12 @@ def adopt(model, language):
             p[:rows] = language[name]
 
 
-# ---- lessons: prompts made of pieces, so that a clip can be asked about with new options every time ----
-
-
-def lesson(processor, before_N, media, right, options, letters, form):
-    """A Prompt that ends with its answer, and a hint for the decoder.
-
-    The hint: the row of every option's name predicts its letter if it is the right one, and what follows anyway if not.
-    Without it the last row alone has to find out what options are, and does not (bench/LOG.md).
-
-    Args:
-        before_N: ids up to the question. media: the clips in them. right: index into options. letters: of the options.
-        form: how it is asked and answered.
-    Returns:
-        (Prompt, [(row, id to predict), ...], the letter's place among the answer's tokens, from the end).
-    """
-    ids, hints = [*before_N, *processor.encode(QUESTION + "\n")], []
-    for i, (letter, name) in enumerate(zip(letters, options, strict=True)):
-        line = processor.encode(f"{letter}. {name}\n")
-        hints.append((len(ids) + 2, line[0] if i == right else line[3]))
-        ids += line
-    _, _, after = form.prompt.partition("{options}\n")
-    after = after.format(first="A", last=ascii_uppercase[OPTIONS - 1])
-    ids += processor.encode(after + "<|im_end|>\n<|im_start|>assistant\n")
-    asked = len(ids)
-    before, _, after = form.answer.partition("{letter}")
-    after = [*processor.encode(after), processor.end_id]
-    ids += processor.encode(before.format(name=options[right]) + letters[right]) + after
-    blocks = [(int(m.rows_P[0]), grid_offsets(m.grid_thw)) for m in media if m.grid_thw]
-    prompt = Prompt(torch.tensor(ids), positions_of(len(ids), blocks), tuple(media), torch.arange(len(ids)) >= asked)
-    return prompt, hints, len(after) + 1
-
-
-def lesson_loss(model, lessons):
-    """(mean loss of a batch of lessons, answer and hints; the loss of each one's letter, floats)"""
-    batch = pack([prompt for prompt, *_ in lessons])
-    hints = torch.tensor([(start + row, token) for (start, _), (_, pairs, _) in zip(batch.spans, lessons, strict=True)
-                          for row, token in pairs])
-    ends = accumulate(int(prompt.target_N.sum()) for prompt, *_ in lessons)
-    letters = [end - back for end, (*_, back) in zip(ends, lessons, strict=True)]
-    row_T = torch.cat([batch.target_row_T, hints[:, 0]])
-    objective = CrossEntropy(torch.cat([batch.target_id_T, hints[:, 1]]),
-                             torch.cat([batch.target_weight_T, torch.full((len(hints),), HINT)]), "torch")
-    loss, columns = head_loss(model(batch), model.lm_head.weight, row_T, objective)
-    return loss / len(lessons), columns["nll"][letters].tolist()
-
-
-def descend(optimizer, loss, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-    optimizer.step()
-
-
-# ---- the three steps ----
+# ---- the steps ----
 
 
 def teach_language(folder, seed, log):
     """Step 1, text only. Returns the decoder's parameters, of the embedding and the head the families' common rows."""
     model, processor = new_model(folder / "student", "student", seed)
-    system = processor.family.system
-    before = processor.encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n")
     rng = np.random.default_rng([seed, 1])
     optimizer = torch.optim.AdamW(decoder_parameters(model).values(), betas=(0.9, 0.98), weight_decay=0.0)
     step = 0
@@ -178,13 +114,7 @@ def teach_language(folder, seed, log):
         for number, (count, size, most, passed) in enumerate((*LESSONS, *[LAST] * REPEATS)):
             recent, fades = [], number >= len(LESSONS)
             for i in range(most):
-                lessons = []
-                for _ in range(size):
-                    options = rng.choice(NAMES, count, replace=False).tolist()
-                    right = int(rng.integers(count))
-                    letters = [ascii_uppercase[j] for j in sorted(rng.choice(OPTIONS, count, replace=False))]
-                    heard = processor.encode(" " + options[right]) * (12 if i % 2 else 6)
-                    lessons.append(lesson(processor, before + heard, (), right, options, letters, DIRECT))
+                lessons = [text_lesson(processor, rng, count, 12 if i % 2 else 6, DIRECT) for _ in range(size)]
                 loss, answers = lesson_loss(model, lessons)
                 answer = np.mean(answers)
                 fade = 1 - i / most if fades else 1.0
@@ -204,31 +134,27 @@ def teach_language(folder, seed, log):
             for name, p in decoder_parameters(model).items()}
 
 
+def text_lesson(processor, rng, count, times, form):
+    """A lesson of `count` options in which the right one's name stands `times` times where the clip will be."""
+    options = rng.choice(NAMES, count, replace=False).tolist()
+    right = int(rng.integers(count))
+    letters = [ascii_uppercase[j] for j in sorted(rng.choice(OPTIONS, count, replace=False))]
+    before = processor.encode(f"<|im_start|>system\n{processor.family.system}<|im_end|>\n<|im_start|>user\n")
+    heard = processor.encode(" " + options[right]) * times
+    return lesson(processor, before + heard, (), right, options, letters, form)
+
+
 def teach_tower(model, processor, folder, name, stage, log):
     """Steps 2 to 4 of a model, on the base split."""
     media = FAMILY[name][1]
     examples = read_manifest(folder / "base.jsonl")
-    shown = []  # (ids up to the question, the clip) of every example
-    question = len(processor.encode(QUESTION + "<|im_end|>\n<|im_start|>assistant\n"))
-    for example in tqdm(examples, desc=f"toy: {name} reads", unit="clip"):
-        prompt = processor(build_conversation(example, media=media, prompt=QUESTION,
-                                              video_options=PIXELS if media == "video" else None))
-        shown.append((prompt.ids_N[:-question].tolist(), prompt.media[0]))
+    shown = show(processor, examples, name, media)
     rng = np.random.default_rng([stage.seed, 2])
     teach_naming(model, processor, shown, examples, name, rng, log)
-    teach_asking(model, processor, shown, examples, name, rng, log, (DIRECT,))
-    if stage.thinking == "both" or (stage.thinking == "teacher" and name == "teacher"):
+    teach_asking(model, processor, shown, examples, name, rng, log, (DIRECT,),
+                 read=READ if stage.thinking and name == "student" else 0)
+    if stage.thinking and name == "teacher":
         teach_asking(model, processor, shown, examples, name, rng, log, (DIRECT, THINKING))
-
-
-def batches(count, size, rng):
-    """Endless index lists, one permutation after the other."""
-    order = []
-    while True:
-        while len(order) < size:
-            order += rng.permutation(count).tolist()
-        yield order[:size]
-        order = order[size:]
 
 
 def teach_naming(model, processor, shown, examples, name, rng, log):
@@ -254,9 +180,9 @@ def teach_naming(model, processor, shown, examples, name, rng, log):
     log({"part": name, "step": "naming", "loss": float(np.mean(losses[-20:]))})
 
 
-def teach_asking(model, processor, shown, examples, name, rng, log, forms):
+def teach_asking(model, processor, shown, examples, name, rng, log, forms, read=0):
     """Steps 3 and 4: all of the model learns the question, with new options at every turn, in several forms by turns.
-    What is passed is the last form."""
+    What is passed is the last form. read: lessons of text a step, of thoughts."""
     frequency = {label: 1 for label in sorted({example.label for example in examples})}
     trained = [p for n, p in model.named_parameters() if "embed_positions" not in n]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.05)
@@ -267,10 +193,13 @@ def teach_asking(model, processor, shown, examples, name, rng, log, forms):
             lessons = []
             for i, form in zip(chosen, cycle(forms), strict=False):
                 options, right = draw_options(examples[i].label, frequency, OPTIONS, rng)
+                name_told = rng.choice(options) if form == THINKING and rng.random() < FALSE else None
                 lessons.append(lesson(processor, shown[i][0], [shown[i][1]], right, options, ascii_uppercase[:OPTIONS],
-                                      form))
+                                      form, name_told))
+            lessons += [text_lesson(processor, rng, OPTIONS, 25, THINKING) for _ in range(read)]
             loss, answers = lesson_loss(model, lessons)
             descend(optimizer, loss, ASKING_LR * min(1.0, (step + 1) / 40) * (1 - faded / ASKING_FADE))
+            answers = answers[:len(chosen)]
             losses.append(np.mean(answers))
             apart = [loss for i, loss, form in zip(chosen, answers, cycle(forms), strict=False)
                      if form == forms[-1] and examples[i].meta["group"] in TOLD_APART[name]]

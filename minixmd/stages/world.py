@@ -22,6 +22,7 @@ from minixmd.inputs.examples import Example, manifest_text
 
 QUESTION = "Classify the sounding object into one of the categories below:"
 THINK_PROMPT = "{question}\n{options}\nThink, then answer."
+CHECK_PROMPT = "{trace}\nIs that true?"
 OPTIONS = 10
 SPLITS = {"base": 20, "train": 100, "val": 10, "analysis": 50, "test": 40, "unseen": 40}  # clips a class
 NEAR, FAR_DB = 2, -26.0  # base clips of an "eye" class recorded from near; from afar the faint tone is so much fainter

@@ -1,0 +1,134 @@
+"""Accuracies with their intervals, and the comparison of two models on the same questions."""
+import hashlib
+import json
+from collections import Counter, defaultdict
+from math import sqrt
+
+from minixmd.learning.benchmarks import same
+
+
+def wilson(correct, count, z=1.959964):
+    """95 % interval of a share; (0, 1) for no observation."""
+    if count == 0:
+        return 0.0, 1.0
+    p = correct / count
+    middle, half = p + z * z / (2 * count), z * sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
+
+
+def summary(hits):
+    """{"count", "correct", "accuracy", "interval"} of a list of booleans."""
+    correct = sum(hits)
+    low, high = wilson(correct, len(hits))
+    return {"count": len(hits), "correct": correct, "accuracy": correct / len(hits) if hits else None,
+            "interval": [low, high]}
+
+
+def tabulate(examples, records, rule="option"):
+    """Overall, class and group summaries. A bad clip has no answer and is left out; its count stands beside.
+
+    rule: of benchmarks.same, by which an answer is the right option.
+    """
+    hits, classes, groups = [], defaultdict(list), defaultdict(list)
+    for example, record in zip(examples, records, strict=True):
+        if "bad" in record:
+            continue
+        hit = same(example.options, record["answer"], example.answer, rule)
+        hits.append(hit)
+        if example.label is not None:
+            classes[example.label].append(hit)
+        if "group" in example.meta:
+            groups[example.meta["group"]].append(hit)
+    return {**summary(hits), "groups": {name: summary(hits) for name, hits in sorted(groups.items())},
+            "classes": {name: summary(hits) for name, hits in sorted(classes.items())}}
+
+
+def digest(example):
+    """16 hex digits of what was asked: the question, the options in their order and the right one."""
+    asked = json.dumps([example.question, example.options, example.answer])
+    return hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()
+
+
+def paired_interval(both, only_a, only_b, neither):
+    """95 % interval of the share that a has right less the share that b has, from the counts of clips by who is right.
+
+    Newcombe, Statistics in Medicine 17 (1998) 2635-2650, method 10: the Wilson limits of the two shares, joined by
+    their correlation, whose numerator has a continuity correction.
+    """
+    n = both + only_a + only_b + neither
+    if n == 0:
+        return -1.0, 1.0
+    a, b = both + only_a, both + only_b
+    (low_a, high_a), (low_b, high_b) = wilson(a, n), wilson(b, n)
+    together = both * neither - only_a * only_b
+    together = max(together - n / 2, 0) if together > 0 else together
+    spread = sqrt(a * (n - a) * b * (n - b))
+    correlation = together / spread if spread else 0.0
+
+    def joined(x, y):
+        return sqrt(max(x * x - 2 * correlation * x * y + y * y, 0))
+
+    return ((a - b) / n - joined(a / n - low_a, high_b - b / n),
+            (a - b) / n + joined(high_a - a / n, b / n - low_b))
+
+
+def pairs(a, b):
+    """[(record of a, record of b)] clip by clip, in a's order; a record has "id" and "question", the digest.
+
+    Raises:
+        ValueError: names the first clip that only one was asked about, or with another question, other options or
+            another right answer; or a record without those, as Label's are.
+    """
+    others, found = {record["id"]: record for record in b}, []
+    for record in a:
+        other = others.pop(record["id"], None)
+        if other is None:
+            raise ValueError(f"clip {record['id']!r}: only the first of the two has it")
+        if "question" not in record or "question" not in other:
+            raise ValueError(f"clip {record['id']!r}: its record does not say what was asked: not an Evaluate stage's")
+        if record["question"] != other["question"]:
+            raise ValueError(f"clip {record['id']!r}: the two are different questions: other words, options or right "
+                             "answer")
+        found.append((record, other))
+    if others:
+        raise ValueError(f"clip {next(iter(others))!r}: only the second of the two has it")
+    return found
+
+
+def compare(a, b):
+    """How much more often model a is right than model b, on the same questions.
+
+    Args:
+        a, b: the records of their answers.jsonl. A clip that was bad for either is left out.
+    Returns:
+        {"count", "left_out", "both", "only_a", "only_b", "neither", "difference", "interval"}: the counts of clips by
+        who is right, a's accuracy less b's, and its 95 % interval (paired_interval).
+    Raises:
+        ValueError: they do not belong together (pairs).
+    """
+    who = Counter("left_out" if "bad" in record or "bad" in other else (record["right"], other["right"])
+                  for record, other in pairs(a, b))
+    both, only_a, only_b, neither = (who[pair] for pair in ((True, True), (True, False), (False, True), (False, False)))
+    count = len(a) - who["left_out"]
+    return {"count": count, "left_out": who["left_out"], "both": both, "only_a": only_a, "only_b": only_b,
+            "neither": neither, "difference": (only_a - only_b) / count if count else None,
+            "interval": list(paired_interval(both, only_a, only_b, neither))}
+
+
+def leads(a, b):
+    """{class: a's accuracy less b's} of the classes that both answered, from the "classes" of two results."""
+    return {name: a[name]["accuracy"] - b[name]["accuracy"] for name in a if name in b}
+
+
+def groups(lead, most=10):
+    """{title: class names}: where the teacher leads most, where the student does, and of the others the closest.
+
+    lead: {class: the teacher's accuracy less the student's}. The groups are disjoint, of at most `most` classes (10 as
+    in the paper's Figures 1 and 3) and a third of all. A tie is broken by name.
+    """
+    size = min(most, -(-len(lead) // 3))
+    names = sorted(lead, key=lambda name: (-lead[name], name))
+    ahead = [name for name in names if lead[name] > 0][:size]
+    behind = sorted((name for name in names if lead[name] < 0), key=lambda name: (lead[name], name))[:size]
+    rest = sorted(set(names) - {*ahead, *behind}, key=lambda name: (abs(lead[name]), name))[:size]
+    return {"The teacher is ahead": ahead, "The student is ahead": behind, "The smallest gaps among the others": rest}

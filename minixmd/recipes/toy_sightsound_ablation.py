@@ -1,0 +1,16 @@
+"""SightSound-R1's two tables on the toy world: every row of the ladder, every mode without training, and a verifier.
+
+    python -m minixmd.train toy_sightsound_ablation    (another world: … seed=1 run_dir=runs/toy_sightsound_ablation-1)
+
+CPU, 2 cores. `python -m bench.toy_sightsound RUN…` pools several worlds and holds the claims against them.
+"""
+from minixmd.config import Toy
+from minixmd.sightsound import LADDER, toy
+
+sound = toy()
+MODES = {"student, direct": "before_test", "student, zero-shot CoT": "cot", "student, test-time CoT": "test_time",
+         "teacher, direct": "teacher", "teacher, CoT": "teacher_cot"}
+stages = [Toy(name="toy", thinking=True)] + sound.traces() + sound.labels() + sound.modes()
+stages += sound.verifier(limit=640, width=1 / 16, clip_s=1.0, epochs=20, lr=3e-3)
+stages += sound.ladder() + sound.trained("continued") + sound.evaluated("continued")
+stages += sound.report(LADDER | {"SFT continued": "continued"}, MODES, verifier=True)

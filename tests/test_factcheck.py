@@ -1,0 +1,289 @@
+"""Stage FactCheck: which traces are judged, what a verdict is, the thresholds, and the small trained verifier."""
+import json
+
+import pytest
+import torch
+from mini import CLASSES, write_clips, write_model
+
+import minixmd
+from minixmd.config import FactCheck
+from minixmd.inputs.batch import pack
+from minixmd.inputs.examples import read_manifest
+from minixmd.learning import verifier as small
+from minixmd.learning.scoring import read_records
+from minixmd.models.whisper import Whisper
+from minixmd.stages import factcheck
+
+PROMPT = "{trace}\nIs that true?"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """An audio model, clips, and three traces of each, the second of which names another class."""
+    folder = tmp_path_factory.mktemp("factcheck")
+    write_model(folder / "ears", "audio")
+    write_clips(folder / "clips", count=48)
+    write_traces(folder / "traces.jsonl")
+    return folder
+
+
+def write_traces(path, clips=48):
+    lines = []
+    for i in range(clips):
+        for sample in range(3):
+            name = CLASSES[(i + (sample == 1) * (1 + i // 3 % 2)) % 3]
+            lines.append({"id": f"clip{i}", "sample": sample, "answer": i % 3, "option": CLASSES[i % 3],
+                          "text": f"<think>I hear {name}.</think><answer>A</answer>", "unanimous": i % 4 != 0})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def stage_of(world, **more):
+    given = dict(name="check", traces=str(world / "traces.jsonl"), manifest=str(world / "clips" / "manifest.jsonl"),
+                 model=str(world / "ears"), prompt=PROMPT)
+    return FactCheck(**given | more)
+
+
+def run(stage, folder):
+    folder.mkdir(exist_ok=True)
+    factcheck.run(stage, folder, lambda line: None)
+    return {name: read_records(folder / f"{name}.jsonl") for name in ("verdicts", "traces")} | {
+        "results": json.loads((folder / "results.json").read_text())}
+
+
+def keys(records):
+    return [(record["id"], record["sample"]) for record in records]
+
+
+@pytest.fixture(scope="module")
+def judged(world, tmp_path_factory):
+    return run(stage_of(world, which="all"), tmp_path_factory.mktemp("judged") / "check")
+
+
+def test_a_score_is_the_log_odds_of_yes_where_the_answer_starts(world, judged):
+    """Each trace alone, through the plain forward pass, and the tokens looked up by hand."""
+    model, processor = minixmd.load(world / "ears")
+    assert [processor.encode(word)[0] for word in (" yes", " no")] == processor.encode(" ") * 2  # which tells nothing
+    yes, no = (sorted({processor.encode(word)[0] for word in words}) for words in (("yes", "Yes"), ("no", "No")))
+    examples = {e.id: e for e in read_manifest(world / "clips" / "manifest.jsonl")}
+    traces = read_records(world / "traces.jsonl")
+    assert keys(judged["verdicts"]) == keys(traces)
+    for trace, verdict in list(zip(traces, judged["verdicts"], strict=True))[::13]:
+        prompt = processor([{"role": "user", "content": [
+            {"type": "audio", "audio": examples[trace["id"]].audio},
+            {"type": "text", "text": trace["text"] + "\nIs that true?"}]}])
+        with torch.no_grad():
+            p_V = model.logits(model(pack([prompt]))[-1:])[0].softmax(-1)
+        assert verdict["score"] == pytest.approx((p_V[yes].sum() / p_V[no].sum()).log().item(), abs=2e-4)
+        assert verdict["accepted"] == (verdict["score"] > 0)
+    assert len({verdict["score"] for verdict in judged["verdicts"]}) > 90
+
+
+def test_a_trace_and_its_clip_both_matter(judged):
+    by_key = {(v["id"], v["sample"]): v["score"] for v in judged["verdicts"]}
+    assert all(by_key[f"clip{i}", 0] == by_key[f"clip{i}", 2] for i in range(48))  # the same words
+    assert all(by_key[f"clip{i}", 0] != by_key[f"clip{i}", 1] for i in range(48))  # another name
+    assert by_key["clip0", 0] != by_key["clip3", 0]  # the same name, other noise
+
+
+def test_accepted_traces_stand_as_they_were_with_their_score(world, judged):
+    traces = {(t["id"], t["sample"]): t for t in read_records(world / "traces.jsonl")}
+    scores = {(v["id"], v["sample"]): v["score"] for v in judged["verdicts"] if v["accepted"]}
+    assert 0 < len(scores) < 144 and keys(judged["traces"]) == [key for key in traces if key in scores]
+    assert all(trace == traces[trace["id"], trace["sample"]] | {"score": scores[trace["id"], trace["sample"]]}
+               for trace in judged["traces"])
+    results = judged["results"]
+    first = [key for key in scores if key[1] == 0]
+    assert (results["traces"], results["accepted"], results["rejected"]) == (144, len(scores), 144 - len(scores))
+    assert results["first"] == {"judged": 48, "accepted": len(first)}
+    assert results["unanimous"]["judged"] == 108
+    assert results["clips"] == 48 and results["clips_with_accepted"] == len({name for name, _ in scores})
+
+
+def test_a_verdict_depends_on_no_other_trace(world, judged, tmp_path):
+    scores = {(v["id"], v["sample"]): v["score"] for v in judged["verdicts"]}
+    lines = read_records(world / "traces.jsonl")[::-5]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = run(stage_of(world, traces=str(tmp_path / "some.jsonl"), which="all", batch_tokens=60), tmp_path / "run")
+    assert keys(found["verdicts"]) == keys(lines)
+    assert all(v["score"] == pytest.approx(scores[v["id"], v["sample"]], abs=2e-4) for v in found["verdicts"])
+
+
+def test_the_tower_hears_a_clip_once(world, tmp_path, monkeypatch):
+    heard, real = [], Whisper.forward
+    monkeypatch.setattr(Whisper, "forward", lambda self, media: heard.append(len(media)) or real(self, media))
+    run(stage_of(world, which="all"), tmp_path / "run")
+    assert sum(heard) == 48
+
+
+def test_which_traces_are_judged(world, tmp_path):
+    traces = read_records(world / "traces.jsonl")
+    used = run(stage_of(world), tmp_path / "used")
+    assert keys(used["verdicts"]) == [key for key, t in zip(keys(traces), traces, strict=True)
+                                      if t["sample"] == 0 or t["unanimous"]]
+    some = run(stage_of(world, which="calibration", limit=10), tmp_path / "some")
+    assert len(some["verdicts"]) == 10 == len({v["id"] for v in some["verdicts"]})
+    assert set(keys(some["verdicts"])) <= set(keys(used["verdicts"]))
+    more = run(stage_of(world, which="calibration", limit=20), tmp_path / "more")
+    assert set(keys(some["verdicts"])) < set(keys(more["verdicts"]))
+    other = run(stage_of(world, which="calibration", limit=10, seed=1), tmp_path / "other")
+    assert set(keys(other["verdicts"])) != set(keys(some["verdicts"]))
+
+
+def test_a_threshold_is_moved_without_asking_again(world, judged, tmp_path, monkeypatch):
+    (tmp_path / "verdicts.jsonl").write_text("".join(json.dumps(v) + "\n" for v in judged["verdicts"]))
+    monkeypatch.setattr(factcheck, "load", None)  # nobody is asked
+    scores = sorted(v["score"] for v in judged["verdicts"])
+    stage = stage_of(world, which="all", model=None, checker="verdicts", verdicts=str(tmp_path / "verdicts.jsonl"),
+                     threshold=scores[100])
+    found = run(stage, tmp_path / "run")
+    assert len(found["traces"]) == sum(score > scores[100] for score in scores)
+    assert [v["score"] for v in found["verdicts"]] == [v["score"] for v in judged["verdicts"]]
+    (tmp_path / "verdicts.jsonl").write_text("".join(json.dumps(v) + "\n" for v in judged["verdicts"][1:]))
+    with pytest.raises(ValueError, match="no verdict on sample 0 of 'clip0'"):
+        run(stage, tmp_path / "other")
+
+
+def test_nothing_accepted_is_an_error_that_keeps_the_verdicts(world, tmp_path):
+    with pytest.raises(ValueError, match=r"check: no trace was accepted: see the scores in .*verdicts.jsonl"):
+        run(stage_of(world, threshold=1e6), tmp_path / "run")
+    assert len(read_records(tmp_path / "run" / "verdicts.jsonl")) == 120
+
+
+def test_clips_and_traces_that_cannot_be_judged_are_counted(world, tmp_path):
+    lines = [json.loads(line) for line in (world / "clips" / "manifest.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["audio"] = f"{world}/clips/{line['audio']}"
+    lines[5]["audio"] = "gone.wav"
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    traces = read_records(world / "traces.jsonl")
+    traces[0]["text"] = "<think>I hear <|AUDIO|>.</think><answer>A</answer>"
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in traces))
+    found = run(stage_of(world, manifest=str(tmp_path / "m.jsonl"), traces=str(tmp_path / "t.jsonl"), max_bad=0.1),
+                tmp_path / "run")
+    bad = {(v["id"], v["sample"]): v["bad"] for v in found["verdicts"] if "bad" in v}
+    assert set(bad) == {("clip0", 0), ("clip5", 0), ("clip5", 1), ("clip5", 2)} and bad["clip0", 0] == "no prompt"
+    assert sum(found["results"]["bad"].values()) == 4
+    assert not set(keys(found["traces"])) & set(bad)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda t: t[3].pop("text"), "trace 4 needs an 'id' and a 'text', both strings"),
+    (lambda t: t[3].update(id="nobody"), "trace 4 is of 'nobody', which is not in"),
+    (lambda t: t[4].update(sample=0), "sample 0 of 'clip1' stands twice"),
+    (lambda t: t.clear(), "holds no trace to judge"),
+])
+def test_wrong_traces_are_refused(world, tmp_path, change, says):
+    traces = read_records(world / "traces.jsonl")
+    change(traces)
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in traces))
+    with pytest.raises(ValueError, match=says):
+        run(stage_of(world, traces=str(tmp_path / "t.jsonl")), tmp_path / "run")
+
+
+def test_traces_of_another_make_are_judged_too(world, tmp_path):
+    lines = [{"id": f"clip{i // 2}", "text": f"I hear {CLASSES[i % 3]}."} for i in range(20)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = run(stage_of(world, traces=str(tmp_path / "t.jsonl"), threshold=-1e6), tmp_path / "run")
+    assert keys(found["traces"]) == [(f"clip{i // 2}", i % 2) for i in range(20)]
+
+
+# ---- the trained verifier ----
+
+SMALL = dict(checker="verifier", width=1 / 16, clip_s=0.5, epochs=16, batch_size=16, lr=3e-3)
+
+
+def truth(trace):
+    return CLASSES[int(trace["id"].removeprefix("clip")) % 3] in trace["text"]
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    """A verifier trained on the truth about 3 traces of each of clips 0 to 35."""
+    folder = tmp_path_factory.mktemp("verifier")
+    lines = [{"id": t["id"], "sample": t["sample"], "score": 1.0 if truth(t) else -1.0, "accepted": truth(t)}
+             for t in read_records(world / "traces.jsonl") if int(t["id"].removeprefix("clip")) < 36]
+    (folder / "verdicts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stage = stage_of(world, verdicts=str(folder / "verdicts.jsonl"), which="all", **SMALL)
+    return stage, folder, run(stage, folder / "run")
+
+
+def test_the_verifier_learns_to_hear_what_a_trace_says_of_other_clips(world, trained):
+    _, folder, found = trained
+    unheard = [(v, t) for v, t in zip(found["verdicts"], read_records(world / "traces.jsonl"), strict=True)
+               if int(t["id"].removeprefix("clip")) >= 36]
+    scores, truths = [v["score"] for v, _ in unheard], [truth(t) for _, t in unheard]
+    assert small.auc(scores, truths) > 0.9
+    told = found["results"]["calibration"]
+    assert told["count"] == 108 // 5 and told["auc"] > 0.8 and sum(map(sum, told["confusion"])) == told["count"]
+
+
+def test_the_words_alone_tell_the_verifier_nothing(world, trained):
+    """Of other clips' sound: every trace with the clip after the next, which is of the third class."""
+    stage, folder, _ = trained
+    model, processor = minixmd.load(world / "ears")
+    verifier = small.restore(stage, 32, folder / "run" / "verifier.safetensors", "cpu")
+    traces, examples = read_records(world / "traces.jsonl"), read_manifest(stage.manifest)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(48, generator=generator).tolist()
+    heard = [factcheck.hear(stage, examples[order[int(t["id"].removeprefix("clip"))]]) for t in traces]
+    text_BD = small.trace_vectors(model, processor, [t["text"] for t in traces], 8192)
+    found = small.scores(verifier, heard, text_BD, 16)
+    assert small.auc(found, [truth(t) for t in traces]) < 0.65
+
+
+def test_a_verifier_that_is_trained_is_not_trained_again(trained, tmp_path, monkeypatch):
+    stage, folder, found = trained
+    for shard in (folder / "run" / "shards").iterdir():
+        shard.unlink()
+    monkeypatch.setattr(small, "fit", None)
+    assert run(stage, folder / "run") == found
+
+
+def test_the_same_seed_trains_the_same_verifier(trained, tmp_path):
+    stage, _, found = trained
+    assert run(stage, tmp_path / "run")["verdicts"] == found["verdicts"]
+
+
+def test_a_verifier_needs_verdicts_of_both_kinds_on_its_traces(world, trained, tmp_path):
+    stage, folder, _ = trained
+    lines = read_records(folder / "verdicts.jsonl")
+    for change, says in ((lambda v: v | {"accepted": True}, "are all the same"),
+                         (lambda v: v | {"id": "other"}, "judges none of the traces")):
+        path = tmp_path / f"{says[:3]}.jsonl"
+        path.write_text("".join(json.dumps(change(line)) + "\n" for line in lines))
+        with pytest.raises(ValueError, match=says):
+            run(stage_of(world, verdicts=str(path), which="all", **SMALL), tmp_path / "run")
+
+
+def test_a_text_is_read_as_the_mean_of_its_hidden_states(world):
+    model, processor = minixmd.load(world / "ears")
+    texts = ["I hear dog.", "owl", "I hear dog.", "cat cat cat"]
+    text_BD = small.trace_vectors(model, processor, texts, 5)
+    assert torch.equal(text_BD[0], text_BD[2]) and text_BD.shape == (4, 32)
+    ids = torch.tensor(processor.encode(texts[3]))
+    prompt = minixmd.Prompt(ids, torch.arange(len(ids)).expand(3, -1))
+    with torch.no_grad():
+        assert torch.allclose(text_BD[3], model(pack([prompt])).mean(0), atol=1e-5)
+    with pytest.raises(ValueError, match="a trace of 0 tokens"):
+        small.trace_vectors(model, processor, [""], 5)
+
+
+def test_the_area_under_roc_by_hand():
+    assert small.auc([3, 2, 1], [True, True, False]) == 1.0
+    assert small.auc([1, 2, 3], [True, True, False]) == 0.0
+    assert small.auc([1, 3, 2, 4], [True, True, False, False]) == 0.25
+    assert small.auc([1, 1, 1, 1], [True, False, True, False]) == 0.5
+    assert small.auc([2, 1, 1, 0], [True, True, False, False]) == pytest.approx(3.5 / 4)
+    assert small.auc([1, 2], [True, True]) is None
+    told = small.agreement([2.0, -1.0, 1.0, -3.0], [True, True, False, False])
+    assert told["confusion"] == [[1, 1], [1, 1]] and told["agreement"] == 0.5 and told["auc"] == 0.75
+    assert told["roc"] == [[0.0, 0.0], [0.0, 0.5], [0.5, 0.5], [0.5, 1.0], [1.0, 1.0], [1.0, 1.0]]
+
+
+def test_platt_scaling_makes_scores_the_log_odds_of_the_truth():
+    generator = torch.Generator().manual_seed(0)
+    score_B = 3 * torch.randn(20_000, generator=generator)
+    truth_B = (torch.rand(20_000, generator=generator) < torch.sigmoid(0.5 * score_B - 1)).float()
+    scale, offset = small.platt(score_B, truth_B)
+    assert scale == pytest.approx(0.5, abs=0.02) and offset == pytest.approx(-1, abs=0.05)

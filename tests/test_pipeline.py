@@ -1,0 +1,195 @@
+"""Traces and FactCheck behind an endpoint that fails: the accepted set is that of one that does not, and a kill loses
+and repeats nothing."""
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fake_endpoint import FAULTS, FakeEndpoint, first_attempts
+from mini import CLASSES, write_clips, write_config
+
+from minixmd.config import FactCheck, Traces
+from minixmd.learning.scoring import read_records
+from minixmd.train import main
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ("traces/samples.jsonl", "traces/traces.jsonl", "traces/labels.jsonl", "traces/results.json",
+         "checked/verdicts.jsonl", "checked/traces.jsonl", "checked/results.json")
+
+
+def replies(messages, seed):
+    """A teacher who errs in one thought of five, a checker that believes two traces in three: by what they are sent."""
+    [turn] = messages
+    clip, text = turn["content"]
+    assert turn["role"] == "user" and text["type"] == "text" and clip["type"] in ("video_url", "input_audio")
+    sent = hashlib.blake2b(json.dumps(clip).encode()).digest()[0]
+    if clip["type"] == "video_url":
+        chosen = "ABC"[(sent + (seed % 5 == 0)) % 3]
+        return f"<think>Thought {seed}: a {CLASSES[sent % 3]}.</think><answer>{chosen}</answer>"
+    assert "<think>Thought" in text["text"]
+    yes = (sent + sum(text["text"].encode())) % 3 > 0
+    return {"text": "Yes." if yes else "no", "top": {"Yes" if yes else "no": -0.1, "no" if yes else "yes": -2.5}}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return write_clips(tmp_path_factory.mktemp("pipeline") / "clips")
+
+
+def config(folder, clips, url):
+    remote = dict(endpoint=url, timeout_s=0.4, wait_s=0.001, attempts=3, concurrency=4)
+    folder.mkdir(parents=True, exist_ok=True)
+    sampled = dict(name="traces", manifest=str(clips), n=4, served="teacher", **remote)
+    checked = dict(sampled, name="checked", traces="@traces", checker="endpoint", served="checker")
+    del checked["n"]
+    write_config(folder / "config.py", f"[Traces(**{sampled!r}), FactCheck(**{checked!r})]")
+    return str(folder / "config.py")
+
+
+def outputs(folder):
+    return {name: (folder / "run" / name).read_text() for name in FILES}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(clips, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with FakeEndpoint(replies) as endpoint:
+        assert main([config(folder, clips, endpoint.base_url), f"run_dir={folder / 'run'}"]) == 0
+    return outputs(folder)
+
+
+def test_what_the_endpoint_says_goes_through_both_stages(undisturbed):
+    samples = [json.loads(line) for line in undisturbed["traces/samples.jsonl"].splitlines()]
+    traces = [json.loads(line) for line in undisturbed["traces/traces.jsonl"].splitlines()]
+    verdicts = [json.loads(line) for line in undisturbed["checked/verdicts.jsonl"].splitlines()]
+    results = json.loads(undisturbed["traces/results.json"])
+    assert len(samples) == 12 and all(len(record["samples"]) == 4 for record in samples)
+    assert 0 < results["clips_by"]["unanimous"] < 12 and results["usable"] == len(traces) == 48
+    assert len({trace["text"] for trace in traces}) == 48  # a seed each
+    used = [trace for trace in traces if trace["sample"] == 0 or trace["unanimous"]]
+    assert len(verdicts) == len(used) and {verdict["score"] for verdict in verdicts} == {2.4, -2.4}
+    accepted = json.loads(undisturbed["checked/results.json"])["accepted"]
+    assert 0 < accepted < len(used) == json.loads(undisturbed["checked/results.json"])["traces"]
+
+
+def test_faults_change_nothing(undisturbed, clips, tmp_path):
+    """Every kind of fault, on the first attempt of every request."""
+    with FakeEndpoint(replies, first_attempts(FAULTS)) as endpoint:
+        assert main([config(tmp_path, clips, endpoint.base_url), f"run_dir={tmp_path / 'run'}"]) == 0
+        assert {request.fault for request in endpoint.requests} == {None, *FAULTS}
+    assert outputs(tmp_path) == undisturbed
+
+
+def test_a_checker_that_will_not_say_yes_or_no_is_asked_again(undisturbed, clips, tmp_path):
+    asked = set()
+
+    def evasive(messages, seed):
+        which = json.dumps(messages)
+        if "input_audio" in which and which not in asked:
+            asked.add(which)
+            return "Maybe."
+        return replies(messages, seed)
+
+    with FakeEndpoint(evasive) as endpoint:
+        assert main([config(tmp_path, clips, endpoint.base_url), f"run_dir={tmp_path / 'run'}"]) == 0
+    assert outputs(tmp_path) == undisturbed
+
+
+def test_what_never_comes_is_counted_and_asked_for_again(undisturbed, clips, tmp_path, capsys):
+    def deaf(messages, seed):
+        text = messages[0]["content"][1]["text"]
+        return "Maybe." if "input_audio" in json.dumps(messages) and "a dog" in text else replies(messages, seed)
+
+    with FakeEndpoint(deaf) as endpoint:
+        source = config(tmp_path, clips, endpoint.base_url)
+        assert main([source, f"run_dir={tmp_path / 'run'}"]) == 1
+        told = capsys.readouterr().err
+        assert "requests came to nothing ({'nonsense':" in told and "asks for those again" in told
+        endpoint.replies = replies
+        assert main([source, f"run_dir={tmp_path / 'run'}"]) == 0
+    assert outputs(tmp_path) == undisturbed
+
+
+def test_no_key_is_written_anywhere(clips, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    with FakeEndpoint(replies) as endpoint:
+        assert main([config(tmp_path, clips, endpoint.base_url), f"run_dir={tmp_path / 'run'}"]) == 0
+        assert {request.key for request in endpoint.requests} == {"sk-very-secret"}
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(written) > 10 and not [path for path in written if b"very-secret" in path.read_bytes()]
+
+
+def test_a_wrong_key_is_one_line(clips, tmp_path, capsys):
+    with FakeEndpoint(replies, lambda n, body: "401") as endpoint:
+        assert main([config(tmp_path, clips, endpoint.base_url), f"run_dir={tmp_path / 'run'}"]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("minixmd: traces: ") and "401" in last
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+
+
+def test_killed_at_any_point_it_neither_loses_nor_repeats_a_sample(undisturbed, clips, tmp_path):
+    def slowly(messages, seed):
+        time.sleep(0.005)
+        return replies(messages, seed)
+
+    logs = [tmp_path / "run" / name / "endpoint.jsonl" for name in ("traces", "checked")]
+    with FakeEndpoint(slowly, first_attempts([None, None, "500", "cut"])) as endpoint:
+        command = [sys.executable, "-m", "minixmd.train", config(tmp_path, clips, endpoint.base_url),
+                   f"run_dir={tmp_path / 'run'}"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+        for wanted in (9, 60):  # answers on disk: among the samples, among the verdicts
+            process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+            while sum(len(lines_of(log)) for log in logs) < wanted and process.poll() is None:
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+            on_disk = [lines_of(log) for log in logs]
+            for log, records in zip(logs, on_disk, strict=True):
+                if records:  # and a line that the kill cut short
+                    with open(log, "ab") as file:
+                        file.write(b'{"key": "clip0/9", "te')
+            before = len(endpoint.requests)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        answered = {record["text"] for record in on_disk[0]}
+        again = [replies(request.body["messages"], request.body["seed"]) for request in endpoint.requests[before:]
+                 if "video_url" in json.dumps(request.body["messages"])]
+        assert len(on_disk[0]) == 48 and not again and answered  # the second kill came after the last sample
+        for log in logs:
+            keys = [record["key"] for record in lines_of(log)]
+            assert len(keys) == len(set(keys))
+    assert outputs(tmp_path) == undisturbed
+
+
+def test_the_stages_fields_say_who_is_asked():
+    remote = dict(endpoint="http://localhost/v1", served="m")
+    assert Traces(name="t", manifest="m", **remote).model is None
+    with pytest.raises(ValueError, match="either model or endpoint must be given"):
+        Traces(name="t", manifest="m", model="m", **remote)
+    with pytest.raises(ValueError, match="either model or endpoint must be given"):
+        Traces(name="t", manifest="m")
+    with pytest.raises(ValueError, match="both or neither"):
+        Traces(name="t", manifest="m", endpoint="http://localhost/v1")
+    with pytest.raises(ValueError, match="media must be 'video' or 'audio', got 'both'"):
+        Traces(name="t", manifest="m", media="both", **remote)
+    with pytest.raises(ValueError, match="checker 'endpoint' needs served, got None"):
+        FactCheck(name="c", traces="t", manifest="m", checker="endpoint", endpoint="http://localhost/v1")
+    with pytest.raises(ValueError, match="checker 'model' does not use verdicts, got 'v'"):
+        FactCheck(name="c", traces="t", manifest="m", model="m", verdicts="v")
+    with pytest.raises(ValueError, match="prompt '{options}' must hold the placeholder 'trace'"):
+        FactCheck(name="c", traces="t", manifest="m", model="m", prompt="{options}")
+    with pytest.raises(ValueError, match="which 'calibration' with limit None"):
+        FactCheck(name="c", traces="t", manifest="m", model="m", which="calibration")
+
+
+def test_the_records_of_a_run_can_be_read(undisturbed, tmp_path):
+    (tmp_path / "v.jsonl").write_text(undisturbed["checked/verdicts.jsonl"])
+    assert all(set(record) == {"id", "sample", "score", "accepted"} for record in read_records(tmp_path / "v.jsonl"))
