@@ -14,7 +14,7 @@ setup(
         "tokenizers>=0.21",
         "huggingface-hub>=0.30",
         "soundfile>=0.12.1",
-        "av>=14",
+        "av>=14.2",
         "numpy>=1.26",
         "tqdm>=4.66",
     ],

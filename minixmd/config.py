@@ -97,7 +97,7 @@ class _Remote:
     key_variable: str = "OPENAI_API_KEY"  # environment variable with the key, if the endpoint wants one
     concurrency: int = 8  # requests at a time
     timeout_s: float = 120.0  # of a request
-    attempts: int = 5  # of a request that times out, is refused or answered by nonsense
+    attempts: int = 5  # of a request that times out, cannot connect, meets a server error or brings nonsense
     wait_s: float = 1.0  # before the second attempt; each further one waits twice as long
 
     def check_remote(self, model):
@@ -105,6 +105,8 @@ class _Remote:
         require(self, "concurrency >= 1", "timeout_s > 0", "attempts >= 1", "wait_s >= 0")
         if (self.endpoint is None) == (model is None):
             raise ConfigError(f"config: either model or endpoint must be given, got {model!r} and {self.endpoint!r}")
+        if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):
+            raise ConfigError(f"config: endpoint must start with http:// or https://, got {self.endpoint!r}")
         if (self.endpoint is None) != (self.served is None):
             raise ConfigError(f"config: endpoint {self.endpoint!r} with served {self.served!r}: both or neither")
 
@@ -183,6 +185,8 @@ class FactCheck(_Remote):
             if (getattr(self, name) is not None) != (name in needs):
                 raise ConfigError(f"config: checker {self.checker!r} {'needs' if name in needs else 'does not use'} "
                                   f"{name}, got {getattr(self, name)!r}")
+        if self.checker == "endpoint":
+            self.check_remote(None)
 
 
 @stage
