@@ -234,7 +234,7 @@ def avqa(*, data="data", student=STUDENT, teacher=TEACHER, checking=None, **how)
 
 
 def toy(updates=200, **how):
-    """The toy world's (stage Toy with thinking=True). Thoughts cost the most, so they are of 10 clips a class; the
+    """The toy world's (stage Toy with thinking=True). Thoughts cost the most, so they are of 3 clips a class; the
     teacher's letters are of all the train split.
 
     updates: of GRPO. how: more fields of SightSound, in place of these.
@@ -253,6 +253,6 @@ def toy(updates=200, **how):
         seeing=dict(min_pixels=3_136, max_pixels=3_136),  # the clips are 56 x 56
         written=40,
         sampling=dict(n=4),
-        sft=dict(trainable="full", lr=3e-4, batch_size=24, micro_batch_size=24, epochs=1000, max_steps=150),
+        sft=dict(trainable="full", lr=3e-4, batch_size=24, micro_batch_size=24, epochs=1000, max_steps=100),
         grpo=dict(trainable="full", lr=3e-4, batch_size=24, micro_batch_size=24, epochs=100, max_steps=updates),
     ) | how)  # fmt: skip

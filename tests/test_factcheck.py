@@ -124,8 +124,8 @@ def test_which_traces_are_judged(world, tmp_path):
     some = run(stage_of(world, which="calibration", limit=10), tmp_path / "some")
     assert len(some["verdicts"]) == 10 == len({v["id"] for v in some["verdicts"]})
     assert set(keys(some["verdicts"])) <= set(keys(used["verdicts"]))
-    more = run(stage_of(world, which="calibration", limit=20), tmp_path / "more")
-    assert set(keys(some["verdicts"])) < set(keys(more["verdicts"]))
+    more = run(stage_of(world, which="calibration", limit=40), tmp_path / "more")
+    assert set(keys(some["verdicts"])) < set(keys(more["verdicts"])) and len({v["id"] for v in more["verdicts"]}) == 40
     other = run(stage_of(world, which="calibration", limit=10, seed=1), tmp_path / "other")
     assert set(keys(other["verdicts"])) != set(keys(some["verdicts"]))
 
