@@ -249,7 +249,8 @@ def toy(updates=200, **how):
         splits={"test": dict(manifest="@toy/test.jsonl")},
         shared="test",
         prompts={"think": "{question}\n{options}\nThink, then answer.", "check": "{trace}\nIs that true?",
-                 "audio_cot": "{question}\n{options}\nThink, then answer."},
+                 "audio_cot": "{question}\n{options}\nThink, then answer.",
+                 "trace": "{trace}\n{question}\n{options}\nRespond only with a single letter from {first} to {last}."},
         seeing=dict(min_pixels=3_136, max_pixels=3_136),  # the clips are 56 x 56
         written=40,
         sampling=dict(n=4),

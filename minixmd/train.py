@@ -25,6 +25,7 @@ from tqdm import tqdm
 from minixmd import generate, load, pack
 from minixmd.config import Evaluate, FactCheck, Label, Report, Switch, Toy, Traces, Train
 from minixmd.configfile import load_config
+from minixmd.dryrun import dry_run
 from minixmd.files import write_safetensors, write_text
 from minixmd.inputs.examples import read_manifest
 from minixmd.inputs.media import MediaError
@@ -458,12 +459,16 @@ def main(argv=None):
     parser.add_argument("config", help="a Python file that defines stages = […], or the name of a bundled recipe")
     parser.add_argument("overrides", nargs="*", metavar="stage.field=value",
                         help="also field=value (every stage that has the field) and run_dir=path")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="only check the config and print its prompts, shapes and memory; needs no weights or data")
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     args = parser.parse_args(argv)
     torch.backends.cudnn.allow_tf32 = False  # float32 convolutions would multiply with 10 bits
     try:
         rank = join(os.environ)
         config = load_config(args.config, args.overrides)
+        if args.dry_run:
+            return dry_run(config, sys.modules[__name__])  # which traces this module's steps
         check_files(config.stages)
         for stage in config.stages:  # what is not here, on the hub or reachable shows before the first hour of work
             where(stage)

@@ -12,7 +12,7 @@ LAYERS = [  # a module imports from its own row and the rows above; "" is minixm
     {"learning"},
     {""},
     {"stages"},
-    {"train", "verify", "invariances"},
+    {"train", "dryrun", "estimate", "verify", "invariances"},
 ]
 CAPS = {"train.py": 600, "rollout.py": 500}  # lines; kernels/ 250, else 300
 LIBRARY = sorted([*(ROOT / "minixmd").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

@@ -1,0 +1,288 @@
+"""What a stage would take, without its weights: a model as far as config.json tells, and the memory of the stage's own
+code, part by part, run on `meta` (learning/memory.py).
+
+What is traced is the fullest case: passes of micro_batch_size or batch_tokens, completions at max_new_tokens, gradients
+of earlier micro-batches and the optimizer's state there already. All prompts are alike, with clips of CLIP_S.
+"""
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
+
+from minixmd.config import Evaluate, FactCheck, Label, Switch, Toy, Traces, Train
+from minixmd.files import read_json
+from minixmd.inputs.audio import SAMPLE_RATE
+from minixmd.inputs.batch import pack
+from minixmd.inputs.image import sample_frames, smart_resize
+from minixmd.inputs.panns import HOP, MELS
+from minixmd.inputs.tokenizer import Processor
+from minixmd.learning.memory import tracing
+from minixmd.learning.rewards import learnable
+from minixmd.learning.rollout import Completion, Decoder
+from minixmd.learning.scoring import ROOM
+from minixmd.models.cnn14 import Cnn14
+from minixmd.models.families import ModelConfig, read_config
+from minixmd.models.lora import add_lora, set_impl
+from minixmd.models.shapes import PUBLISHED
+from minixmd.models.weights import build, config_of, load_adapter
+from minixmd.references import repository
+from minixmd.stages.toy import FAMILY
+from minixmd.stages.toy_models import make_model, write_processor
+
+CLIP_S, RATE, FRAME = 10, 30, (720, 1280)  # seconds; frames a second; height and width
+PARTS = ("weights", "reference", "gradients", "optimizer", "keys, values", "logits", "activations")
+SHARD = 64  # clips of a Traces stage that are sampled together
+VALIDATING = 8192  # tokens of a pass in Train's validation
+TEXT_WIDTH = 128  # of the trained verifier's Cnn14
+TOP = 64  # best ids of a teacher
+
+# ---- a model without its weights ----
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model as far as it is known."""
+
+    name: str
+    config: ModelConfig
+    processor: Processor
+    source: str  # where its config.json was found
+    adapters: tuple = ()  # that it carries: items of add_lora's arguments, or a PEFT folder
+
+    def load(self, dtype):
+        """On `meta`, frozen, in `dtype`, with its adapters."""
+        model = build(self.config).to(dtype)
+        for how in self.adapters:
+            load_adapter(model, how) if isinstance(how, Path) else add_lora(model, **dict(how), seed=0)
+        return model.requires_grad_(False)
+
+
+class Listener(Processor):
+    """Reads no file: every clip is silent and black, and lasts CLIP_S."""
+
+    def _audio(self, source):
+        return super()._audio(torch.zeros(CLIP_S * SAMPLE_RATE))
+
+    def _video(self, part):
+        count = len(sample_frames(CLIP_S * RATE, RATE, fps=part["fps"], nframes=part["nframes"]))
+        size = smart_resize(*FRAME, min_pixels=part["min_pixels"], max_pixels=part["max_pixels"])
+        return super()._video({**part, "video": torch.zeros(count, 3, *size, dtype=torch.uint8)})
+
+
+def find(value, stages, home):
+    """The Found that a stage's field `model` stands for: by the config.json of its folder or in the hub's cache, else
+    by its name. home: a folder with a tokenizer.json, which stands in where the model's is not here.
+
+    Raises:
+        ValueError: nothing is known of it, or it is none of our families.
+    """
+    name, _, file = value[1:].partition("/")
+    by = next((item for item in stages if value.startswith("@") and item.name == name), None)
+    if isinstance(by, Train) and file in ("", "best"):
+        found = find(by.model, stages, home)
+        how = dict(rank=by.lora_rank, alpha=by.lora_alpha, targets=by.lora_targets)
+        return replace(found, adapters=(*found.adapters, tuple(how.items())) if by.trainable == "lora" else ())
+    if isinstance(by, Toy):
+        family, _ = FAMILY.get(file, FAMILY["student"])  # what is neither student nor teacher goes on from the student
+        write_processor(home / family, family)
+        config = make_model(home / family, family, 0).config
+        return Found(f"toy {file}", config, Listener(home / family, config), f"made by stage {name}")
+    if by is not None:
+        raise ValueError(f"model {value!r} is not known before the run")
+    folder = Path(value)
+    if not folder.is_dir() and repository(value):
+        repo, revision = repository(value)
+        cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    if (folder / "adapter_config.json").is_file():
+        base = find(str(read_json(folder / "adapter_config.json").get("base_model_name_or_path")), stages, home)
+        return replace(base, source=f"{base.source}, with the adapter {value}", adapters=(*base.adapters, folder))
+    name = Path(value).name.partition("@")[0]
+    if folder.is_dir():
+        config, source = config_of(folder), str(folder / "config.json")
+    elif name in PUBLISHED:
+        config, source = read_config(PUBLISHED[name]), f"its name alone, as published; {value} is not here"
+    else:
+        raise ValueError(f"model {value!r} is neither here nor in the hub's cache, and not one of those known by name: "
+                         f"{', '.join(PUBLISHED)}")
+    if (folder / "tokenizer.json").is_file():
+        return Found(name, config, Listener(folder, config), source)
+    return Found(name, config, Listener(home, replace(config, part={})), source)  # part: ids of its own tokenizer
+
+
+# ---- the memory of a stage ----
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that a stage does."""
+
+    doing: str
+    tokens: int  # packed into a pass; 0 where none are
+    parts: dict[str, int]  # bytes of PARTS at the moment when their sum is the largest
+
+    @property
+    def total(self):
+        return sum(self.parts.values())
+
+
+def estimate(stage, found, prompt, train):
+    """A stage's Rows.
+
+    Args:
+        found: its model, and prompt: an example's Prompt, with the answer where it is learnt; None of a Switch.
+        train: the module train.py, which imports this one.
+    Raises:
+        ValueError: the stage cannot train this model.
+    """
+    device = "cpu" if stage.device == "cpu" else "cuda"
+    impl = "torch" if device == "cpu" or getattr(stage, "impl", "") == "torch" else "triton"
+    with tracing(found.config.text.vocab_size if found else 0, device) as live:
+        if isinstance(stage, Switch):
+            return [classifying(live, stage, 2, stage.augment in ("both", "mixup"))]
+        model = found.load(getattr(torch, stage.dtype))
+        set_impl(model, impl)
+        if isinstance(stage, Train):
+            return list(training(live, stage, model, found.processor, prompt, impl, train))
+        if isinstance(stage, FactCheck):
+            return list(judging(live, stage, model, prompt))
+        count = max(1, stage.batch_tokens // len(prompt))
+        if isinstance(stage, Label) or isinstance(stage, Evaluate) and stage.answer == "letters":
+            return [reading(live, model, [prompt] * count)]
+        slots = max(stage.n, ROOM * stage.batch_tokens // stage.max_new_tokens) if stage.temperature else count
+        if isinstance(stage, Traces):
+            count, slots = SHARD, stage.slots or 8 * stage.n
+        return [writing(live, stage, model, found.processor, [prompt] * count, stage.n, slots, impl)]
+
+
+def reading(live, model, prompts, doing="reading"):
+    """A pass over prompts, and the logits that follow each."""
+    live.watch("activations")
+    with torch.no_grad():
+        batch = pack(prompts).to("meta")
+        last_B = torch.tensor([end - 1 for _, end in batch.spans], device="meta")
+        model.logits(model(batch)[last_B])
+    return Row(doing, len(batch.ids_N), live.most)
+
+
+def writing(live, stage, model, processor, prompts, n, slots, impl, doing="writing"):
+    """The prompts that the slots have room for, and a step of n completions of each, at full length."""
+    places, longest = min(slots // n, len(prompts)), max(map(len, prompts))
+    temperature = 0.0 if doing == "validation" else stage.temperature
+    live.watch("keys, values")
+    with torch.no_grad():
+        decoder = Decoder(model, places, longest, n, max_new_tokens=stage.max_new_tokens, temperature=temperature,
+                          banned=[], end_id=processor.end_id, impl=impl)
+        live.part = "activations"
+        uniform_BT = torch.zeros(places * n, stage.max_new_tokens, dtype=torch.float64)
+        logits_GV, *_ = decoder.fill(prompts[:places], list(range(places)), uniform_BT)
+        decoder.run(1)
+        del logits_GV  # which rollout.decode keeps as long
+    return Row(doing, places * longest, live.most)
+
+
+def judging(live, stage, model, prompt):
+    """FactCheck by a model, or by a verifier, for which a model reads the traces."""
+    live.watch("activations")
+    heard = model.encode_ahead(prompt)
+    yield reading(live, model, [heard] * max(1, stage.batch_tokens // len(heard)))
+    if stage.checker == "verifier":
+        yield classifying(live, stage, TEXT_WIDTH, False)
+
+
+def training(live, stage, model, processor, prompt, impl, train):
+    """An optimizer step that is not the first of its run."""
+    alone = replace(stage, device="cpu", impl="torch", teacher_loss="ce")  # asks for no GPU, and for no labels
+    run, _ = train.build(alone, [None] * stage.batch_size, load=lambda *_, **__: (model, processor))
+    run.impl, run.shared = impl, processor.vocab_size
+    set_impl(run.model, impl)
+    if run.reference is not None:
+        set_impl(run.reference, impl)
+        shared = {id(p) for p in run.model.parameters()}
+        live.count([p for p in run.reference.parameters() if id(p) not in shared], "reference")
+    if stage.device != "cpu" and type(run.optimizer) is torch.optim.AdamW:
+        for group in run.optimizer.param_groups:
+            group["foreach"] = True  # as torch chooses on a GPU
+    for p in run.parameters.values():
+        p.register_post_accumulate_grad_hook(lambda p: live.count([p.grad], "gradients"))
+    add_gradients(live, run)
+    live.watch("optimizer")
+    train.update(run, stage, 1.0)
+    stepped = Row("optimizer", 0, live.most)
+    if stage.objective == "grpo":
+        yield from reinforcing(live, stage, run, processor, prompt, impl, train)
+    else:
+        top = {"ids": list(range(TOP)), "logits": [0.0] * TOP, "temperature": stage.temperature, "logsumexp": 5.0}
+        if stage.teacher_loss != "ce":
+            run.banned_Z = torch.zeros(1, dtype=torch.int64, device="meta")
+        prompts = [prompt] * stage.micro_batch_size
+        if stage.batch_size > stage.micro_batch_size:
+            add_gradients(live, run)
+        live.watch("activations")
+        train.accumulate(run, stage, prompts, [top] * len(prompts) if stage.teacher_loss != "ce" else ())
+        yield Row("update", len(prompt) * len(prompts), live.most)
+    yield stepped
+    if stage.val_manifest is not None:
+        run.optimizer.zero_grad()
+        prompts = [prompt] * max(1, VALIDATING // len(prompt))
+        if stage.objective == "grpo" or stage.traces is not None:
+            yield writing(live, stage, run.model, processor, prompts, 1, len(prompts), impl, "validation")
+        else:
+            yield reading(live, run.model, prompts, "validation")
+
+
+def reinforcing(live, stage, run, processor, prompt, impl, train):
+    """GRPO: completions, their reference's log-probabilities, and the gradients of a micro-batch of prompts."""
+    live.watch("activations")
+    prompts = [prompt] * stage.batch_size
+    if all(name.startswith(("model.", "lm_head.")) for name in run.parameters):
+        one = run.model.encode_ahead(prompt)
+        prompts = [replace(one, media=tuple(replace(m, features=m.features.clone()) for m in one.media))
+                   for _ in prompts]
+    G, T = stage.group_size, stage.max_new_tokens
+    yield writing(live, stage, run.model, processor, prompts, G, stage.slots or G * len(prompts), impl, "rollout")
+    said, part = Completion("", (0,) * T, (0.0,) * T, True), prompts[:stage.micro_batch_size]
+    rollout = learnable(stage, part, [[said] * G] * len(part), torch.arange(G).float().repeat(len(part), 1))
+    tokens = len(part) * (len(prompt) + G * T)
+    if stage.beta:
+        live.watch("activations")
+        rollout.ref_T = train.score(run, stage, rollout.groups)
+        yield Row("scoring", tokens, live.most)
+    if stage.batch_size > stage.micro_batch_size:
+        add_gradients(live, run)
+    live.watch("activations")
+    train.learn(run, stage, rollout)
+    yield Row("update", tokens, live.most)
+
+
+def add_gradients(live, run):
+    """Those of an earlier micro-batch."""
+    live.watch("gradients")
+    for p in run.parameters.values():
+        p.grad = torch.zeros_like(p)
+
+
+def classifying(live, stage, classes, mixed):
+    """Training steps of a Cnn14."""
+    live.watch("weights")
+    with torch.device("meta"):
+        model = Cnn14(classes, stage.width)
+    model.to("meta")  # its front end was not made there
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, foreach=stage.device != "cpu")
+    for p in parameters:
+        p.register_post_accumulate_grad_hook(lambda p: live.count([p.grad], "gradients"))
+    frames = round(stage.clip_s * SAMPLE_RATE) // HOP + 1
+    for _ in range(2):
+        live.watch("activations")
+        x_B1AM = model.normalise(torch.empty(stage.batch_size * (2 if mixed else 1), frames, MELS, device="meta"))
+        if mixed:
+            x_B1AM = x_B1AM[0::2] + x_B1AM[1::2]
+        out_BK = model.fc_audioset(model.embed(x_B1AM, torch.Generator()))
+        F.cross_entropy(out_BK, torch.zeros(len(out_BK), dtype=torch.int64, device="meta")).backward()
+        live.part = "optimizer"
+        optimizer.step()
+        optimizer.zero_grad()
+    return Row("learning", 0, live.most)
