@@ -7,7 +7,7 @@ would be recorded as such.) Two steps a stage, so that the second meets the opti
 the estimate takes for granted holds: the tokenizer is at hand, and hardly a completion ends before max_new_tokens.
 
 Run: python -m bench.bench_memory [--threads 1] [--out bench/results/memory_cpu.json]
-Exit status 1 if an estimate is off by more than 10 %. Takes 15 minutes on one core. The last line of stdout is JSON.
+Exit status 1 if an estimate is off by more than 10 %. Takes 10 minutes on one core. The last line of stdout is JSON.
 """
 import argparse
 import json

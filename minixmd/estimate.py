@@ -201,12 +201,12 @@ def training(live, stage, model, processor, prompt, impl, train):
     if run.reference is not None:
         set_impl(run.reference, impl)
         shared = {id(p) for p in run.model.parameters()}
-        live.count([p for p in run.reference.parameters() if id(p) not in shared], "reference")
+        live.move([p for p in run.reference.parameters() if id(p) not in shared], "reference")
     if stage.device != "cpu" and type(run.optimizer) is torch.optim.AdamW:
         for group in run.optimizer.param_groups:
             group["foreach"] = True  # as torch chooses on a GPU
     for p in run.parameters.values():
-        p.register_post_accumulate_grad_hook(lambda p: live.count([p.grad], "gradients"))
+        p.register_post_accumulate_grad_hook(lambda p: live.move([p.grad], "gradients"))
     add_gradients(live, run)
     live.watch("optimizer")
     train.update(run, stage, 1.0)
@@ -273,7 +273,7 @@ def classifying(live, stage, classes, mixed):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, foreach=stage.device != "cpu")
     for p in parameters:
-        p.register_post_accumulate_grad_hook(lambda p: live.count([p.grad], "gradients"))
+        p.register_post_accumulate_grad_hook(lambda p: live.move([p.grad], "gradients"))
     frames = round(stage.clip_s * SAMPLE_RATE) // HOP + 1
     for _ in range(2):
         live.watch("activations")

@@ -38,11 +38,10 @@ class Live(TorchDispatchMode):
         """From now on new storages are of this part, and the most is looked for anew."""
         self.part, self.most, self.top = part, dict(self.now), self.total
 
-    def count(self, tensors, part):
-        """These tensors are of another part, or have not been seen being made."""
+    def move(self, tensors, part):
+        """These tensors are of another part than the one in which they were made."""
         for t in tensors:
-            if (key := t.untyped_storage()._cdata) in self.sizes:
-                self._drop(key)
+            self._drop(t.untyped_storage()._cdata)
             self._follow(t, part)
 
     def _follow(self, t, part):

@@ -5,11 +5,11 @@
 First tools/prepare_avqa.py, prepare_mmau.py and prepare_music_avqa.py write data/avqa, data/mmau and data/music_avqa
 (README). The checker is Qwen2.5-Omni-7B here; recipe sightsound_endpoint asks one like the paper's GPT-4o-audio.
 
-CUDA GPUs; the paper had eight A40. Not measured by anybody yet. GRPO of all of the decoder takes more than one GPU has:
---dry-run shows each stage's memory, and what grpo.beta=0 or an adapter saves. The paper: Qwen2-Audio 67.1 directly and
-57.7 with zero-shot thoughts on AVQA; on MMAU test-mini 59.5 before, 52.3 by SFT on one unfiltered trace, 54.1 with
-AGFV, 53.5 with several traces, 56.2 with GRPO; on MUSIC-AVQA 55.6, 55.1, 56.5, 58.2 and 59.5. Table 1's set also
-chooses the best weights, as in the paper.
+CUDA GPUs; the paper had eight A40. Not measured by anybody yet. All stages but GRPO of the whole decoder (167 GiB) fit
+one GPU of 80 GB, by --dry-run; on one GPU train an adapter there. The paper: Qwen2-Audio 67.1 directly and 57.7 with
+zero-shot thoughts on AVQA; on MMAU test-mini 59.5 before, 52.3 by SFT on one unfiltered trace, 54.1 with AGFV, 53.5
+with several traces, 56.2 with GRPO; on MUSIC-AVQA 55.6, 55.1, 56.5, 58.2 and 59.5. Table 1's set also chooses the best
+weights, as in the paper.
 """
 from minixmd.sightsound import LADDER, MODES, avqa
 
