@@ -325,6 +325,7 @@ KILLED = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from test_endpoint import Path, ask
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 url, holding_url, path, held = *sys.argv[2:4], *map(Path, sys.argv[4:6])
 
 def child(run):
