@@ -4,7 +4,7 @@ A config is a Python file that defines `stages = [...]` and, if it likes, `run_d
 "@name", the output of an earlier stage (references.py).
 """
 from minixmd.config_train import Train
-from minixmd.fields import ConfigError, check_asking, check_prompt, check_types, one_of, require, stage
+from minixmd.fields import ConfigError, check_asking, check_prompt, check_types, check_url, one_of, require, stage
 from minixmd.prompts import AUDIO_COT_PROMPT, CHECK_PROMPT, PROMPT
 
 
@@ -105,8 +105,8 @@ class _Remote:
         require(self, "concurrency >= 1", "timeout_s > 0", "attempts >= 1", "wait_s >= 0")
         if (self.endpoint is None) == (model is None):
             raise ConfigError(f"config: either model or endpoint must be given, got {model!r} and {self.endpoint!r}")
-        if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):
-            raise ConfigError(f"config: endpoint must start with http:// or https://, got {self.endpoint!r}")
+        if self.endpoint is not None:
+            check_url(self.endpoint)
         if (self.endpoint is None) != (self.served is None):
             raise ConfigError(f"config: endpoint {self.endpoint!r} with served {self.served!r}: both or neither")
 

@@ -22,6 +22,7 @@ from minixmd.learning.memory import tracing
 from minixmd.learning.rewards import learnable
 from minixmd.learning.rollout import Completion, Decoder
 from minixmd.learning.scoring import ROOM
+from minixmd.learning.verifier import WIDTH
 from minixmd.models.cnn14 import Cnn14
 from minixmd.models.families import ModelConfig, read_config
 from minixmd.models.lora import add_lora, set_impl
@@ -30,12 +31,11 @@ from minixmd.models.weights import build, config_of, load_adapter
 from minixmd.references import repository
 from minixmd.stages.toy import FAMILY
 from minixmd.stages.toy_models import make_model, write_processor
+from minixmd.stages.traces import CLIPS
 
 CLIP_S, RATE, FRAME = 10, 30, (720, 1280)  # seconds; frames a second; height and width
 PARTS = ("weights", "reference", "gradients", "optimizer", "keys, values", "logits", "activations")
-SHARD = 64  # clips of a Traces stage that are sampled together
 VALIDATING = 8192  # tokens of a pass in Train's validation
-TEXT_WIDTH = 128  # of the trained verifier's Cnn14
 TOP = 64  # best ids of a teacher
 
 # ---- a model without its weights ----
@@ -153,7 +153,7 @@ def estimate(stage, found, prompt, train):
             return [reading(live, model, [prompt] * count)]
         slots = max(stage.n, ROOM * stage.batch_tokens // stage.max_new_tokens) if stage.temperature else count
         if isinstance(stage, Traces):
-            count, slots = SHARD, stage.slots or 8 * stage.n
+            count, slots = CLIPS, stage.slots or 8 * stage.n
         return [writing(live, stage, model, found.processor, [prompt] * count, stage.n, slots, impl)]
 
 
@@ -189,7 +189,7 @@ def judging(live, stage, model, prompt):
     heard = model.encode_ahead(prompt)
     yield reading(live, model, [heard] * max(1, stage.batch_tokens // len(heard)))
     if stage.checker == "verifier":
-        yield classifying(live, stage, TEXT_WIDTH, False)
+        yield classifying(live, stage, WIDTH, False)
 
 
 def training(live, stage, model, processor, prompt, impl, train):

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from functools import wraps
 from types import UnionType
 from typing import get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 _NAMES = {int: "an int", float: "a float", str: "a str", bool: "true or false"}
 _PROMPT = {"question": "Which?", "options": "A. dog\nB. cat", "first": "A", "last": "B"}  # the placeholders, an example
@@ -105,6 +106,16 @@ def check_prompt(prompt, needs=("options",)):
         raise ConfigError(f"config: prompt has no placeholder {unknown[0]!r}{nearest(unknown[0], known)}")
     if missing := [name for name in needs if name not in names]:
         raise ConfigError(f"config: prompt {prompt!r} must hold the placeholder {missing[0]!r}")
+
+
+def check_url(endpoint):
+    try:
+        url = urlsplit(endpoint)
+        good = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:  # a port that is no number, a bracket left open
+        good = False
+    if not good:  # without a scheme the client would take it for a model on the hub
+        raise ConfigError(f"config: endpoint {endpoint!r} is no URL such as http://localhost:8000/v1")
 
 
 def check_asking(item, needs=("options",)):

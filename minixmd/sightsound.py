@@ -136,7 +136,7 @@ class SightSound:
                       | learning | how)]
 
     def evaluated(self, name, model=None, mode=None, **how):
-        """`{name}_{column}` for every column, or for `columns` alone: direct or thinking, as the row has learnt."""
+        """`{name}_{column}` for every column: direct or thinking, as the row has learnt."""
         mode = mode or ("direct" if name in DIRECT else "think")
         fields = dict(media="audio", prompt=self.ask(mode), answer="generate", **self.running)
         fields |= {} if mode == "direct" else dict(max_new_tokens=self.written)

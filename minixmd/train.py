@@ -49,6 +49,7 @@ from minixmd.learning.scoring import (
     score_letters,
 )
 from minixmd.learning.sources import sources
+from minixmd.learning.statistics import tabulate
 from minixmd.models.hub import pinned
 from minixmd.models.lora import add_lora, hash_seed, merge_lora, set_impl
 from minixmd.models.weights import adapted, save_adapter, save_model
@@ -404,7 +405,7 @@ def validate(run, stage, processor, validation, folder, log):
     if written:  # not the letters' logits and not what the words are like, but the answer that is rewarded
         for example, record in zip(validation, records, strict=True):
             record["answer"] = None if "bad" in record else parse_answer(record["text"], example.options)
-    accuracy = evaluate.tabulate(validation, records)["accuracy"]
+    accuracy = tabulate(validation, records)["accuracy"]
     log({"step": run.step, "val_accuracy": accuracy, "val_bad": bad})
     tqdm.write(f"{stage.name}: step {run.step}, validation accuracy {100 * accuracy:.1f} %")
     if accuracy > run.best:

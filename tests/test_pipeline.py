@@ -180,7 +180,7 @@ def test_the_stages_fields_say_who_is_asked():
         Traces(name="t", manifest="m", endpoint="http://localhost/v1")
     for given in (Traces, dict(name="t", manifest="m")), (FactCheck, dict(name="c", traces="t", manifest="m",
                                                                           checker="endpoint")):
-        with pytest.raises(ValueError, match="endpoint must start with http:// or https://, got 'localhost:8000'"):
+        with pytest.raises(ValueError, match="endpoint 'localhost:8000' is no URL such as http://localhost:8000/v1"):
             given[0](**given[1], endpoint="localhost:8000", served="m")
         with pytest.raises(ValueError, match="attempts must be >= 1, got 0"):
             given[0](**given[1], **remote, attempts=0)

@@ -18,7 +18,6 @@ import re
 import sys
 import threading
 from functools import lru_cache
-from urllib.parse import urlsplit
 
 import av
 import numpy as np
@@ -64,7 +63,6 @@ def ask_endpoint(stage, asked, path, progress, *, api_key, max_tokens, temperatu
             or for any reason if it has never given one.
         OSError: an answer could not be written down.
     """
-    _check_url(stage)
     answers, bad, in_a_row = _read_answers(path), {}, 0
     todo, done, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
     for request in asked:
@@ -227,16 +225,6 @@ def _failure(error, stage, api_key):
         key = f"{'the' if api_key else 'no'} key in environment variable {stage.key_variable}"
         return ValueError(f"{stage.name}: {stage.endpoint} refuses model {stage.served!r}, asked with {key}: {detail}")
     return _Failed(STATUSES.get(status, "server error"), detail, float(pause) if pause.isdecimal() else 0.0)
-
-
-def _check_url(stage):
-    try:
-        url = urlsplit(stage.endpoint)
-        good = url.scheme in ("http", "https") and url.hostname and url.port != 0
-    except ValueError:  # a port that is no number, a bracket left open
-        good = False
-    if not good:  # without a scheme the client would take it for a model on the hub
-        raise ValueError(f"{stage.name}: endpoint {stage.endpoint!r} is no URL such as http://localhost:8000/v1")
 
 
 def _read_answers(path):

@@ -153,7 +153,7 @@ class Decoder:
         row_N = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
         self.cache.clear(place_G, slot_B)
         hidden_ND = self.model.model(self.model.embed(batch), batch.positions_3N, partial(
-            self.cache.prefill, batch.segments, place_G.repeat_interleave(lengths_G), row_N))
+            self.cache.prefill, batch.segments, place_G.repeat_interleave(lengths_G, output_size=len(row_N)), row_N))
         last_G = torch.tensor([end - 1 for _, end in batch.spans], device=device)
         logits_GV = self.model.logits(hidden_ND[last_G])
         self.cache.prompt_length_G[place_G] = lengths_G

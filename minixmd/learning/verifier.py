@@ -18,6 +18,7 @@ from minixmd.files import write_safetensors
 from minixmd.inputs.batch import Prompt, pack
 from minixmd.inputs.positions import positions_of
 from minixmd.learning.optim import learning_rate
+from minixmd.learning.scoring import packs
 from minixmd.models.cnn14 import load_weights, make_cnn14, spec_augment
 from minixmd.models.lora import hash_seed
 
@@ -64,26 +65,21 @@ def trace_vectors(model, processor, texts, batch_tokens):
     Raises:
         ValueError: a text without a token, or over the model's limit.
     """
-    device, found, run, tokens = model.lm_head.weight.device, [], [], 0
+    found = [torch.empty(0, model.config.text.hidden_size)]
 
-    def read():
-        batch = pack(run).to(device)
+    def prompts():
+        for text in texts:
+            ids = processor.encode(text)
+            if not 0 < len(ids) <= processor.max_positions:
+                raise ValueError(f"a trace of {len(ids)} tokens: {text[:60]!r}; the model's limit is "
+                                 f"{processor.max_positions}")
+            yield text, Prompt(torch.tensor(ids), positions_of(len(ids), []))
+
+    for run in packs(prompts(), batch_tokens):
+        batch = pack([prompt for _, prompt in run]).to(model.lm_head.weight.device)
         hidden_ND = model(batch).float()
-        found.extend(hidden_ND[start:end].mean(0).cpu() for start, end in batch.spans)
-
-    for text in texts:
-        ids = processor.encode(text)
-        if not 0 < len(ids) <= processor.max_positions:
-            raise ValueError(f"a trace of {len(ids)} tokens: {text[:60]!r}; the model's limit is "
-                             f"{processor.max_positions}")
-        if run and tokens + len(ids) > batch_tokens:
-            read()
-            run, tokens = [], 0
-        run.append(Prompt(torch.tensor(ids), positions_of(len(ids), [])))
-        tokens += len(ids)
-    if run:
-        read()
-    return torch.stack(found)
+        found += [hidden_ND[start:end].mean(0, keepdim=True).cpu() for start, end in batch.spans]
+    return torch.cat(found)
 
 
 def fit(stage, verifier, heard, text_BD, yes, answers, log, device):
