@@ -19,6 +19,7 @@ LADDER = {  # row -> name of its Train stage; "before" is the student itself
     "TTS + AGFV + SFT": "sft",
     "TTS + AGFV + SFT + GRPO": "grpo",
 }
+CONTROLS = {"SFT continued": "continued", "SFT, then GRPO, on the traces' clips alone": "grpo_traced"}  # ours
 MODES = {  # row of Table 1 -> name of its Evaluate stage, of `modes` and `others`
     "Qwen2.5-Omni-3B (audio), direct": "omni3b_audio",
     "Qwen2.5-Omni-7B (audio), direct": "omni7b_audio",
@@ -110,7 +111,7 @@ class SightSound:
     # ---- the student ----
 
     def trained(self, name, **how):
-        """The Train stage of a row of LADDER, or of "continued": SFT for as many more steps as GRPO has."""
+        """The Train stage of a row of LADDER or CONTROLS: "continued" is SFT for as many more steps as GRPO has."""
         model, manifest, learning = self.student, self.traced, self.sft
         written = dict(prompt=self.ask("think"), max_new_tokens=self.written)
         fields = {
@@ -122,10 +123,11 @@ class SightSound:
             "sft": dict(objective="sft", traces="@checked", which="unanimous", **written),
             "continued": dict(objective="sft", traces="@checked", which="unanimous", **written),
             "grpo": dict(objective="grpo", teacher_labels=self.rewarded(), **written),
+            "grpo_traced": dict(objective="grpo", teacher_labels=self.rewarded(), **written),
         }[name]
         if name in ("truth", "labels", "grpo_labels", "grpo"):
             manifest = self.truth if name == "truth" else self.train
-        if name in ("grpo", "continued"):
+        if name in ("grpo", "grpo_traced", "continued"):
             model = "@sft"
         if fields["objective"] == "grpo":
             learning = self.grpo
@@ -234,8 +236,8 @@ def avqa(*, data="data", student=STUDENT, teacher=TEACHER, checking=None, **how)
 
 
 def toy(updates=200, **how):
-    """The toy world's (stage Toy with thinking=True). Thoughts cost the most, so they are of 3 clips a class; the
-    teacher's letters are of all the train split.
+    """The toy world's (stage Toy with thinking=True). Thoughts cost the most, so they are of 72 clips; the teacher's
+    letters, which GRPO rewards, are of all 2,400 of the train split.
 
     updates: of GRPO. how: more fields of SightSound, in place of these.
     """

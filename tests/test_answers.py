@@ -1,7 +1,7 @@
 """extract: which option a written answer means, by which way, and what does not fool it."""
 import pytest
 
-from minixmd.learning.answers import WAYS, extract, final_answer
+from minixmd.learning.answers import WAYS, extract, final_answer, thoughts
 
 OPTIONS = ("dog barking", "cat meowing", "police car (siren)", "dog", "playing bass drum", "ice cream van",
            "woman's singing", "parrot talking", "skidding", "toilet flushing")  # fmt: skip
@@ -76,6 +76,17 @@ def test_the_only_answer_tag_is_read_alone():
 def test_the_final_answer_is_what_the_thinking_ends_in(text, said):
     found = final_answer(text)
     assert (found and found.strip()) == said
+
+
+@pytest.mark.parametrize("text, thought", [
+    ("<think>\nA bell.\nTwice. </think>\n<answer>B</answer>", "A bell.\nTwice."),
+    ("so: <think>A bell.</think>", "A bell."),
+    ("A bell, so B.", "A bell, so B."),
+    ("<think> </think><answer>B</answer>", "<think> </think><answer>B</answer>"),
+    ("<think>A bell", "<think>A bell"),
+])
+def test_the_thoughts_are_what_stands_before_the_answer(text, thought):
+    assert thoughts(text) == thought
 
 
 def test_thinking_is_not_read_and_without_an_end_is_no_answer():

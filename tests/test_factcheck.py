@@ -10,11 +10,13 @@ from minixmd.config import FactCheck
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import read_manifest
 from minixmd.learning import verifier as small
+from minixmd.learning.answers import thoughts
 from minixmd.learning.scoring import read_records
 from minixmd.models.whisper import Whisper
 from minixmd.stages import factcheck
 
 PROMPT = "{trace}\nIs that true?"
+THRESHOLD = -0.2335  # about half of the untrained model's scores are above it
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def write_traces(path, clips=48):
 
 def stage_of(world, **more):
     given = dict(name="check", traces=str(world / "traces.jsonl"), manifest=str(world / "clips" / "manifest.jsonl"),
-                 model=str(world / "ears"), prompt=PROMPT)
+                 model=str(world / "ears"), prompt=PROMPT, threshold=THRESHOLD)
     return FactCheck(**given | more)
 
 
@@ -71,11 +73,12 @@ def test_a_score_is_the_log_odds_of_yes_where_the_answer_starts(world, judged):
     for trace, verdict in list(zip(traces, judged["verdicts"], strict=True))[::13]:
         prompt = processor([{"role": "user", "content": [
             {"type": "audio", "audio": examples[trace["id"]].audio},
-            {"type": "text", "text": trace["text"] + "\nIs that true?"}]}])
+            {"type": "text", "text": trace["text"].split("<answer>")[0][len("<think>"):-len("</think>")]
+             + "\nIs that true?"}]}])
         with torch.no_grad():
             p_V = model.logits(model(pack([prompt]))[-1:])[0].softmax(-1)
         assert verdict["score"] == pytest.approx((p_V[yes].sum() / p_V[no].sum()).log().item(), abs=2e-4)
-        assert verdict["accepted"] == (verdict["score"] > 0)
+        assert verdict["accepted"] == (verdict["score"] > THRESHOLD)
     assert len({verdict["score"] for verdict in judged["verdicts"]}) > 90
 
 
@@ -84,6 +87,15 @@ def test_a_trace_and_its_clip_both_matter(judged):
     assert all(by_key[f"clip{i}", 0] == by_key[f"clip{i}", 2] for i in range(48))  # the same words
     assert all(by_key[f"clip{i}", 0] != by_key[f"clip{i}", 1] for i in range(48))  # another name
     assert by_key["clip0", 0] != by_key["clip3", 0]  # the same name, other noise
+
+
+def test_the_answer_is_not_judged(world, judged, tmp_path):
+    """It may give a false thought away, which would need no ears."""
+    lines = [line | {"text": line["text"].replace(">A<", f">{line['option']}<")}
+             for line in read_records(world / "traces.jsonl")]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = run(stage_of(world, traces=str(tmp_path / "other.jsonl"), which="all"), tmp_path / "run")
+    assert found["verdicts"] == judged["verdicts"]
 
 
 def test_accepted_traces_stand_as_they_were_with_their_score(world, judged):
@@ -227,7 +239,7 @@ def test_the_words_alone_tell_the_verifier_nothing(world, trained):
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(48, generator=generator).tolist()
     heard = [factcheck.hear(stage, examples[order[int(t["id"].removeprefix("clip"))]]) for t in traces]
-    text_BD = small.trace_vectors(model, processor, [t["text"] for t in traces], 8192)
+    text_BD = small.trace_vectors(model, processor, [thoughts(t["text"]) for t in traces], 8192)
     found = small.scores(verifier, heard, text_BD, 16)
     assert small.auc(found, [truth(t) for t in traces]) < 0.65
 

@@ -31,7 +31,7 @@ def replies(messages, seed):
     if clip["type"] == "video_url":
         chosen = "ABC"[(sent + (seed % 5 == 0)) % 3]
         return f"<think>Thought {seed}: a {CLASSES[sent % 3]}.</think><answer>{chosen}</answer>"
-    assert "<think>Thought" in text["text"]
+    assert "\nThought " in text["text"] and "<answer>" not in text["text"]
     yes = (sent + sum(text["text"].encode())) % 3 > 0
     return {"text": "Yes." if yes else "no", "top": {"Yes" if yes else "no": -0.1, "no" if yes else "yes": -2.5}}
 

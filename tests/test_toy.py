@@ -14,6 +14,7 @@ import torch
 from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.inputs.media import MediaError, read_audio, read_frames
 from minixmd.inputs.tokenizer import Processor
+from minixmd.learning.answers import thoughts
 from minixmd.learning.rewards import accuracy_reward, format_reward
 from minixmd.models.weights import load_model, save_model
 from minixmd.stages import toy, toy_checker, toy_lessons, world
@@ -216,15 +217,6 @@ def test_a_lesson_is_the_prompt_that_a_stage_asks(untrained, small, form, told):
         assert [processor.decode([ids[row]]).strip() for row, _ in hints] == list(example.options)
 
 
-def test_the_clips_to_think_about_are_as_many_of_each_class(small):
-    examples = read_manifest(small / "base.jsonl") * (toy.TRACED + 1)
-    examples = [replace(e, id=str(i)) for i, e in enumerate(examples)]
-    chosen = toy.first_clips(examples)
-    assert Counter(e.label for e in examples if e.id in chosen) == {e.label: toy.TRACED for e in examples}
-    first = {label: [e.id for e in examples if e.label == label][:toy.TRACED] for label in {e.label for e in examples}}
-    assert chosen == {name for names in first.values() for name in names}
-
-
 def test_text_is_thought_about_as_clips_are(untrained):
     """What stands where the clip will be is the right name, and thought and answer are that name."""
     processor, rng = untrained["student"][1], np.random.default_rng(0)
@@ -236,16 +228,18 @@ def test_text_is_thought_about_as_clips_are(untrained):
         assert re.search(rf"user\n(?: {name}){{4}}{world.QUESTION}", text) and len(hints) == world.OPTIONS
 
 
-def test_the_checker_is_shown_traces_as_it_will_be_asked_about_them(untrained, small):
+def test_the_checker_is_shown_thoughts_as_it_will_be_asked_about_them(untrained, small):
     """Token for token what stage FactCheck asks."""
     processor, example = untrained["student"][1], read_manifest(small / "base.jsonl")[0]
-    trace = toy.THINKING.answer.format(told="bell", name="drum")
-    asked = processor(build_conversation(example, media="audio", prompt=world.CHECK_PROMPT, trace=trace, answer="yes"))
+    thought = toy.THOUGHT.format(told="bell")
+    assert thoughts(toy.THINKING.answer.format(told="bell", name="drum")) == thought
+    asked = processor(build_conversation(example, media="audio", prompt=world.CHECK_PROMPT, trace=thought,
+                                         answer="yes"))
     [(before, clip)] = toy.show(processor, [example], "checker", "audio")
-    made = toy_checker.check_lesson(processor, before, clip, world.CHECK_PROMPT.format(trace=trace), True)
+    made = toy_checker.check_lesson(processor, before, clip, world.CHECK_PROMPT.format(trace=thought), True)
     assert made.ids_N.tolist() == asked.ids_N.tolist()[:len(made)] and len(asked) - len(made) <= 1
     assert made.ids_N[made.target_N].tolist() == asked.ids_N[asked.target_N].tolist()
-    no = toy_checker.check_lesson(processor, before, clip, world.CHECK_PROMPT.format(trace=trace), False)
+    no = toy_checker.check_lesson(processor, before, clip, world.CHECK_PROMPT.format(trace=thought), False)
     assert processor.decode(no.ids_N[no.target_N]) == "no"
 
 

@@ -22,8 +22,15 @@ STATED = re.compile(
     r"""(?<![\w./-])(?!I,)[A-Z](?=\s*$|[.:;,!?)\]}"'”’*]+(?:\s|$)|</|\s?[-–—]\s|\s+(?:and|or|is|because|since)\b)""",
     re.MULTILINE)  # fmt: skip
 INSIDE = r"(?:(?!</?(?:think|answer)>).)*"  # text without any of the four tags
+THOUGHTS = re.compile(rf"<think>({INSIDE})</think>", re.DOTALL)
 ANSWER = re.compile(rf"<answer>({INSIDE})</answer>", re.DOTALL)
 FIRST = re.compile(r"\A\W*[a-z](?=[.:)\]]|\W*$)")
+
+
+def thoughts(text):
+    """What stands between a trace's <think> and </think>; all of a text in which nothing does."""
+    found = THOUGHTS.search(text)
+    return found[1].strip() if found and found[1].strip() else text
 
 
 def final_answer(text):

@@ -2,9 +2,11 @@
 
 Section 3.2 of SightSound-R1 names it and gives no form; this one is ours. The clip is a Cnn14's output, the trace the
 mean hidden state of its tokens in the frozen student's decoder, brought to the same width; their scaled product is the
-score. Beside each judged pair stands a mismatched one, the same clip with the trace of a clip that was answered
-otherwise, which is taken to be false: a few hundred verdicts hold too few falsehoods to learn from. Four judged traces
-in five train; on the others a scale and an offset make the score a log-odds of the checker's "yes".
+score. The mean over clips is taken out of the first, so that on an average of clips every trace scores the same: what
+the words alone suggest is no evidence. Beside each judged pair stands a mismatched one, the same clip with the trace of
+a clip that was answered otherwise, which is taken to be false: a few hundred verdicts hold too few falsehoods to learn
+from. Four judged traces in five train; on the others a scale and an offset make the score a log-odds of the checker's
+"yes".
 """
 import math
 
@@ -31,14 +33,14 @@ class Verifier(nn.Module):
 
     def __init__(self, cnn, D):
         super().__init__()
-        self.cnn, self.text = cnn, nn.Linear(D, WIDTH)
+        self.cnn, self.text, self.centre = cnn, nn.Linear(D, WIDTH), nn.BatchNorm1d(WIDTH, affine=False)
         for name in ("mean_D", "std_D"):  # of the text vectors that it was trained on
             self.register_buffer(name, torch.zeros(D))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("offset", torch.zeros(()))
 
     def forward(self, logmel_BAM, text_BD):
-        return self.match(self.cnn(logmel_BAM), text_BD)
+        return self.match(self.centre(self.cnn(logmel_BAM)), text_BD)
 
     def match(self, clip_BC, text_BD):
         text_BC = self.text((text_BD - self.mean_D) / self.std_D)
@@ -138,7 +140,7 @@ def pair_loss(verifier, heard, text_BD, yes, answers, chosen, noise, device):
     """Cross-entropy of the judged pairs and, for each, of its clip with the trace of the next pair in the batch that
     gives another answer."""
     x_B1AM = verifier.cnn.normalise(torch.stack([heard[i] for i in chosen]).to(device))
-    clip_BC = verifier.cnn.fc_audioset(verifier.cnn.embed(spec_augment(x_B1AM, noise), noise))
+    clip_BC = verifier.centre(verifier.cnn.fc_audioset(verifier.cnn.embed(spec_augment(x_B1AM, noise), noise)))
     score = verifier.match(clip_BC, text_BD[chosen].to(device))
     target = torch.tensor([float(yes[i]) for i in chosen], device=device)
     loss, other = F.binary_cross_entropy_with_logits(score, target, reduction="sum"), []

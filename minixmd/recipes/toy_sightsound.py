@@ -3,7 +3,7 @@
     python -m minixmd.train toy_sightsound       (another world: … toy_sightsound seed=1 run_dir=runs/toy_sightsound-1)
 
 CPU, 2 cores. The teacher, who cannot hear, names a wrong sound in three thoughts of ten; the checker rejects those; the
-student learns to think from what is left, of 3 clips a class, then by GRPO from the teacher's letters on all clips.
+student learns to think from what is left, of 72 clips, then by GRPO from the teacher's letters on all 2,400.
 """
 from minixmd.config import Toy
 from minixmd.sightsound import toy

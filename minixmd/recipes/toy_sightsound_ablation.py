@@ -5,12 +5,12 @@
 CPU, 2 cores. `python -m bench.toy_sightsound RUN…` pools several worlds and holds the claims against them.
 """
 from minixmd.config import Toy
-from minixmd.sightsound import LADDER, toy
+from minixmd.sightsound import CONTROLS, LADDER, toy
 
 sound = toy()
 MODES = {"student, direct": "before_test", "student, zero-shot CoT": "cot", "student, test-time CoT": "test_time",
          "teacher, direct": "teacher", "teacher, CoT": "teacher_cot"}
 stages = [Toy(name="toy", thinking=True)] + sound.traces() + sound.labels() + sound.modes()
-stages += sound.verifier(limit=640, width=1 / 16, clip_s=1.0, epochs=20, lr=3e-3)
-stages += sound.ladder() + sound.trained("continued") + sound.evaluated("continued")
-stages += sound.report(LADDER | {"SFT continued": "continued"}, MODES, verifier=True)
+stages += sound.verifier(limit=640, width=1 / 16, clip_s=1.0, epochs=30, lr=3e-3)
+stages += sound.ladder() + sound.ladder(*CONTROLS.values())
+stages += sound.report(LADDER | CONTROLS, MODES, verifier=True)

@@ -3,7 +3,8 @@ SightSound-R1.
 
 Who judges: an audio model, by the log-odds of yes against no where its answer would start; an OpenAI-compatible
 endpoint that hears; a small verifier trained on verdicts of one of those (learning/verifier.py); or verdicts given
-already, for another threshold. Each verdict is kept with its score. A trace that nobody could judge is not accepted.
+already, for another threshold. It judges the thoughts and is not shown the answer after them: whether the two agree can
+be seen without listening. Each verdict is kept with its score. A trace that nobody could judge is not accepted.
 """
 import os
 from collections import Counter
@@ -19,6 +20,7 @@ from minixmd.files import read_json, write_json
 from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.inputs.media import MediaError
 from minixmd.learning import verifier as small
+from minixmd.learning.answers import thoughts
 from minixmd.learning.endpoint import ask_endpoint, audio_part, key_from, log_odds, yes_no
 from minixmd.learning.scoring import (
     bad_record,
@@ -135,7 +137,8 @@ def listen(stage, model, processor, yes, no, part):
     def prompt(item):
         example, trace = item
         try:
-            return item, processor(build_conversation(example, media="audio", prompt=stage.prompt, trace=trace["text"]))
+            said = thoughts(trace["text"])
+            return item, processor(build_conversation(example, media="audio", prompt=stage.prompt, trace=said))
         except (MediaError, ValueError) as error:
             return item, error
 
@@ -182,7 +185,7 @@ def by_endpoint(stage, folder, traces, beside, log):
 
 
 def messages(stage, example, trace):
-    [turn] = build_conversation(example, media="audio", prompt=stage.prompt, trace=trace["text"])
+    [turn] = build_conversation(example, media="audio", prompt=stage.prompt, trace=thoughts(trace["text"]))
     return [{"role": "user", "content": [audio_part(example.audio), turn["content"][-1]]}]
 
 
@@ -210,7 +213,8 @@ def by_verifier(stage, folder, traces, beside, log):
         bad = [{**bad_record(e, heard), "sample": trace["sample"]} if isinstance(heard, MediaError) else None
                for (e, trace), heard in zip(part, frames, strict=True)]
         good = [i for i, record in enumerate(bad) if record is None]
-        text_BD = small.trace_vectors(model, processor, [part[i][1]["text"] for i in good], stage.batch_tokens)
+        said = [thoughts(part[i][1]["text"]) for i in good]
+        text_BD = small.trace_vectors(model, processor, said, stage.batch_tokens)
         return good, [frames[i] for i in good], text_BD, bad
 
     kept, tally = folder / "verifier.safetensors", folder / "calibration.json"

@@ -7,8 +7,6 @@ tower and decoder learn the question together. Where they shall think, the stude
 thought about before the answer, and the teacher then learns to do so of what it sees. All steps but the first use the
 base split only. The checker (toy_checker.py) goes on from the student.
 """
-import json
-from collections import Counter
 from itertools import cycle
 from string import ascii_uppercase
 
@@ -44,8 +42,9 @@ ASKING_BATCH, ASKING_MOST, ASKING_FADE = 24, 900, 150
 # others it goes on guessing for as long as it learns
 ASKING_PASSED = 0.15
 DIRECT = Form(PROMPT, "{letter}")
-THINKING = Form(THINK_PROMPT, "<think>I hear {told}.</think><answer> {name}</answer>")
-TRACED = 3  # clips a class that the teacher thinks about
+THOUGHT = "I hear {told}."
+THINKING = Form(THINK_PROMPT, f"<think>{THOUGHT}</think><answer> {{name}}</answer>")
+TRACED = 72  # clips of the train split that the teacher thinks about, 3 a class on the average
 FALSE = 0.3  # share of the thoughts from which the teacher learns that name any of the options
 READ = 6  # lessons of text, beside 24 of clips
 TOLD_APART = {"student": ("both", "ear"), "teacher": ("both", "eye")}
@@ -54,12 +53,11 @@ TOLD_APART = {"student": ("both", "ear"), "teacher": ("both", "eye")}
 def run(stage, folder, log):
     """Writes <split>.jsonl and their clips, language.safetensors (the decoder that has read), student/ and teacher/.
 
-    Where they think, also checker/ and traced.jsonl: some of the train split, as blind as that."""
+    Where they think, also checker/ and traced.jsonl, the first clips of the train split."""
     make_world(folder, stage.seed)
     if stage.thinking:
-        some = first_clips(read_manifest(folder / "train_truth.jsonl"))
         lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
-        write_text(folder / "traced.jsonl", "".join(line for line in lines if json.loads(line)["id"] in some))
+        write_text(folder / "traced.jsonl", "".join(lines[:TRACED]))
     language = folder / "language.safetensors"
     if not language.exists():
         write_safetensors(language, teach_language(folder, stage.seed, log))
@@ -70,16 +68,7 @@ def run(stage, folder, log):
             teach_tower(model, processor, folder, name, stage, log)
             save_model(model, processor.folder, folder / name)
     if stage.thinking and not (folder / "checker" / "config.json").exists():
-        teach_checker(folder, stage.seed, THINKING.answer, log)
-
-
-def first_clips(examples):
-    """Ids of the first TRACED clips of each class."""
-    chosen, seen = set(), Counter()
-    for e in examples:
-        seen[e.label] += 1
-        chosen |= {e.id} if seen[e.label] <= TRACED else set()
-    return chosen
+        teach_checker(folder, stage.seed, THOUGHT, log)
 
 
 def new_model(folder, name, seed):

@@ -19,9 +19,8 @@ from minixmd.stages.world import CHECK_PROMPT
 STEPS, BATCH, LR = 500, 32, 5e-4
 
 
-def teach_checker(folder, seed, trace, log):
-    """Writes checker/. trace: the form of what it shall judge, over {told}, which is true or not, and
-    {name}, which mostly is."""
+def teach_checker(folder, seed, thought, log):
+    """Writes checker/. thought: the form of what it shall judge, over {told}."""
     model, processor = load(folder / "student")
     examples = read_manifest(folder / "base.jsonl") + read_manifest(folder / "analysis.jsonl")
     shown, rng = show(processor, examples, "checker", "audio"), np.random.default_rng([seed, 3])
@@ -38,9 +37,9 @@ def teach_checker(folder, seed, trace, log):
             for i in chosen:
                 label, yes = examples[i].label, rng.random() < 0.5
                 among = sorted(alike[examples[i].meta["group"]]) if rng.random() < 0.5 else names
-                name = label if yes else rng.choice([other for other in among if other != label])
-                said = trace.format(told=name, name=label if rng.random() < 0.8 else name)
-                prompts.append(check_lesson(processor, *shown[i], asked[0] + said + asked[2], yes))
+                told = label if yes else rng.choice([other for other in among if other != label])
+                text = asked[0] + thought.format(told=told) + asked[2]
+                prompts.append(check_lesson(processor, *shown[i], text, yes))
             batch = pack(prompts)
             weight_T = batch.target_weight_T / len(batch.target_id_T)
             objective = CrossEntropy(batch.target_id_T, weight_T, "torch")
