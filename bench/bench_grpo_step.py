@@ -8,10 +8,10 @@ of which train, and A for an audio tower, which does not:
     scoring    n A(30 s) + n (P + C) W + n C V D                    (P + n C) W + n C V D
     update     n A(30 s) + 3 n (P + C) W + 3 n C V D                3 (P + n C) W + 4 n C V D
 
-The fourth product with the head is for the log-probs before the update. Rows of the result:
+The fourth product with the head is for the log-probs before the update; it too is counted. Rows of the result:
     sharing    FLOPs of scoring and update (towers left out) of one Group, against n sequences of P + C through the same
                code; the gradients of the two. The same FLOPs at the 7B's shape, counted on `meta`.
-    memory     peak of the update's head with the GRPO objective, against all logits and log_softmax.
+    memory     peak of the update's head, frozen as with LoRA, with the GRPO objective, against all logits, log_softmax.
     encoders   clips that go through audio towers in a whole step.
     step       seconds of a step, train.grpo_step against transformers: generate with num_return_sequences, scoring and
                update on rows (n, P + C) with the head on the completions' rows only, clipping, AdamW. On both sides
@@ -189,10 +189,10 @@ def parity(sides):
         scored, logp_T = counted(scoring)
         if old_T is None:
             old_T, ref_T = logp_T + 0.3 * torch.randn(2, len(logp_T))
-        learnt, loss = counted(partial(learning, old_T, ref_T))
-        if name != "transformers":  # a step's old log-probs are not given
-            learnt += 2 * len(old_T) * sides.run.model.lm_head.weight.numel()
-        flop[name] = {"scoring": scored, "update": learnt}
+        learnt, _ = counted(partial(learning, None, ref_T))  # as in a step, whose old log-probs are not given
+        for p in parameters.values():
+            p.grad = None
+        flop[name], loss = {"scoring": scored, "update": learnt}, learning(old_T, ref_T)
         found[name] = {"logp": logp_T, "loss": torch.tensor(loss)}, {k: p.grad for k, p in parameters.items()}
         for p in parameters.values():
             p.grad = None
@@ -217,9 +217,10 @@ def sharing_7b(P, ids_GC):
     prompt = Prompt(torch.zeros(P, dtype=torch.int64), torch.arange(P).expand(3, -1))
     for shared in (True, False):
         batch = pack(items_of(prompt, ids_GC, shared)).to("meta")
-        learnt, logits_TV = counted(lambda batch=batch: model.logits(model(batch)[batch.target_row_T]))
+        body, hidden_TD = counted(lambda batch=batch: model(batch)[batch.target_row_T])
+        head, logits_TV = counted(partial(model.logits, hidden_TD))
         back, _ = counted(logits_TV.sum().backward)
-        found.append({"scoring": learnt, "update": learnt + back + 2 * len(logits_TV) * model.lm_head.weight.numel()})
+        found.append({"scoring": body + head, "update": body + 2 * head + back})  # by the head twice: see above
     return {"of": "sharing", "model": "Qwen2-Audio-7B", **share_of(*found)}
 
 
@@ -230,7 +231,7 @@ def memory(N, D, V):
         peaks[side] = measure.peak(lambda side=side, call=call: found.update({side: dict(enumerate(call()))}), "cpu")
         case.old_N = found["log_softmax"][0]
     share = peaks["minixmd"] / peaks["log_softmax"]
-    print(f"memory: peak of the head {peaks['minixmd'] / 2**20:.0f} MiB of {peaks['log_softmax'] / 2**20:.0f}, "
+    print(f"memory: peak of a frozen head {peaks['minixmd'] / 2**20:.0f} MiB of {peaks['log_softmax'] / 2**20:.0f}, "
           f"{share:.3f}", flush=True)
     return {"of": "memory", "N": N, "D": D, "V": V, "peak_bytes": peaks, "share": share,
             "error": agree("the heads", 1e-4, *found.values())}  # fmt: skip

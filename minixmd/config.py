@@ -61,6 +61,7 @@ class Evaluate(_Asking):
     rule: str = "option"  # how its words are read: "option", the letter or the most similar option | "mmau", MMAU's own
     n: int = 1  # answers sampled, of which the commonest counts; 1 = one
     temperature: float = 0.0  # of the sampling; 0 = greedy
+    stop: tuple[str, ...] = ()  # strings that end an answer, beside the end of turn
     traces: str | None = None  # "@traces": the clip's first trace that fits the prompt's {trace}; None = none
 
     def __post_init__(self):
@@ -69,9 +70,11 @@ class Evaluate(_Asking):
         one_of(self, "rule", "option", "mmau")
         require(self, "max_new_tokens >= 2", "n >= 1", "temperature >= 0")
         if self.answer == "letters":
-            for name, unused in (("rule", "option"), ("n", 1), ("temperature", 0.0)):
+            for name, unused in (("rule", "option"), ("n", 1), ("temperature", 0.0), ("stop", ())):
                 if getattr(self, name) != unused:
                     raise ConfigError(f"config: answer 'letters' does not use {name}, got {getattr(self, name)!r}")
+        if "" in self.stop:
+            raise ConfigError("config: a stop string must not be empty, got ''")
         if self.n > 1 and self.temperature == 0:
             raise ConfigError(f"config: n {self.n} at temperature 0.0 would give {self.n} equal answers")
 
@@ -132,6 +135,10 @@ class Traces(_Asking, _Remote):
             raise ConfigError(f"config: slots {self.slots} is below n {self.n}")
         if self.endpoint is not None:
             one_of(self, "media", "video", "audio")
+            for name in ("fps", "min_pixels", "max_pixels", "nframes"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ConfigError(f"config: the server at an endpoint chooses the frames and does not use {name}, "
+                                      f"got {getattr(self, name)!r}")
 
 
 @stage
@@ -150,6 +157,7 @@ class FactCheck(_Remote):
     model: str | None = None  # of "model" the one that hears; of "verifier" the one whose decoder reads the traces
     prompt: str = CHECK_PROMPT  # format string over {trace} and what Evaluate has
     verdicts: str | None = None  # "@factcheck/verdicts.jsonl": what "verifier" learns from, or "verdicts" takes over
+    logprobs: bool = True  # of "endpoint"; False for a server that refuses them: scores are then +1 and -1
     # the trained verifier: a Cnn14 beside the decoder's mean hidden state
     weights: str | None = None  # checkpoint to start from, .pth or .safetensors; None = from scratch
     width: float = 1.0  # by which its channel counts are multiplied; 1 = as published
@@ -187,6 +195,8 @@ class FactCheck(_Remote):
                                   f"{name}, got {getattr(self, name)!r}")
         if self.checker == "endpoint":
             self.check_remote(None)
+        elif not self.logprobs:
+            raise ConfigError(f"config: checker {self.checker!r} does not use logprobs, got False")
 
 
 @stage

@@ -75,7 +75,7 @@ class Train:
     eps: float = 1e-8
     # how it runs
     eval_every: int = 0  # optimizer steps; 0 = only at the end
-    save_every: int = 100  # optimizer steps between resumable states; 0 = only at the end
+    save_every: int = 100  # optimizer steps between resumable states; 0 = only at the end and to validate
     max_bad: float = 0.01  # share of bad clips above which the stage fails; 1 = never
     device: str = "auto"  # "auto" | "cpu" | "cuda"
     impl: str = "auto"  # "triton" | "torch" | "auto", Triton kernels on a GPU and PyTorch elsewhere
@@ -133,9 +133,10 @@ class Train:
                 raise ConfigError(f"config: gate 'never' does not use {name}, got {getattr(self, name)!r}")
         if self.beta == 0 and self.kl != "k3":
             raise ConfigError(f"config: beta 0.0 does not use kl, got {self.kl!r}")
-        if self.trainable != "lora" and self.dtype == "float16":  # gradients below 6e-8 would be 0
-            raise ConfigError(f"config: trainable {self.trainable!r} needs dtype 'float32' or 'bfloat16', got "
-                              "'float16'")
+        # in float16 gradients below 6e-8 are 0: those of weights, and of logits where thousands of tokens share a step
+        for name, value in (("objective", "grpo"), ("trainable", "decoder"), ("trainable", "full")):
+            if self.dtype == "float16" and getattr(self, name) == value:
+                raise ConfigError(f"config: {name} {value!r} needs dtype 'float32' or 'bfloat16', got 'float16'")
         if self.batch_size % self.micro_batch_size:
             raise ConfigError(f"config: batch_size {self.batch_size} is not a multiple of micro_batch_size "
                               f"{self.micro_batch_size}")

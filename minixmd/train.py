@@ -74,6 +74,7 @@ class Run:
     reference: torch.nn.Module | None = None  # of GRPO: the policy before training
     step: int = 0  # finished
     best: float = -1.0  # validation accuracy
+    validated: int = 0  # step of the last validation, by the log
     bad: int = 0  # clips that could not be read, over all epochs so far
 
 
@@ -131,11 +132,13 @@ def update(run, stage, loss=0.0):
     """Clip, step, and forget the gradients. Returns the gradient's norm before clipping and the learning rate.
 
     Raises:
-        ValueError: the loss, of which the gradients are, is not finite; no weight is changed.
+        ValueError: the loss, of which the gradients are, or their norm is not finite; no weight is changed.
     """
     if not math.isfinite(loss):
         raise ValueError(f"{stage.name}: the loss at step {run.step + 1} is {loss}; stopped")
     norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), stage.clip or math.inf).item()
+    if not math.isfinite(norm):
+        raise ValueError(f"{stage.name}: the gradient's norm at step {run.step + 1} is {norm}; stopped")
     lr = learning_rate(run.step, run.steps, stage.lr, stage.warmup)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -220,8 +223,9 @@ def stored_rows(tops, shared, banned_Z):
 
 # ---- a step on the model's own answers: GRPO, equation 2 of SightSound-R1 ----
 
-NOTE = ("the loss starts at 0 and stays near it: in the first update after a rollout the ratio is 1, and a group's "
-        "advantages add up to 0. Its gradient is not 0; what shows the progress is the reward")
+NOTE = ("the loss shows no progress: in the first update after a rollout the ratio is 1, which leaves the KL and the "
+        "mean of the advantages, 0 where all completions weigh the same. Its gradient is not 0; what shows the "
+        "progress is the reward")
 SHOWN = 4  # completions of a step that are written as text
 MAX_KL = 1e-6  # to the reference, before the first update
 
@@ -260,6 +264,8 @@ def grpo_step(run, stage, processor, good, folder):
         if stage.beta:
             figures["kl"] = found["kl"].mean().item()
         means.update({name: value / stage.num_iterations for name, value in figures.items()})
+    if run.model.lm_head.weight.is_cuda:
+        torch.cuda.synchronize()  # the optimizer's kernels too belong to the update's time
     times.append(time.perf_counter())
     line = {**means, **summary(pairs, parts), "learned": len(rollout.groups) if rollout else 0}  # groups
     if rollout:  # what the sampler said of its tokens against what the training pass says: 0 but for rounding
@@ -362,6 +368,7 @@ def train(stage, folder, log):
         count = sum(p.numel() for p in run.parameters.values())
         log({"step": 0, "learns_from": counts, "steps": run.steps, "trainable_parameters": count,
              **({"note": NOTE} if grpo else {})})
+    reads = min(stage.epochs * len(pairs), run.steps * stage.batch_size)
     tqdm.write(f"{stage.name}: {run.steps} steps of {stage.batch_size} on {len(pairs)} clips ({counts})"
                + (f", from step {run.step}" if run.step else ""))
     if grpo:
@@ -369,16 +376,20 @@ def train(stage, folder, log):
     steps = (pairs[i] for step in range(run.step, run.steps) for i in order(stage, len(pairs), step))
     prompts = prefetch(lambda one: (ask(stage, processor, *one[:2]), one), steps, ahead=2 * stage.batch_size)
     with tqdm(total=run.steps, initial=run.step, desc=stage.name, unit="step") as bar:
-        while run.step < run.steps:
+        while True:
+            if validation and due(run, stage):  # also after a stop between the state and its validation
+                validate(run, stage, processor, validation, folder, log)
+            if run.step == run.steps:
+                break
             began = time.perf_counter()
             asked = [next(prompts) for _ in order(stage, len(pairs), run.step)]
             good = [(prompt, one) for prompt, one in asked if not isinstance(prompt, MediaError)]
             for error in (prompt for prompt, _ in asked if isinstance(prompt, MediaError)):
                 run.bad += 1
                 log({"step": run.step + 1, "bad": error.reason, "detail": str(error)})
-            if run.bad > stage.max_bad * stage.epochs * len(pairs):
-                raise ValueError(f"{stage.name}: {run.bad} bad clips, above max_bad {stage.max_bad} of the "
-                                 f"{stage.epochs * len(pairs)} to be read; the last: {error}")
+            if run.bad > stage.max_bad * reads:
+                raise ValueError(f"{stage.name}: {run.bad} bad clips, above max_bad {stage.max_bad} of the {reads} to "
+                                 f"be read; the last: {error}")
             line = grpo_step(run, stage, processor, good, folder) if grpo else supervised_step(run, stage, good)
             run.step += 1
             rate = line["tokens"] / (time.perf_counter() - began)
@@ -386,31 +397,36 @@ def train(stage, folder, log):
             shown = "reward" if grpo else "loss"
             bar.set_postfix_str(f"{shown} {line.get(shown, 0):.3f}, {rate:,.0f} tokens/s", refresh=False)
             bar.update()
-            last = run.step == run.steps
-            if validation and (last or (stage.eval_every and run.step % stage.eval_every == 0)):
-                validate(run, stage, processor, validation, folder, log)
-            if last or (stage.save_every and run.step % stage.save_every == 0):
+            if due(run, stage) or (stage.save_every and run.step % stage.save_every == 0):
                 save(run, folder)
     if not any(run.optimizer.state.values()):
         raise ValueError(f"{stage.name}: no step had anything to learn: its clips were bad, or its groups left out")
     publish(run, stage, processor, folder)
 
 
+def due(run, stage):
+    """Whether the step that is finished is one to validate after, and has not been."""
+    at = run.step == run.steps or (stage.eval_every and run.step % stage.eval_every == 0)
+    return at and run.step > run.validated
+
+
 def validate(run, stage, processor, validation, folder, log):
     """Accuracy on the validation manifest, by letters or, in GRPO and with traces, by greedily written answers; the
     best weights so far (the earliest, in a tie) are kept aside."""
     written = stage.max_new_tokens if stage.objective == "grpo" or stage.traces else 0
-    records = score_letters(run.model, processor, stage, validation, max_new_tokens=written)
+    records = score_letters(run.model, processor, stage, validation, max_new_tokens=written, stop=stage.stop)
     bad = count_bad(records, stage)
     if written:  # not the letters' logits and not what the words are like, but the answer that is rewarded
         for example, record in zip(validation, records, strict=True):
             record["answer"] = None if "bad" in record else parse_answer(record["text"], example.options)
     accuracy = tabulate(validation, records)["accuracy"]
-    log({"step": run.step, "val_accuracy": accuracy, "val_bad": bad})
-    tqdm.write(f"{stage.name}: step {run.step}, validation accuracy {100 * accuracy:.1f} %")
     if accuracy > run.best:
         run.best = accuracy
         write_safetensors(folder / "best.safetensors", run.parameters)
+        save(run, folder)
+    log({"step": run.step, "val_accuracy": accuracy, "val_bad": bad})  # last: with it this validation is done
+    run.validated = run.step
+    tqdm.write(f"{stage.name}: step {run.step}, validation accuracy {100 * accuracy:.1f} %")
 
 
 def save(run, folder):
@@ -433,6 +449,7 @@ def resume(run, folder):
         if path.exists():
             lines = [line for line in read_records(path) if line["step"] <= run.step and run.step > 0]
             write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+            run.validated = max([run.validated, *(line["step"] for line in lines if "val_accuracy" in line)])
 
 
 def publish(run, stage, processor, folder):
@@ -507,8 +524,9 @@ def shared(stage):
 
 
 def where(stage):
-    """What "auto" and the like came to: nothing is chosen silently."""
-    if not hasattr(stage, "device"):
+    """What "auto" and the like came to, where a model runs here: nothing is chosen silently."""
+    elsewhere = getattr(stage, "endpoint", None) is not None or getattr(stage, "checker", "") == "verdicts"
+    if not hasattr(stage, "device") or elsewhere:
         return ""
     device = device_of(stage)
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""

@@ -184,6 +184,7 @@ def test_a_value_out_of_range_is_refused(given, said):
     (dict(trainable="full", dtype="float16"), "trainable 'full' needs dtype 'float32' or 'bfloat16', got 'float16'"),
     (dict(trainable="decoder", dtype="float16"), "trainable 'decoder' needs dtype 'float32' or 'bfloat16', got "
                                                  "'float16'"),
+    ({**GRPO, "dtype": "float16"}, "objective 'grpo' needs dtype 'float32' or 'bfloat16', got 'float16'"),
     (dict(batch_size=32, micro_batch_size=5), "batch_size 32 is not a multiple of micro_batch_size 5"),
     (dict(min_pixels=9, max_pixels=8), "min_pixels 9 is more than max_pixels 8"),
     (dict(eval_every=10), "eval_every 10 needs val_manifest, got None"),
@@ -252,7 +253,7 @@ def test_the_default_prompt_and_doubled_braces_are_allowed():
 
 def test_label_asks_with_the_fields_and_defaults_of_evaluate_but_scores_letters_only():
     evaluate, label = ({f.name: (f.type, f.default) for f in fields(cls)} for cls in (Evaluate, Label))
-    own = {"answer", "max_new_tokens", "rule", "n", "traces"}, {"top_k"}
+    own = {"answer", "max_new_tokens", "rule", "n", "stop", "traces"}, {"top_k"}
     assert (evaluate.keys() - label.keys(), label.keys() - evaluate.keys()) == own
     shared = evaluate.keys() & label.keys() - {"temperature"}  # of the sampling; of what is stored for distillation
     assert all(evaluate[name] == label[name] for name in shared)

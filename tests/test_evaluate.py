@@ -124,6 +124,14 @@ def test_written_answers_are_read_counted_and_set_beside_the_letters(puppet, tmp
     assert log[-1]["how"] == found["how"] and log[-1]["disagreement"] == found["disagreement"]
 
 
+def test_a_stop_string_ends_a_written_answer(puppet, tmp_path):
+    run(tmp_path, evaluate, puppet, puppet / "manifest.jsonl", answer="generate", max_new_tokens=4, stop=("m ",))
+    found, records = results(tmp_path)
+    assert [record["text"] for record in records if "bad" not in record] == [
+        "hm " if text.startswith("hm") else text for text, right, *_ in SAID if right is not None]
+    assert found["unfinished"] == 0 and found["stop"] == ["m "]
+
+
 @pytest.mark.parametrize("kind, media", [("ears", "audio"), ("eyes", "video"), ("omni", "sounded")])
 def test_a_written_answer_is_generates_and_the_letters_are_those_without_it(world, kind, media):
     examples = [replace(example, question=f"Which one is number {i}?" + " Take care." * (25 * i % 60))
@@ -171,7 +179,9 @@ def test_a_prompt_that_leaves_no_room_for_the_answer_is_named(puppet, tmp_path):
 
 def test_wrong_ways_to_answer_are_refused():
     for given, said in ((dict(answer="words"), "answer must be 'letters' or 'generate', got 'words'"),
-                        (dict(max_new_tokens=1), "max_new_tokens must be >= 2, got 1")):
+                        (dict(max_new_tokens=1), "max_new_tokens must be >= 2, got 1"),
+                        (dict(stop=("x",)), r"answer 'letters' does not use stop, got \('x',\)"),
+                        (dict(answer="generate", stop=("x", "")), "a stop string must not be empty, got ''")):
         with pytest.raises(ConfigError, match=said):
             stage("m", "d", **given)
     with pytest.raises(ConfigError, match="label 'asked' has no field 'max_new_tokens'"):

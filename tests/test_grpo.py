@@ -149,6 +149,20 @@ def test_loss_and_gradients_are_the_oracles(switches, later):
     assert (columns["clipped"].mean() > 0) == later and columns["entropy"].min() > 0
 
 
+@pytest.mark.parametrize("switches", [{}, dict(ratio="sequence"), dict(aggregation="token"), dict(truncated="mask"),
+                                      dict(aggregation="constant")], ids=str)
+def test_the_first_loss_is_as_the_note_says(switches):
+    """The mean of the advantages as the completions weigh, whatever the policy: 0 where all weigh the same."""
+    run, prompts, answers = problem()
+    run.reference = reference_of(run.model)
+    stage = stage_of(**switches)
+    rollout = learnable(stage, prompts, answers, REWARDS)
+    loss, _, _ = ours(run, stage, prompts, answers, REWARDS)
+    assert loss == pytest.approx(-(rollout.weight_T * rollout.advantage_T).sum().item(), abs=1e-6)
+    same = stage.aggregation == "sequence" and stage.truncated == "keep"
+    assert (abs(loss) < 1e-6) == same and "0 where all completions weigh the same" in trainer.NOTE
+
+
 @pytest.mark.parametrize("switches", [dict(truncated="mask"), dict(ratio="sequence", truncated="mask")], ids=str)
 def test_triton_kernels_give_what_pytorch_gives(switches):
     apart, found = steps_apart(), {}
@@ -316,7 +330,7 @@ def test_what_is_logged(world, tmp_path, earns, capsys):
     more = dict(epochs=2, lr=3e-3, completions_every=2, num_iterations=2, trainable="decoder")
     assert run(tmp_path, train(world, **more)) == 0
     first, *lines = lines_of(tmp_path / "run/g")
-    assert "the loss starts at 0" in first["note"] and first["note"] in capsys.readouterr().out.replace("\n", " ")
+    assert "the loss shows no progress" in first["note"] and first["note"] in capsys.readouterr().out.replace("\n", " ")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     keys = {"step", "loss", "lr", "grad_norm", "entropy", "clip_fraction", "kl", "letters", "reward", "unparsed",
             "zero_variance", "completion_tokens", "truncated", "learned", "logp_gap_mean", "logp_gap_max", "rollout_s",
@@ -513,8 +527,11 @@ def test_validation_counts_the_answers_that_are_written(world, tmp_path, monkeyp
     monkeypatch.setattr(trainer, "score_letters", lambda *args, **options: asked.update(options) or records)
     logged = []
     run, _, _ = problem()
-    trainer.validate(run, stage_of(max_bad=0.5), None, examples, tmp_path, logged.append)
-    assert asked == {"max_new_tokens": 7} and logged == [{"step": 0, "val_accuracy": 2 / 5, "val_bad": {"missing": 1}}]
+    stage = stage_of(max_bad=0.5, stop=("</answer>",))
+    run.optimizer = adamw(run.parameters, stage)
+    trainer.validate(run, stage, None, examples, tmp_path, logged.append)
+    assert asked == {"max_new_tokens": 7, "stop": ("</answer>",)}  # cut where a rollout's completions are
+    assert logged == [{"step": 0, "val_accuracy": 2 / 5, "val_bad": {"missing": 1}}]
 
 
 def test_a_loss_that_is_not_finite_changes_nothing():
@@ -522,6 +539,17 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     run.optimizer, before = adamw(run.parameters, stage_of()), copy.deepcopy(run.model.state_dict())
     with pytest.raises(ValueError, match="s: the loss at step 1 is nan; stopped"):
         update(run, stage_of(), float("nan"))
+    assert all(torch.equal(p, before[name]) for name, p in run.model.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    run, _, _ = problem()
+    run.optimizer, before = adamw(run.parameters, stage_of()), copy.deepcopy(run.model.state_dict())
+    for p in run.parameters.values():
+        p.grad = torch.ones_like(p)
+    run.parameters["lm_head.weight"].grad[0, 0] = math.inf  # clipped it would be NaN, and all others 0
+    with pytest.raises(ValueError, match="s: the gradient's norm at step 1 is inf; stopped"):
+        update(run, stage_of(), 0.5)
     assert all(torch.equal(p, before[name]) for name, p in run.model.state_dict().items())
 
 

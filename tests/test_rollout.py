@@ -134,6 +134,13 @@ def test_a_key_names_the_randomness_and_defaults_to_the_prompts_ids_and_media(sp
     assert ids_of(say(speaker, [heard[3], heard[0], heard[0]], keys=["y", "x", keys[1]]))[1:] == [one, two]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_whose_clips_are_encoded_has_a_key_too(speaker, dtype):
+    model, processor = copy.deepcopy(speaker[0]).to(dtype), speaker[1]
+    one, again, other = (model.encode_ahead(processor(ask("What is this?", clip))) for clip in (1, 1, 2))
+    assert one.media[0].features.dtype == dtype and prompt_key(one) == prompt_key(again) != prompt_key(other)
+
+
 def test_uniforms_lie_in_0_to_1_are_spread_evenly_and_do_not_depend_on_how_many_are_asked_for():
     draws = torch.stack([uniforms(0, 0, "key", i, 200) for i in range(50)])
     assert draws.dtype == torch.float64 and 0 <= draws.min() and draws.max() < 1 and len(draws.unique()) == 10_000

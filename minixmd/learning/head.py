@@ -167,7 +167,7 @@ def _chunks(count, chunk, lengths):
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TD, weight_VD, objective, chunk):
-        need_hidden, need_weight = ctx.needs_input_grad[:2]  # False under no_grad
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
         dtype = weight_VD.dtype
         grad_TD = torch.empty_like(hidden_TD) if need_hidden else None
         grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
@@ -215,5 +215,7 @@ def head_loss(hidden_ND, head_VD, row_T, objective, chunk=CHUNK):
         raise ValueError("the batch has no target to learn from")
     if len(objective.weight_T) != count or objective.lengths is not None and sum(objective.lengths) != count:
         raise ValueError(f"{count} targets, but {len(objective.weight_T)} weights and sequences of {objective.lengths}")
+    if not torch.is_grad_enabled():  # of a weight that trains needs_input_grad is True even under no_grad
+        head_VD = head_VD.detach()
     loss, *columns = _Head.apply(hidden_ND[row_T], head_VD, objective, chunk)
     return loss, dict(zip(objective.columns, columns, strict=True))

@@ -36,9 +36,9 @@ class Completion:
 
 def prompt_key(prompt):
     """A digest of a Prompt's ids and media: the same question about the same clip draws the same randomness."""
-    digest = hashlib.blake2b(prompt.ids_N.numpy().tobytes(), digest_size=16)
+    digest = hashlib.blake2b(prompt.ids_N.cpu().numpy().tobytes(), digest_size=16)
     for m in prompt.media:
-        digest.update(m.features.contiguous().numpy().tobytes())
+        digest.update(m.features.contiguous().cpu().view(torch.uint8).numpy().tobytes())  # numpy has no bf16
     return digest.hexdigest()
 
 

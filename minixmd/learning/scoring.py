@@ -110,7 +110,7 @@ def packs(prompts, batch_tokens):
 
 @torch.inference_mode()
 def score_letters(model, processor, stage, examples, batch_tokens=8192, top_k=0, top_temperature=1.0, traces=None,
-                  max_new_tokens=0, n=1, temperature=0.0, rule="option"):
+                  max_new_tokens=0, n=1, temperature=0.0, rule="option", stop=()):
     """Ask every example and read the letters' logits where the answer would start, in one forward pass a batch.
 
     With max_new_tokens the model goes on from there, and its answer is the option that its words mean (benchmarks.py);
@@ -125,12 +125,13 @@ def score_letters(model, processor, stage, examples, batch_tokens=8192, top_k=0,
         traces: {id: text that stands at the prompt's {trace}}; an id that is not there has an empty one. None = no ids.
         max_new_tokens: that a written answer may have, the end of turn included; 0 = none is written.
         temperature: of the sampling; 0 = greedy, for n = 1. rule: "option" | "mmau", by which the answers are read.
+        stop: strings that end a written answer, as in generate.
     Returns:
         A JSON-able record an example, in order: {"id", "answer": index, "option", "logits"} or {"id", "bad", "detail"};
         with top_k also "top": {"ids", "logits", "temperature", "logsumexp"}. With max_new_tokens "answer" and "option"
         may be None, and there are also "by_letters": index by the logits, "how": one of WAYS, "text", and "finished":
-        the model ended its turn; with n > 1 those are the sample's that speaks for all, beside "votes": {option:
-        count} and all "texts".
+        the model ended its turn or wrote a stop; with n > 1 those are the sample's that speaks for all, beside
+        "votes": {option: count} and all "texts".
     Raises:
         ValueError: an example that lacks the medium, or a prompt over the model's limit.
     """
@@ -176,7 +177,8 @@ def score_letters(model, processor, stage, examples, batch_tokens=8192, top_k=0,
                                       for i in range(n)])
             slots = max(n, ROOM * batch_tokens // max_new_tokens)
         said = decode(model, processor, asked, uniform_BT, n=n, max_new_tokens=max_new_tokens, temperature=temperature,
-                      banned=banned, slots=slots, impl=impl_of(stage), on_prompts=partial(read_letters, iter(run)))
+                      banned=banned, stop=stop, slots=slots, impl=impl_of(stage),
+                      on_prompts=partial(read_letters, iter(run)))
         for i, (example, _) in enumerate(run):
             record, texts = records[example.id], [one.text for one in said[n * i:n * i + n]]
             at, index, how, votes = vote(texts, example.options, rule)

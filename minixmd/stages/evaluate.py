@@ -66,11 +66,11 @@ def run(stage, folder, log):
     written = stage.answer == "generate"
     if written:
         ask = partial(ask, max_new_tokens=stage.max_new_tokens, n=stage.n, temperature=stage.temperature,
-                      rule=stage.rule)
+                      rule=stage.rule, stop=stage.stop)
     _, records, _ = score(stage, folder, ask)
     results |= {"bad": count_bad(records, stage), **tabulate(examples, records, stage.rule)}
     if written:
-        how = ["answer", "max_new_tokens", *["rule"] * (stage.rule != "option"),
+        how = ["answer", "max_new_tokens", *["rule"] * (stage.rule != "option"), *["stop"] * (stage.stop != ()),
                *["n", "temperature", "seed"] * (stage.temperature > 0)]
         results |= {name: getattr(stage, name) for name in how} | letters_beside(examples, records, stage.rule)
     for example, record in zip(examples, records, strict=True):
