@@ -80,15 +80,15 @@ class SightSound:
     def traces(self, name="traces", manifest=None, **how):
         """`name`: the teacher's thoughts. `checked` (of others than "traces", `{name}_checked`): those accepted."""
         manifest = manifest or self.traced
-        fields = dict(prompt=self.ask("audio_cot"), max_new_tokens=self.written) | self.seen() | self.sampling | how
-        who = self.serving or dict(model=self.teacher)
-        return [Traces(name=name, manifest=manifest, **who, **fields),
+        who = self.serving or dict(model=self.teacher, **self.seeing)  # a server chooses the frames itself
+        fields = dict(prompt=self.ask("audio_cot"), max_new_tokens=self.written, media="video") | who | self.running
+        return [Traces(name=name, manifest=manifest, **fields | self.sampling | how),
                 FactCheck(name="checked" if name == "traces" else f"{name}_checked", traces=f"@{name}",
                           manifest=manifest, prompt=self.ask("check"), **self.checking, **self.running)]
 
     def test_traces(self, **how):
         """test_traces and test_traces_checked: thoughts on the column `shared`, for test-time distillation and to look
-        at; nothing learns from them."""
+        at; of all stages only `verifier` learns from them."""
         return self.traces("test_traces", self.splits[self.shared]["manifest"], **how)
 
     def labels(self):
@@ -204,7 +204,8 @@ def avqa(*, data="data", student=STUDENT, teacher=TEACHER, checking=None, **how)
     """The paper's models, data and settings; what it does not state is said beside the value.
 
     Args:
-        data: folder with avqa/, mmau/ and music_avqa/ as tools/prepare_*.py write them.
+        data: folder with avqa/ (train.jsonl, val.jsonl), mmau/ (test-mini.jsonl) and music_avqa/ (test.jsonl), as
+            tools/prepare_*.py write them from the official files.
         checking: fields of FactCheck; None = a local Qwen2.5-Omni-7B. The paper's checker is GPT-4o-audio.
         how: more fields of SightSound, in place of these.
     """
@@ -215,13 +216,13 @@ def avqa(*, data="data", student=STUDENT, teacher=TEACHER, checking=None, **how)
         student=student,
         teacher=teacher,
         checking=checking or dict(model="Qwen/Qwen2.5-Omni-7B"),
-        traced=f"{data}/avqa/train_qa.jsonl",
-        train=f"{data}/avqa/train_qa.jsonl",
-        truth=f"{data}/avqa/train_qa.jsonl",
-        val=f"{data}/avqa/val_qa.jsonl",
-        splits={"avqa": dict(manifest=f"{data}/avqa/val_qa.jsonl"),
-                "mmau": dict(manifest=f"{data}/mmau/mmau-test-mini.jsonl", rule="mmau"),
-                "music_avqa": dict(manifest=f"{data}/music_avqa/avqa-test.jsonl")},
+        traced=f"{data}/avqa/train.jsonl",
+        train=f"{data}/avqa/train.jsonl",
+        truth=f"{data}/avqa/train.jsonl",
+        val=f"{data}/avqa/val.jsonl",
+        splits={"avqa": dict(manifest=f"{data}/avqa/val.jsonl"),
+                "mmau": dict(manifest=f"{data}/mmau/test-mini.jsonl", rule="mmau"),
+                "music_avqa": dict(manifest=f"{data}/music_avqa/test.jsonl")},
         shared="avqa",
         seeing=dict(fps=1.0, min_pixels=100_352, max_pixels=262_144),  # not stated; XMD's
         running=gpu,

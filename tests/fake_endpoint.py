@@ -33,8 +33,8 @@ class FakeEndpoint:
 
     replies: (messages, seed) -> the text, or a dict of "text" and, as wanted, "finish_reason" and "top": {token:
         logprob} of the first token, which is sent when log-probs are asked for.
-    faults: (n, body) -> what to do to the n-th request, counted from 0: None, one of FAULTS, "429 after SECONDS", or
-        any other status as a string, such as "401". Called under a lock.
+    faults: (n, body) -> what to do to the n-th request, counted from 0: None, one of FAULTS, "429 after SECONDS",
+        "no log-probs", a 400 that says so, or any other status as a string, such as "401". Called under a lock.
     `requests` lists all that came in, `base_url` is where, `most` how many were being answered at a time.
     """
 
@@ -115,6 +115,8 @@ def _faulty(fault, reply, key):
     if fault.isdecimal():
         status, headers = int(fault), {"Retry-After": after} if after else {}
         reply = {"error": {"message": f"no, not with {key}", "code": status}}
+    elif fault == "no log-probs":
+        status, reply = 400, {"error": {"message": "logprobs is not supported with this model", "code": 400}}
     elif fault == "error list":
         status, reply = 500, ["out of", "order"]
     elif fault == "cut error":

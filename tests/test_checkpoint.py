@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minixmd.config import Evaluate, Train
+from minixmd.config import Evaluate, Traces, Train
 from minixmd.files import write_json, write_safetensors, write_text
 from minixmd.learning import checkpoint
 from minixmd.learning.checkpoint import begin, fingerprint, finish, load_state, log_line, save_state, versions
@@ -241,6 +241,27 @@ def test_a_changed_config_stops_with_every_difference_and_what_to_do(world, fini
     assert begin(*world) == (None if finished else folder)  # the refusal changed nothing
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_when_a_stage_gives_up_may_change_and_is_recorded(world, finished):
+    run_dir, stage, inputs, source = world
+    folder = begin(*world)
+    if finished:
+        finish(folder)
+    patient = replace(stage, max_bad=0.5)
+    assert begin(run_dir, patient, inputs, source) == (None if finished else folder)
+    assert json.loads((folder / "config.json").read_text())["max_bad"] == (0.01 if finished else 0.5)
+    assert refusal(run_dir, replace(patient, lr=2e-4), inputs, source).startswith(
+        f"{folder} was made by another config: lr 0.0001 -> 0.0002; set")
+
+
+def test_an_endpoint_in_a_models_place_is_another_config(world):
+    run_dir, _, inputs, source = world
+    begin(run_dir, Traces(name="t", model="m", manifest="d.jsonl"), inputs, source)
+    served = Traces(name="t", manifest="d.jsonl", endpoint="http://localhost/v1", served="m")
+    said = refusal(run_dir, served, {"manifest": inputs["manifest"]}, source)
+    assert 'another config: served null -> "m", model "m" -> null; set' in said
+
+
 def test_a_stage_of_another_kind_shows_fields_that_only_one_has(world):
     run_dir, _, inputs, source = world
     begin(*world)
@@ -302,16 +323,20 @@ def test_a_start_that_was_killed_starts_again(world, monkeypatch, last):
     assert files(world[0] / "student") == ["config.json", "config.py", "done.json", "inputs.json", "versions.json"]
 
 
-def test_what_a_kill_left_behind_is_cleared_away(world):
+def test_what_a_kill_left_behind_is_cleared_away(world, capsys):
     folder = begin(*world)
     log_line(folder, {"step": 1})
     with open(folder / "log.jsonl", "a") as file:
         file.write('{"step": ')  # a line that a kill cut short
     (folder / "best").mkdir()
     (folder / "best" / ".model.safetensors.123.tmp").write_text("half")
+    capsys.readouterr()
     begin(*world)
+    assert capsys.readouterr().err == f"{folder / 'log.jsonl'}: dropped the last line, cut short after 9 bytes\n"
     log_line(folder, {"step": 2})
     assert (folder / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    begin(*world)
+    assert capsys.readouterr().err == ""
     assert files(folder / "best") == []
 
 

@@ -156,6 +156,37 @@ def test_a_threshold_is_moved_without_asking_again(world, judged, tmp_path, monk
         run(stage, tmp_path / "other")
 
 
+@pytest.mark.parametrize("checker", ["verdicts", "verifier"])
+@pytest.mark.parametrize("change, says", [
+    (dict(sample=None), "record 2 needs 'sample', int, got None"),
+    (dict(sample=[1]), r"record 2 needs 'sample', int, got \[1\]"),
+    (dict(id=7), "record 2 needs 'id', str, got 7"),
+    (dict(score=None), "record 2 needs 'score', float, got None"),
+    (dict(score="yes"), "record 2 needs 'score', float, got 'yes'"),
+    (dict(bad="missing"), "record 2 needs 'detail', str, got None"),
+    (7, "record 2 needs 'id', str, got None"),
+    ([], "record 2 needs 'id', str, got None"),
+])
+def test_what_is_no_verdict_is_one_line(world, judged, tmp_path, monkeypatch, checker, change, says):
+    monkeypatch.setattr(factcheck, "load", None)  # before any model is loaded
+    lines = [dict(v) for v in judged["verdicts"]]
+    lines[1] = lines[1] | change if isinstance(change, dict) else change
+    (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    more = dict(model=None) if checker == "verdicts" else SMALL
+    stage = stage_of(world, **dict(which="all", verdicts=str(tmp_path / "v.jsonl")) | more | dict(checker=checker))
+    with pytest.raises(ValueError, match=f"v.jsonl: not the verdicts of a FactCheck stage: {says}"):
+        run(stage, tmp_path / "run")
+
+
+def test_a_verifier_needs_to_know_what_was_accepted_other_thresholds_do_not(world, judged, tmp_path):
+    lines = [{name: v[name] for name in ("id", "sample", "score")} for v in judged["verdicts"]]
+    (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    same = dict(which="all", verdicts=str(tmp_path / "v.jsonl"))
+    assert run(stage_of(world, **same, model=None, checker="verdicts"), tmp_path / "run")["traces"] == judged["traces"]
+    with pytest.raises(ValueError, match="record 1 needs 'accepted', bool, got None"):
+        run(stage_of(world, **same, **SMALL), tmp_path / "other")
+
+
 def test_nothing_accepted_is_an_error_that_keeps_the_verdicts(world, tmp_path):
     with pytest.raises(ValueError, match=r"check: no trace was accepted: see the scores in .*verdicts.jsonl"):
         run(stage_of(world, threshold=1e6), tmp_path / "run")
@@ -183,6 +214,7 @@ def test_clips_and_traces_that_cannot_be_judged_are_counted(world, tmp_path):
     (lambda t: t[3].pop("text"), "trace 4 needs an 'id' and a 'text', both strings"),
     (lambda t: t[3].update(id="nobody"), "trace 4 is of 'nobody', which is not in"),
     (lambda t: t[4].update(sample=0), "sample 0 of 'clip1' stands twice"),
+    (lambda t: t[4].update(sample=[1]), r"trace 5: 'sample' must be an int, got \[1\]"),
     (lambda t: t.clear(), "holds no trace to judge"),
 ])
 def test_wrong_traces_are_refused(world, tmp_path, change, says):

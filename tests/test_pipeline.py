@@ -14,6 +14,7 @@ from fake_endpoint import FAULTS, FakeEndpoint, first_attempts
 from mini import CLASSES, write_clips, write_config
 
 from minixmd.config import FactCheck, Traces
+from minixmd.configfile import load_config
 from minixmd.learning.scoring import read_records
 from minixmd.train import main
 
@@ -34,6 +35,12 @@ def replies(messages, seed):
     assert "\nThought " in text["text"] and "<answer>" not in text["text"]
     yes = (sent + sum(text["text"].encode())) % 3 > 0
     return {"text": "Yes." if yes else "no", "top": {"Yes" if yes else "no": -0.1, "no" if yes else "yes": -2.5}}
+
+
+def deaf(messages, seed):
+    """A checker that will not say what it thinks of a dog."""
+    text = messages[0]["content"][1]["text"]
+    return "Maybe." if "input_audio" in json.dumps(messages) and "a dog" in text else replies(messages, seed)
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +108,6 @@ def test_a_checker_that_will_not_say_yes_or_no_is_asked_again(undisturbed, clips
 
 
 def test_what_never_comes_is_counted_and_asked_for_again(undisturbed, clips, tmp_path, capsys):
-    def deaf(messages, seed):
-        text = messages[0]["content"][1]["text"]
-        return "Maybe." if "input_audio" in json.dumps(messages) and "a dog" in text else replies(messages, seed)
-
     with FakeEndpoint(deaf) as endpoint:
         source = config(tmp_path, clips, endpoint.base_url)
         assert main([source, f"run_dir={tmp_path / 'run'}"]) == 1
@@ -115,11 +118,51 @@ def test_what_never_comes_is_counted_and_asked_for_again(undisturbed, clips, tmp
     assert outputs(tmp_path) == undisturbed
 
 
-def test_no_key_is_written_anywhere(clips, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    with FakeEndpoint(replies) as endpoint:
-        assert main([config(tmp_path, clips, endpoint.base_url), f"run_dir={tmp_path / 'run'}"]) == 0
-        assert {request.key for request in endpoint.requests} == {"sk-very-secret"}
+def test_a_stage_that_gave_up_goes_on_elsewhere_with_more_patience_and_keeps_its_answers(clips, tmp_path, capsys):
+    folder = tmp_path / "run" / "checked"
+    with FakeEndpoint(deaf) as endpoint:
+        source = config(tmp_path, clips, endpoint.base_url)
+        assert main([source, f"run_dir={tmp_path / 'run'}"]) == 1
+        assert "and with a larger max_bad goes on without them" in capsys.readouterr().err
+    answered = (folder / "endpoint.jsonl").read_bytes()
+    with FakeEndpoint(deaf) as endpoint:
+        changed = dict(max_bad=1.0, endpoint=endpoint.base_url, key_variable="MINE", attempts=2, timeout_s=9.0,
+                       wait_s=0.002, concurrency=3, logprobs=False)
+        command = [source, f"run_dir={tmp_path / 'run'}", *(f"checked.{name}={changed[name]}" for name in changed)]
+        command = [part.replace("=False", "=false") for part in command]
+        assert main(command) == 0
+        assert endpoint.requests and all("a dog" in json.dumps(request.body) for request in endpoint.requests)
+        count = len(endpoint.requests)
+        assert main([source, f"run_dir={tmp_path / 'run'}"]) == 0 and len(endpoint.requests) == count  # finished
+    assert (folder / "endpoint.jsonl").read_bytes() == answered and len(lines_of(folder / "endpoint.jsonl")) > 4
+    used = json.loads((folder / "config.json").read_text())
+    assert {name: used[name] for name in changed} == changed
+    assert main([*command, "checked.served=another"]) == 1
+    assert 'by another config: served "checker" -> "another"; set' in capsys.readouterr().err
+
+
+def test_a_server_that_refuses_log_probs_can_do_without(undisturbed, clips, tmp_path, capsys):
+    with FakeEndpoint(replies, lambda n, body: "no log-probs" if body.get("logprobs") else None) as endpoint:
+        command = [config(tmp_path, clips, endpoint.base_url), f"run_dir={tmp_path / 'run'}"]
+        assert main(command) == 1
+        assert "(if the server gives no log-probs, set logprobs=False)" in capsys.readouterr().err
+        assert main([*command, "checked.logprobs=false"]) == 0
+    scores = [{**record, "score": max(-1, min(1, record["score"]))}
+              for record in map(json.loads, undisturbed["checked/verdicts.jsonl"].splitlines())]
+    assert lines_of(tmp_path / "run" / "checked" / "verdicts.jsonl") == scores
+
+
+def test_each_key_goes_to_its_own_server_and_is_written_nowhere(clips, tmp_path, monkeypatch):
+    named = {s.name: s.key_variable for s in load_config("sightsound_endpoint").stages if hasattr(s, "key_variable")}
+    assert named["test_traces"] == named["traces"] and named["test_traces_checked"] == named["checked"]
+    monkeypatch.setenv(named["traces"], "tk-very-secret")
+    monkeypatch.setenv(named["checked"], "sk-very-secret")
+    with FakeEndpoint(replies) as teacher, FakeEndpoint(replies) as checker:
+        assert main([config(tmp_path, clips, teacher.base_url), f"run_dir={tmp_path / 'run'}",
+                     f"checked.endpoint={checker.base_url}",
+                     *(f"{name}.key_variable={named[name]}" for name in ("traces", "checked"))]) == 0
+        assert {request.key for request in teacher.requests} == {"tk-very-secret"}
+        assert {request.key for request in checker.requests} == {"sk-very-secret"}
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(written) > 10 and not [path for path in written if b"very-secret" in path.read_bytes()]
 
@@ -186,6 +229,12 @@ def test_the_stages_fields_say_who_is_asked():
             given[0](**given[1], **remote, attempts=0)
     with pytest.raises(ValueError, match="media must be 'video' or 'audio', got 'both'"):
         Traces(name="t", manifest="m", media="both", **remote)
+    for name, value in dict(fps=2.0, min_pixels=3136, max_pixels=602_112, nframes=8).items():
+        with pytest.raises(ValueError, match=f"at an endpoint chooses the frames and does not use {name}, got {value}"):
+            Traces(name="t", manifest="m", **remote, **{name: value})
+        Traces(name="t", manifest="m", model="m", **{name: value})
+    with pytest.raises(ValueError, match="checker 'model' does not use logprobs, got False"):
+        FactCheck(name="c", traces="t", manifest="m", model="m", logprobs=False)
     with pytest.raises(ValueError, match="checker 'endpoint' needs served, got None"):
         FactCheck(name="c", traces="t", manifest="m", checker="endpoint", endpoint="http://localhost/v1")
     with pytest.raises(ValueError, match="checker 'model' does not use verdicts, got 'v'"):

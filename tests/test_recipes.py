@@ -1,12 +1,20 @@
 """The bundled recipes load, say how they are run, and ask for the paper's experiments."""
 import ast
+import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
 import minixmd.recipes
-from minixmd.config import Evaluate, Label, Report, Switch, Train
+from minixmd.config import Evaluate, FactCheck, Label, Report, Switch, Traces, Train
 from minixmd.configfile import load_config
+from minixmd.sightsound import LADDER, avqa
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))  # beside one another, the tools are no package
+from questions import split_of  # noqa: E402
 
 RECIPES = sorted(path.stem for path in Path(minixmd.recipes.__file__).parent.glob("[!_]*.py"))
 
@@ -84,3 +92,54 @@ def test_the_three_share_their_stages_so_that_one_run_directory_serves_them():
     for one, other in ((audio, video), (audio, ablation), (audio, models)):
         shared = one.keys() & other.keys()
         assert len(shared) >= 8 and all(one[name] == other[name] for name in shared)
+
+
+def test_sightsound_reads_the_manifests_that_readmes_commands_write():
+    written = set()
+    for command in re.findall(r"^python (tools/prepare_(?:avqa|mmau|music_avqa)\.py .*)$",
+                              (ROOT / "README.md").read_text(), re.MULTILINE):
+        _, *given = shlex.split(command.partition(" --")[0])
+        *files, _, out = given
+        written |= {f"{out}/{split_of(Path(file))}.jsonl" for file in files}
+    for recipe in ("sightsound", "sightsound_endpoint"):
+        stages = load_config(recipe).stages
+        read = {value for stage in stages for name in ("manifest", "val_manifest", "clips")
+                if (value := getattr(stage, name, None)) is not None}
+        assert read == written and len(written) == 4
+
+
+def test_sightsound_trains_the_rows_of_the_papers_table_2():
+    """Section 4.1: LoRA of rank 8 and alpha 16 at 5e-5 for 2000 steps of 8 GPUs x 8; then all weights at 1e-6 for 1000
+    steps of 192 completions, 8 of each prompt."""
+    student, clips = "Qwen/Qwen2-Audio-7B-Instruct", "data/avqa/train.jsonl"
+    sft = dict(lr=5e-5, max_steps=2000, batch_size=64, trainable="lora", lora_rank=8, lora_alpha=16.0)
+    grpo = dict(lr=1e-6, max_steps=1000, batch_size=24, trainable="decoder", group_size=8, beta=0.04, temperature=1.0)
+    rows = {
+        "SFT (ground-truth labels)": dict(objective="sft", traces=None, teacher_labels=None, **sft),
+        "SFT (distilled labels)": dict(objective="distill", traces=None, teacher_labels="@teacher_labels", **sft),
+        "GRPO (distilled labels)": dict(objective="grpo", traces=None, teacher_labels="@teacher_labels", **grpo),
+        "SFT": dict(objective="sft", traces="@traces", which="first", teacher_labels=None, **sft),
+        "AGFV + SFT": dict(objective="sft", traces="@checked", which="first", teacher_labels=None, **sft),
+        "TTS + AGFV + SFT": dict(objective="sft", traces="@checked", which="unanimous", teacher_labels=None, **sft),
+        "TTS + AGFV + SFT + GRPO": dict(objective="grpo", model="@sft", traces=None,
+                                        teacher_labels="@traces/labels.jsonl", **grpo),
+    }
+    trained = stages_of("sightsound", Train)
+    assert list(LADDER) == ["Direct inference", *rows] and list(trained) == [LADDER[row] for row in rows]
+    for row, wanted in rows.items():
+        wanted = dict(model=student, manifest=clips, val_manifest="data/avqa/val.jsonl", media="audio") | wanted
+        assert {name: getattr(trained[LADDER[row]], name) for name in wanted} == wanted, row
+    for name, stage in stages_of("sightsound_endpoint", Train).items():
+        assert stage == trained[name]
+
+
+def test_a_served_teacher_is_told_nothing_of_frames_and_has_a_key_of_its_own():
+    frames = dict(fps=2.0, nframes=None, min_pixels=3136, max_pixels=3136)
+    local, _ = avqa(seeing=frames).traces()
+    assert {name: getattr(local, name) for name in frames} == frames and local.media == "video"
+    served, _ = avqa(seeing=frames, serving=dict(endpoint="http://localhost/v1", served="m"),
+                     sampling={}).traces()
+    assert served.media == "video" and served.fps == 1.0 and served.endpoint == "http://localhost/v1"
+    keys = [{stage.key_variable for stage in stages_of("sightsound_endpoint", kind).values()}
+            for kind in (Traces, FactCheck)]
+    assert keys == [{"TEACHER_API_KEY"}, {"OPENAI_API_KEY"}]

@@ -17,14 +17,15 @@ from safetensors.torch import load_file, save_file
 
 import minixmd
 import minixmd.models.lora
-from minixmd.config import Train
+import minixmd.train as trainer
+from minixmd.config import FactCheck, Label, Traces, Train
 from minixmd.files import UMASK
 from minixmd.inputs.examples import Example, read_manifest
 from minixmd.kernels import logprob
 from minixmd.learning.optim import adamw, optimizer_tensors, restore_optimizer
 from minixmd.learning.scoring import ask
 from minixmd.learning.sources import sources
-from minixmd.train import main, order
+from minixmd.train import main, order, where
 
 FRAMES = "min_pixels=3136, max_pixels=3136"
 
@@ -195,6 +196,41 @@ def test_sft_learns_every_trace_of_a_clip_and_leaves_out_clips_without_one(tmp_p
             learnt(*wrong)
 
 
+@pytest.mark.parametrize("text, why", [
+    ("<think>I hear <|AUDIO|>.</think><answer>A</answer>", "traces left out: special token"),
+    ("I hear it.<|im_end|>", "traces left out: special token"),
+    ("I hear it at <|1.20|> s.", "traces left out: special token"),  # Qwen2-Audio has such
+    ("<think>x</think><answer>A</answer><answer>B</answer>", "traces left out: several answers"),
+    ("<answer>A</answer> or rather <answer>A", "traces left out: several answers"),
+])
+def test_a_trace_that_cannot_be_learnt_is_left_out_and_counted(tmp_path, text, why):
+    examples = [Example(id=i, audio="a.wav", video=None, question="?", options=CLASSES) for i in "ab"]
+    path = tmp_path / "traces.jsonl"
+    stage = Train(name="s", objective="sft", model="m", manifest="m", traces=str(path), which="first")
+    records = [dict(id="a", sample=0, text="It barks: A"), dict(id="b", sample=0, text=text),
+               dict(id="a", sample=1, text=text)]  # fmt: skip
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    chosen, counts = sources(stage, examples)
+    assert [(e.id, said) for e, said, _ in chosen] == [("a", "It barks: A")]
+    assert counts == {"traces": 1, "left out: no trace": 1, why: 1, "traces that are not first": 1}
+    path.write_text(json.dumps(records[1]) + "\n")
+    with pytest.raises(ValueError, match=rf"s: .*traces.jsonl holds no trace to learn from \({{'{why}': 1}}\)"):
+        sources(stage, examples)
+
+
+@pytest.mark.parametrize("record, says", [
+    ({"clip": 1}, "labels:2: needs an 'id', a string"), (7, "labels:2: needs an 'id', a string"),
+    ({"id": ["b"], "option": "dog"}, "labels:2: needs an 'id', a string"),
+    ({"id": "b"}, "the teacher's label of 'b' is None, not among its options"),
+])
+def test_labels_that_are_none_are_one_line(tmp_path, record, says):
+    examples = [Example(id=i, audio="a.wav", video=None, question="?", options=CLASSES) for i in "ab"]
+    path = tmp_path / "labels"
+    path.write_text("".join(json.dumps(r) + "\n" for r in (dict(id="a", option="dog"), record)))
+    with pytest.raises(ValueError, match=says):
+        sources(Train(name="g", objective="grpo", model="m", manifest="m", teacher_labels=str(path)), examples)
+
+
 def test_what_a_trace_says_is_the_turn_that_is_learnt(tmp_path):
     stage = Train(name="s", objective="sft", model="m", manifest="m", traces="t", prompt="{options}")
     example = Example(id="a", audio=str(tmp_path), video=None, question="?", options=CLASSES)
@@ -207,6 +243,19 @@ def test_every_epoch_is_a_new_permutation_of_all_examples():
     stage = SimpleNamespace(seed=3, batch_size=4)
     epochs = [[i for step in range(3 * epoch, 3 * epoch + 3) for i in order(stage, 10, step)] for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10)) and epochs[0] != epochs[1]
+
+
+def test_a_device_is_named_and_looked_for_only_where_a_model_runs_here(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    common = dict(name="s", manifest="m.jsonl", device="cuda")
+    assert where(Traces(**common, endpoint="http://localhost:8000/v1", served="x")) == ""
+    assert where(FactCheck(**common, traces="t", checker="endpoint", endpoint="http://localhost:8000/v1",
+                           served="x")) == ""
+    assert where(FactCheck(**common, traces="t", checker="verdicts", verdicts="v.jsonl")) == ""
+    for stage in (Traces(**common, model="m"), FactCheck(**common, traces="t", model="m"), Label(**common, model="m")):
+        with pytest.raises(ValueError, match="s: device 'cuda' was asked for, but torch sees no GPU"):
+            where(stage)
+    assert where(Label(**common | dict(device="cpu"), model="m")).startswith(" on cpu, float32, kernels in torch, ")
 
 
 # ---- exact resume ----
@@ -240,6 +289,38 @@ def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_uninterrupted_
     steps = [[(line["step"], line.get("loss"), line.get("val_accuracy")) for line in log_of(folder / "student")]
              for folder in (tmp_path / "whole", tmp_path / "killed")]
     assert steps[0] == steps[1], f"seed {seed}"
+
+
+def test_a_validation_that_fails_costs_no_step_and_is_done_by_the_next_run_once(world, tmp_path, monkeypatch):
+    stages = train(world, epochs=2, max_steps=5, eval_every=2, val_manifest=f"{world}/clips/manifest.jsonl")
+    (tmp_path / "whole").mkdir()
+    assert run(tmp_path / "whole", stages) == 0
+    seen, step, score = [], trainer.supervised_step, trainer.score_letters
+
+    def stepping(state, *given):
+        seen.append(state.step + 1)
+        if seen.count(3) == 1 and state.step == 2:
+            raise KeyboardInterrupt
+        return step(state, *given)
+
+    def scoring(*given, **more):
+        seen.append("validation")
+        if seen.count("validation") % 2:  # each for the first time
+            raise ValueError("the logits are not finite")
+        return score(*given, **more)
+
+    monkeypatch.setattr(trainer, "supervised_step", stepping)
+    monkeypatch.setattr(trainer, "score_letters", scoring)
+    assert [run(tmp_path, stages) for _ in range(5)] == [1, 130, 1, 1, 0]
+    twice = ["validation"] * 2
+    assert seen == [1, 2, *twice, 3, 3, 4, *twice, 5, *twice]
+    whole, again = tmp_path / "whole/run/student", tmp_path / "run/student"
+    for name in ("state.safetensors", "best.safetensors"):
+        a, b = load_file(whole / name), load_file(again / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    steps = [[(line["step"], line.get("loss"), line.get("val_accuracy")) for line in log_of(folder)]
+             for folder in (whole, again)]
+    assert steps[0] == steps[1] and sum(accuracy is not None for *_, accuracy in steps[0]) == 3
 
 
 # ---- wrong input: one line, exit status 1, nothing half-written ----
@@ -291,7 +372,9 @@ def test_training_counts_bad_clips_and_stops_above_the_limit(world, tmp_path, ca
     assert [line["bad"] for line in log_of(tmp_path / "run" / "student") if "bad" in line] == ["missing"]
     shutil.rmtree(tmp_path / "run")
     line = refused(tmp_path, capsys, train(world, manifest=str(manifest), max_bad=0.05))
-    assert "1 bad clips, above max_bad 0.05" in line and "gone.wav: missing" in line
+    assert "1 bad clips, above max_bad 0.05 of the 12 to be read" in line and "gone.wav: missing" in line
+    shutil.rmtree(tmp_path / "run")  # epochs that max_steps cuts off are not read
+    assert refused(tmp_path, capsys, train(world, manifest=str(manifest), max_bad=0.05, epochs=9, max_steps=3)) == line
 
 
 def test_a_file_without_the_needed_track_is_refused(world, tmp_path, capsys):

@@ -15,12 +15,14 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from minixmd.files import write_bytes, write_json, write_safetensors
 from minixmd.models.hub import pinned
@@ -29,10 +31,14 @@ WHOLE_BYTES = 64 << 20  # up to here a file is read whole
 SAMPLES, SAMPLE_BYTES = 256, 64 << 10  # beyond it, so many blocks of so many bytes
 STATE = "state.safetensors"
 LOGS = ("log.jsonl", "completions.jsonl")  # they grow line by line
+# fields that may change under a stage: when it gives up, and how an endpoint is asked. With a model here in the
+# endpoint's place or the other way round, `model` and `served` change too
+FREE = ("max_bad", "endpoint", "key_variable", "concurrency", "timeout_s", "attempts", "wait_s", "logprobs")
 
 
 def begin(run_dir, stage, inputs, source):
-    """Opens a stage's directory for a first run or for going on with an interrupted one.
+    """Opens a stage's directory for a first run or for going on with an interrupted one, where FREE fields may differ
+    from those that it began with.
 
     Args:
         run_dir: directory of the run; the stage's is run_dir/stage.name.
@@ -68,7 +74,7 @@ def begin(run_dir, stage, inputs, source):
     if not (folder / "config.json").exists():
         write_bytes(folder / "config.py", Path(source).read_bytes())
         write_json(folder / "inputs.json", prints)
-        write_json(folder / "config.json", config)  # last: with it the directory is complete
+    write_json(folder / "config.json", config)  # last: with it the directory is complete
     return folder
 
 
@@ -151,7 +157,7 @@ def _differences(old, new):
     def shown(config, field):
         return json.dumps(config[field]) if field in config else "(no such field)"
 
-    fields = [field for field in {**old, **new} if shown(old, field) != shown(new, field)]
+    fields = [field for field in {**old, **new} if field not in FREE and shown(old, field) != shown(new, field)]
     return [f"{field} {shown(old, field)} -> {shown(new, field)}" for field in fields]
 
 
@@ -160,9 +166,12 @@ def _refuse(folder, what, differences):
 
 
 def _drop_torn_line(log):
-    """A kill may have cut the last line short, and the next one would be glued to it."""
-    if log.exists():
-        os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
+    """A kill may have cut the last line short, and the next one would be glued to it. stderr says so."""
+    data = log.read_bytes() if log.exists() else b""
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(log, whole)
+        tqdm.write(f"{log}: dropped the last line, cut short after {len(data) - whole} bytes", file=sys.stderr)
 
 
 def _git(root):

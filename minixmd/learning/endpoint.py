@@ -80,7 +80,7 @@ def ask_endpoint(stage, asked, path, progress, *, api_key, max_tokens, temperatu
         try:
             return _read_reply(client.chat_completion(messages, seed=seed, **options), logprobs, valid)
         except Exception as error:  # whatever a strange reply makes the client stumble over
-            raise _failure(error, stage, api_key) from None
+            raise _failure(error, stage, api_key, logprobs) from None
 
     def work():
         while not stop.is_set():
@@ -211,7 +211,7 @@ def _read_reply(reply, logprobs, valid):
     return record
 
 
-def _failure(error, stage, api_key):
+def _failure(error, stage, api_key, logprobs):
     """The _Failed for what an attempt raised, or the ValueError for what no further one can mend."""
     broken = isinstance(error, OSError | HTTPError)  # else the client stumbled, perhaps over the body of an error page
     response = getattr(error if broken else error.__context__, "response", None)
@@ -224,6 +224,8 @@ def _failure(error, stage, api_key):
     if status < 500 and status not in STATUSES:
         key = f"{'the' if api_key else 'no'} key in environment variable {stage.key_variable}"
         return ValueError(f"{stage.name}: {stage.endpoint} refuses model {stage.served!r}, asked with {key}: {detail}")
+    if logprobs and STATUSES.get(status) == "rejected" and "logprob" in said.lower():
+        detail += " (if the server gives no log-probs, set logprobs=False)"
     return _Failed(STATUSES.get(status, "server error"), detail, float(pause) if pause.isdecimal() else 0.0)
 
 

@@ -1,4 +1,5 @@
 """What a Train stage learns: which answer, of whom, to each example."""
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 from minixmd.inputs.examples import read_manifest
 from minixmd.learning.scoring import check_media, read_records, read_traces
 
+TAG = re.compile(r"<\|[^<>|\s]+\|>")  # a media token or another special one: no such text may reach a prompt
 
 def sources(stage, examples):
     """Which answer each training example learns: the manifest's own or every trace of it (SFT), the teacher's or the
@@ -49,9 +51,9 @@ def sources(stage, examples):
         source = "teacher" if to_teacher else "student"
         if "bad" in record:
             counts[f"left out: {record['bad']}"] += 1
-        elif record["option"] not in e.options:
-            raise ValueError(f"the {source}'s label of {e.id!r} is {record['option']!r}, not among its options: the "
-                             f"labels were made from another manifest than {stage.manifest}")
+        elif record.get("option") not in e.options:
+            raise ValueError(f"the {source}'s label of {e.id!r} is {record.get('option')!r}, not among its options: "
+                             f"the labels were made from another manifest than {stage.manifest}")
         else:
             by_logits = to_teacher and stage.teacher_loss != "ce"
             top = record.get("top") if by_logits else None
@@ -69,25 +71,34 @@ def sources(stage, examples):
 
 def traced(stage, examples):
     """As sources, for the traces that `which` names: an example of n of them stands n times, in their order, one
-    without is left out. First traces are those with "sample" 0, unanimous ones those with "unanimous" true."""
-    by_id, chosen, passed = {e.id: e for e in examples}, [], 0
+    without is left out. First traces are those with "sample" 0, unanimous ones those with "unanimous" true. A trace
+    need not have the form of a thought and an answer, but holds no special token and no second answer."""
+    by_id, chosen, passed = {e.id: e for e in examples}, [], Counter()
     for number, record in enumerate(read_traces(stage.traces), 1):
         if record["id"] not in by_id:
             raise ValueError(f"{stage.traces}: trace {number} is of {record['id']!r}, which is not in {stage.manifest}")
         field, wanted = {"all": (None, None), "first": ("sample", 0), "unanimous": ("unanimous", True)}[stage.which]
         if field and field not in record:
             raise ValueError(f"{stage.traces}: trace {number} has no {field!r}, by which {stage.which!r} goes")
-        if record.get(field) == wanted:
-            chosen.append((by_id[record["id"]], record["text"], None))
+        if record.get(field) != wanted:
+            passed[f"traces that are not {stage.which}"] += 1
+        elif TAG.search(record["text"]):
+            passed["traces left out: special token"] += 1
+        elif record["text"].count("<answer>") > 1:
+            passed["traces left out: several answers"] += 1
         else:
-            passed += 1
+            chosen.append((by_id[record["id"]], record["text"], None))
     if not chosen:
-        raise ValueError(f"{stage.name}: {stage.traces} holds no trace"
-                         + (f" that is {stage.which!r}, of {passed} traces" if passed else ""))
+        raise ValueError(f"{stage.name}: {stage.traces} holds no trace to learn from"
+                         + (f" ({dict(passed)})" if passed else ""))
     without = len(examples) - len({e.id for e, *_ in chosen})
-    return chosen, {"traces": len(chosen), **({"left out: no trace": without} if without else {}),
-                    **({f"traces that are not {stage.which}": passed} if passed else {})}
+    return chosen, {"traces": len(chosen), **({"left out: no trace": without} if without else {}), **passed}
 
 
 def _by_id(path):
-    return {record["id"]: record for record in read_records(Path(path))}
+    found = {}
+    for number, record in enumerate(read_records(Path(path)), 1):
+        if not isinstance(record, dict) or not isinstance(record.get("id"), str):
+            raise ValueError(f"{path}:{number}: needs an 'id', a string")
+        found[record["id"]] = record
+    return found

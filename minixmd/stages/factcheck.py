@@ -85,6 +85,8 @@ def chosen(stage, examples):
         if trace["id"] not in examples:
             raise ValueError(f"{stage.traces}: trace {number} is of {trace['id']!r}, which is not in {stage.manifest}")
         trace = {"sample": counts[trace["id"]], "unanimous": True, **trace}
+        if type(trace["sample"]) is not int:
+            raise ValueError(f"{stage.traces}: trace {number}: 'sample' must be an int, got {trace['sample']!r}")
         counts[trace["id"]] += 1
         if (trace["id"], trace["sample"]) in found:
             raise ValueError(f"{stage.traces}: sample {trace['sample']} of {trace['id']!r} stands twice")
@@ -177,7 +179,7 @@ def by_endpoint(stage, folder, traces, beside, log):
              for example, trace in traces]
     with tqdm(total=len(asked), desc=stage.name, unit="trace", smoothing=0.1) as bar:
         said = ask_endpoint(stage, asked, folder / "endpoint.jsonl", bar.update, api_key=key_from(os.environ, stage),
-                            max_tokens=8, temperature=0.0, logprobs=True,
+                            max_tokens=8, temperature=0.0, logprobs=stage.logprobs,
                             valid=lambda text: yes_no(text) is not None)
     refuse_many([one for one in said.values() if "bad" in one], len(said), stage)
     return [bad_verdict(trace, said[key]["bad"], said[key]["detail"]) if "bad" in said[key] else
@@ -246,7 +248,16 @@ def by_verifier(stage, folder, traces, beside, log):
 
 
 def given_verdicts(stage):
-    return {(record["id"], record["sample"]): record for record in read_records(Path(stage.verdicts))}
+    """{(clip, sample): record}. Raises ValueError for a record that is no verdict."""
+    found, judged = {}, {"score": (float, int)} | ({"accepted": (bool,)} if stage.checker == "verifier" else {})
+    for number, record in enumerate(read_records(Path(stage.verdicts)), 1):
+        record = record if isinstance(record, dict) else {}
+        kinds = {"id": (str,), "sample": (int,)} | ({"bad": (str,), "detail": (str,)} if "bad" in record else judged)
+        if wrong := next((name for name, wanted in kinds.items() if type(record.get(name)) not in wanted), None):
+            raise ValueError(f"{stage.verdicts}: not the verdicts of a FactCheck stage: record {number} needs "
+                             f"{wrong!r}, {kinds[wrong][0].__name__}, got {record.get(wrong)!r}")
+        found[record["id"], record["sample"]] = record
+    return found
 
 
 def by_verdicts(stage, folder, traces, beside, log):

@@ -6,7 +6,6 @@ unanimous, and its answer the teacher's label. Everything sampled is kept, in sa
 not used is counted. What is drawn depends on (seed, clip, sample) alone: the first of 8 samples is the only one of 1.
 """
 import os
-import re
 from collections import Counter
 from functools import partial
 
@@ -31,10 +30,10 @@ from minixmd.learning.scoring import (
     score_in_shards,
     write_records,
 )
+from minixmd.learning.sources import TAG
 from minixmd.models.lora import hash_seed, set_impl
 
 CLIPS = 64  # of a shard: their frames are held in memory, 13 MB a clip of 10 frames
-TAG = re.compile(r"<\|\w+\|>")  # a media token or another special one: no such text may reach a prompt
 
 
 def run(stage, folder, log):
@@ -133,7 +132,8 @@ def refuse_many(bad, count, stage):
     if len(bad) > stage.max_bad * count:
         raise ValueError(f"{stage.name}: {len(bad)} of {count} requests came to nothing "
                          f"({dict(Counter(one['bad'] for one in bad).most_common())}), with max_bad {stage.max_bad}; "
-                         f"the first: {bad[0]['detail']}; the same command asks for those again")
+                         f"the first: {bad[0]['detail']}; the same command asks for those again, and with a larger "
+                         "max_bad goes on without them")
 
 
 def clip_record(example, said):
