@@ -57,10 +57,10 @@ class SightSound:
     truth: str  # the same clips with true answers, for the upper bound alone
     splits: dict[str, dict]  # {column of the tables: fields of Evaluate, the manifest among them}
     shared: str  # the column on which teacher and student are compared, in every mode (the paper's Table 1)
-    serving: dict = field(default_factory=dict)  # endpoint and served: who samples in the teacher's place
+    serving: dict = field(default_factory=dict)  # endpoint, served, key_variable: who samples in the teacher's place
     val: str | None = None  # manifest by which the best weights are chosen; None = the last ones
     prompts: dict[str, str] = field(default_factory=dict)  # in place of ASKED's
-    seeing: dict = field(default_factory=dict)  # fields of every stage that shows a video
+    seeing: dict = field(default_factory=dict)  # fields of every stage that shows a video to a model here
     running: dict = field(default_factory=dict)  # of every stage: device, dtype …
     written: int = 512  # tokens of thoughts and answer
     sampling: dict = field(default_factory=dict)  # of Traces
