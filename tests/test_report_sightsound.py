@@ -82,7 +82,7 @@ def checked(patch, folder, path, decide, verifier=False):
     given = folder.with_suffix(".given")
     write_lines(given, [
         {"id": t["id"], "sample": t["sample"], "bad": "no <b>prompt", "detail": "too long"} if score is None else
-        {"id": t["id"], "sample": t["sample"], "score": score}
+        {"id": t["id"], "sample": t["sample"], "score": score, "accepted": score > 0}
         for t in map(json.loads, (folder.parent / "traces/traces.jsonl").read_text().splitlines())
         for score in [decide(int(t["id"].removeprefix("test")), t["sample"])]])
     fields = dict(checker="verifier", model="m") if verifier else dict(checker="verdicts")
