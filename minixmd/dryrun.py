@@ -19,10 +19,12 @@ from minixmd.fields import kind
 from minixmd.inputs.batch import Prompt
 from minixmd.inputs.examples import Example, build_conversation
 from minixmd.inputs.positions import positions_of
+from minixmd.learning.answers import thoughts
 from minixmd.learning.scoring import ask, check_room
 from minixmd.models.families import FAMILIES, SYSTEM
 from minixmd.models.weights import build
 from minixmd.references import input_paths, repository
+from minixmd.stages.factcheck import conversation
 from minixmd.stages.toy_models import QWEN2_WORDS
 
 EXAMPLE = Example("example", "clip", "clip", "Which of these makes the sound that is heard the most in this clip?",
@@ -75,10 +77,10 @@ def know(stage, stages, home):
 def ask_example(stage, processor, trace):
     """The Prompt of EXAMPLE, with the answer where it is learnt."""
     if isinstance(stage, FactCheck) and stage.checker == "verifier":  # whose decoder reads nothing but the trace
-        ids = processor.encode(trace)
+        ids = processor.encode(thoughts(trace))
         return Prompt(torch.tensor(ids), positions_of(len(ids), []))
     if isinstance(stage, FactCheck):
-        return processor(build_conversation(EXAMPLE, media="audio", prompt=stage.prompt, trace=trace))
+        return processor(conversation(stage, EXAMPLE, trace))
     if isinstance(stage, Train):
         learnt = EXAMPLE.answer if stage.traces is None else trace
         return ask(stage, processor, EXAMPLE, None if stage.objective == "grpo" else learnt)
@@ -103,7 +105,8 @@ def stand_in(folder, stages):
 
 def question(stage):
     """The text that a stage puts beside the clip."""
-    [turn] = build_conversation(EXAMPLE, media="audio", prompt=stage.prompt, trace=TRACE)
+    [turn] = (conversation(stage, EXAMPLE, TRACE) if isinstance(stage, FactCheck) else
+              build_conversation(EXAMPLE, media="audio", prompt=stage.prompt, trace=TRACE))
     return turn["content"][-1]["text"]
 
 

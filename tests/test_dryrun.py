@@ -332,6 +332,19 @@ def test_a_dry_run_shows_every_stage_its_prompt_and_its_memory(models, tmp_path,
     assert float(rows["case"][-1]) > float(rows["optimizer"][-1]) > 1  # the totals, in MiB
 
 
+def test_a_checker_is_shown_what_it_judges(models, tmp_path, capsys):
+    """The thoughts, as in stage FactCheck; the answer after them it does not see."""
+    common = dict(traces="t.jsonl", manifest="x.jsonl", device="cpu", prompt="{question}\n{trace} True?")
+    stages = [FactCheck(name="here", model=str(models / "ears"), **common),
+              FactCheck(name="there", checker="endpoint", endpoint="http://localhost:8000/v1", served="big", **common),
+              FactCheck(name="small", checker="verifier", model=str(models / "ears"), verdicts="v.jsonl", **common)]
+    status, out, err = dry(tmp_path, capsys, stages)
+    assert (status, err) == (0, [])
+    prompts = out.split("\nprompt ")[1:]
+    assert len(prompts) == 3 and all("I hear it bark twice." in prompt for prompt in prompts)
+    assert "<answer>" not in out and "<think>" not in out
+
+
 def test_without_a_tokenizer_the_prompt_is_the_same_in_words(models, tmp_path, capsys):
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_bytes((models / "wide" / "config.json").read_bytes())

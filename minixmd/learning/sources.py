@@ -9,6 +9,7 @@ from minixmd.learning.scoring import check_media, read_records, read_traces
 
 TAG = re.compile(r"<\|[^<>|\s]+\|>")  # a media token or another special one: no such text may reach a prompt
 
+
 def sources(stage, examples):
     """Which answer each training example learns: the manifest's own or every trace of it (SFT), the teacher's or the
     student's (distill). In GRPO none is given: the example's, from the manifest or the teacher, is what is rewarded.

@@ -21,9 +21,9 @@ from minixmd.learning.scoring import (
     score_letters,
     write_records,
 )
+from minixmd.learning.sources import TAG
 from minixmd.learning.statistics import digest, summary, tabulate
 from minixmd.models.lora import set_impl
-from minixmd.stages.traces import TAG
 
 SHOWN = {  # tables of a benchmark that are printed, and as what
     "mmau": {"task": "task", "difficulty": "difficulty"},

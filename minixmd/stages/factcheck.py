@@ -117,6 +117,11 @@ def bad_verdict(trace, reason, detail):
     return {"id": trace["id"], "sample": trace["sample"], "bad": reason, "detail": detail}
 
 
+def conversation(stage, example, text):
+    """What a checker is asked about a clip: whether the thoughts of a trace are true of it."""
+    return build_conversation(example, media="audio", prompt=stage.prompt, trace=thoughts(text))
+
+
 # ---- a model here ----
 
 
@@ -139,8 +144,7 @@ def listen(stage, model, processor, yes, no, part):
     def prompt(item):
         example, trace = item
         try:
-            said = thoughts(trace["text"])
-            return item, processor(build_conversation(example, media="audio", prompt=stage.prompt, trace=said))
+            return item, processor(conversation(stage, example, trace["text"]))
         except (MediaError, ValueError) as error:
             return item, error
 
@@ -187,7 +191,7 @@ def by_endpoint(stage, folder, traces, beside, log):
 
 
 def messages(stage, example, trace):
-    [turn] = build_conversation(example, media="audio", prompt=stage.prompt, trace=thoughts(trace["text"]))
+    [turn] = conversation(stage, example, trace["text"])
     return [{"role": "user", "content": [audio_part(example.audio), turn["content"][-1]]}]
 
 

@@ -27,7 +27,6 @@ def teach_checker(folder, seed, thought, log):
     names, alike = sorted({e.label for e in examples}), {}
     for e in examples:
         alike.setdefault(e.meta["group"], set()).add(e.label)
-    asked = CHECK_PROMPT.partition("{trace}")
     trained = [p.requires_grad_(True) for n, p in model.named_parameters() if "embed_positions" not in n]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.05)
     losses = []
@@ -38,7 +37,7 @@ def teach_checker(folder, seed, thought, log):
                 label, yes = examples[i].label, rng.random() < 0.5
                 among = sorted(alike[examples[i].meta["group"]]) if rng.random() < 0.5 else names
                 told = label if yes else rng.choice([other for other in among if other != label])
-                text = asked[0] + thought.format(told=told) + asked[2]
+                text = CHECK_PROMPT.format(trace=thought.format(told=told))
                 prompts.append(check_lesson(processor, *shown[i], text, yes))
             batch = pack(prompts)
             weight_T = batch.target_weight_T / len(batch.target_id_T)
