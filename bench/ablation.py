@@ -12,11 +12,11 @@ import json
 import sys
 from pathlib import Path
 
-from minixmd.files import read_json, write_json
 from minixmd.inputs.examples import read_manifest
-from minixmd.learning.scoring import read_records
-from minixmd.learning.statistics import compare, summary
-from minixmd.xmd import ABLATION
+from minixmd.papers.xmd import ABLATION
+from minixmd.runs.files import read_json, write_json
+from minixmd.stages.multiple_choice import read_records
+from minixmd.tasks.statistics import compare, summary
 
 SPLITS = ("analysis", "test", "unseen")
 GROUPS = {"test": ("both", "ear", "eye")}

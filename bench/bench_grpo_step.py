@@ -45,12 +45,12 @@ from bench.bench_head import Case, plain
 from bench.bench_train import AUDIO_ID, PAD_ID, TIMED, clips, environment, flops, quantiles, reference_model
 from minixmd.config import Train
 from minixmd.inputs.batch import Group, Prompt, pack
-from minixmd.learning.head import token_weights
 from minixmd.learning.optim import adamw
-from minixmd.learning.rewards import Rollout, advantages
 from minixmd.learning.rollout import pool_bytes
 from minixmd.models.families import read_config
+from minixmd.models.head import token_weights
 from minixmd.models.weights import build, load_model
+from minixmd.tasks.rewards import Rollout, advantages
 from minixmd.train import Run, grpo_step, learn, reference_of, score
 
 FULL = dict(shape=TIMED, clip_s=11.6, n=8, tokens=300, head=(2400, 512, 156_032))  # head: targets, D, V

@@ -21,7 +21,7 @@ import torch
 
 from bench.measure import Bench, check, installed
 from minixmd.kernels.grpo import Objective
-from minixmd.learning.head import CrossEntropy, Grpo, head_loss
+from minixmd.models.head import CrossEntropy, Grpo, head_loss
 
 CASES = [  # N targets, D, V
     (2048, 3584, 152_064),  # Qwen2-VL-7B: 7 completions of 300 tokens

@@ -24,14 +24,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from bench import measure
 from minixmd import load, train
 from minixmd.config import Train
-from minixmd.dryrun import EXAMPLE, know
-from minixmd.estimate import CLIP_S, estimate
-from minixmd.files import write_json
+from minixmd.dryrun.estimate import CLIP_S, estimate
+from minixmd.dryrun.plan import EXAMPLE, know
 from minixmd.inputs.audio import SAMPLE_RATE
 from minixmd.inputs.examples import manifest_text
 from minixmd.models.families import read_config
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.weights import save_model
+from minixmd.runs.files import write_json
 
 ROWS, BOUND = 16_384, 0.10
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]

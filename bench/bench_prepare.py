@@ -24,7 +24,7 @@ from children import Task, run_tasks  # noqa: E402
 from clips import look  # noqa: E402
 
 from bench.bench_train import environment  # noqa: E402
-from minixmd.files import write_json  # noqa: E402
+from minixmd.runs.files import write_json  # noqa: E402
 
 SECONDS, WIDTH, HEIGHT, FPS, RATE = 10, 640, 360, 25, 44_100
 ROWS = (2_000, 200_000)

@@ -43,10 +43,10 @@ from transformers.utils import logging
 from bench import measure
 from minixmd.inputs.audio import SAMPLE_RATE, log_mel, num_audio_tokens, num_mel_frames
 from minixmd.inputs.batch import Media, Prompt
-from minixmd.learning.checkpoint import versions
 from minixmd.learning.optim import adamw
 from minixmd.models.lora import add_lora
 from minixmd.models.weights import load_model, save_adapter
+from minixmd.runs.directory import versions
 from minixmd.train import Run, accumulate, update
 
 # The 7B: width 4096, mlp 11008, 32 layers, vocabulary 156,032; its tower 1280 wide, 32 layers, heads of 64.

@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from minixmd.kernels.grpo import Objective
-from minixmd.learning.head import CrossEntropy, Grpo, head_loss, token_weights
+from minixmd.models.head import CrossEntropy, Grpo, head_loss, token_weights
 
 RTOL = 1e-5  # of the loss, and of a parameter's largest gradient
 V, PAD, EOS, CHUNK = 97, 2, 1, 7  # CHUNK: rows of logits at a time, so that there are several chunks

@@ -49,7 +49,7 @@ def installed(module):
 
 def env():
     """Commit, versions, hardware and date."""
-    from minixmd.learning.checkpoint import versions
+    from minixmd.runs.directory import versions
 
     return {**versions(), "cuda": torch.version.cuda, "fp32_products": torch.get_float32_matmul_precision(),
             "date": datetime.now(timezone.utc).date().isoformat(),

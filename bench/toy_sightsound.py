@@ -21,16 +21,16 @@ import torch
 
 from minixmd import load
 from minixmd.config import FactCheck
-from minixmd.files import read_json, write_json
 from minixmd.inputs.examples import read_manifest
-from minixmd.learning import verifier
-from minixmd.learning.answers import thoughts
-from minixmd.learning.rewards import REWARDS
-from minixmd.learning.scoring import read_records
-from minixmd.learning.statistics import compare, summary
 from minixmd.models.lora import hash_seed
-from minixmd.sightsound import CONTROLS, LADDER
+from minixmd.papers.sightsound import CONTROLS, LADDER
+from minixmd.runs.files import read_json, write_json
+from minixmd.stages import verifier
+from minixmd.stages.multiple_choice import read_records
 from minixmd.stages.switch import hear
+from minixmd.tasks.answers import thoughts
+from minixmd.tasks.rewards import REWARDS
+from minixmd.tasks.statistics import compare, summary
 
 ROWS = LADDER | CONTROLS
 MODES = {"student, direct": "before_test", "student, zero-shot CoT": "cot", "student, test-time CoT": "test_time",

@@ -24,20 +24,26 @@ from tqdm import tqdm
 
 from minixmd import generate, load, pack
 from minixmd.config import Evaluate, FactCheck, Label, Report, Switch, Toy, Traces, Train
-from minixmd.configfile import load_config
-from minixmd.dryrun import dry_run
-from minixmd.files import write_safetensors, write_text
+from minixmd.config.load import load_config
+from minixmd.config.references import check_files, input_paths, resolve
+from minixmd.dryrun.plan import dry_run
 from minixmd.inputs.examples import read_manifest
 from minixmd.inputs.media import MediaError
 from minixmd.inputs.tokenizer import shared_ids
 from minixmd.kernels.grpo import Objective
 from minixmd.kernels.logprob import split_banned
-from minixmd.learning.checkpoint import LOGS, begin, finish, load_state, log_line, save_state
-from minixmd.learning.head import CrossEntropy, DistillTopK, Grpo, head_loss
 from minixmd.learning.optim import adamw, learning_rate, optimizer_tensors, restore_optimizer
-from minixmd.learning.ranks import Elsewhere, join, leave, told, wait
-from minixmd.learning.rewards import REWARDS, learnable, parse_answer, summary
-from minixmd.learning.scoring import (
+from minixmd.learning.targets import sources
+from minixmd.models.head import CrossEntropy, DistillTopK, Grpo, head_loss
+from minixmd.models.hub import pinned
+from minixmd.models.lora import add_lora, hash_seed, merge_lora, set_impl
+from minixmd.models.weights import adapted, save_adapter, save_model
+from minixmd.report import gather as report
+from minixmd.runs.directory import LOGS, begin, finish, load_state, log_line, save_state
+from minixmd.runs.distributed import Elsewhere, join, leave, told, wait
+from minixmd.runs.files import write_safetensors, write_text
+from minixmd.stages import evaluate, factcheck, label, switch, traces
+from minixmd.stages.multiple_choice import (
     ask,
     check_room,
     count_bad,
@@ -48,13 +54,9 @@ from minixmd.learning.scoring import (
     read_records,
     score_letters,
 )
-from minixmd.learning.sources import sources
-from minixmd.learning.statistics import tabulate
-from minixmd.models.hub import pinned
-from minixmd.models.lora import add_lora, hash_seed, merge_lora, set_impl
-from minixmd.models.weights import adapted, save_adapter, save_model
-from minixmd.references import check_files, input_paths, resolve
-from minixmd.stages import evaluate, factcheck, label, report, switch, toy, traces
+from minixmd.tasks.rewards import REWARDS, learnable, parse_answer, summary
+from minixmd.tasks.statistics import tabulate
+from minixmd.toy import pretrain as toy
 
 # ---- what a run is made of ----
 

@@ -21,7 +21,7 @@ from mini import write_clips, write_model
 
 import minixmd
 from minixmd.inputs.examples import read_manifest
-from minixmd.learning import rewards
+from minixmd.tasks import rewards
 from minixmd.train import main as run_config
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -48,7 +48,8 @@ stages = [
            train_manifest="{home}/train/manifest.jsonl", width=1 / 16, clip_s=0.5, epochs=3, batch_size=4, lr=5e-3,
            augment="spec"),
     Train(name="gated", objective="distill", model="{home}/audio", teacher_labels="@seen", student_labels="@heard",
-          switch="{home}/decided.jsonl", gate="learned", val_manifest="{home}/val/manifest.jsonl", eval_every=10, **AUDIO, **STEPS),
+          switch="{home}/decided.jsonl", gate="learned", val_manifest="{home}/val/manifest.jsonl",
+          eval_every=10, **AUDIO, **STEPS),
     Train(name="kl_ce", objective="distill", model="{home}/vision", teacher_labels="@heard", teacher_loss="kl+ce",
           trainable="decoder", **VIDEO, **STEPS),
     Train(name="kl", objective="distill", model="{home}/audio", teacher_labels="@seen", student_labels="@heard",

@@ -1,7 +1,7 @@
 """extract: which option a written answer means, by which way, and what does not fool it."""
 import pytest
 
-from minixmd.learning.answers import WAYS, extract, final_answer, thoughts
+from minixmd.tasks.answers import WAYS, extract, final_answer, thoughts
 
 OPTIONS = ("dog barking", "cat meowing", "police car (siren)", "dog", "playing bass drum", "ice cream van",
            "woman's singing", "parrot talking", "skidding", "toilet flushing")  # fmt: skip

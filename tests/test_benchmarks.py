@@ -6,7 +6,7 @@ from string import ascii_uppercase
 import pytest
 
 from minixmd.inputs.examples import Example
-from minixmd.learning.benchmarks import WAYS, benchmark_of, meant, mmau_rule, mmau_table, music_table, same, vote
+from minixmd.tasks.benchmarks import WAYS, benchmark_of, meant, mmau_rule, mmau_table, music_table, same, vote
 
 MMAU = json.loads((Path(__file__).parent / "data" / "mmau-test-mini.json").read_text())  # ten real records
 ANIMALS = ("cat", "dog", "dog barking", "sea lion")

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from minixmd.config import Evaluate, Traces, Train
-from minixmd.files import write_json, write_safetensors, write_text
-from minixmd.learning import checkpoint
-from minixmd.learning.checkpoint import begin, fingerprint, finish, load_state, log_line, save_state, versions
+from minixmd.runs import directory as checkpoint
+from minixmd.runs.directory import begin, fingerprint, finish, load_state, log_line, save_state, versions
+from minixmd.runs.files import write_json, write_safetensors, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITERS = [(write_text, "new"), (write_json, {"new": 1}), (write_safetensors, {"new": torch.ones(3)})]
@@ -58,8 +58,8 @@ def test_a_full_disk_names_the_path_and_keeps_the_old_file(tmp_path, monkeypatch
 LIMITED = """
 import resource, sys, torch
 from pathlib import Path
-from minixmd.files import write_text, write_safetensors
-from minixmd.learning.checkpoint import log_line
+from minixmd.runs.files import write_text, write_safetensors
+from minixmd.runs.directory import log_line
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # the system refuses to let a file grow, also for root
 folder = Path(sys.argv[1])
 for write in (lambda: write_text(folder / "text", "x" * 9999),
@@ -93,7 +93,7 @@ def test_an_unwritable_directory_names_the_path(tmp_path, write, value):
 
 KILLED = """
 import os, signal, sys, torch
-from minixmd.files import write_safetensors
+from minixmd.runs.files import write_safetensors
 os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)  # after the write, before the rename
 write_safetensors(sys.argv[1], {"w": torch.ones(3)})
 """
@@ -150,7 +150,7 @@ def test_a_file_of_another_origin_is_no_state(tmp_path):
 
 SAVING = """
 import sys, torch
-from minixmd.learning.checkpoint import save_state
+from minixmd.runs.directory import save_state
 step = 0
 while True:
     step += 1

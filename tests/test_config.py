@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from minixmd import config, configfile
+from minixmd import config
 from minixmd.config import Evaluate, Label, Report, Switch, Toy, Train
-from minixmd.configfile import load_config
-from minixmd.fields import ConfigError, check_types, parse_field, stage
-from minixmd.prompts import PROMPT, THINK_PROMPT
-from minixmd.references import check_files, input_paths, references, resolve
+from minixmd.config import load as configfile
+from minixmd.config.load import load_config
+from minixmd.config.prompts import PROMPT, THINK_PROMPT
+from minixmd.config.references import check_files, input_paths, references, resolve
+from minixmd.config.schema import ConfigError, check_types, parse_field, stage
 
 EVALUATE = dict(name="before", model="m", manifest="d.jsonl")
 TRAIN = dict(name="student", objective="sft", model="m", manifest="d.jsonl")

@@ -13,7 +13,7 @@ from minixmd.config import Train
 from minixmd.inputs.examples import Example
 from minixmd.inputs.tokenizer import shared_ids
 from minixmd.kernels import distill, distill_topk
-from minixmd.learning.sources import sources
+from minixmd.learning.targets import sources
 from minixmd.train import accumulate, build, main, stored_rows
 
 SHARED, BANNED = 80, torch.tensor([4, 33, 85])

@@ -16,18 +16,18 @@ from torch.utils._pytree import tree_leaves
 import minixmd
 from minixmd import train
 from minixmd.config import Evaluate, FactCheck, Label, Switch, Traces, Train
-from minixmd.dryrun import EXAMPLE, know, stand_in
-from minixmd.estimate import PARTS, Found, estimate, find
+from minixmd.dryrun.estimate import PARTS, Found, estimate, find
+from minixmd.dryrun.memory import tracing
+from minixmd.dryrun.plan import EXAMPLE, know, stand_in
+from minixmd.dryrun.shapes import PUBLISHED
 from minixmd.kernels import logprob
-from minixmd.learning.memory import tracing
 from minixmd.learning.rollout import pool_bytes
-from minixmd.learning.scoring import score_letters
 from minixmd.models.cnn14 import make_cnn14, mixup, spec_augment
 from minixmd.models.families import read_config
 from minixmd.models.lora import add_lora
 from minixmd.models.multimodal import MultimodalLM
-from minixmd.models.shapes import PUBLISHED
 from minixmd.models.weights import save_adapter, save_model
+from minixmd.stages.multiple_choice import score_letters
 from minixmd.train import main
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -21,8 +21,8 @@ from media_files import grey_frames, sine, write_mp4, write_wav
 
 from minixmd.config import Traces
 from minixmd.inputs.media import MediaError, read_audio, read_frames
-from minixmd.learning import endpoint as module
-from minixmd.learning.endpoint import ask_endpoint, audio_part, key_from, log_odds, silent_video_part, yes_no
+from minixmd.stages import endpoint as module
+from minixmd.stages.endpoint import ask_endpoint, audio_part, key_from, log_odds, silent_video_part, yes_no
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "sk-0123456789"

@@ -10,16 +10,16 @@ from tiny import published_config, randomise
 
 import minixmd
 from minixmd.config import PROMPT, Evaluate, Label
-from minixmd.fields import ConfigError
+from minixmd.config.schema import ConfigError
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import build_conversation, read_manifest
-from minixmd.learning import scoring
-from minixmd.learning.scoring import ask, read_records, score_letters
-from minixmd.learning.statistics import compare, digest, paired_interval, wilson
 from minixmd.models.families import FAMILIES, read_config
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.weights import save_model
 from minixmd.stages import evaluate, label
+from minixmd.stages import multiple_choice as scoring
+from minixmd.stages.multiple_choice import ask, read_records, score_letters
+from minixmd.tasks.statistics import compare, digest, paired_interval, wilson
 
 FRAMES = dict(min_pixels=3136, max_pixels=3136)
 SAID = [  # text, right option, letter with the largest logit (None: that of the text), what is read, how

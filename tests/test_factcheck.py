@@ -9,11 +9,11 @@ import minixmd
 from minixmd.config import FactCheck
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import read_manifest
-from minixmd.learning import verifier as small
-from minixmd.learning.answers import thoughts
-from minixmd.learning.scoring import read_records
 from minixmd.models.whisper import Whisper
 from minixmd.stages import factcheck
+from minixmd.stages import verifier as small
+from minixmd.stages.multiple_choice import read_records
+from minixmd.tasks.answers import thoughts
 
 PROMPT = "{trace}\nIs that true?"
 THRESHOLD = -0.2335  # about half of the untrained model's scores are above it

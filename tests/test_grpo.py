@@ -25,9 +25,9 @@ from minixmd import Completion, Prompt, pack
 from minixmd.config import Train
 from minixmd.inputs.examples import Example, read_manifest
 from minixmd.learning.optim import adamw
-from minixmd.learning.rewards import learnable, summary
 from minixmd.learning.rollout import Decoder
-from minixmd.learning.sources import sources
+from minixmd.learning.targets import sources
+from minixmd.tasks.rewards import learnable, summary
 from minixmd.train import Run, check_reference, learn, main, reference_of, score, update
 
 ROOT = Path(__file__).resolve().parents[1]

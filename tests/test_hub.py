@@ -20,13 +20,13 @@ from tiny import published_config, randomise
 
 import minixmd
 from minixmd.config import Evaluate
+from minixmd.config.references import check_files, repository
 from minixmd.models import hub
 from minixmd.models.families import read_config
 from minixmd.models.hub import pinned
 from minixmd.models.lora import add_lora
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.weights import load_model, save_adapter, save_model
-from minixmd.references import check_files, repository
 from minixmd.train import main
 
 COMMIT, OTHER = "1" * 40, "2" * 40

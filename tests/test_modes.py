@@ -12,16 +12,16 @@ from mini import CLASSES, write_clips, write_model
 
 import minixmd
 from minixmd.config import Evaluate
+from minixmd.config.prompts import TRACE_PROMPT
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import build_conversation, read_manifest
-from minixmd.learning import scoring
-from minixmd.learning.benchmarks import mmau_rule, vote
 from minixmd.learning.rollout import Completion, decode
-from minixmd.learning.scoring import read_records, score_letters
-from minixmd.learning.statistics import compare, wilson
 from minixmd.models.weights import save_model
-from minixmd.prompts import TRACE_PROMPT
 from minixmd.stages import evaluate
+from minixmd.stages import multiple_choice as scoring
+from minixmd.stages.multiple_choice import read_records, score_letters
+from minixmd.tasks.benchmarks import mmau_rule, vote
+from minixmd.tasks.statistics import compare, wilson
 
 DATA = Path(__file__).parent / "data"
 SAMPLED = dict(answer="generate", max_new_tokens=6, n=4, temperature=1.5)

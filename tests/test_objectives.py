@@ -7,7 +7,7 @@ from tiny import Largest
 from torch.utils.flop_counter import FlopCounterMode
 
 from minixmd.kernels import distill, distill_topk, grpo, logprob
-from minixmd.learning.head import CrossEntropy, Distill, DistillTopK, Grpo, head_loss, token_weights
+from minixmd.models.head import CrossEntropy, Distill, DistillTopK, Grpo, head_loss, token_weights
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

@@ -14,8 +14,8 @@ from fake_endpoint import FAULTS, FakeEndpoint, first_attempts
 from mini import CLASSES, write_clips, write_config
 
 from minixmd.config import FactCheck, Traces
-from minixmd.configfile import load_config
-from minixmd.learning.scoring import read_records
+from minixmd.config.load import load_config
+from minixmd.stages.multiple_choice import read_records
 from minixmd.train import main
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,7 +23,7 @@ STAGES = """[
 # shards of 5 clips, so that there is something to share
 COMMAND = """
 import sys
-from minixmd.learning import scoring
+from minixmd.stages import multiple_choice as scoring
 from minixmd.stages import traces
 scoring.SHARD = traces.CLIPS = 5
 from minixmd.train import main

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from minixmd.configfile import load_config
+from minixmd.config.load import load_config
 from minixmd.inputs.examples import read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,8 +9,8 @@ import pytest
 
 import minixmd.recipes
 from minixmd.config import Evaluate, FactCheck, Label, Report, Switch, Traces, Train
-from minixmd.configfile import load_config
-from minixmd.sightsound import LADDER, avqa
+from minixmd.config.load import load_config
+from minixmd.papers.sightsound import LADDER, avqa
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))  # beside one another, the tools are no package

@@ -10,14 +10,14 @@ from urllib.parse import unquote
 import pytest
 
 from minixmd.config import Report
-from minixmd.fields import ConfigError
+from minixmd.config.references import check_references, input_paths
+from minixmd.config.schema import ConfigError
 from minixmd.inputs.examples import read_manifest
-from minixmd.learning.statistics import digest, groups, tabulate, wilson
-from minixmd.references import check_references, input_paths
-from minixmd.stages import report
+from minixmd.report import gather as report
+from minixmd.report.charts import ticks
+from minixmd.report.page import page
 from minixmd.stages.evaluate import letters_beside
-from minixmd.stages.report_charts import ticks
-from minixmd.stages.report_html import page
+from minixmd.tasks.statistics import digest, groups, tabulate, wilson
 from minixmd.train import main
 
 ODD = "<b>&\"'|</script>"  # a class, a group, an option, a row and a column of this name

@@ -8,15 +8,16 @@ import pytest
 from test_report import TAGS, Page, evaluated, manifest, pct, shown, write_lines
 
 from minixmd.config import Evaluate, FactCheck, Report, Traces
-from minixmd.fields import ConfigError
+from minixmd.config.schema import ConfigError
 from minixmd.inputs.examples import read_manifest
-from minixmd.learning.benchmarks import TYPES
-from minixmd.learning.statistics import wilson
-from minixmd.learning.verifier import agreement
-from minixmd.sightsound import LADDER, MODES
-from minixmd.stages import evaluate, factcheck, report, traces
-from minixmd.stages.published import PAPERS
-from minixmd.stages.report_html import page
+from minixmd.papers.sightsound import LADDER, MODES
+from minixmd.report import gather as report
+from minixmd.report.page import page
+from minixmd.report.published import PAPERS
+from minixmd.stages import evaluate, factcheck, traces
+from minixmd.stages.verifier import agreement
+from minixmd.tasks.benchmarks import TYPES
+from minixmd.tasks.statistics import wilson
 from minixmd.train import main
 
 ODD = "</script><i>'\"&|"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minixmd.inputs.examples import Example
-from minixmd.learning.rewards import REWARDS, accuracy_reward, advantages, format_reward, no_variance, parse_answer
+from minixmd.tasks.rewards import REWARDS, accuracy_reward, advantages, format_reward, no_variance, parse_answer
 
 OPTIONS = ("dog barking", "cat", "playing the violin, fiddle", "C#", "+", "cat food", "Church bell", "B")
 EXAMPLE = Example(id="a", audio=None, video=None, question="?", options=OPTIONS, answer=1)

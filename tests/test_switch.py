@@ -19,14 +19,14 @@ from mini import CLASSES, write_clips, write_config
 from safetensors.torch import load_file
 
 from minixmd.config import Switch
-from minixmd.configfile import load_config
-from minixmd.fields import ConfigError
+from minixmd.config.load import load_config
+from minixmd.config.schema import ConfigError
 from minixmd.inputs.examples import read_manifest
 from minixmd.inputs.media import MediaError
-from minixmd.learning.checkpoint import log_line
-from minixmd.learning.statistics import digest
 from minixmd.models.cnn14 import make_cnn14
+from minixmd.runs.directory import log_line
 from minixmd.stages import switch
+from minixmd.tasks.statistics import digest
 
 TEACHER, STUDENT = {"dog": 0.9, "cat": 0.6, "owl": 0.5}, {"dog": 0.5, "cat": 0.6, "owl": 0.9}  # won, tied, lost
 
@@ -410,7 +410,7 @@ def test_a_wrong_field_is_refused(world, field, value, says):
 
 
 def test_files_that_are_not_there_are_named_before_any_work(world, tmp_path):
-    from minixmd.references import check_files
+    from minixmd.config.references import check_files
 
     for field in ("train_manifest", "weights"):
         config = write_config(tmp_path / "c.py", f"[Switch(**{fields(world, **{field: 'no.file'})!r})]")

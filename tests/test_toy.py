@@ -14,11 +14,14 @@ import torch
 from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.inputs.media import MediaError, read_audio, read_frames
 from minixmd.inputs.tokenizer import Processor
-from minixmd.learning.answers import thoughts
-from minixmd.learning.rewards import accuracy_reward, format_reward
 from minixmd.models.weights import load_model, save_model
-from minixmd.stages import toy, toy_checker, toy_lessons, world
-from minixmd.stages.toy_models import BASE, SPECIAL, make_model, write_processor
+from minixmd.tasks.answers import thoughts
+from minixmd.tasks.rewards import accuracy_reward, format_reward
+from minixmd.toy import checker as toy_checker
+from minixmd.toy import lessons as toy_lessons
+from minixmd.toy import pretrain as toy
+from minixmd.toy import world
+from minixmd.toy.models import BASE, SPECIAL, make_model, write_processor
 
 SMALL = {"base": 2, "train": 2, "analysis": 1, "test": 1, "unseen": 2}
 SEEN = [kind for kind in world.KINDS if kind.seen]

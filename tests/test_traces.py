@@ -7,8 +7,8 @@ from mini import write_clips, write_model
 from minixmd.config import Traces
 from minixmd.inputs.examples import read_manifest
 from minixmd.learning.rollout import Completion
-from minixmd.learning.scoring import read_records
 from minixmd.stages import traces
+from minixmd.stages.multiple_choice import read_records
 
 FRAMES = dict(min_pixels=3136, max_pixels=3136)
 
@@ -163,7 +163,7 @@ def test_a_stopped_stage_goes_on_with_the_shards_it_has(monkeypatch, world, tmp_
 
 def test_the_labels_have_the_form_of_the_labels_that_training_reads(monkeypatch, world, tmp_path):
     from minixmd.config import Train
-    from minixmd.learning.sources import sources
+    from minixmd.learning.targets import sources
 
     puppet(monkeypatch, [[said("A"), said("A" if i % 2 else "B")] for i in range(12)])
     run(stage_of(world, n=2), tmp_path / "run")

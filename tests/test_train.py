@@ -19,12 +19,12 @@ import minixmd
 import minixmd.models.lora
 import minixmd.train as trainer
 from minixmd.config import FactCheck, Label, Traces, Train
-from minixmd.files import UMASK
 from minixmd.inputs.examples import Example, read_manifest
 from minixmd.kernels import logprob
 from minixmd.learning.optim import adamw, optimizer_tensors, restore_optimizer
-from minixmd.learning.scoring import ask
-from minixmd.learning.sources import sources
+from minixmd.learning.targets import sources
+from minixmd.runs.files import UMASK
+from minixmd.stages.multiple_choice import ask
 from minixmd.train import main, order, where
 
 FRAMES = "min_pixels=3136, max_pixels=3136"
@@ -391,7 +391,7 @@ def test_a_clip_without_what_a_stage_shows_stops_it_before_the_first_clip(world,
     manifest = broken_clip(world, tmp_path, "gone.wav", None)
     *lines, last = manifest.read_text().splitlines()
     manifest.write_text("\n".join([*lines, json.dumps(json.loads(last) | {"video": None})]))
-    monkeypatch.setattr("minixmd.learning.scoring.build_conversation", lambda *args, **more: pytest.fail("asked"))
+    monkeypatch.setattr("minixmd.stages.multiple_choice.build_conversation", lambda *args, **more: pytest.fail("asked"))
     manifests = dict(manifest=str(manifest))
     if stage == "Train val":
         manifests = dict(manifest=f"{world}/clips/manifest.jsonl", val_manifest=str(manifest))
@@ -460,9 +460,9 @@ def test_an_unwritable_run_directory_is_named(world, tmp_path, capsys):
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_state_whole(world, tmp_path, capsys, monkeypatch):
-    import minixmd.files
+    import minixmd.runs.files
 
-    real, states = minixmd.files.save_file, []
+    real, states = minixmd.runs.files.save_file, []
 
     def full(tensors, path, metadata=None):
         if "state" in path.name and states:
@@ -471,7 +471,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_state_whole(world, tmp_path
         states.append(path.name)
         real(tensors, path, metadata)
 
-    monkeypatch.setattr(minixmd.files, "save_file", full)
+    monkeypatch.setattr(minixmd.runs.files, "save_file", full)
     assert "No space left on device" in refused(tmp_path, capsys, train(world, save_every=1))
     left = [path.name for path in (tmp_path / "run" / "student").iterdir()]
     assert "state.safetensors" in left and not [name for name in left if "tmp" in name]

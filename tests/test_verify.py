@@ -15,13 +15,15 @@ from mini import AUDIO, OMNI, VISION, write_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny import published_config, randomise
 
-from minixmd import invariances, load, verify
+from minixmd import load
 from minixmd.inputs.batch import Segment
 from minixmd.inputs.positions import grid_offsets
 from minixmd.models.families import FAMILIES, read_config
 from minixmd.models.lora import add_lora
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.weights import adapted, save_adapter, save_model
+from minixmd.verify import __main__ as verify
+from minixmd.verify import invariances
 
 CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.json"))  # as published
 KINDS = ("audio", "vision", "windowed", "omni")
@@ -303,9 +305,9 @@ FAULTS = [
         "minixmd.kernels.lora._LoraLinears.apply", lambda _: lambda x, impl, scales, *tensors: tuple(
             F.linear(x, w, bias) for w, bias in zip(tensors[::4], tensors[1::4], strict=True)))),
     ("adapter exported = re-read", "audio", "the scale changes on export", patched(
-        "minixmd.invariances.save_adapter", doubled_scale)),
+        "minixmd.verify.invariances.save_adapter", doubled_scale)),
     ("adapter exported = re-read", "omni", "the towers' halves are lost", patched(
-        "minixmd.invariances.load_adapter", forgetful)),
+        "minixmd.verify.invariances.load_adapter", forgetful)),
     ("logits = transformers'", "audio", "heads are flipped", weights(flip_heads)),
     ("logits = transformers'", "windowed", "another wavelength", patched(
         "minixmd.models.qwen2.Qwen2.rotary", lambda rotary: lambda model, positions: rotary(model, 1.01 * positions))),

@@ -8,8 +8,8 @@ from torch.utils._pytree import tree_leaves
 from minixmd import Processor
 from minixmd.inputs.batch import Media, Prompt
 from minixmd.inputs.positions import grid_offsets, positions_of
-from minixmd.learning.head import CHUNK, CrossEntropy, head_loss
 from minixmd.models.families import read_config
+from minixmd.models.head import CHUNK, CrossEntropy, head_loss
 from minixmd.models.multimodal import MultimodalLM
 
 AUDIO_ID, VIDEO_ID = 90, 91  # placeholders inside a vocabulary of 97

@@ -18,10 +18,10 @@ import soundfile
 from children import Task, run_tasks
 from tqdm import tqdm
 
-from minixmd.files import write_text
 from minixmd.inputs.audio import SAMPLE_RATE
 from minixmd.inputs.image import smart_resize
 from minixmd.inputs.media import MediaError, read_audio, read_frames
+from minixmd.runs.files import write_text
 
 CHUNK = 200  # rows; a killed run opens no more than these again
 MIN_SAMPLES = 4_960  # at 16 kHz: the least that Cnn14 takes; Qwen2-Audio needs 321

@@ -15,9 +15,9 @@ from struct import unpack
 import numpy as np
 from clips import SOUND_ONLY
 
-from minixmd.files import write_json
 from minixmd.inputs.examples import Example
-from minixmd.stages.world import OPTIONS, QUESTION
+from minixmd.runs.files import write_json
+from minixmd.toy.world import OPTIONS, QUESTION
 
 DATA = Path(__file__).resolve().parent / "data"
 ENCODE = json.JSONEncoder(ensure_ascii=False).encode

@@ -31,7 +31,7 @@ from prepare import (  # noqa: E402
 )
 from prepare_vggsound import csv_files, example_id, official_rows  # noqa: E402
 
-from minixmd.fields import nearest  # noqa: E402
+from minixmd.config.schema import nearest  # noqa: E402
 
 FILES = {"rows": "eval_segments.csv", "classes": "class_labels_indices.csv", "ontology": "ontology.json"}
 NO_OBJECT = ("Source-ambiguous sounds", "Channel, environment and background")

@@ -30,7 +30,7 @@ from questions import (  # noqa: E402
     text_of,
 )
 
-from minixmd.learning.benchmarks import TYPES  # noqa: E402
+from minixmd.tasks.benchmarks import TYPES  # noqa: E402
 
 KEYS = ("question_content", "templ_values", "anser")  # the last is spelled so
 MODALITIES = ("Audio", "Visual", "Audio-Visual")

@@ -28,7 +28,7 @@ from prepare import (  # noqa: E402
     uniforms,
 )
 
-from minixmd.fields import nearest  # noqa: E402
+from minixmd.config.schema import nearest  # noqa: E402
 
 PAPER = {"train": 149_460, "analysis": 14_300, "test": 14_202}
 CLIP_NAME = re.compile(rf"({YOUTUBE_ID})_(\d{{6}})(?:\.mp4)?", re.ASCII)

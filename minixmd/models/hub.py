@@ -18,10 +18,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from minixmd.files import read_json
+from minixmd.config.references import repository
 from minixmd.models.shards import INDEX, tensor_files
 from minixmd.models.weights import PROCESSOR_FILES, config_of
-from minixmd.references import repository
+from minixmd.runs.files import read_json
 
 SMALL_FILES = ("config.json", "adapter_config.json", INDEX, *PROCESSOR_FILES)
 

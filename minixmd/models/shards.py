@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minixmd.files import read_json, write_json, write_safetensors
+from minixmd.runs.files import read_json, write_json, write_safetensors
 
 SINGLE, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minixmd.files import read_json, write_json, write_safetensors
+from minixmd.config.references import repository
 from minixmd.models.families import read_config
 from minixmd.models.lora import Linear
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.shards import DTYPES, open_safetensors, survey, write_shards
-from minixmd.references import repository
+from minixmd.runs.files import read_json, write_json, write_safetensors
 
 SPEAKERS = "spk_dict.pt"  # Omni's voices
 PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",

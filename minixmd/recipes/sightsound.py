@@ -11,7 +11,7 @@ zero-shot thoughts on AVQA; on MMAU test-mini 59.5 before, 52.3 by SFT on one un
 with several traces, 56.2 with GRPO; on MUSIC-AVQA 55.6, 55.1, 56.5, 58.2 and 59.5. Table 1's set also chooses the best
 weights, as in the paper.
 """
-from minixmd.sightsound import LADDER, MODES, avqa
+from minixmd.papers.sightsound import LADDER, MODES, avqa
 
 sound = avqa()
 stages = sound.traces() + sound.labels() + sound.modes() + sound.others() + sound.ladder() + sound.report(LADDER, MODES)

@@ -12,7 +12,7 @@ that came is never asked for again. One CUDA GPU beside the server's; data as in
 anybody yet: 8 thoughts of 40,000 clips are 320,000 requests to the server, and the checker's are as many as traces
 survive.
 """
-from minixmd.sightsound import LADDER, TEACHER, avqa
+from minixmd.papers.sightsound import LADDER, TEACHER, avqa
 
 remote = dict(checker="endpoint", endpoint="https://api.openai.com/v1", served="gpt-4o-audio-preview")
 sound = avqa(checking=remote, sampling=dict(n=8, temperature=1.0),

@@ -6,7 +6,7 @@ CPU, 2 cores, about 40 minutes with one thread, 0.9 GB. On test all rows that fo
 ground truth, which is the best; always the teacher loses 3, without the anti-forgetting loss 4, never 27 points.
 """
 from minixmd.config import Toy
-from minixmd.xmd import XMD
+from minixmd.papers.xmd import XMD
 
 xmd = XMD(
     models={"audio": "@toy/student", "video": "@toy/teacher"},

@@ -7,7 +7,7 @@ checker rejects those; the student learns to think from what is left, of 72 clip
 letters on all 2,400. On seed 0 it is right on 77 % of the test clips before, on 79 % after SFT, on 83 % after GRPO.
 """
 from minixmd.config import Toy
-from minixmd.sightsound import toy
+from minixmd.papers.sightsound import toy
 
 sound = toy(updates=50)
 stages = [Toy(name="toy", thinking=True)] + sound.traces() + sound.labels() + sound.ladder("before", "sft", "grpo")

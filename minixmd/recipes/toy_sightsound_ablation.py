@@ -7,7 +7,7 @@ holds the claims against them. On seeds 0 to 2 the student is right on 71 % of t
 GRPO on 88 %; after as many steps more of SFT on 77 %, of GRPO on the traces' clips alone on 78 %.
 """
 from minixmd.config import Toy
-from minixmd.sightsound import CONTROLS, LADDER, toy
+from minixmd.papers.sightsound import CONTROLS, LADDER, toy
 
 sound = toy()
 MODES = {"student, direct": "before_test", "student, zero-shot CoT": "cot", "student, test-time CoT": "test_time",

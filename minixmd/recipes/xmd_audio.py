@@ -10,7 +10,7 @@ every split by both models 2 hours, labels of 149,460 clips 6 (the one that sees
 of weights, and the most beside them in distillation, about 12 GB. The paper: Qwen2-Audio 71.9 to 92.6 on analysis, 69.0
 to 89.4 on test, 60.0 to 72.3 on AudioSet's unseen classes; Qwen2-VL 88.5 and 80.8.
 """
-from minixmd.xmd import TITLES, vggsound
+from minixmd.papers.xmd import TITLES, vggsound
 
 xmd = vggsound()
 titles = TITLES | {"distilled": "Qwen2-Audio distilled from Qwen2-VL"}

@@ -7,7 +7,7 @@ Before it, as in xmd_audio. One CUDA GPU of 48 GB or more. Not measured by anybo
 40 % of its peak: what xmd_audio shares with it 9 hours, distillation on 1,700 tokens a clip 12; 17 GB of weights and
 about 25 GB beside them. The paper: Qwen2-VL 88.5 to 91.4 on analysis, 80.8 to 83.9 on test.
 """
-from minixmd.xmd import TITLES, vggsound
+from minixmd.papers.xmd import TITLES, vggsound
 
 xmd = vggsound()
 titles = TITLES | {"distilled": "Qwen2-VL distilled from Qwen2-Audio"}

@@ -7,10 +7,11 @@ from functools import partial
 from tqdm import tqdm
 
 from minixmd import load
-from minixmd.files import write_json
 from minixmd.inputs.examples import read_manifest
-from minixmd.learning.benchmarks import WAYS, benchmark_of, mmau_table, music_table, same
-from minixmd.learning.scoring import (
+from minixmd.learning.targets import TAG
+from minixmd.models.lora import set_impl
+from minixmd.runs.files import write_json
+from minixmd.stages.multiple_choice import (
     check_media,
     count_bad,
     device_of,
@@ -21,9 +22,8 @@ from minixmd.learning.scoring import (
     score_letters,
     write_records,
 )
-from minixmd.learning.sources import TAG
-from minixmd.learning.statistics import digest, summary, tabulate
-from minixmd.models.lora import set_impl
+from minixmd.tasks.benchmarks import WAYS, benchmark_of, mmau_table, music_table, same
+from minixmd.tasks.statistics import digest, summary, tabulate
 
 SHOWN = {  # tables of a benchmark that are printed, and as what
     "mmau": {"task": "task", "difficulty": "difficulty"},

@@ -16,13 +16,13 @@ import torch
 from tqdm import tqdm
 
 from minixmd import load, pack
-from minixmd.files import read_json, write_json
 from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.inputs.media import MediaError
-from minixmd.learning import verifier as small
-from minixmd.learning.answers import thoughts
-from minixmd.learning.endpoint import ask_endpoint, audio_part, key_from, log_odds, yes_no
-from minixmd.learning.scoring import (
+from minixmd.models.lora import hash_seed, set_impl
+from minixmd.runs.files import read_json, write_json
+from minixmd.stages import verifier as small
+from minixmd.stages.endpoint import ask_endpoint, audio_part, key_from, log_odds, yes_no
+from minixmd.stages.multiple_choice import (
     bad_record,
     check_media,
     count_bad,
@@ -36,9 +36,9 @@ from minixmd.learning.scoring import (
     score_in_shards,
     write_records,
 )
-from minixmd.models.lora import hash_seed, set_impl
 from minixmd.stages.switch import hear
 from minixmd.stages.traces import refuse_many
+from minixmd.tasks.answers import thoughts
 
 WORDS = (("yes", "Yes", "YES", " yes", " Yes"), ("no", "No", "NO", " no", " No"))
 

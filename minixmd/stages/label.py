@@ -5,9 +5,9 @@ from functools import partial
 
 from tqdm import tqdm
 
-from minixmd.files import write_text
-from minixmd.learning.scoring import count_bad, score_letters
+from minixmd.runs.files import write_text
 from minixmd.stages.evaluate import score
+from minixmd.stages.multiple_choice import count_bad, score_letters
 
 
 def run(stage, folder, log):

@@ -14,14 +14,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minixmd.files import write_json, write_text
 from minixmd.inputs.audio import SAMPLE_RATE
 from minixmd.inputs.examples import read_manifest
 from minixmd.inputs.media import MediaError, read_audio
 from minixmd.inputs.panns import log_mel
-from minixmd.learning.checkpoint import load_state, save_state
 from minixmd.learning.optim import learning_rate, optimizer_tensors, restore_optimizer
-from minixmd.learning.scoring import (
+from minixmd.models.cnn14 import load_weights, make_cnn14, mixup, spec_augment
+from minixmd.models.lora import hash_seed
+from minixmd.runs.directory import load_state, save_state
+from minixmd.runs.files import write_json, write_text
+from minixmd.stages.multiple_choice import (
     SHARD,
     answers_beside,
     bad_record,
@@ -31,9 +33,7 @@ from minixmd.learning.scoring import (
     prefetch,
     read_records,
 )
-from minixmd.learning.statistics import digest, leads, pairs, summary, tabulate
-from minixmd.models.cnn14 import load_weights, make_cnn14, mixup, spec_augment
-from minixmd.models.lora import hash_seed
+from minixmd.tasks.statistics import digest, leads, pairs, summary, tabulate
 
 
 def run(stage, folder, log):

@@ -12,12 +12,13 @@ from functools import partial
 from tqdm import tqdm
 
 from minixmd import generate, load
-from minixmd.files import write_json
 from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.inputs.media import MediaError
-from minixmd.learning.endpoint import ask_endpoint, audio_part, key_from, silent_video_part
-from minixmd.learning.rewards import FORMAT, parse_answer
-from minixmd.learning.scoring import (
+from minixmd.learning.targets import TAG
+from minixmd.models.lora import hash_seed, set_impl
+from minixmd.runs.files import write_json
+from minixmd.stages.endpoint import ask_endpoint, audio_part, key_from, silent_video_part
+from minixmd.stages.multiple_choice import (
     ask,
     bad_record,
     check_media,
@@ -30,8 +31,7 @@ from minixmd.learning.scoring import (
     score_in_shards,
     write_records,
 )
-from minixmd.learning.sources import TAG
-from minixmd.models.lora import hash_seed, set_impl
+from minixmd.tasks.rewards import FORMAT, parse_answer
 
 CLIPS = 64  # of a shard: their frames are held in memory, 13 MB a clip of 10 frames
 

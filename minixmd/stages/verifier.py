@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from minixmd.files import write_safetensors
 from minixmd.inputs.batch import Prompt, pack
 from minixmd.inputs.positions import positions_of
 from minixmd.learning.optim import learning_rate
-from minixmd.learning.scoring import packs
 from minixmd.models.cnn14 import load_weights, make_cnn14, spec_augment
 from minixmd.models.lora import hash_seed
+from minixmd.runs.files import write_safetensors
+from minixmd.stages.multiple_choice import packs
 
 WIDTH = 128  # in which a clip and a trace meet
 HELD = 5  # one judged trace in so many is not trained on

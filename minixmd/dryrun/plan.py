@@ -14,18 +14,18 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 
 from minixmd.config import Evaluate, FactCheck, Label, Switch, Toy, Traces, Train
-from minixmd.estimate import CLIP_S, FRAME, PARTS, RATE, estimate, find
-from minixmd.fields import kind
+from minixmd.config.references import input_paths, repository
+from minixmd.config.schema import kind
+from minixmd.dryrun.estimate import CLIP_S, FRAME, PARTS, RATE, estimate, find
 from minixmd.inputs.batch import Prompt
 from minixmd.inputs.examples import Example, build_conversation
 from minixmd.inputs.positions import positions_of
-from minixmd.learning.answers import thoughts
-from minixmd.learning.scoring import ask, check_room
 from minixmd.models.families import FAMILIES, SYSTEM
 from minixmd.models.weights import build
-from minixmd.references import input_paths, repository
 from minixmd.stages.factcheck import conversation
-from minixmd.stages.toy_models import QWEN2_WORDS
+from minixmd.stages.multiple_choice import ask, check_room
+from minixmd.tasks.answers import thoughts
+from minixmd.toy.models import QWEN2_WORDS
 
 EXAMPLE = Example("example", "clip", "clip", "Which of these makes the sound that is heard the most in this clip?",
                   ("a dog that barks", "a car that passes", "people who talk", "rain on a roof"), 0)

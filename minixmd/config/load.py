@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from minixmd.config import STAGES
-from minixmd.fields import ConfigError, kind, nearest, parse_field
-from minixmd.references import check_references
+from minixmd.config.references import check_references
+from minixmd.config.schema import ConfigError, kind, nearest, parse_field
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def load_config(source, overrides=()):
 
 def _find(source):
     """The file of a config: a path, or the bare name of a bundled recipe."""
-    path, folder = Path(source), Path(__file__).parent / "recipes"
+    path, folder = Path(source), Path(__file__).parents[1] / "recipes"
     if path.suffix == ".py" or path.name != str(source):
         if not path.is_file():
             raise ConfigError(f"config: no file {source}")

@@ -17,8 +17,8 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from minixmd.files import write_text
 from minixmd.inputs.examples import Example, manifest_text
+from minixmd.runs.files import write_text
 
 QUESTION = "Classify the sounding object into one of the categories below:"
 THINK_PROMPT = "{question}\n{options}\nThink, then answer."

@@ -12,26 +12,26 @@ import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 
 from minixmd.config import Evaluate, FactCheck, Label, Switch, Toy, Traces, Train
-from minixmd.files import read_json
+from minixmd.config.references import repository
+from minixmd.dryrun.memory import tracing
+from minixmd.dryrun.shapes import PUBLISHED
 from minixmd.inputs.audio import SAMPLE_RATE
 from minixmd.inputs.batch import pack
 from minixmd.inputs.image import sample_frames, smart_resize
 from minixmd.inputs.panns import HOP, MELS
 from minixmd.inputs.tokenizer import Processor
-from minixmd.learning.memory import tracing
-from minixmd.learning.rewards import learnable
 from minixmd.learning.rollout import Completion, Decoder
-from minixmd.learning.scoring import ROOM
-from minixmd.learning.verifier import WIDTH
 from minixmd.models.cnn14 import Cnn14
 from minixmd.models.families import ModelConfig, read_config
 from minixmd.models.lora import add_lora, set_impl
-from minixmd.models.shapes import PUBLISHED
 from minixmd.models.weights import build, config_of, load_adapter
-from minixmd.references import repository
-from minixmd.stages.toy import FAMILY
-from minixmd.stages.toy_models import make_model, write_processor
+from minixmd.runs.files import read_json
+from minixmd.stages.multiple_choice import ROOM
 from minixmd.stages.traces import CLIPS
+from minixmd.stages.verifier import WIDTH
+from minixmd.tasks.rewards import learnable
+from minixmd.toy.models import make_model, write_processor
+from minixmd.toy.pretrain import FAMILY
 
 CLIP_S, RATE, FRAME = 10, 30, (720, 1280)  # seconds; frames a second; height and width
 PARTS = ("weights", "reference", "gradients", "optimizer", "keys, values", "logits", "activations")

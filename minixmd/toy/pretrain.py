@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from minixmd.config import PROMPT
-from minixmd.files import write_safetensors, write_text
 from minixmd.inputs.examples import read_manifest
 from minixmd.inputs.tokenizer import Processor
 from minixmd.learning.optim import learning_rate
 from minixmd.models.lora import hash_seed
 from minixmd.models.weights import save_model
-from minixmd.stages.toy_checker import teach_checker
-from minixmd.stages.toy_lessons import Form, batches, descend, lesson, lesson_loss, show
-from minixmd.stages.toy_models import make_model, write_processor
-from minixmd.stages.world import KINDS, OPTIONS, THINK_PROMPT, draw_options, make_world
+from minixmd.runs.files import write_safetensors, write_text
+from minixmd.toy.checker import teach_checker
+from minixmd.toy.lessons import Form, batches, descend, lesson, lesson_loss, show
+from minixmd.toy.models import make_model, write_processor
+from minixmd.toy.world import KINDS, OPTIONS, THINK_PROMPT, draw_options, make_world
 
 FAMILY = {"student": ("qwen2_audio", "audio"), "teacher": ("qwen2_vl", "video")}
 NAMES = [kind.name for kind in KINDS]

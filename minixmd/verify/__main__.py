@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from minixmd import generate, invariances, load, pack
-from minixmd.invariances import QUESTION, TEMPERATURE, bare, close
+from minixmd import generate, load, pack
 from minixmd.models.weights import published_name
+from minixmd.verify import invariances
+from minixmd.verify.invariances import QUESTION, TEMPERATURE, bare, close
 
 PUBLISHED = {  # family, decoder layers, width, vocabulary -> its parameters as published; a tied head counts once
     ("qwen2_audio", 32, 4096, 156032): ("Qwen2-Audio-7B", 8_397_094_912),

@@ -7,7 +7,7 @@ LADDER has the rows of the paper's Table 2, in its order; what a row leaves out,
 from dataclasses import dataclass, field
 
 from minixmd.config import Evaluate, FactCheck, Label, Report, Traces, Train
-from minixmd.prompts import AUDIO_COT_PROMPT, CHECK_PROMPT, PROMPT, THINK_PROMPT, TRACE_PROMPT
+from minixmd.config.prompts import AUDIO_COT_PROMPT, CHECK_PROMPT, PROMPT, THINK_PROMPT, TRACE_PROMPT
 
 LADDER = {  # row -> name of its Train stage; "before" is the student itself
     "Direct inference": "before",

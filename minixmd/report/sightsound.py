@@ -1,11 +1,11 @@
 """What stage Report says of SightSound-R1 alone: MMAU and MUSIC-AVQA as they break an accuracy down, the funnel from
 clips to accepted traces, and what the small verifier would cost in the checker's place.
 """
-from minixmd.files import read_json
-from minixmd.learning.benchmarks import FIELDS, TYPES
-from minixmd.learning.statistics import wilson
-from minixmd.stages.published import BENCHMARKS, MMAU_VERSION
-from minixmd.stages.report_charts import pct
+from minixmd.report.charts import pct
+from minixmd.report.published import BENCHMARKS, MMAU_VERSION
+from minixmd.runs.files import read_json
+from minixmd.tasks.benchmarks import FIELDS, TYPES
+from minixmd.tasks.statistics import wilson
 
 TITLES = {"mmau": "MMAU", "music_avqa": "MUSIC-AVQA"}
 SHOWN = ("count", "correct", "accuracy", "interval")

@@ -2,8 +2,8 @@
 
 Every string from the data goes through `esc`. Its charts are report_charts.py's, its clips report_cards.py's.
 """
-from minixmd.stages.report_cards import card, clips, thought
-from minixmd.stages.report_charts import NAMES, ROLES, bar_chart, esc, line_chart, pct, roc_chart
+from minixmd.report.cards import card, clips, thought
+from minixmd.report.charts import NAMES, ROLES, bar_chart, esc, line_chart, pct, roc_chart
 
 WHO = ("the teacher is not better", "the teacher is better")
 STYLE = """

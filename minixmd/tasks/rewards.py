@@ -10,8 +10,8 @@ from string import ascii_lowercase
 import torch
 
 from minixmd.inputs.batch import Group
-from minixmd.learning.answers import ANSWER, INSIDE, words_of
-from minixmd.learning.head import token_weights
+from minixmd.models.head import token_weights
+from minixmd.tasks.answers import ANSWER, INSIDE, words_of
 
 EPS = 1e-4  # keeps the advantage finite where all rewards are equal
 FORMAT = re.compile(rf"\s*<think>{INSIDE}</think>\s*<answer>{INSIDE}</answer>\s*", re.DOTALL)

@@ -24,8 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from minixmd.files import write_bytes, write_json, write_safetensors
 from minixmd.models.hub import pinned
+from minixmd.runs.files import write_bytes, write_json, write_safetensors
 
 WHOLE_BYTES = 64 << 20  # up to here a file is read whole
 SAMPLES, SAMPLE_BYTES = 256, 64 << 10  # beyond it, so many blocks of so many bytes

@@ -4,10 +4,10 @@ from collections import Counter
 from pathlib import Path
 
 from minixmd.inputs.examples import read_manifest
-from minixmd.learning.scoring import answers_beside, read_records, read_traces
-from minixmd.learning.statistics import digest
-from minixmd.stages.report_cards import MIME
-from minixmd.stages.report_charts import ROLES
+from minixmd.report.cards import MIME
+from minixmd.report.charts import ROLES
+from minixmd.stages.multiple_choice import answers_beside, read_records, read_traces
+from minixmd.tasks.statistics import digest
 
 CLIPS = 4  # shown of a kind
 KINDS = {  # title of a kind of clip -> who was right: the teacher (None: no matter), the student before, after

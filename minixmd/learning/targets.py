@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minixmd.inputs.examples import read_manifest
-from minixmd.learning.scoring import check_media, read_records, read_traces
+from minixmd.stages.multiple_choice import check_media, read_records, read_traces
 
 TAG = re.compile(r"<\|[^<>|\s]+\|>")  # a media token or another special one: no such text may reach a prompt
 

@@ -11,8 +11,8 @@ import re
 from collections import Counter
 from string import ascii_lowercase
 
-from minixmd.learning import answers
-from minixmd.learning.answers import extract, final_answer
+from minixmd.tasks import answers
+from minixmd.tasks.answers import extract, final_answer
 
 WAYS = {"option": answers.WAYS, "mmau": ("letter", "text", "none")}
 TYPES = ("Temporal", "Comparative", "Counting", "Existential", "Location")  # of MUSIC-AVQA; the paper's table has four

@@ -11,10 +11,10 @@ from tqdm import tqdm
 from minixmd import load
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import read_manifest
-from minixmd.learning.head import CrossEntropy, head_loss
+from minixmd.models.head import CrossEntropy, head_loss
 from minixmd.models.weights import save_model
-from minixmd.stages.toy_lessons import batches, descend, lesson_prompt, show
-from minixmd.stages.world import CHECK_PROMPT
+from minixmd.toy.lessons import batches, descend, lesson_prompt, show
+from minixmd.toy.world import CHECK_PROMPT
 
 STEPS, BATCH, LR = 500, 32, 5e-4
 

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import PurePath
 from urllib.parse import quote
 
-from minixmd.stages.report_charts import NAMES, esc
+from minixmd.report.charts import NAMES, esc
 
 MIME = {".wav": "audio/wav", ".flac": "audio/flac", ".mp3": "audio/mpeg", ".ogg": "audio/ogg", ".m4a": "audio/mp4",
         ".mp4": "video/mp4", ".webm": "video/webm", ".mkv": "video/webm"}

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 import triton
 
-from minixmd.files import write_text
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import build_conversation
 from minixmd.inputs.media import MediaError
-from minixmd.learning.benchmarks import vote
-from minixmd.learning.ranks import Elsewhere, ranks, wait
 from minixmd.learning.rollout import decode, uniforms
+from minixmd.runs.distributed import Elsewhere, ranks, wait
+from minixmd.runs.files import write_text
+from minixmd.tasks.benchmarks import vote
 
 SHARD = 512  # examples; a killed stage redoes at most one shard
 ROOM = 4  # times batch_tokens: tokens of the answers that are sampled at once; by default 64 answers of 512 tokens

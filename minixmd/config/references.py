@@ -5,7 +5,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from minixmd.fields import ConfigError, kind, nearest
+from minixmd.config.schema import ConfigError, kind, nearest
 
 OUTPUTS = {  # what a bare "@name" means
     "train": "best",

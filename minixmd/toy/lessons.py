@@ -10,8 +10,8 @@ from tqdm import tqdm
 from minixmd.inputs.batch import Prompt, pack
 from minixmd.inputs.examples import build_conversation
 from minixmd.inputs.positions import grid_offsets, positions_of
-from minixmd.learning.head import CrossEntropy, head_loss
-from minixmd.stages.world import OPTIONS, QUESTION
+from minixmd.models.head import CrossEntropy, head_loss
+from minixmd.toy.world import OPTIONS, QUESTION
 
 PIXELS = dict(min_pixels=3_136, max_pixels=3_136)  # of a frame, which has 56 x 56
 HINT = 0.3  # weight of the hint, see `lesson`

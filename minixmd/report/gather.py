@@ -5,15 +5,15 @@ alone, so the three cannot differ.
 """
 from pathlib import Path
 
-from minixmd.files import read_json, write_json, write_text
-from minixmd.learning.scoring import answers_beside, read_records
-from minixmd.learning.statistics import compare, groups, leads, pairs
-from minixmd.stages.published import BESIDE, PAPERS
-from minixmd.stages.report_charts import NAMES, ROLES, pct
-from minixmd.stages.report_clips import clips, gallery
-from minixmd.stages.report_html import WHO, columns_of, figure, heads, page, remarks, steps, value
-from minixmd.stages.report_sightsound import breakdowns, funnel
+from minixmd.report.charts import NAMES, ROLES, pct
+from minixmd.report.clips import clips, gallery
+from minixmd.report.page import WHO, columns_of, figure, heads, page, remarks, steps, value
+from minixmd.report.published import BESIDE, PAPERS
+from minixmd.report.sightsound import breakdowns, funnel
+from minixmd.runs.files import read_json, write_json, write_text
+from minixmd.stages.multiple_choice import answers_beside, read_records
 from minixmd.stages.switch import tally
+from minixmd.tasks.statistics import compare, groups, leads, pairs
 
 POINTS = 150  # of a line in a figure
 DRAWN = {"reward": "mean reward", "completion_tokens": "completion length, tokens", "loss": "training loss",

@@ -4,7 +4,7 @@ import json
 from collections import Counter, defaultdict
 from math import sqrt
 
-from minixmd.learning.benchmarks import same
+from minixmd.tasks.benchmarks import same
 
 
 def wilson(correct, count, z=1.959964):

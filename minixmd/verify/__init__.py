@@ -1,0 +1,1 @@
+"""python -m minixmd.verify MODEL: prove a checkpoint on this machine."""
