@@ -69,8 +69,8 @@ class Problem:
         self.seen_BS = torch.cat([torch.arange(rows, device=device) < length_B[:, None]
                                   for rows, length_B in zip((P, C), both_B, strict=True)], 1)  # fmt: skip
 
-    def ours(self, impl):
-        return decode_attention(self.q_BHK, *self.prompt, self.prompt_length_G, *self.own, self.length_B, impl),
+    def ours(self, backend):
+        return decode_attention(self.q_BHK, *self.prompt, self.prompt_length_G, *self.own, self.length_B, backend),
 
     def ref(self, dtype=None):
         q_BHK, (k, v) = self.q_BHK.to(dtype), self.copy.to(dtype)
@@ -140,8 +140,8 @@ def whole_step(bench, model, name, G, n, P, C):
     limit, dtype = len(head_VD) - BANNED, head_VD.dtype
     prompts = [Prompt(torch.randint(limit, (P,)), torch.arange(P).expand(3, -1)) for _ in range(G)]
     free, began = free_bytes(bench.device), time.perf_counter()
-    d = Decoder(model, G, P, n, max_new_tokens=C, temperature=1.0, banned=range(limit, len(head_VD)), end_id=-1,
-                impl="triton")  # fmt: skip
+    d = Decoder(model, G, P, n, max_new_tokens=C, temperature=1.0, suppressed_ids=range(limit, len(head_VD)), end_id=-1,
+                backend="triton")  # fmt: skip
     taken, seconds = free - free_bytes(bench.device), time.perf_counter() - began
     ids_BC, logp_BC = sampled(d, prompts, C)
     groups = [Group(prompt, tuple(ids_GC)) for prompt, ids_GC in zip(prompts, ids_BC.split(n), strict=True)]

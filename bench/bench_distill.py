@@ -1,8 +1,8 @@
 """bench_distill: KL from the teacher's logits or from its stored top-64, and the gradient of the student's logits.
 
-Bound by memory. With i and j bytes a logit of student and teacher, o of the gradient: N (2 (i + j) shared + o V) bytes
-from both rows of logits, N (2 i shared + o V) from the stored ids, which a rate counts for every side. No id is banned,
-as the others cannot ban any. TRL's and Liger's losses are given the shared columns; they have no dropped shares.
+Bound by memory. With i and j bytes a logit of student and teacher, o of the gradient: N (2 (i + j) common_vocab + o V) bytes
+from both rows of logits, N (2 i common_vocab + o V) from the stored ids, which a rate counts for every side. No id is suppressed,
+as the others cannot ban any. TRL's and Liger's losses are given the common_vocab columns; they have no dropped shares.
 
 Run: python -m bench.bench_distill [--device cpu] [--out bench/results/NAME.json]
 On a CPU a minute, in 3 GB. The last line of stdout is JSON.
@@ -12,7 +12,7 @@ import torch
 from bench import measure
 from minixmd.kernels import distill, distill_topk
 
-CASES = [  # what learns from what, N (a chunk of the head), V, W, shared, dtypes of student, teacher, gradient
+CASES = [  # what learns from what, N (a chunk of the head), V, W, common_vocab, dtypes of student, teacher, gradient
     ("Qwen2-VL-7B from Qwen2-Audio-7B", 1024, 152_064, 156_032, 151_646, "float32", "float32", "bfloat16"),
     ("Qwen2-Audio-7B from Qwen2-VL-7B", 1024, 156_032, 152_064, 151_646, "float32", "float32", "bfloat16"),
 ]  # torch.compile, which takes long, in the last only
@@ -22,29 +22,29 @@ TEMPERATURE, J = 2.0, 64
 
 
 class Problem:
-    def __init__(self, of, device, N, V, W, shared, dtype, teacher_dtype, out_dtype):
+    def __init__(self, of, device, N, V, W, common_vocab, dtype, teacher_dtype, out_dtype):
         self.student_NV = (4 * torch.randn(N, V, device=device)).to(getattr(torch, dtype))
         self.teacher_NW = (4 * torch.randn(N, W, device=device)).to(getattr(torch, teacher_dtype))
-        self.out_dtype, self.shared = getattr(torch, out_dtype), shared
-        self.how = shared, torch.zeros(0, dtype=torch.long, device=device), TEMPERATURE
+        self.out_dtype, self.common_vocab = getattr(torch, out_dtype), common_vocab
+        self.how = common_vocab, torch.zeros(0, dtype=torch.long, device=device), TEMPERATURE
         self.weight_N = torch.full((N,), 1 / N, device=device)
         self.rows = torch.arange(N - 1, -1, -max(1, N // 16), device=device)  # those that are compared with fp64
         if of == "full":
             self.given, self.module = [self.teacher_NW], distill
             self.ref, self.kernel = distill.distill_kl_ref, distill.distill_kl_grad
-            read = self.teacher_NW[:, :shared].nbytes * 2
+            read = self.teacher_NW[:, :common_vocab].nbytes * 2
         else:
-            logq_NK = (self.teacher_NW[:, :shared].float() / TEMPERATURE).log_softmax(-1)
+            logq_NK = (self.teacher_NW[:, :common_vocab].float() / TEMPERATURE).log_softmax(-1)
             logq_NJ, id_NJ = logq_NK.topk(J)
             self.given, self.module = [id_NJ, logq_NJ, (1 - logq_NJ.exp().sum(-1)).clamp(min=0)], distill_topk
             self.ref, self.kernel = distill_topk.distill_topk_ref, distill_topk.distill_topk_grad
             read = N * (8 * J + 4)  # ids and log-probabilities of 4 bytes, the tail
-        self.moved = 2 * self.student_NV[:, :shared].nbytes + read + N * V * self.out_dtype.itemsize + 16 * N
+        self.moved = 2 * self.student_NV[:, :common_vocab].nbytes + read + N * V * self.out_dtype.itemsize + 16 * N
 
-    def ours(self, impl):
+    def ours(self, backend):
         """The gradient, the losses, and the dropped share or shares."""
         out_NV = torch.empty_like(self.student_NV, dtype=self.out_dtype)
-        return out_NV, *self.kernel(self.student_NV, *self.given, self.weight_N, *self.how, out_NV, impl)
+        return out_NV, *self.kernel(self.student_NV, *self.given, self.weight_N, *self.how, out_NV, backend)
 
     def autograd(self, fn, rows=slice(None), dtype=None):
         x_NV = self.student_NV[rows].detach().to(dtype).requires_grad_()
@@ -75,7 +75,7 @@ class Problem:
 
     def gradient_of_mean(self, mean_kl):
         x_NV = self.student_NV.detach().requires_grad_()
-        mean = mean_kl(x_NV[:, :self.shared], self.teacher_NW[:, :self.shared])
+        mean = mean_kl(x_NV[:, :self.common_vocab], self.teacher_NW[:, :self.common_vocab])
         return torch.autograd.grad(TEMPERATURE**2 * mean, x_NV)
 
 
@@ -92,13 +92,13 @@ def liger(student_NK, teacher_NK):
     return LigerKLDIVLoss(reduction="batchmean", log_target=True)(logp_NK, logq_NK)
 
 
-def run(bench, of, pair, N, V, W, shared, dtype, teacher_dtype, out_dtype, compiled):
-    cpu, sizes = bench.device == "cpu", (V, W, shared, dtype, teacher_dtype, out_dtype)
+def run(bench, of, pair, N, V, W, common_vocab, dtype, teacher_dtype, out_dtype, compiled):
+    cpu, sizes = bench.device == "cpu", (V, W, common_vocab, dtype, teacher_dtype, out_dtype)
     p = Problem(of, bench.device, min(N, CPU_CHECKED) if cpu else N, *sizes)
     measure.check(p.sides(), p.truth, p.pick)
     if cpu:
         p = Problem(of, "cpu", min(N, CPU_ROWS), *sizes)
-    case = {"of": of, "model": pair, "N": len(p.weight_N), "V": V, "W": W, "shared": shared, "logits": dtype,
+    case = {"of": of, "model": pair, "N": len(p.weight_N), "V": V, "W": W, "common_vocab": common_vocab, "logits": dtype,
             "teacher": teacher_dtype, "gradient": out_dtype}  # fmt: skip
     bench.rows(case, p.sides(), None if cpu else p.others(compiled), p.moved, module=p.module, truth=p.truth,
                pick=p.pick)  # fmt: skip

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from bench import bench_logprob, measure
 from minixmd.kernels import grpo
-from minixmd.kernels.grpo import Objective, grpo_coefficient, grpo_loss_ref, grpo_rows, grpo_terms
+from minixmd.kernels.grpo import ClipConfig, grpo_coefficient, grpo_loss_ref, grpo_rows, grpo_terms
 from minixmd.kernels.logprob import logits_grad, row_stats
 
 CASES = [  # model, sequences, rows in each, V, dtypes of the logits and of the gradient; torch.compile in the last only
@@ -26,7 +26,7 @@ CASES = [  # model, sequences, rows in each, V, dtypes of the logits and of the 
 ]
 SMALL = [("small", 2, 4, 4_099, "float32", "bfloat16")]
 CPU_SHAPE, CPU_CHECKED = (4, 32), (2, 2)  # bytes and memory grow with the rows alone; the interpreter is slow
-OBJECTIVE = Objective(0.2, 0.28, 0.04, "k3")
+OBJECTIVE = ClipConfig(0.2, 0.28, 0.04, "k3")
 
 
 class Problem:
@@ -35,7 +35,7 @@ class Problem:
         self.logits_NV = (4 * torch.randn(N, V, device=device)).to(getattr(torch, dtype))
         self.out_dtype, self.shape = getattr(torch, out_dtype), (sequences, length)
         id_N = torch.randint(0, V, (N,), device=device)
-        logp_N = row_stats(self.logits_NV, id_N, impl="torch")[0]
+        logp_N = row_stats(self.logits_NV, id_N, backend="torch")[0]
         self.advantage_B = torch.linspace(-1, 1.5, sequences, device=device)
         weight_N = torch.full((N,), 1 / N, device=device)
         weight_N[length - 1::length] = 0
@@ -43,9 +43,9 @@ class Problem:
                         self.advantage_B.repeat_interleave(length), weight_N)
         self.rows = torch.arange(N - 1, -1, -max(1, N // 16), device=device)  # those that are compared with fp64
 
-    def ours(self, impl):
+    def ours(self, backend):
         out_NV = torch.empty_like(self.logits_NV, dtype=self.out_dtype)
-        logp_N, entropy_N, terms = grpo_rows(self.logits_NV, *self.vectors, OBJECTIVE, impl=impl, out=out_NV)
+        logp_N, entropy_N, terms = grpo_rows(self.logits_NV, *self.vectors, OBJECTIVE, backend=backend, out=out_NV)
         return terms[0], out_NV, logp_N, entropy_N
 
     def three_steps(self):

@@ -59,7 +59,7 @@ SMALL = dict(shape={**TIMED, "width": 32, "mlp": 48, "layers": 2, "heads": 2, "t
 SEVEN_B = measure.ROOT / "tests" / "configs" / "Qwen2-Audio-7B-Instruct.json"
 TARGETS = {"sharing": 0.55, "encoders": 1, "update": 1.7, "whole": 1.3, "pool": 20 * 2**30}
 PROCESSOR = SimpleNamespace(  # all that grpo_step asks it; no token ends a turn, and half of the completions are right
-    end_id=-1, banned=list(range(AUDIO_ID, TIMED["vocab"])), max_positions=32_768,
+    end_id=-1, suppressed_ids=list(range(AUDIO_ID, TIMED["vocab"])), max_positions=32_768,
     decode=lambda ids: f"<think>hm</think><answer>{'ab'[ids[0] % 2]}</answer>")  # fmt: skip
 EXAMPLE = SimpleNamespace(id="clip", options=("dog", "cat"), answer=0)
 
@@ -91,10 +91,10 @@ class Sides:
         for part in (model.model, model.lm_head, self.theirs.model.language_model, self.theirs.lm_head):
             part.requires_grad_(True)
         self.stage = Train(name="bench", objective="grpo", model="-", manifest="-", trainable="decoder", lr=1e-6,
-                           warmup=0.0, batch_size=self.n, micro_batch_size=self.n, group_size=self.n,
+                           warmup_ratio=0.0, batch_size=self.n, micro_batch_size=self.n, group_size=self.n,
                            completions_every=0, device="cpu")
         mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.run = Run(model, mine, adamw(mine, self.stage), steps=10_000, limit=AUDIO_ID,
+        self.run = Run(model, mine, adamw(mine, self.stage), steps=10_000, vocab_limit=AUDIO_ID,
                        reference=reference_of(model))
         self.parameters = {name.replace(".language_model", ""): p for name, p in self.theirs.named_parameters()
                            if p.requires_grad}  # by our names
@@ -122,7 +122,7 @@ class Sides:
         """The same of transformers."""
         began, wall = time.process_time(), time.monotonic()
         ids_GN = self.theirs.generate(**self.inputs, num_return_sequences=self.n, max_new_tokens=C, do_sample=True,
-                                      temperature=1.0, top_k=0, top_p=1.0, suppress_tokens=PROCESSOR.banned,
+                                      temperature=1.0, top_k=0, top_p=1.0, suppress_tokens=PROCESSOR.suppressed_ids,
                                       pad_token_id=PAD_ID)
         ids_GC = ids_GN[:, len(self.prompt):]
         if ids_GC.shape != (self.n, C):
@@ -137,7 +137,7 @@ class Sides:
         return {**parts, "whole": sum(parts.values()), "wall": time.monotonic() - wall}
 
     def plain_logp(self, model, ids_GC):
-        """(n C,) log-probabilities of the completions, over the ids that are not banned."""
+        """(n C,) log-probabilities of the completions, over the ids that are not suppressed."""
         inputs = {name: x.expand(self.n, *x.shape[1:]) for name, x in self.inputs.items()}
         inputs["input_ids"] = torch.cat([inputs["input_ids"], ids_GC], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

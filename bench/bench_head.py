@@ -20,8 +20,8 @@ On a CPU (width 512, since logits know nothing of the width): 8 GB, 5 minutes. T
 import torch
 
 from bench.measure import Bench, check, installed
-from minixmd.kernels.grpo import Objective
-from minixmd.models.head import CrossEntropy, Grpo, head_loss
+from minixmd.kernels.grpo import ClipConfig
+from minixmd.models.head import CrossEntropy, PolicyLoss, head_loss
 
 CASES = [  # N targets, D, V
     (2048, 3584, 152_064),  # Qwen2-VL-7B: 7 completions of 300 tokens
@@ -49,15 +49,15 @@ class Case:
         (grad_ND,) = torch.autograd.grad(loss, self.hidden_ND)
         return columns, grad_ND
 
-    def cross_entropy(self, impl):
-        columns, grad_ND = self.minixmd(CrossEntropy(self.id_N, self.weight_N, impl))
+    def cross_entropy(self, backend):
+        columns, grad_ND = self.minixmd(CrossEntropy(self.id_N, self.weight_N, backend))
         return -columns["nll"], grad_ND
 
-    def grpo(self, impl):
+    def grpo(self, backend):
         """With ratio 1, KL 0 and advantage 1 its gradient is cross-entropy's."""
-        columns, grad_ND = self.minixmd(Grpo(
+        columns, grad_ND = self.minixmd(PolicyLoss(
             self.id_N, self.old_N, self.old_N, torch.ones_like(self.weight_N), self.weight_N,
-            Objective(0.2, 0.28, 0.04, "k3"), impl))  # fmt: skip
+            ClipConfig(0.2, 0.28, 0.04, "k3"), backend))  # fmt: skip
         return columns["logp"], grad_ND
 
     def eager(self, log_softmax):

@@ -2,7 +2,7 @@
 
 Bound by memory. Logits of i bytes are read once for the value, N V i, and once more for the gradient, which is written
 in o bytes: N V (2 i + o). Eager PyTorch goes over N V values again and again. A rate counts these bytes for every side.
-No id is banned here, for the others cannot; "triton, bans" is the kernel with Qwen2's special ids banned.
+No id is suppressed here, for the others cannot; "triton, bans" is the kernel with Qwen2's special ids suppressed_ids.
 
 Run: python -m bench.bench_logprob [--device cpu] [--out bench/results/NAME.json]
 On a CPU under a minute, in 3 GB. The last line of stdout is JSON.
@@ -30,13 +30,13 @@ class Problem:
         self.index_N, self.coef_N = torch.randint(0, V, (N,), device=device), torch.randn(N, device=device)
         self.rows = torch.arange(N - 1, -1, -max(1, N // 16), device=device)  # those that are compared with fp64
 
-    def value(self, impl, banned_Z=None, limit=None):
-        return row_stats(self.logits_NV, self.index_N, 1.0, banned_Z, limit, impl)[:2]
+    def value(self, backend, suppressed_Z=None, vocab_limit=None):
+        return row_stats(self.logits_NV, self.index_N, 1.0, suppressed_Z, vocab_limit, backend)[:2]
 
-    def gradient(self, impl, banned_Z=None, limit=None):
-        stats = row_stats(self.logits_NV, self.index_N, 1.0, banned_Z, limit, impl)
+    def gradient(self, backend, suppressed_Z=None, vocab_limit=None):
+        stats = row_stats(self.logits_NV, self.index_N, 1.0, suppressed_Z, vocab_limit, backend)
         out_NV = torch.empty_like(self.logits_NV, dtype=self.out_dtype)
-        logits_grad(self.logits_NV, self.index_N, stats, self.coef_N, 1.0, banned_Z, limit, impl, out_NV)
+        logits_grad(self.logits_NV, self.index_N, stats, self.coef_N, 1.0, suppressed_Z, vocab_limit, backend, out_NV)
         return *stats[:2], out_NV
 
     def no_grad(self, fn):

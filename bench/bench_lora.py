@@ -48,7 +48,7 @@ class Problem:
         self.b_FR = torch.randn(n_out, RANK, device=device) / 8
         self.a, self.b = self.a_RD.to(dtype), self.b_FR.to(dtype)
         self.xa_NR = self.x_ND @ self.a.T
-        self.rules = {"forward": n_in <= lora.FUSED_D and RANK <= 64,  # whether "triton" is what impl="triton" does
+        self.rules = {"forward": n_in <= lora.FUSED_D and RANK <= 64,  # whether "triton" is what backend="triton" does
                       "dy": lora_triton.dy_pass_pays(N, n_out, RANK, dtype.itemsize)}  # fmt: skip
 
     def autograd(self, fn, dtype=None):

@@ -52,7 +52,7 @@ CASES = {
     "GRPO, decoder, 1 x 4 a pass": {**GRPO, "trainable": "decoder"},
     "GRPO, full, 1 x 4 a pass": {**GRPO, "trainable": "full"},
     "GRPO, full, 2 x 4 a pass, no reference": {**GRPO, "micro_batch_size": 2, "trainable": "full", "beta": 0.0},
-    "GRPO, LoRA, 4 x 4 a step in 4 slots": {**GRPO, "batch_size": 4, "slots": 4},
+    "GRPO, LoRA, 4 x 4 a step in 4 decode_slots": {**GRPO, "batch_size": 4, "decode_slots": 4},
 }  # fmt: skip
 
 

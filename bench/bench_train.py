@@ -59,7 +59,7 @@ TARGETS = {"equal lengths": 1.3, "mixed lengths": 1.6, "memory": 1 / 3}
 BEFORE, AFTER = 20, 90  # text tokens around a clip: the system turn; question, options, answer
 AUDIO_ID, PAD_ID = 4_990, 0
 RANK, ALPHA, LINEARS = 16, 32, r"model\.layers\.\d+\..*_proj"
-STAGE = SimpleNamespace(micro_batch_size=8, lr=1e-4, warmup=0.0, clip=1.0, weight_decay=0.0, betas=(0.9, 0.999),
+STAGE = SimpleNamespace(micro_batch_size=8, lr=1e-4, warmup_ratio=0.0, clip=1.0, weight_decay=0.0, betas=(0.9, 0.999),
                         eps=1e-8)  # the fields of config.Train that a step reads
 MINE, ROWS, FULL = "minixmd", "needed rows", "as it comes"
 
@@ -209,14 +209,14 @@ def quantiles(values):
     return {"median": p50, "p20": p20, "p80": p80}
 
 
-def time_steps(sides, rounds, warmup=2):
+def time_steps(sides, rounds, warmup_ratio=2):
     """{side: seconds and FLOPs of a step, and its time over minixmd's in the same round}."""
     times, order = {side: [] for side in sides}, list(sides)
-    for i in range(warmup + rounds):
+    for i in range(warmup_ratio + rounds):
         for side in order[i % len(order):] + order[:i % len(order)]:  # what ran before leaves its mark on the heap
             began = time.perf_counter()
             sides[side]()
-            if i >= warmup:
+            if i >= warmup_ratio:
                 times[side].append(time.perf_counter() - began)
     return {side: {"step_s": quantiles(values), "gflop": flops(sides[side])[0] / 1e9,
                    "ratio": quantiles([t / mine for t, mine in zip(values, times[MINE], strict=True)])}

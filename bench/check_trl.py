@@ -33,8 +33,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from minixmd.kernels.grpo import Objective
-from minixmd.models.head import CrossEntropy, Grpo, head_loss, token_weights
+from minixmd.kernels.grpo import ClipConfig
+from minixmd.models.head import CrossEntropy, PolicyLoss, head_loss, token_weights
 
 RTOL = 1e-5  # of the loss, and of a parameter's largest gradient
 V, PAD, EOS, CHUNK = 97, 2, 1, 7  # CHUNK: rows of logits at a time, so that there are several chunks
@@ -48,14 +48,14 @@ REASONS = {  # why TRL differs from the formula, by Case.extra and loss_type
 } | {f"default KL {x}": "use_bias_correction_kl multiplies the KL by the ratio" for x in ("grpo", "dapo")}
 # loss_type: TRL's, or "ce". level, of the ratio: "token" | "sequence". extra: "masked", the longest completion was
 # truncated: TRL's mask leaves it out, ours has its rows with weight 0 and NaN in every vector | "3 micro-batches" of 2
-# sequences | "3 steps", the 6 sequences serve three optimizer steps, of which the first is taken | "banned", ids are |
+# sequences | "3 steps", the 6 sequences serve three optimizer steps, of which the first is taken | "suppressed_ids", ids are |
 # "on policy", old = the model's own | "k1", the KL | "default KL", TRL's.
 Case = namedtuple("Case", "loss_type level beta temperature extra")
 TYPES, LEVELS = ("grpo", "bnpo", "dr_grpo", "dapo"), ("token", "sequence")
 CASES = [Case(*x) for x in (
     *product(TYPES, LEVELS, (0.0, 0.1), (1.0, 0.7), ("", "masked")),
     *product(TYPES, LEVELS, (0.1,), (0.7,), ("3 micro-batches", "3 steps")),
-    *product(("grpo", "dapo"), LEVELS, (0.1,), (0.7,), ("banned", "on policy", "k1", "default KL")),
+    *product(("grpo", "dapo"), LEVELS, (0.1,), (0.7,), ("suppressed_ids", "on policy", "k1", "default KL")),
     *product(("ce",), ("token",), (0.0,), (1.0,), ("", "masked", "3 micro-batches")))]
 
 
@@ -169,7 +169,7 @@ def liger(model, case, batch):
         None if case.extra == "on policy" else batch["old_per_token_logps"])[0]
 
 
-def ours(model, case, batch, impl):
+def ours(model, case, batch, backend):
     live_BT, loss_sum = batch["completion_mask"] == 1, 0.0
     weights_T = token_weights(live_BT.sum(1).tolist(), AGGREGATION[case.loss_type], LONGEST)
     batch = batch | {"weight": torch.zeros(live_BT.shape).masked_scatter(live_BT, weights_T)}
@@ -180,11 +180,11 @@ def ours(model, case, batch, impl):
         problem = hidden(model, x).flatten(0, 1), model.lm_head.weight, at
         id_T, old_T, ref_T, advantage_T, weight_T = (
             x[k].view(-1)[at] for k in ("completion_ids", "old", "ref", "advantage", "weight"))
-        kl, bans = "k1" if case.extra == "k1" else "k3", (BANNED, LIMIT) if case.extra == "banned" else (None, None)
+        kl, bans = "k1" if case.extra == "k1" else "k3", (BANNED, LIMIT) if case.extra == "suppressed_ids" else (None, None)
         lengths = tuple(x["present"].sum(1).tolist()) if case.level == "sequence" else None
-        objective = CrossEntropy(id_T, weight_T, impl) if case.loss_type == "ce" else Grpo(
+        objective = CrossEntropy(id_T, weight_T, backend) if case.loss_type == "ce" else PolicyLoss(
             id_T, old_T, ref_T if case.beta else None, advantage_T, weight_T,
-            Objective(LOW, HIGH, case.beta, kl), impl, case.temperature, *bans, lengths)
+            ClipConfig(LOW, HIGH, case.beta, kl), backend, case.temperature, *bans, lengths)
         if case.extra == "on policy":
             objective = replace(objective, old_T=head_loss(*problem, objective)[1]["logp"])
         loss, _ = head_loss(*problem, objective, chunk=CHUNK)
@@ -201,7 +201,7 @@ def differences(a, b):
 
 def check(case, source, tokenizer, folder):
     """A row of the table."""
-    if case.extra == "banned":  # TRL and Liger know no bans; a bias does the same
+    if case.extra == "suppressed_ids":  # TRL and Liger know no bans; a bias does the same
         bias_V = torch.zeros(V).index_fill(0, torch.cat([BANNED, torch.arange(LIMIT, V)]), -1e9)
         source.lm_head.bias = torch.nn.Parameter(bias_V, requires_grad=False)
     batch, why = make_batch(source, case), REASONS.get(f"{case.extra} {case.loss_type}")
@@ -214,10 +214,10 @@ def check(case, source, tokenizer, folder):
         return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
     impls = ("torch",) if case.loss_type in ("bnpo", "dr_grpo") else ("torch", "triton")
-    mine, sides = [run(ours, impl) for impl in impls], {"paper": run(paper)}
+    mine, sides = [run(ours, backend) for backend in impls], {"paper": run(paper)}
     if case.extra != "k1":  # which neither has
         sides["TRL"] = run(trl, tokenizer, folder)
-    if case.extra in ("", "masked", "banned", "on policy"):  # one call is one step
+    if case.extra in ("", "masked", "suppressed_ids", "on policy"):  # one call is one step
         sides["Liger"] = run(liger)
     row = {name: [max(x) for x in zip(*(differences(a, b) for a in mine), strict=True)] for name, b in sides.items()}
     wrong = [name for name in sides if row[name][2] != (name == "TRL" and why is not None)]

@@ -123,7 +123,7 @@ def _suffix_kernel(
     tl.store(out_ptr + row[:, None] * K + c[None, :], (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=ok)
 
 
-def decode_attention(q_BHK, prompt_k_GJPK, prompt_v_GJPK, prompt_length_G, k_BJCK, v_BJCK, length_B, impl="triton"):
+def decode_attention(q_BHK, prompt_k_GJPK, prompt_v_GJPK, prompt_length_G, k_BJCK, v_BJCK, length_B, backend="triton"):
     """softmax(q kᵀ / sqrt(K)) v of every slot b over the first rows of prompt b // (B / G), then of its own.
 
     Args:
@@ -132,11 +132,11 @@ def decode_attention(q_BHK, prompt_k_GJPK, prompt_v_GJPK, prompt_length_G, k_BJC
         k_BJCK, v_BJCK: (B, J, C, K) the completions' own rows, the new token's among them. length_B: (B,) int64, 0 to
             C. Lengths are not checked: it would sync. "triton" reads nothing past a length, and wants (., K) packed;
             "torch" multiplies the values there by 0, so they must be finite.
-        impl: "triton" | "torch".
+        backend: "triton" | "torch".
     Returns:
         (B, H, K) of q's dtype.
     Raises:
-        ValueError: shapes that do not go together, strides, or impl.
+        ValueError: shapes that do not go together, strides, or backend.
     Source: definition in the module docstring; tests/test_decode.py compares it with one softmax in fp64.
     """
     (B, H, K), (G, J, P, _), C = q_BHK.shape, prompt_k_GJPK.shape, k_BJCK.shape[2]
@@ -144,10 +144,10 @@ def decode_attention(q_BHK, prompt_k_GJPK, prompt_v_GJPK, prompt_length_G, k_BJC
     if B % G or H % J or shapes != [(G, J, P, K)] * 2 + [(B, J, C, K)] * 2 + [(G,), (B,)]:
         raise ValueError(f"need pools (G, J, P, K) and (B, J, C, K), with G dividing B and J dividing H, and a length "
                          f"for each G and B, got queries {(B, H, K)} and {shapes}")
-    if impl == "torch":
+    if backend == "torch":
         return decode_attention_ref(q_BHK, prompt_k_GJPK, prompt_v_GJPK, prompt_length_G, k_BJCK, v_BJCK, length_B)
-    if impl != "triton":
-        raise ValueError(f"impl must be 'triton' or 'torch', got {impl!r}")
+    if backend != "triton":
+        raise ValueError(f"backend must be 'triton' or 'torch', got {backend!r}")
     for a, b in ((prompt_k_GJPK, prompt_v_GJPK), (k_BJCK, v_BJCK)):
         if a.stride() != b.stride() or a.stride()[2:] != (K, 1):
             raise ValueError(f"keys and values need equal strides ending in {(K, 1)}, got {a.stride()}, {b.stride()}")

@@ -10,10 +10,10 @@ p = softmax(student / T over K) and P the sum of p over them,
 
 P is summed over the others themselves (1 - sum_j p[id_j] would cancel), so a block of columns leaves out the ids in it:
 they come sorted, and each is compared with the columns of one block only.
-Bytes a row, for student and result elements of i and o bytes: i shared for the loss, as much again and oV with the
+Bytes a row, for student and result elements of i and o bytes: i common_vocab for the loss, as much again and oV with the
 gradient: 1.8 MB in fp32, 0.44 ms for 1024 rows at 4.3 TB/s. Counted, not measured: no GPU was at hand.
 
-Dims: N rows, V columns, Z banned ids, J stored ids, K kept ids.
+Dims: N rows, V columns, Z suppressed ids, J stored ids, K kept ids.
 """
 import torch
 import torch.nn.functional as F
@@ -23,36 +23,36 @@ import triton.language as tl
 BLOCK_V = 2048  # columns a step: 8 a thread, loads of 16 bytes and five statistics that fit the registers
 NUM_WARPS = 8  # BLOCK_V is a multiple of 32 * NUM_WARPS: no column is held twice, which writing over the logits needs
 NUM_STAGES = 3
-ROWS = 64  # rows at a time for impl="torch" with a gradient: its temporaries stay below 0.5 GB at 152,064 columns
+ROWS = 64  # rows at a time for backend="torch" with a gradient: its temporaries stay below 0.5 GB at 152,064 columns
 BLOCK_J = 64  # the most ids a row may have stored
 LOWEST = tl.constexpr(-1e30)  # stands for -inf where a difference of two must not be NaN
 
 
-def _outside(logits_NV, shared, banned_Z, temperature):
+def _outside(logits_NV, common_vocab, suppressed_Z, temperature):
     """Log-sum-exp of the columns outside K; only they are read."""
     wide = torch.promote_types(logits_NV.dtype, torch.float32)
-    banned_NZ = logits_NV[:, banned_Z.clamp(max=logits_NV.shape[1] - 1)].masked_fill(banned_Z >= shared, -torch.inf)
-    return (torch.cat([logits_NV[:, shared:], banned_NZ], 1).to(wide) / temperature).logsumexp(-1)
+    suppressed_NZ = logits_NV[:, suppressed_Z.clamp(max=logits_NV.shape[1] - 1)].masked_fill(suppressed_Z >= common_vocab, -torch.inf)
+    return (torch.cat([logits_NV[:, common_vocab:], suppressed_NZ], 1).to(wide) / temperature).logsumexp(-1)
 
 
-def _split(logits_NV, shared, banned_Z, temperature):
+def _split(logits_NV, common_vocab, suppressed_Z, temperature):
     """The kept ids, their log-softmax and the dropped share, in plain PyTorch."""
-    kept = torch.ones(shared, dtype=torch.bool, device=logits_NV.device)
-    kept[banned_Z[banned_Z < shared]] = False
+    kept = torch.ones(common_vocab, dtype=torch.bool, device=logits_NV.device)
+    kept[suppressed_Z[suppressed_Z < common_vocab]] = False
     id_K = kept.nonzero().squeeze(1)
     a_NK = logits_NV[:, id_K].to(torch.promote_types(logits_NV.dtype, torch.float32)) / temperature  # sums need fp32
     logp_NK = a_NK.log_softmax(-1)
     lse_N = a_NK.detach().logsumexp(-1)
-    dropped_N = torch.sigmoid(_outside(logits_NV.detach(), shared, banned_Z, temperature) - lse_N)
+    dropped_N = torch.sigmoid(_outside(logits_NV.detach(), common_vocab, suppressed_Z, temperature) - lse_N)
     return id_K, logp_NK, dropped_N
 
 
-def distill_topk_ref(student_NV, id_NJ, logq_NJ, tail_N, shared, banned_Z, temperature):
+def distill_topk_ref(student_NV, id_NJ, logq_NJ, tail_N, common_vocab, suppressed_Z, temperature):
     """Same contract as distill_topk in plain PyTorch; pass fp64 logits for ground truth."""
-    id_K, logp_NK, dropped_N = _split(student_NV, shared, banned_Z, temperature)
-    logp_NS = logp_NK.new_full((len(logp_NK), shared + 1), -torch.inf).index_copy(1, id_K, logp_NK)
+    id_K, logp_NK, dropped_N = _split(student_NV, common_vocab, suppressed_Z, temperature)
+    logp_NS = logp_NK.new_full((len(logp_NK), common_vocab + 1), -torch.inf).index_copy(1, id_K, logp_NK)
     empty_NJ = id_NJ < 0
-    id_NJ = id_NJ.long().masked_fill(empty_NJ, shared)  # the column after the last
+    id_NJ = id_NJ.long().masked_fill(empty_NJ, common_vocab)  # the column after the last
     q_NJ = logq_NJ.exp().masked_fill(empty_NJ, 0)
     kl_N = (q_NJ * (logq_NJ - logp_NS.gather(1, id_NJ))).masked_fill(q_NJ == 0, 0).sum(-1)
     rest_NS = logp_NS.scatter(1, id_NJ, -torch.inf)
@@ -76,10 +76,10 @@ def _merge(m, s):
     return top, tl.sum(s * tl.exp(m - top), 0)
 
 
-@triton.jit(do_not_specialize=["shared", "J"])
+@triton.jit(do_not_specialize=["common_vocab", "J"])
 def _topk_kernel(
     student_ptr, id_ptr, logq_ptr, tail_ptr, kept_ptr, weight_ptr, loss_ptr, lse_ptr, out_ptr,
-    stride_sn, stride_on, shared, V, J, temperature,
+    stride_sn, stride_on, common_vocab, V, J, temperature,
     BLOCK_V: tl.constexpr, BLOCK_J: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
@@ -91,7 +91,7 @@ def _topk_kernel(
     m, total = tl.full([BLOCK_V], LOWEST, tl.float32), tl.zeros([BLOCK_V], tl.float32)
     j = 0
     picked = tl.load(id_ptr)
-    for start in range(0, shared, BLOCK_V):  # loads end at V, not at `shared`: a multiple of 16 keeps them wide
+    for start in range(0, common_vocab, BLOCK_V):  # loads end at V, not at `common_vocab`: a multiple of 16 keeps them wide
         v = start + tl.arange(0, BLOCK_V)
         rest = tl.load(kept_ptr + v) != 0
         while picked < start + BLOCK_V:
@@ -139,21 +139,21 @@ def _topk_kernel(
             tl.store(out_ptr + n * stride_on + v, factor * (mass * p - target), mask=v < V)
 
 
-def _launch(student_NV, id_NJ, logq_NJ, tail_N, weight_N, shared, banned_Z, temperature, out_NV):
+def _launch(student_NV, id_NJ, logq_NJ, tail_N, weight_N, common_vocab, suppressed_Z, temperature, out_NV):
     """Losses and dropped shares; the gradient into out_NV unless that is None."""
     (N, V), J = student_NV.shape, id_NJ.shape[1]
     kept_V = torch.zeros(triton.cdiv(V, BLOCK_V) * BLOCK_V + 1, dtype=torch.int8, device=student_NV.device)
-    kept_V[:shared] = 1
-    kept_V[banned_Z.clamp(max=shared)] = 0
+    kept_V[:common_vocab] = 1
+    kept_V[suppressed_Z.clamp(max=common_vocab)] = 0
     loss_N, lse_N = torch.empty(2, N, dtype=torch.float32, device=student_NV.device)
     sorted_NJ, order_NJ = F.pad(id_NJ.int(), (0, 1), value=2**31 - 1).sort(1)
     logq_NJ = logq_NJ.float().gather(1, order_NJ[:, :J])
     grad = out_NV is not None
     out_NV, weight_N = (out_NV, weight_N) if grad else (student_NV, loss_N)  # neither is touched then
-    outside_N = _outside(student_NV, shared, banned_Z, temperature)  # now: the gradient may take its place
+    outside_N = _outside(student_NV, common_vocab, suppressed_Z, temperature)  # now: the gradient may take its place
     if N:
         _topk_kernel[(N,)](student_NV, sorted_NJ, logq_NJ, tail_N.contiguous(), kept_V, weight_N, loss_N, lse_N,
-                           out_NV, student_NV.stride(0), out_NV.stride(0), shared, V, J, temperature, BLOCK_V=BLOCK_V,
+                           out_NV, student_NV.stride(0), out_NV.stride(0), common_vocab, V, J, temperature, BLOCK_V=BLOCK_V,
                            BLOCK_J=BLOCK_J, GRAD=grad, num_warps=NUM_WARPS,
                            num_stages=NUM_STAGES)  # fmt: skip
     return loss_N, torch.sigmoid(outside_N - lse_N)
@@ -176,57 +176,57 @@ class _DistillTopK(torch.autograd.Function):
         return out_NV, None, None, None, None, None, None
 
 
-def _check(student_NV, id_NJ, logq_NJ, tail_N, shared, temperature, impl):
-    if student_NV.ndim != 2 or student_NV.stride(1) != 1 or student_NV.shape[1] < shared:
-        raise ValueError(f"need rows of at least {shared} logits with unit stride, got {tuple(student_NV.shape)} "
+def _check(student_NV, id_NJ, logq_NJ, tail_N, common_vocab, temperature, backend):
+    if student_NV.ndim != 2 or student_NV.stride(1) != 1 or student_NV.shape[1] < common_vocab:
+        raise ValueError(f"need rows of at least {common_vocab} logits with unit stride, got {tuple(student_NV.shape)} "
                          f"with strides {student_NV.stride()}")
     N = len(student_NV)
     good = id_NJ.ndim == 2 and 1 <= id_NJ.shape[1] <= BLOCK_J and logq_NJ.shape == id_NJ.shape
     if not good or (len(id_NJ), *tail_N.shape) != (N, N):
         raise ValueError(f"need {N} rows of 1 to {BLOCK_J} ids, as many log-probabilities, and {N} tails, got "
                          f"{tuple(id_NJ.shape)}, {tuple(logq_NJ.shape)}, {tuple(tail_N.shape)}")
-    if not (shared >= 1 and temperature > 0 and impl in ("triton", "torch")):
-        raise ValueError(f"need shared >= 1, temperature > 0, impl 'triton' or 'torch', got {shared}, {temperature}, "
-                         f"{impl!r}")
+    if not (common_vocab >= 1 and temperature > 0 and backend in ("triton", "torch")):
+        raise ValueError(f"need common_vocab >= 1, temperature > 0, backend 'triton' or 'torch', got {common_vocab}, {temperature}, "
+                         f"{backend!r}")
 
 
-def distill_topk(student_NV, id_NJ, logq_NJ, tail_N, shared, banned_Z, temperature, impl):
+def distill_topk(student_NV, id_NJ, logq_NJ, tail_N, common_vocab, suppressed_Z, temperature, backend):
     """T² times the KL of each row's stored ids and tail against the student's; differentiable in the student.
 
     Args:
         student_NV: (N, V) fp32 | bf16 | fp16, unit stride in V.
         id_NJ: (N, J) integers, J <= 64: kept ids in any order, distinct in a row, or -1 in an empty slot (not checked:
             it would sync). logq_NJ: (N, J) their log q, at this T and over these kept ids. tail_N: (N,) fp32 >= 0.
-        shared, banned_Z, temperature, impl: as in distill_kl.
+        common_vocab, suppressed_Z, temperature, backend: as in distill_kl.
     Returns:
         (loss_N, student_dropped_N) fp32; shares in [0, 1], detached.
     Raises:
-        ValueError: wrong shape, stride, shared, temperature or impl.
+        ValueError: wrong shape, stride, common_vocab, temperature or backend.
     Source: the module docstring; tests/test_distill.py.
     """
-    _check(student_NV, id_NJ, logq_NJ, tail_N, shared, temperature, impl)
-    if impl == "torch":
-        return distill_topk_ref(student_NV, id_NJ, logq_NJ, tail_N, shared, banned_Z, temperature)
-    return _DistillTopK.apply(student_NV, id_NJ, logq_NJ, tail_N, shared, banned_Z, temperature)
+    _check(student_NV, id_NJ, logq_NJ, tail_N, common_vocab, temperature, backend)
+    if backend == "torch":
+        return distill_topk_ref(student_NV, id_NJ, logq_NJ, tail_N, common_vocab, suppressed_Z, temperature)
+    return _DistillTopK.apply(student_NV, id_NJ, logq_NJ, tail_N, common_vocab, suppressed_Z, temperature)
 
 
-def distill_topk_grad(student_NV, id_NJ, logq_NJ, tail_N, weight_N, shared, banned_Z, temperature, out_NV, impl):
+def distill_topk_grad(student_NV, id_NJ, logq_NJ, tail_N, weight_N, common_vocab, suppressed_Z, temperature, out_NV, backend):
     """distill_topk with weight_N[n] dloss[n]/dstudent written to out_NV (fp32 | bf16 | fp16), as in distill_kl_grad."""
-    _check(student_NV, id_NJ, logq_NJ, tail_N, shared, temperature, impl)
+    _check(student_NV, id_NJ, logq_NJ, tail_N, common_vocab, temperature, backend)
     if out_NV.shape != student_NV.shape or out_NV.stride(1) != 1:
         raise ValueError(f"out must be {tuple(student_NV.shape)} with unit stride, got {tuple(out_NV.shape)} "
                          f"with strides {out_NV.stride()}")
-    if impl == "triton":
+    if backend == "triton":
         with torch.no_grad():
             weight_N = weight_N.contiguous()
-            return _launch(student_NV, id_NJ, logq_NJ, tail_N, weight_N, shared, banned_Z, temperature, out_NV)
+            return _launch(student_NV, id_NJ, logq_NJ, tail_N, weight_N, common_vocab, suppressed_Z, temperature, out_NV)
     results = []
     for start in range(0, max(1, len(student_NV)), ROWS):
         rows = slice(start, start + ROWS)
         stored = id_NJ[rows], logq_NJ[rows], tail_N[rows]
         with torch.enable_grad():
             leaf_NV = student_NV[rows].detach().requires_grad_()
-            loss_N, dropped_N = distill_topk_ref(leaf_NV, *stored, shared, banned_Z, temperature)
+            loss_N, dropped_N = distill_topk_ref(leaf_NV, *stored, common_vocab, suppressed_Z, temperature)
             out_NV[rows] = torch.autograd.grad(loss_N, leaf_NV, weight_N[rows].to(loss_N.dtype))[0]
         results.append((loss_N.detach(), dropped_N))
     return tuple(torch.cat(parts) for parts in zip(*results, strict=True))

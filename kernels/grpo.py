@@ -10,7 +10,7 @@ n = (i, t); weight holds 1 / (G |o_i|), or what another aggregation wants:
     loss[n] = -min[ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A] + beta kl
     kl      = exp(ref - logp) - (ref - logp) - 1  (k3, >= 0)   or   logp - ref  (k1)
     c[n]    = weight (-A ratio where the minimum is the first term, else 0, + beta (1 - exp(ref - logp) or 1))
-    dlogits[n, v] = c / T (1[v == id] - p[v]) over the ids that are not banned (kernels/logprob.py: logp, p, entropy)
+    dlogits[n, v] = c / T (1[v == id] - p[v]) over the ids that are not suppressed (kernels/logprob.py: logp, p, entropy)
 
 With one ratio a sequence (GSPO), exp of the mean of logp - old over its rows, c waits for all of them: then
 logprob.row_stats, grpo_coefficient on (N,) vectors and logprob.logits_grad do the same in three steps.
@@ -27,11 +27,11 @@ import triton.language as tl
 
 BLOCK_V = 2048  # columns a step, 8 a thread: 16-byte loads, and three statistics a column fit the registers
 NUM_WARPS = 8  # BLOCK_V is a multiple of 32 * NUM_WARPS: no column is held twice, which writing over the input needs
-ROWS = 64  # rows at a time for impl="torch": its temporaries stay below 0.2 GB at 152,064 columns
+ROWS = 64  # rows at a time for backend="torch": its temporaries stay below 0.2 GB at 152,064 columns
 _LOWEST, _LOG2E, _LN2 = tl.constexpr(-1e30), tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 
-class Objective:
+class ClipConfig:
     """What is optimised: the ratio's bounds 1 - clip_low and 1 + clip_high, the KL term's weight beta (0 = off) and its
     estimator, "k3" or "k1" (ValueError for another)."""
 
@@ -74,46 +74,46 @@ def grpo_coefficient(logp_N, old_N, ref_N, advantage_N, weight_N, objective, seq
     return c_N, tuple(x.detach() for x in terms)
 
 
-def grpo_loss_ref(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, objective, temperature=1.0, banned_Z=None,
-                  limit=None, sequence_N=None):
+def grpo_loss_ref(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, objective, temperature=1.0, suppressed_Z=None,
+                  vocab_limit=None, sequence_N=None):
     """Same contract as grpo_loss in plain PyTorch, by autograd; pass fp64 logits for ground truth."""
     z_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) / temperature  # softmax sums need fp32
-    z_NV[:, limit or z_NV.shape[1]:] = -torch.inf
-    logp_NV = F.log_softmax(z_NV if banned_Z is None else z_NV.index_fill(1, banned_Z, -torch.inf), dim=-1)
+    z_NV[:, vocab_limit or z_NV.shape[1]:] = -torch.inf
+    logp_NV = F.log_softmax(z_NV if suppressed_Z is None else z_NV.index_fill(1, suppressed_Z, -torch.inf), dim=-1)
     logp_N, entropy_N = logp_NV.gather(1, id_N[:, None]).squeeze(1), torch.special.entr(logp_NV.detach().exp()).sum(-1)
     terms = grpo_terms(logp_N, old_N, ref_N, advantage_N, weight_N, objective, sequence_N)
     return (terms[0] * weight_N).sum(), logp_N.detach(), entropy_N, tuple(x.detach() for x in terms)
 
 
 @triton.jit
-def _allowed(v, start, limit, banned_ptr, first, last, Z, BLOCK_V: tl.constexpr):
-    """Which of the columns v = start ... start + BLOCK_V - 1 are not banned; only blocks near the list look at it."""
-    ok = v < limit
+def _allowed(v, start, vocab_limit, suppressed_ptr, first, last, Z, BLOCK_V: tl.constexpr):
+    """Which of the columns v = start ... start + BLOCK_V - 1 are not suppressed; only blocks near the list look at it."""
+    ok = v < vocab_limit
     if (first < start + BLOCK_V) & (last >= start):
         for i in range(0, Z):
-            ok = ok & (v != tl.load(banned_ptr + i).to(tl.int32))
+            ok = ok & (v != tl.load(suppressed_ptr + i).to(tl.int32))
     return ok
 
 
-@triton.jit(do_not_specialize=["N", "limit", "Z"])
+@triton.jit(do_not_specialize=["N", "vocab_limit", "Z"])
 def _grpo_kernel(
-    logits_ptr, id_ptr, old_ptr, ref_ptr, advantage_ptr, weight_ptr, banned_ptr, rows_ptr, out_ptr,
-    stride_n, stride_on, N, V, limit, Z, inv_temp, clip_low, clip_high, beta,
+    logits_ptr, id_ptr, old_ptr, ref_ptr, advantage_ptr, weight_ptr, suppressed_ptr, rows_ptr, out_ptr,
+    stride_n, stride_on, N, V, vocab_limit, Z, inv_temp, clip_low, clip_high, beta,
     BLOCK_V: tl.constexpr, HAS_REF: tl.constexpr, K3: tl.constexpr, HAS_OUT: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     inv_temp = tl.cast(inv_temp, tl.float32)  # torch.compile hands Python floats over as fp64
     scale, row_ptr = inv_temp * _LOG2E, logits_ptr + n * stride_n
-    first, last = tl.load(banned_ptr, mask=Z > 0, other=V), tl.load(banned_ptr + Z - 1, mask=Z > 0, other=-1)
+    first, last = tl.load(suppressed_ptr, mask=Z > 0, other=V), tl.load(suppressed_ptr + Z - 1, mask=Z > 0, other=-1)
     y = tl.load(id_ptr + n).to(tl.int32)
     z_y = tl.load(row_ptr + y).to(tl.float32)  # here, for at the end another warp may have written over it
     m = tl.full([BLOCK_V], _LOWEST, tl.float32)  # m, s and u as in logprob.py
     s, u = tl.zeros([BLOCK_V], tl.float32), tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, limit, BLOCK_V):
+    for start in range(0, vocab_limit, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         z = tl.load(row_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
         z = tl.maximum(z, _LOWEST, propagate_nan=tl.PropagateNan.ALL)
-        z = tl.where(_allowed(v, start, limit, banned_ptr, first, last, Z, BLOCK_V), z, _LOWEST)
+        z = tl.where(_allowed(v, start, vocab_limit, suppressed_ptr, first, last, Z, BLOCK_V), z, _LOWEST)
         d = (z - m) * scale
         e = tl.exp2(-tl.abs(d))
         u = tl.where(d > 0, e * (u - d * s), u + e * d)
@@ -154,13 +154,13 @@ def _grpo_kernel(
             start = (V - 1) // BLOCK_V * BLOCK_V - back  # the end of the row is what L2 still holds
             v = start + tl.arange(0, BLOCK_V)
             z = tl.load(row_ptr + v, mask=v < end, other=-float("inf")).to(tl.float32)
-            ok = _allowed(v, start, limit, banned_ptr, first, last, Z, BLOCK_V) & (v < end)
+            ok = _allowed(v, start, vocab_limit, suppressed_ptr, first, last, Z, BLOCK_V) & (v < end)
             p = tl.exp2((tl.where(ok, z, _LOWEST) - top) * scale - logsum * _LOG2E)
             tl.store(out_ptr + n * stride_on + v, tl.where(ok, c * ((v == y).to(tl.float32) - p), 0.0), mask=v < V)
 
 
-def grpo_rows(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, objective, temperature=1.0, banned_Z=None,
-              limit=None, impl="triton", out=None):
+def grpo_rows(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, objective, temperature=1.0, suppressed_Z=None,
+              vocab_limit=None, backend="triton", out=None):
     """(logp_N, entropy_N, terms), and in `out` the gradient of grpo_loss; not differentiable. Arguments as there.
 
     out: (N, V) of any float dtype with unit stride in V, all of which is written; None = no gradient. It may be
@@ -173,30 +173,30 @@ def grpo_rows(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, objective, t
                          f"{[tuple(x.shape) for x in vectors]}")
     if out is not None and (out.shape != (N, V) or out.stride(1) != 1):
         raise ValueError(f"need out {(N, V)} with unit stride in V, got {tuple(out.shape)} strides {out.stride()}")
-    limit = V if limit is None else limit
+    vocab_limit = V if vocab_limit is None else vocab_limit
     if objective.beta and ref_N is None:
         raise ValueError(f"beta {objective.beta} needs ref_N, got None")
-    if not temperature > 0 or not 0 < limit <= V or impl not in ("triton", "torch"):
-        raise ValueError(f"temperature must be > 0, limit in [1, {V}] and impl 'triton' or 'torch', got {temperature}, "
-                         f"{limit} and {impl!r}")
+    if not temperature > 0 or not 0 < vocab_limit <= V or backend not in ("triton", "torch"):
+        raise ValueError(f"temperature must be > 0, vocab_limit in [1, {V}] and backend 'triton' or 'torch', got {temperature}, "
+                         f"{vocab_limit} and {backend!r}")
     rows_6N = torch.empty(6, N, device=logits_NV.device, dtype=torch.promote_types(logits_NV.dtype, torch.float32))
-    if impl == "torch":
+    if backend == "torch":
         for at in (slice(a, a + ROWS) for a in range(0, N, ROWS)):
             with torch.enable_grad():
                 z_NV = logits_NV[at].detach().to(rows_6N.dtype).requires_grad_()
                 args = [None if x is None else x[at] for x in (id_N, old_N, ref_N, advantage_N, weight_N)]
-                loss, logp_N, entropy_N, terms = grpo_loss_ref(z_NV, *args, objective, temperature, banned_Z, limit)
+                loss, logp_N, entropy_N, terms = grpo_loss_ref(z_NV, *args, objective, temperature, suppressed_Z, vocab_limit)
             if out is not None:
                 grad_NV = torch.autograd.grad(loss, z_NV)[0]
                 out[at] = grad_NV.masked_fill_((weight_N[at] == 0)[:, None], 0)  # a row left out may hold NaN
             rows_6N[:, at] = torch.stack([*terms, logp_N, entropy_N])
     elif N:
-        listed, Z = (id_N, 0) if banned_Z is None else (banned_Z.contiguous(), len(banned_Z))
+        listed, Z = (id_N, 0) if suppressed_Z is None else (suppressed_Z.contiguous(), len(suppressed_Z))
         id_N, old_N, advantage_N, weight_N = (x.contiguous() for x in vectors[:4])
         _grpo_kernel[(N,)](
             logits_NV, id_N, old_N, old_N if ref_N is None else ref_N.contiguous(), advantage_N, weight_N, listed,
             rows_6N, rows_6N if out is None else out, logits_NV.stride(0), 0 if out is None else out.stride(0), N, V,
-            limit, Z, 1.0 / temperature, objective.clip_low, objective.clip_high, objective.beta, BLOCK_V=BLOCK_V,
+            vocab_limit, Z, 1.0 / temperature, objective.clip_low, objective.clip_high, objective.beta, BLOCK_V=BLOCK_V,
             HAS_REF=ref_N is not None, K3=objective.kl == "k3", HAS_OUT=out is not None, num_warps=NUM_WARPS)
     return rows_6N[4], rows_6N[5], tuple(rows_6N[:4])
 
@@ -215,17 +215,17 @@ class _GrpoLoss(torch.autograd.Function):
         return (ctx.saved_tensors[0] * grad).to(ctx.saved_tensors[0].dtype), *[None] * 10
 
 
-def grpo_loss(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, objective, temperature=1.0, banned_Z=None,
-              limit=None, impl="triton"):
+def grpo_loss(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, objective, temperature=1.0, suppressed_Z=None,
+              vocab_limit=None, backend="triton"):
     """sum_n weight_N[n] * loss[n] with one ratio a token; its gradient is made in the forward pass.
 
     Args:
         logits_NV: (N, V) fp32 | bf16 | fp16, unit stride in V; differentiable. "torch" also takes fp64.
-        id_N: (N,) int64 in [0, V), none of them banned (not checked: it would sync): the sampled tokens.
+        id_N: (N,) int64 in [0, V), none of them suppressed_ids (not checked: it would sync): the sampled tokens.
         old_N, ref_N: (N,) fp32, log-probabilities at the same temperature and bans; ref_N may be None if beta is 0.
         advantage_N, weight_N: (N,) fp32. A row of weight 0 counts for nothing and may hold NaN in these vectors.
-        objective: Objective. temperature: > 0, a Python float. impl: "triton" | "torch".
-        banned_Z: (Z,) int64, sorted, or None. limit: ids from here on are banned too; None = V (logprob.split_banned).
+        objective: ClipConfig. temperature: > 0, a Python float. backend: "triton" | "torch".
+        suppressed_Z: (Z,) int64, sorted, or None. vocab_limit: ids from here on are suppressed too; None = V (logprob.split_suppressed).
     Returns:
         (loss, logp_N, entropy_N, (loss_N, ratio_N, clipped_N, kl_N)), all but the first detached, all fp32. loss_N is
         before the weight; clipped_N is 1 where clipping stops the first term's gradient, else 0; kl_N is 0 without a
@@ -235,7 +235,7 @@ def grpo_loss(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, objective, t
     Source: SightSound-R1, equation 2; tests/test_grpo_kernel.py: TRL's formulas and grpo_loss_ref, in fp64.
     """
     loss, logp_N, entropy_N, *terms = _GrpoLoss.apply(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, objective,
-                                                      temperature, banned_Z, limit, impl)
+                                                      temperature, suppressed_Z, vocab_limit, backend)
     return loss, logp_N, entropy_N, tuple(terms)
 
 

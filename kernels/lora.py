@@ -5,7 +5,7 @@
     dA = scale (g B)ᵀ x            dB = scale gᵀ (x Aᵀ)
     dW = gᵀ x                      dbias = sum_n g[n]          (only where the base layer trains)
 
-impl="torch" leaves every product to the vendor's library and adds the updates in place. impl="triton" uses
+backend="torch" leaves every product to the vendor's library and adds the updates in place. backend="triton" uses
 kernels/lora_triton.py for two parts. The evidence is counted bytes and published speeds: no GPU was at hand.
     y where D <= FUSED_D and R <= 64, in 16 bits: one kernel. It saves a read and a write of y, 367 / D of the product's
         time on an H200, but Triton products of this kind ran at 76 to 86 % of the vendor's (triton #5726, fb-triton
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from minixmd.kernels import lora_triton
 
-FUSED_D = 2048  # inputs up to which impl="triton" computes y in one kernel: derived above, not measured
+FUSED_D = 2048  # inputs up to which backend="triton" computes y in one kernel: derived above, not measured
 
 
 def lora_linear_ref(x_ND, w_FD, bias_F, a_RD, b_FR, scale):
@@ -49,17 +49,17 @@ class _LoraLinears(torch.autograd.Function):
     once for x Aᵀ and once for dA. Updates are added in place: fewer passes over y and dX than autograd of the _ref."""
 
     @staticmethod
-    def forward(ctx, x_ND, impl, scales, *tensors):
+    def forward(ctx, x_ND, backend, scales, *tensors):
         ws, biases, As, Bs = ([None if t is None else t.to(x_ND.dtype) for t in tensors[i::4]] for i in range(4))
         xa_NR, outputs = x_ND @ torch.cat(As).T, []
         parts = xa_NR.split([len(a) for a in As], 1)
         for w, bias, b, part_NR, scale in zip(ws, biases, Bs, parts, scales, strict=True):
-            if impl == "triton" and x_ND.element_size() == 2 and x_ND.shape[1] <= FUSED_D and b.shape[1] <= 64:
+            if backend == "triton" and x_ND.element_size() == 2 and x_ND.shape[1] <= FUSED_D and b.shape[1] <= 64:
                 outputs.append(lora_triton.lora_forward(x_ND, w, bias, part_NR, b, scale))
             else:
                 outputs.append(F.linear(x_ND, w, bias).addmm_(part_NR, b.T, alpha=scale))
         ctx.save_for_backward(x_ND, xa_NR, *tensors)
-        ctx.impl, ctx.scales = impl, scales
+        ctx.backend, ctx.scales = backend, scales
         return tuple(outputs)
 
     @staticmethod
@@ -70,7 +70,7 @@ class _LoraLinears(torch.autograd.Function):
         ws, _, As, Bs = ([None if t is None else t.to(x_ND.dtype) for t in tensors[i::4]] for i in range(4))
         ranks, gbs, grads = [len(a) for a in As], [], [None] * len(tensors)
         for i, (g_NF, b, part_NR, scale) in enumerate(zip(gs, Bs, xa_NR.split(ranks, 1), ctx.scales, strict=True)):
-            if ctx.impl == "triton" and lora_triton.dy_pass_pays(*g_NF.shape, ranks[i], g_NF.element_size()):
+            if ctx.backend == "triton" and lora_triton.dy_pass_pays(*g_NF.shape, ranks[i], g_NF.element_size()):
                 gb_NR, grads[4 * i + 3] = lora_triton.dy_pass(g_NF, part_NR, b, scale)
             else:
                 gb_NR, grads[4 * i + 3] = (g_NF @ b).mul_(scale), (g_NF.T @ part_NR).mul_(scale)
@@ -89,7 +89,7 @@ class _LoraLinears(torch.autograd.Function):
         return dx_ND, None, None, *grads
 
 
-def lora_linears(x_ND, layers, impl="torch"):
+def lora_linears(x_ND, layers, backend="torch"):
     """lora_linear of several layers on the same x, whose adapters share its reads: q, k and v, or gate and up.
 
     The base products stay apart, for their weights are apart: one product over them all would need a copy of the
@@ -103,18 +103,18 @@ def lora_linears(x_ND, layers, impl="torch"):
     """
     if x_ND.ndim != 2:
         raise ValueError(f"lora_linear needs a two-dimensional x, got {tuple(x_ND.shape)}")
-    if impl not in ("torch", "triton"):
-        raise ValueError(f"lora_linear has impl 'torch' and 'triton', got {impl!r}")
+    if backend not in ("torch", "triton"):
+        raise ValueError(f"lora_linear has backend 'torch' and 'triton', got {backend!r}")
     tensors = [tensor for *layer, _ in layers for tensor in layer]
-    return _LoraLinears.apply(x_ND, impl, [scale for *_, scale in layers], *tensors)
+    return _LoraLinears.apply(x_ND, backend, [scale for *_, scale in layers], *tensors)
 
 
-def lora_linear(x_ND, w_FD, bias_F, a_RD, b_FR, scale, impl="torch"):
+def lora_linear(x_ND, w_FD, bias_F, a_RD, b_FR, scale, backend="torch"):
     """lora_linear_ref with a hand-written backward; saves x Aᵀ, (N, R), beside x.
 
-    Args and returns: as lora_linear_ref; x_ND has exactly two dimensions. impl: "torch" | "triton" (module docstring).
+    Args and returns: as lora_linear_ref; x_ND has exactly two dimensions. backend: "torch" | "triton" (module docstring).
     Raises:
-        ValueError: x_ND is not two-dimensional, or no such impl.
+        ValueError: x_ND is not two-dimensional, or no such backend.
     Source: the module docstring; tests/test_lora.py compares value and every gradient with the _ref in fp64.
     """
-    return lora_linears(x_ND, [(w_FD, bias_F, a_RD, b_FR, scale)], impl)[0]
+    return lora_linears(x_ND, [(w_FD, bias_F, a_RD, b_FR, scale)], backend)[0]

@@ -29,14 +29,14 @@ from minixmd.config.references import check_files, input_paths, resolve
 from minixmd.dryrun.plan import dry_run
 from minixmd.inputs.examples import read_manifest
 from minixmd.inputs.media import MediaError
-from minixmd.inputs.tokenizer import shared_ids
-from minixmd.kernels.grpo import Objective
-from minixmd.kernels.logprob import split_banned
+from minixmd.inputs.tokenizer import common_vocab_size
+from minixmd.kernels.grpo import ClipConfig
+from minixmd.kernels.logprob import split_suppressed
 from minixmd.learning.optim import adamw, learning_rate, optimizer_tensors, restore_optimizer
 from minixmd.learning.targets import sources
-from minixmd.models.head import CrossEntropy, DistillTopK, Grpo, head_loss
+from minixmd.models.head import CrossEntropy, DistillTopK, PolicyLoss, head_loss
 from minixmd.models.hub import pinned
-from minixmd.models.lora import add_lora, hash_seed, merge_lora, set_impl
+from minixmd.models.lora import add_lora, hash_seed, merge_lora, set_backend
 from minixmd.models.weights import adapted, save_adapter, save_model
 from minixmd.report import gather as report
 from minixmd.runs.directory import LOGS, begin, finish, load_state, log_line, save_state
@@ -69,10 +69,10 @@ class Run:
     parameters: dict[str, torch.nn.Parameter]  # those that train, by name
     optimizer: torch.optim.Optimizer
     steps: int  # optimizer steps in all
-    impl: str = "torch"  # "triton" | "torch", of the kernels
-    shared: int = 0  # ids below it mean the same to the teacher, for the KL
-    banned_Z: torch.Tensor | None = None  # ids that the student is never scored on
-    limit: int | None = None  # of GRPO: ids from here on are banned too, and not listed
+    backend: str = "torch"  # "triton" | "torch", of the kernels
+    common_vocab: int = 0  # ids below it mean the same to the teacher, for the KL
+    suppressed_Z: torch.Tensor | None = None  # ids that the student is never scored on
+    vocab_limit: int | None = None  # of GRPO: ids from here on are suppressed too, and not listed
     reference: torch.nn.Module | None = None  # of GRPO: the policy before training
     step: int = 0  # finished
     best: float = -1.0  # validation accuracy
@@ -83,7 +83,7 @@ class Run:
 def build(stage, pairs, load=load):
     """Load the model, choose what trains, and make the optimizer. load: a dry run's loads no weights."""
     model, processor = load(stage.model, device=device_of(stage), dtype=dtype_of(stage))
-    impl = impl_of(stage)
+    backend = impl_of(stage)
     if stage.trainable == "lora":
         if adapted(model):
             raise ValueError(f"{stage.name}: {stage.model} carries an adapter already; merge it first")
@@ -99,18 +99,18 @@ def build(stage, pairs, load=load):
             # Whisper's sinusoids are a table, not weights, and Omni's begin and end vectors are read by nothing
             if name.endswith(("embed_positions.weight", "audio_bos_eos_token.weight")):
                 p.requires_grad_(False)
-    set_impl(model, impl)
+    set_backend(model, backend)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     steps = stage.epochs * math.ceil(len(pairs) / stage.batch_size)
     steps = steps if stage.max_steps is None else min(steps, stage.max_steps)
-    run = Run(model, parameters, adamw(parameters, stage), steps, impl)
+    run = Run(model, parameters, adamw(parameters, stage), steps, backend)
     if stage.teacher_loss != "ce":
         theirs = Tokenizer.from_file(str(Path(stage.teacher_labels).parent / "tokenizer.json"))
-        run.shared = shared_ids(processor.tokenizer, theirs)
-        run.banned_Z = torch.tensor(processor.banned, device=model.lm_head.weight.device)
+        run.common_vocab = common_vocab_size(processor.tokenizer, theirs)
+        run.suppressed_Z = torch.tensor(processor.suppressed_ids, device=model.lm_head.weight.device)
     if stage.objective == "grpo":
-        run.limit, listed = split_banned(processor.banned, len(model.lm_head.weight))
-        run.banned_Z = torch.tensor(listed, dtype=torch.long, device=model.lm_head.weight.device) if listed else None
+        run.vocab_limit, listed = split_suppressed(processor.suppressed_ids, len(model.lm_head.weight))
+        run.suppressed_Z = torch.tensor(listed, dtype=torch.long, device=model.lm_head.weight.device) if listed else None
         run.reference = reference_of(model) if stage.beta else None
     return run, processor
 
@@ -141,7 +141,7 @@ def update(run, stage, loss=0.0):
     norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), stage.clip or math.inf).item()
     if not math.isfinite(norm):
         raise ValueError(f"{stage.name}: the gradient's norm at step {run.step + 1} is {norm}; stopped")
-    lr = learning_rate(run.step, run.steps, stage.lr, stage.warmup)
+    lr = learning_rate(run.step, run.steps, stage.lr, stage.warmup_ratio)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.step()
@@ -180,7 +180,7 @@ def accumulate(run, stage, prompts, tops=()):
         if stored and stage.teacher_loss == "kl":
             learnt_T = ~torch.isin(batch.target_segment_T, torch.tensor(list(stored), device=head_VD.device))
         if learnt_T.any():
-            objective = CrossEntropy(batch.target_id_T[learnt_T], batch.target_weight_T[learnt_T] / total, run.impl)
+            objective = CrossEntropy(batch.target_id_T[learnt_T], batch.target_weight_T[learnt_T] / total, run.backend)
             losses.append(head_loss(hidden_ND, head_VD, batch.target_row_T[learnt_T], objective)[0])
         loss = sum(losses)
         loss.backward()
@@ -191,16 +191,16 @@ def accumulate(run, stage, prompts, tops=()):
 def teacher_kl(run, stage, hidden_ND, batch, stored, count, parts):
     """T² KL(teacher || student) at the letters of the clips in `stored`, {segment: best ids}, summed over `count`.
 
-    KL is over the ids that both vocabularies share, less the banned ones; what the teacher holds elsewhere is left out
+    KL is over the ids that both vocabularies share, less the suppressed ones; what the teacher holds elsewhere is left out
     of its distribution and logged, as is what the student holds there.
     """
     segments = list(stored)
     first_K = torch.tensor([batch.target_segment_T.tolist().index(segment) for segment in segments])
-    id_KJ, logq_KJ, tail_K, dropped_K = stored_rows(list(stored.values()), run.shared, run.banned_Z.cpu())
+    id_KJ, logq_KJ, tail_K, dropped_K = stored_rows(list(stored.values()), run.common_vocab, run.suppressed_Z.cpu())
     device = hidden_ND.device
     objective = DistillTopK(id_KJ.to(device), logq_KJ.to(device), tail_K.to(device),
-                            torch.full((len(segments),), 1 / count, device=device), run.shared, run.banned_Z,
-                            stage.temperature, run.impl)
+                            torch.full((len(segments),), 1 / count, device=device), run.common_vocab, run.suppressed_Z,
+                            stage.temperature, run.backend)
     loss, columns = head_loss(hidden_ND, run.model.lm_head.weight, batch.target_row_T[first_K.to(device)], objective)
     parts["kl"] += columns["kl"].sum().item() / count
     parts["teacher_dropped"] += dropped_K.sum().item() / count
@@ -208,7 +208,7 @@ def teacher_kl(run, stage, hidden_ND, batch, stored, count, parts):
     return loss
 
 
-def stored_rows(tops, shared, banned_Z):
+def stored_rows(tops, common_vocab, suppressed_Z):
     """The teacher's best ids as kernels/distill_topk.py takes them: (id_KJ, logq_KJ, tail_K, dropped_K), all fp32.
 
     Ids outside the shared ones are taken out and the rest is normalised again. What lies outside among the ids that
@@ -217,7 +217,7 @@ def stored_rows(tops, shared, banned_Z):
     id_KJ = torch.tensor([top["ids"] for top in tops], dtype=torch.int32)
     logq_KJ = torch.tensor([[z / top["temperature"] - top["logsumexp"] for z in top["logits"]] for top in tops])
     tail_K = (1 - logq_KJ.exp().sum(-1)).clamp(min=0)
-    outside_KJ = (id_KJ >= shared) | torch.isin(id_KJ, banned_Z)
+    outside_KJ = (id_KJ >= common_vocab) | torch.isin(id_KJ, suppressed_Z)
     dropped_K = logq_KJ.exp().where(outside_KJ, 0).sum(-1)
     kept_K = 1 - dropped_K
     return id_KJ.masked_fill(outside_KJ, -1), logq_KJ - kept_K.log()[:, None], tail_K / kept_K, dropped_K
@@ -244,7 +244,7 @@ def grpo_step(run, stage, processor, good, folder):
         prompts = [run.model.encode_ahead(prompt) for prompt in prompts]  # what the towers say
     answers = generate(run.model, processor, prompts, n=stage.group_size, max_new_tokens=stage.max_new_tokens,
                        temperature=stage.temperature, seed=stage.seed, stop=stage.stop, step=run.step,
-                       keys=[e.id for e in examples], slots=stage.slots, impl=run.impl)
+                       keys=[e.id for e in examples], decode_slots=stage.decode_slots, backend=run.backend)
     pairs = [[(c, e) for c in group] for group, e in zip(answers, examples, strict=True)]
     parts = {name: torch.tensor([[reward(c.text, e) for c, e in group] for group in pairs])
              for name, reward in REWARDS.items()}
@@ -298,10 +298,10 @@ def passes(run, stage, groups):
 
 
 def token_logp(run, stage, hidden_ND, head_VD, batch):
-    """(T,) log-probabilities of a batch's targets as the sampler has them: at its temperature, without banned ids."""
+    """(T,) log-probabilities of a batch's targets as the sampler has them: at its temperature, without suppressed ids."""
     zero_T = torch.zeros(len(batch.target_id_T), device=hidden_ND.device)
-    objective = Grpo(batch.target_id_T, zero_T, None, zero_T, zero_T, Objective(0.0, 0.0, 0.0, "k3"), run.impl,
-                     stage.temperature, run.banned_Z, run.limit)
+    objective = PolicyLoss(batch.target_id_T, zero_T, None, zero_T, zero_T, ClipConfig(0.0, 0.0, 0.0, "k3"), run.backend,
+                     stage.temperature, run.suppressed_Z, run.vocab_limit)
     with torch.no_grad():
         return head_loss(hidden_ND, head_VD, batch.target_row_T, objective)[1]["logp"].cpu()
 
@@ -314,7 +314,7 @@ def score(run, stage, groups):
 
 
 def learn(run, stage, rollout):
-    """Gradients of one optimizer step, minus equation 2; returns the loss and {column: (T,)} of head.Grpo.
+    """Gradients of one optimizer step, minus equation 2; returns the loss and {column: (T,)} of head.PolicyLoss.
 
         loss   = sum over tokens of weight (-min[ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A] + beta KL)
         weight = 1 / (P G |o_i|), over P prompts of G completions o_i (token_weights)
@@ -325,7 +325,7 @@ def learn(run, stage, rollout):
     The denominators are the whole step's, so the gradient does not depend on how it is cut into micro-batches.
     """
     head_VD, device = run.model.lm_head.weight, run.model.lm_head.weight.device
-    how = Objective(stage.clip_low, stage.clip_high, stage.beta, stage.kl)
+    how = ClipConfig(stage.clip_low, stage.clip_high, stage.beta, stage.kl)
     total, columns, first = 0.0, [], rollout.old_T is None
     if first:
         rollout.old_T = torch.empty_like(rollout.sampled_T)
@@ -336,8 +336,8 @@ def learn(run, stage, rollout):
         old_T, ref_T, advantage_T, weight_T = (None if x_T is None else x_T[at].to(device) for x_T in (
             rollout.old_T, rollout.ref_T, rollout.advantage_T, rollout.weight_T))
         lengths = tuple(len(ids_T) for group in groups for ids_T in group.completions)
-        objective = Grpo(batch.target_id_T, old_T, ref_T, advantage_T, weight_T, how, run.impl, stage.temperature,
-                         run.banned_Z, run.limit, lengths if stage.ratio == "sequence" else None)
+        objective = PolicyLoss(batch.target_id_T, old_T, ref_T, advantage_T, weight_T, how, run.backend, stage.temperature,
+                         run.suppressed_Z, run.vocab_limit, lengths if stage.ratio == "sequence" else None)
         loss, found = head_loss(hidden_ND, head_VD, batch.target_row_T, objective)
         loss.backward()
         total += loss.item()
@@ -532,7 +532,7 @@ def where(stage):
         return ""
     device = device_of(stage)
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
-    kernels = f", {stage.dtype}, kernels in {impl_of(stage)}" if hasattr(stage, "impl") else ""
+    kernels = f", {stage.dtype}, kernels in {impl_of(stage)}" if hasattr(stage, "backend") else ""
     return f" on {device}{kernels}{threads}"
 
 

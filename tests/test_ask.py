@@ -63,7 +63,7 @@ def scripted(monkeypatch, ids):
     """Every model says these ids, whatever it is asked."""
     left = list(ids)
 
-    def sample(logits_BV, uniform_B, temperature, banned):
+    def sample(logits_BV, uniform_B, temperature, suppressed_ids):
         return torch.tensor([left.pop(0)]).expand(len(logits_BV)), torch.zeros(len(logits_BV))
 
     monkeypatch.setattr("minixmd.learning.rollout.sample", sample)

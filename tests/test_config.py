@@ -117,8 +117,8 @@ def test_report_tables_are_dicts_of_dicts_of_str():
     (dict(lora_alpha=0), "lora_alpha must be > 0, got 0.0"),
     (dict(batch_size=0), "batch_size must be >= 1, got 0"),
     (dict(micro_batch_size=0), "micro_batch_size must be >= 1, got 0"),
-    (dict(warmup=1.5), "warmup must be <= 1, got 1.5"),
-    (dict(warmup=-0.1), "warmup must be >= 0, got -0.1"),
+    (dict(warmup_ratio=1.5), "warmup_ratio must be <= 1, got 1.5"),
+    (dict(warmup_ratio=-0.1), "warmup_ratio must be >= 0, got -0.1"),
     (dict(weight_decay=-1.0), "weight_decay must be >= 0, got -1.0"),
     (dict(clip=-1.0), "clip must be >= 0, got -1.0"),
     (dict(eps=0.0), "eps must be > 0, got 0.0"),
@@ -168,9 +168,9 @@ def test_a_value_out_of_range_is_refused(given, said):
     ({**GRPO, "student_labels": "@s"}, "objective 'grpo' does not use student_labels, got '@s'"),
     ({**GRPO, "gate": "learned", "switch": "@w"}, "objective 'grpo' does not use switch, got '@w'"),
     ({**GRPO, "teacher_loss": "kl"}, "objective 'grpo' does not use teacher_loss, got 'kl'"),
-    ({**GRPO, "slots": 7}, "slots 7 is below group_size 8"),
+    ({**GRPO, "decode_slots": 7}, "decode_slots 7 is below group_size 8"),
     ({**GRPO, "stop": ("",)}, "a stop string must not be empty, got ''"),
-    (dict(slots=64), "objective 'sft' does not use slots, got 64"),
+    (dict(decode_slots=64), "objective 'sft' does not use decode_slots, got 64"),
     ({**GRPO, "beta": 0, "kl": "k1"}, "beta 0.0 does not use kl, got 'k1'"),
     ({**GRPO, "batch_size": 6, "micro_batch_size": 4}, "batch_size 6 is not a multiple of micro_batch_size 4"),
     ({**DISTILL, "student_labels": "@s"}, "gate 'always' does not use student_labels, got '@s'"),
@@ -197,8 +197,8 @@ def test_a_contradiction_names_both_values(given, said):
 
 
 def test_the_ends_of_a_range_are_allowed():
-    Train(**TRAIN, warmup=1.0, max_bad=1.0, clip=0.0, weight_decay=0.0, epochs=1, min_pixels=9, max_pixels=9, nframes=2)
-    Train(**TRAIN, warmup=0.0, max_bad=0.0, max_steps=1, batch_size=1, micro_batch_size=1, save_every=0, betas=(0, 0))
+    Train(**TRAIN, warmup_ratio=1.0, max_bad=1.0, clip=0.0, weight_decay=0.0, epochs=1, min_pixels=9, max_pixels=9, nframes=2)
+    Train(**TRAIN, warmup_ratio=0.0, max_bad=0.0, max_steps=1, batch_size=1, micro_batch_size=1, save_every=0, betas=(0, 0))
 
 
 def test_a_switch_without_student_labels_is_allowed():

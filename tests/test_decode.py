@@ -40,9 +40,9 @@ def whole(p, dtype):
     return out_BHK
 
 
-def check(p, impl):
+def check(p, backend):
     before = {name: x.clone() for name, x in p.items()}
-    ours_BHK = decode_attention(**p, impl=impl)
+    ours_BHK = decode_attention(**p, backend=backend)
     assert_as_good_as(ours_BHK, whole(p, p["q_BHK"].dtype), whole(p, torch.float64))
     assert all(torch.equal(x, before[name]) or x.isnan().any() for name, x in p.items())
     return ours_BHK
@@ -62,29 +62,29 @@ SHAPES = {
 
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_prompt_and_suffix_are_one_softmax(shape, dtype, impl, device):
-    check(problem(*SHAPES[shape], device, dtype), impl)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_prompt_and_suffix_are_one_softmax(shape, dtype, backend, device):
+    check(problem(*SHAPES[shape], device, dtype), backend)
 
 
-@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("part", ["prompt", "suffix"])
-def test_a_part_that_outweighs_the_other_by_e_200_is_the_result(part, impl, device):
+def test_a_part_that_outweighs_the_other_by_e_200_is_the_result(part, backend, device):
     p = problem([SPLIT + 5], [4, 9], 2, 1, 16, device)
     mine, other = ("prompt_k_GJPK", "k_BJCK") if part == "prompt" else ("k_BJCK", "prompt_k_GJPK")
     p["q_BHK"][:] = 8.0
     p[mine][..., -1 - 3 if part == "prompt" else 0, :] = 7.0
     p[other][...] = torch.where(p[other].isnan(), torch.nan, -1.0)
-    check(p, impl)
+    check(p, backend)
 
 
-@pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_a_slot_without_rows_of_its_own_sees_the_prompt_alone(impl, device):
-    check(problem([5, 3], [0, 2, 0, 0], 4, 2, 16, device), impl)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_slot_without_rows_of_its_own_sees_the_prompt_alone(backend, device):
+    check(problem([5, 3], [0, 2, 0, 0], 4, 2, 16, device), backend)
 
 
-@pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_queries_and_pools_may_lie_apart_in_memory(impl, device):
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_queries_and_pools_may_lie_apart_in_memory(backend, device):
     p = problem([9, 4], [3, 5, 1, 2], 4, 2, 16, device)
     wide_BHK = torch.full((4, 8, 16), torch.nan, device=device)
     wide_BHK[:, ::2] = p["q_BHK"]
@@ -93,7 +93,7 @@ def test_queries_and_pools_may_lie_apart_in_memory(impl, device):
         wide = torch.full((2 * len(p[name]), 3, p[name].shape[2] + 2, 16), torch.nan, device=device)
         views[name] = wide[::2, 1:, 1:-1]
         views[name][:] = p[name]
-    assert torch.equal(decode_attention(**views, impl=impl), check(p, impl))
+    assert torch.equal(decode_attention(**views, backend=backend), check(p, backend))
 
 
 def test_the_kernel_reads_nothing_past_a_length(device):
@@ -111,33 +111,33 @@ def test_a_slots_bits_depend_on_its_own_rows_alone(device):
     p = problem([SPLIT + 9, 40, 1], [3, 20, 1, 90, 7, 2], 4, 2, 16, device)
     together_BHK = decode_attention(**p)
     for g in range(3):
-        slots = slice(2 * g, 2 * g + 2)
-        alone = {name: x[slots] if "B" in name else x[g:g + 1] for name, x in p.items()}
+        decode_slots = slice(2 * g, 2 * g + 2)
+        alone = {name: x[decode_slots] if "B" in name else x[g:g + 1] for name, x in p.items()}
         for name in ("prompt_k_GJPK", "prompt_v_GJPK"):
             alone[name] = alone[name][:, :, :alone["prompt_length_G"].item()].contiguous()  # a smaller pool
-        assert torch.equal(decode_attention(**alone), together_BHK[slots])
+        assert torch.equal(decode_attention(**alone), together_BHK[decode_slots])
 
 
 def test_two_equal_keys_share_the_weight():  # small enough to check by hand
     one, length = torch.ones(1, 1, 1, 16), torch.tensor([1])
-    for impl in ("triton", "torch"):
-        out_BHK = decode_attention(torch.ones(1, 1, 16), one, 2 * one, length, one, 6 * one, length, impl)
+    for backend in ("triton", "torch"):
+        out_BHK = decode_attention(torch.ones(1, 1, 16), one, 2 * one, length, one, 6 * one, length, backend)
         torch.testing.assert_close(out_BHK, torch.full((1, 1, 16), 4.0))
 
 
-@pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_a_nan_is_never_hidden(impl, device):
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_nan_is_never_hidden(backend, device):
     for name, at in (("k_BJCK", (1, 0, 2)), ("v_BJCK", (1, 1, 0)), ("prompt_k_GJPK", (0, 0, 3))):
         p = problem([4], [3, 3], 2, 2, 16, device, room=0)
         p[name][at] = torch.nan
-        hit_B = decode_attention(**p, impl=impl).isnan().flatten(1).any(1)
+        hit_B = decode_attention(**p, backend=backend).isnan().flatten(1).any(1)
         assert hit_B.tolist() == [name.startswith("prompt"), True]
 
 
 @pytest.mark.parametrize("change, message", [
     ({"q_BHK": torch.ones(3, 4, 16)}, "G dividing B"), ({"q_BHK": torch.ones(4, 3, 16)}, "J dividing H"),
     ({"v_BJCK": torch.ones(4, 2, 6, 16)}, r"\(4, 2, 6, 16\)"), ({"length_B": torch.ones(2).long()}, "a length"),
-    ({"impl": "cuda"}, "'cuda'"), ({"k_BJCK": torch.ones(4, 2, 16, 5).mT}, "equal strides"),
+    ({"backend": "cuda"}, "'cuda'"), ({"k_BJCK": torch.ones(4, 2, 16, 5).mT}, "equal strides"),
 ])  # fmt: skip
 def test_bad_input_is_refused(change, message):
     good = problem([3, 4], [2, 1, 2, 2], 4, 2, 16)

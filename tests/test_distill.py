@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("on_device")
 IMPLS = ["triton", "torch"]
 DTYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float16),
           (torch.bfloat16, torch.bfloat16)]
-SIZES = [  # N, V, W, shared, banned
+SIZES = [  # N, V, W, common_vocab, suppressed_ids
     (1, 1, 1, 1, []),
     (2, 2, 3, 2, [1]),
     (9, BLOCK_V, BLOCK_V, BLOCK_V, []),
@@ -24,7 +24,7 @@ SIZES = [  # N, V, W, shared, banned
 ]
 
 
-def stress(logits_NV, banned, level):
+def stress(logits_NV, suppressed_ids, level):
     """Rows that an online softmax gets wrong first: row i % 8 is treated in place, in fp32."""
     last = logits_NV.shape[1] - 1
     for n, row_V in enumerate(logits_NV):
@@ -36,7 +36,7 @@ def stress(logits_NV, banned, level):
             case 2:
                 row_V[last // 2] = level  # all mass on one id
             case 3:
-                row_V[[v for v in banned if v <= last]] = level  # a banned id must not count, however large
+                row_V[[v for v in suppressed_ids if v <= last]] = level  # a suppressed id must not count, however large
             case 4:
                 row_V.fill_(-3.0)
             case 5:
@@ -46,14 +46,14 @@ def stress(logits_NV, banned, level):
     return logits_NV
 
 
-def problem(N, V, W, banned, dtypes, level=200.0):
-    student_NV = stress(4 * torch.randn(N, V), banned, level).to(dtypes[0])
-    teacher_NW = stress(4 * torch.randn(N, W), banned[:1], level / 2).roll(1, 0).to(dtypes[1])
-    return student_NV, teacher_NW, torch.tensor(banned, dtype=torch.long)
+def problem(N, V, W, suppressed_ids, dtypes, level=200.0):
+    student_NV = stress(4 * torch.randn(N, V), suppressed_ids, level).to(dtypes[0])
+    teacher_NW = stress(4 * torch.randn(N, W), suppressed_ids[:1], level / 2).roll(1, 0).to(dtypes[1])
+    return student_NV, teacher_NW, torch.tensor(suppressed_ids, dtype=torch.long)
 
 
-def kept(shared, banned):
-    return [v for v in range(shared) if v not in banned]
+def kept(common_vocab, suppressed_ids):
+    return [v for v in range(common_vocab) if v not in suppressed_ids]
 
 
 def softmax_by_hand(logits_NV, ids, T):
@@ -87,14 +87,14 @@ def compare(kernel, eager, exact, cond):
         assert_as_good_as(a, b, c, cond)
 
 
-@pytest.mark.parametrize("N, V, W, shared, banned", SIZES)
+@pytest.mark.parametrize("N, V, W, common_vocab, suppressed_ids", SIZES)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=["fp32", "fp32-bf16", "fp16", "bf16"])
 @pytest.mark.parametrize("T", [2.0, 0.7])
-def test_loss_shares_and_gradient_are_as_good_as_eager(N, V, W, shared, banned, dtypes, T):
-    student_NV, teacher_NW, banned_Z = problem(N, V, W, banned, dtypes)
+def test_loss_shares_and_gradient_are_as_good_as_eager(N, V, W, common_vocab, suppressed_ids, dtypes, T):
+    student_NV, teacher_NW, suppressed_Z = problem(N, V, W, suppressed_ids, dtypes)
     g_N = torch.randn(N)
-    ours, eager = (results(distill_kl, student_NV, [teacher_NW], g_N, shared, banned_Z, T, impl) for impl in IMPLS)
-    exact = truth(student_NV, teacher_NW, g_N, kept(shared, banned), T)
+    ours, eager = (results(distill_kl, student_NV, [teacher_NW], g_N, common_vocab, suppressed_Z, T, backend) for backend in IMPLS)
+    exact = truth(student_NV, teacher_NW, g_N, kept(common_vocab, suppressed_ids), T)
     compare(ours[:1], eager[:1], exact[:1], T * T)  # not cond = |logits|: only differences enter
     compare(ours[3:], eager[3:], exact[3:], T)
     compare(ours[1:3], eager[1:3], exact[1:3], 200 / T)
@@ -105,55 +105,55 @@ def test_logits_of_ten_thousand_lose_nothing_beyond_their_own_rounding(offset):
     student_NV = (torch.randn(3, 3000) + offset).round(decimals=2)
     teacher_NW = torch.randn(3, 3100) - offset
     teacher_NW[2, :3000] = student_NV[2] - 2 * offset  # the same distribution: KL 0
-    banned_Z = torch.tensor([4])
+    suppressed_Z = torch.tensor([4])
     g_N = torch.ones(3)
-    ours = results(distill_kl, student_NV, [teacher_NW], g_N, 2900, banned_Z, 2.0, "triton")
+    ours = results(distill_kl, student_NV, [teacher_NW], g_N, 2900, suppressed_Z, 2.0, "triton")
     exact = truth(student_NV, teacher_NW, g_N, kept(2900, [4]), 2.0)
     torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours[3].double(), exact[3], rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_an_example_to_check_by_hand(impl):
-    """Student (1/4, 3/4), teacher (3/4, 1/4): KL = (3/4 - 1/4) log 3; id 2 is banned, id 3 is not shared."""
+@pytest.mark.parametrize("backend", IMPLS)
+def test_an_example_to_check_by_hand(backend):
+    """Student (1/4, 3/4), teacher (3/4, 1/4): KL = (3/4 - 1/4) log 3; id 2 is suppressed, id 3 is not common_vocab."""
     s, t = math.log(3), 5.0
     student_NV, teacher_NW = torch.tensor([[t, t + s, 99.0, t]]), torch.tensor([[s, 0.0, 0.0]])
-    banned_Z = torch.tensor([2])
+    suppressed_Z = torch.tensor([2])
     loss_N, s_dropped_N, t_dropped_N, grad_NV = results(
-        distill_kl, student_NV, [teacher_NW], torch.ones(1), 3, banned_Z, 1.0, impl)
+        distill_kl, student_NV, [teacher_NW], torch.ones(1), 3, suppressed_Z, 1.0, backend)
     assert loss_N.item() == pytest.approx(0.5 * math.log(3)) and t_dropped_N.item() == pytest.approx(1 / 5)
     assert s_dropped_N.item() == pytest.approx(1) and grad_NV.tolist()[0] == pytest.approx([-0.5, 0.5, 0, 0])
     student_NV[0, 2] = -torch.inf  # 4 e^5 inside, e^5 outside
-    assert distill_kl(student_NV, teacher_NW, 3, banned_Z, 1.0, impl)[1].item() == pytest.approx(1 / 5)
-    doubled = results(distill_kl, 2 * student_NV[:, :2], [2 * teacher_NW], torch.ones(1), 2, banned_Z, 2.0, impl)
+    assert distill_kl(student_NV, teacher_NW, 3, suppressed_Z, 1.0, backend)[1].item() == pytest.approx(1 / 5)
+    doubled = results(distill_kl, 2 * student_NV[:, :2], [2 * teacher_NW], torch.ones(1), 2, suppressed_Z, 2.0, backend)
     assert doubled[0].item() == pytest.approx(4 * loss_N.item())  # the same two distributions, T² the loss
     assert doubled[3].tolist()[0] == pytest.approx([-1.0, 1.0])  # T the gradient
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backend", IMPLS)
 @pytest.mark.parametrize("held", [torch.nan, torch.inf, -torch.inf, 1e4])
-def test_ids_left_out_count_for_nothing_whatever_they_hold(held, impl):
-    banned = [0, BLOCK_V, BLOCK_V + 2]
-    student_NV, teacher_NW, banned_Z = problem(3, BLOCK_V + 9, BLOCK_V + 5, banned, (torch.float32, torch.float32))
+def test_ids_left_out_count_for_nothing_whatever_they_hold(held, backend):
+    suppressed_ids = [0, BLOCK_V, BLOCK_V + 2]
+    student_NV, teacher_NW, suppressed_Z = problem(3, BLOCK_V + 9, BLOCK_V + 5, suppressed_ids, (torch.float32, torch.float32))
     weight_N = torch.rand(3) + 0.1
-    before = distill_kl(student_NV, teacher_NW, BLOCK_V + 3, banned_Z, 2.0, impl)[0]
-    out = [*banned, *range(BLOCK_V + 3, BLOCK_V + 9)]
+    before = distill_kl(student_NV, teacher_NW, BLOCK_V + 3, suppressed_Z, 2.0, backend)[0]
+    out = [*suppressed_ids, *range(BLOCK_V + 3, BLOCK_V + 9)]
     student_NV[:, out] = held
     teacher_NW[:, out[:-4]] = held
     grad_NV = torch.full_like(student_NV, torch.nan)
-    after = distill_kl_grad(student_NV, teacher_NW, weight_N, BLOCK_V + 3, banned_Z, 2.0, grad_NV, impl)[0]
+    after = distill_kl_grad(student_NV, teacher_NW, weight_N, BLOCK_V + 3, suppressed_Z, 2.0, grad_NV, backend)[0]
     assert torch.equal(after, before) and after.isfinite().all()
     assert grad_NV.isfinite().all() and (grad_NV[:, out] == 0).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_logits_of_minus_infinity_count_for_nothing(impl):
-    """A kept id that both rows rule out, one that the teacher alone does, and banned ones: as without those columns."""
+@pytest.mark.parametrize("backend", IMPLS)
+def test_logits_of_minus_infinity_count_for_nothing(backend):
+    """A kept id that both rows rule out, one that the teacher alone does, and suppressed ones: as without those columns."""
     student_NV, teacher_NW = torch.randn(4, 2500), torch.randn(4, 2500)
     student_NV[:, [0, 2100, 5, 9]], teacher_NW[:, [0, 2100, 6, 9]] = -torch.inf, -torch.inf
     student_NV[0, 40:], teacher_NW[0, 40:] = -torch.inf, -torch.inf  # most lanes see no number
-    banned_Z, g_N = torch.tensor([5, 9]), torch.rand(4)
-    ours = results(distill_kl, student_NV, [teacher_NW], g_N, 2400, banned_Z, 2.0, impl)
+    suppressed_Z, g_N = torch.tensor([5, 9]), torch.rand(4)
+    ours = results(distill_kl, student_NV, [teacher_NW], g_N, 2400, suppressed_Z, 2.0, backend)
     ids = [v for v in kept(2400, [5, 9, 0, 2100])]
     exact = truth(student_NV[1:], teacher_NW[1:], g_N[1:], [v for v in ids if v != 6], 2.0)
     logp_N6, _ = softmax_by_hand(student_NV[1:], ids, 2.0)
@@ -166,30 +166,30 @@ def test_logits_of_minus_infinity_count_for_nothing(impl):
 
 
 def test_the_published_vocabularies_at_once():
-    """Qwen2-Audio learns from Qwen2-VL: 156,032 and 152,064 columns, 151,646 of them shared."""
-    banned = [151_643, 151_644, 3, 100_000, 151_700, 156_031]
-    student_NV, teacher_NW, banned_Z = problem(3, 156_032, 152_064, banned, (torch.float32, torch.bfloat16), 30.0)
+    """Qwen2-Audio learns from Qwen2-VL: 156,032 and 152,064 columns, 151,646 of them common_vocab."""
+    suppressed_ids = [151_643, 151_644, 3, 100_000, 151_700, 156_031]
+    student_NV, teacher_NW, suppressed_Z = problem(3, 156_032, 152_064, suppressed_ids, (torch.float32, torch.bfloat16), 30.0)
     g_N = torch.tensor([1.0, -0.3, 2.0])
-    ours, eager = (results(distill_kl, student_NV, [teacher_NW], g_N, 151_646, banned_Z, 2.0, impl) for impl in IMPLS)
-    exact = truth(student_NV, teacher_NW, g_N, kept(151_646, banned), 2.0)
+    ours, eager = (results(distill_kl, student_NV, [teacher_NW], g_N, 151_646, suppressed_Z, 2.0, backend) for backend in IMPLS)
+    exact = truth(student_NV, teacher_NW, g_N, kept(151_646, suppressed_ids), 2.0)
     compare(ours, eager, exact, 4.0)
 
 
 # ---- the form that writes the gradient ----
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backend", IMPLS)
 @pytest.mark.parametrize("out", ["fp32", "bf16", "in place"])
-def test_the_gradient_is_written_where_the_caller_says_and_inputs_are_left_alone(impl, out):
-    student_NV, teacher_NW, banned_Z = problem(70, 2200, 2300, [3, 2100], (torch.float32, torch.float32))
+def test_the_gradient_is_written_where_the_caller_says_and_inputs_are_left_alone(backend, out):
+    student_NV, teacher_NW, suppressed_Z = problem(70, 2200, 2300, [3, 2100], (torch.float32, torch.float32))
     weight_N = torch.rand(70)
     weight_N[1::3] = 0
     exact = truth(student_NV, teacher_NW, weight_N, kept(2150, [3, 2100]), 2.0)
-    inputs = student_NV, teacher_NW, weight_N, banned_Z
+    inputs = student_NV, teacher_NW, weight_N, suppressed_Z
     before = [t.clone() for t in inputs]
     out_NV = student_NV if out == "in place" else torch.empty(
         70, 2200, dtype=torch.float32 if out == "fp32" else torch.bfloat16)
-    parts = distill_kl_grad(student_NV, teacher_NW, weight_N, 2150, banned_Z, 2.0, out_NV, impl)
+    parts = distill_kl_grad(student_NV, teacher_NW, weight_N, 2150, suppressed_Z, 2.0, out_NV, backend)
     for a, b in zip((*parts, out_NV), exact, strict=True):
         eps = torch.finfo(a.dtype).eps
         torch.testing.assert_close(a.double(), b, rtol=max(eps, 1e-4), atol=1e-4 if b.ndim == 1 else 2e-6)
@@ -198,20 +198,20 @@ def test_the_gradient_is_written_where_the_caller_says_and_inputs_are_left_alone
     assert all(torch.equal(t, old) for t, old in zip(inputs[1:], before[1:], strict=True))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_rows_may_be_strided_and_may_be_none(impl):
-    student_NV, teacher_NW, banned_Z = problem(5, 300, 310, [3], (torch.float32, torch.float32))
+@pytest.mark.parametrize("backend", IMPLS)
+def test_rows_may_be_strided_and_may_be_none(backend):
+    student_NV, teacher_NW, suppressed_Z = problem(5, 300, 310, [3], (torch.float32, torch.float32))
     wide_NV, wide_NW = torch.cat([student_NV, student_NV], 1), torch.cat([teacher_NW] * 3, 1)
     out_NV = torch.full((5, 700), 7.0)
     views = wide_NV[:, :300], wide_NW[:, :310]
-    parts = distill_kl_grad(*views, torch.ones(5), 299, banned_Z, 2.0, out_NV[:, :300], impl)
+    parts = distill_kl_grad(*views, torch.ones(5), 299, suppressed_Z, 2.0, out_NV[:, :300], backend)
     plain_NV = torch.empty(5, 300)
-    again = distill_kl_grad(student_NV, teacher_NW, torch.ones(5), 299, banned_Z, 2.0, plain_NV, impl)
+    again = distill_kl_grad(student_NV, teacher_NW, torch.ones(5), 299, suppressed_Z, 2.0, plain_NV, backend)
     assert all(torch.equal(a, b) for a, b in zip((*parts, out_NV[:, :300]), (*again, plain_NV), strict=True))
     assert (out_NV[:, 300:] == 7).all()
-    none = distill_kl_grad(student_NV[:0], teacher_NW[:0], torch.ones(0), 299, banned_Z, 2.0, plain_NV[:0], impl)
+    none = distill_kl_grad(student_NV[:0], teacher_NW[:0], torch.ones(0), 299, suppressed_Z, 2.0, plain_NV[:0], backend)
     assert [t.shape for t in none] == [(0,)] * 3
-    none = results(distill_kl, student_NV[:0], [teacher_NW[:0]], torch.ones(0), 299, banned_Z, 2.0, impl)
+    none = results(distill_kl, student_NV[:0], [teacher_NW[:0]], torch.ones(0), 299, suppressed_Z, 2.0, backend)
     assert none[-1].shape == (0, 300)
 
 
@@ -246,104 +246,104 @@ def truth_topk(student_NV, id_NJ, logq_NJ, tail_N, g_N, ids, T):
     return [loss_N.detach(), softmax_by_hand(student_NV, ids, T)[1], leaf_NV.grad]
 
 
-@pytest.mark.parametrize("N, V, W, shared, banned", SIZES)
+@pytest.mark.parametrize("N, V, W, common_vocab, suppressed_ids", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("J, T", [(1, 2.0), (7, 0.7), (64, 2.0)])
-def test_topk_loss_share_and_gradient_are_as_good_as_eager(N, V, W, shared, banned, dtype, J, T):
-    student_NV, teacher_NW, banned_Z = problem(N, V, W, banned, (dtype, dtype), 60.0)
-    ids = kept(shared, banned)
+def test_topk_loss_share_and_gradient_are_as_good_as_eager(N, V, W, common_vocab, suppressed_ids, dtype, J, T):
+    student_NV, teacher_NW, suppressed_Z = problem(N, V, W, suppressed_ids, (dtype, dtype), 60.0)
+    ids = kept(common_vocab, suppressed_ids)
     id_NJ, logq_NJ, tail_N = store(teacher_NW, ids, min(J, len(ids)), T)
     if J == 7:
         id_NJ[::2, 0] = -1  # an empty slot; its probability is then in no bucket
         logq_NJ[1::2, -1] = -torch.inf
     g_N = torch.randn(N)
     stored = id_NJ, logq_NJ, tail_N
-    ours, eager = (results(distill_topk, student_NV, stored, g_N, shared, banned_Z, T, impl) for impl in IMPLS)
+    ours, eager = (results(distill_topk, student_NV, stored, g_N, common_vocab, suppressed_Z, T, backend) for backend in IMPLS)
     exact = truth_topk(student_NV, *stored, g_N, ids, T)
     compare(ours[::2], eager[::2], exact[::2], T * T)
     compare(ours[1:2], eager[1:2], exact[1:2], 60 / T)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_a_topk_of_every_kept_id_is_the_full_kl_and_of_fewer_is_less(impl):
-    student_NV, teacher_NW, banned_Z = problem(6, 80, 70, [3, 50], (torch.float32, torch.float32), 9.0)
+@pytest.mark.parametrize("backend", IMPLS)
+def test_a_topk_of_every_kept_id_is_the_full_kl_and_of_fewer_is_less(backend):
+    student_NV, teacher_NW, suppressed_Z = problem(6, 80, 70, [3, 50], (torch.float32, torch.float32), 9.0)
     ids = kept(66, [3, 50])
     assert len(ids) == 64
     g_N = torch.rand(6)
-    full = results(distill_kl, student_NV, [teacher_NW], g_N, 66, banned_Z, 2.0, impl)
+    full = results(distill_kl, student_NV, [teacher_NW], g_N, 66, suppressed_Z, 2.0, backend)
     stored = store(teacher_NW, ids, 64, 2.0)
     assert not stored[2].any()  # nothing is left for the tail
-    whole = results(distill_topk, student_NV, stored, g_N, 66, banned_Z, 2.0, impl)
+    whole = results(distill_topk, student_NV, stored, g_N, 66, suppressed_Z, 2.0, backend)
     torch.testing.assert_close(whole, [full[0], full[1], full[3]])
     parts = [store(teacher_NW, ids, J, 2.0) for J in (1, 10, 40)]
-    losses = [distill_topk(student_NV, *part, 66, banned_Z, 2.0, impl)[0] for part in parts]
+    losses = [distill_topk(student_NV, *part, 66, suppressed_Z, 2.0, backend)[0] for part in parts]
     for less, more in zip(losses, [*losses[1:], full[0]], strict=True):
         assert (less <= more + 1e-5).all()
     assert (losses[0] < 0.9 * full[0]).any()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_a_tail_that_rounds_away_beside_the_rest_keeps_its_gradient(impl):
+@pytest.mark.parametrize("backend", IMPLS)
+def test_a_tail_that_rounds_away_beside_the_rest_keeps_its_gradient(backend):
     """1 - p of the best id is 0 in fp32; the sum over the other ids is 6e-9, and the teacher wants half there."""
     student_NV = torch.zeros(1, 61)
     student_NV[0, 17] = 23.0
     stored = torch.tensor([[17]]), torch.tensor([[math.log(0.5)]]), torch.tensor([0.5])
-    banned_Z = torch.tensor([60])
-    ours = results(distill_topk, student_NV, stored, torch.ones(1), 61, banned_Z, 1.0, impl)
+    suppressed_Z = torch.tensor([60])
+    ours = results(distill_topk, student_NV, stored, torch.ones(1), 61, suppressed_Z, 1.0, backend)
     exact = truth_topk(student_NV, *stored, torch.ones(1), kept(61, [60]), 1.0)
     torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(ours[2].double(), exact[2], rtol=1e-6, atol=0)
     assert ours[2][0, :5].tolist() == pytest.approx([-0.5 / 59] * 5)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_a_tail_with_no_id_left_to_hold_it_counts_in_neither_loss_nor_gradient(impl):
+@pytest.mark.parametrize("backend", IMPLS)
+def test_a_tail_with_no_id_left_to_hold_it_counts_in_neither_loss_nor_gradient(backend):
     student_NV, weight_N, grad_NV = torch.randn(2, 4), torch.ones(2), torch.full((2, 4), torch.nan)
     stored = torch.tensor([[0, 1, 3]] * 2), torch.tensor([[0.2, 0.3, 0.4]] * 2).log(), torch.full((2,), 0.1)
-    distill_topk_grad(student_NV, *stored, weight_N, 4, torch.tensor([2]), 1.0, grad_NV, impl)
+    distill_topk_grad(student_NV, *stored, weight_N, 4, torch.tensor([2]), 1.0, grad_NV, backend)
     p_NV = student_NV.index_fill(1, torch.tensor([2]), -torch.inf).softmax(1)
     torch.testing.assert_close(grad_NV, 0.9 * p_NV - torch.tensor([0.2, 0.3, 0.0, 0.4]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_a_stored_nan_is_never_hidden(impl):
+@pytest.mark.parametrize("backend", IMPLS)
+def test_a_stored_nan_is_never_hidden(backend):
     stored = torch.tensor([[0, 1]] * 2), torch.tensor([[0.5, 0.4], [math.nan, 0.4]]).log(), torch.full((2,), 0.1)
-    loss_N = distill_topk(torch.randn(2, 9), *stored, 9, torch.tensor([2]), 1.0, impl)[0]
+    loss_N = distill_topk(torch.randn(2, 9), *stored, 9, torch.tensor([2]), 1.0, backend)[0]
     assert loss_N[0].isfinite() and loss_N[1].isnan()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backend", IMPLS)
 @pytest.mark.parametrize("out", ["fp32", "bf16", "in place"])
-def test_topk_writes_the_gradient_where_the_caller_says(impl, out):
-    student_NV, teacher_NW, banned_Z = problem(70, 2200, 2300, [3, 2100], (torch.float32, torch.float32), 30.0)
+def test_topk_writes_the_gradient_where_the_caller_says(backend, out):
+    student_NV, teacher_NW, suppressed_Z = problem(70, 2200, 2300, [3, 2100], (torch.float32, torch.float32), 30.0)
     ids = kept(2150, [3, 2100])
     stored = store(teacher_NW, ids, 20, 2.0)
     weight_N = torch.rand(70)
     weight_N[1::3] = 0
     exact = truth_topk(student_NV, *stored, weight_N, ids, 2.0)
-    before = [t.clone() for t in (student_NV, *stored, weight_N, banned_Z)]
+    before = [t.clone() for t in (student_NV, *stored, weight_N, suppressed_Z)]
     out_NV = student_NV if out == "in place" else torch.empty(
         70, 2200, dtype=torch.float32 if out == "fp32" else torch.bfloat16)
-    parts = distill_topk_grad(student_NV, *stored, weight_N, 2150, banned_Z, 2.0, out_NV, impl)
+    parts = distill_topk_grad(student_NV, *stored, weight_N, 2150, suppressed_Z, 2.0, out_NV, backend)
     for a, b in zip((*parts, out_NV), exact, strict=True):
         eps = torch.finfo(a.dtype).eps
         torch.testing.assert_close(a.double(), b, rtol=max(eps, 1e-4), atol=1e-4 if b.ndim == 1 else 2e-6)
     assert not out_NV[1::3].any() and not out_NV[:, 2150:].any() and not out_NV[:, [3, 2100]].any()
     assert out == "in place" or torch.equal(student_NV, before[0])
-    assert all(torch.equal(t, old) for t, old in zip((*stored, weight_N, banned_Z), before[1:], strict=True))
+    assert all(torch.equal(t, old) for t, old in zip((*stored, weight_N, suppressed_Z), before[1:], strict=True))
     rows = [t[:0] for t in (student_NV, *stored, weight_N)]
-    none = distill_topk_grad(*rows, 2150, banned_Z, 2.0, out_NV[:0], impl)
+    none = distill_topk_grad(*rows, 2150, suppressed_Z, 2.0, out_NV[:0], backend)
     assert [t.shape for t in none] == [(0,)] * 2
 
 
 def test_topk_over_the_published_vocabulary():
-    banned = [151_643, 151_644, 151_700]
-    student_NV, teacher_NW, banned_Z = problem(2, 156_032, 152_064, banned, (torch.float32, torch.bfloat16), 30.0)
-    ids = kept(151_646, banned)
+    suppressed_ids = [151_643, 151_644, 151_700]
+    student_NV, teacher_NW, suppressed_Z = problem(2, 156_032, 152_064, suppressed_ids, (torch.float32, torch.bfloat16), 30.0)
+    ids = kept(151_646, suppressed_ids)
     stored = store(teacher_NW, ids, 64, 2.0)
     g_N = torch.tensor([1.0, -0.3])
     wide = torch.cat([student_NV, student_NV], 1)[:, :156_032]  # rows of another stride
-    ours, eager = (results(distill_topk, wide, stored, g_N, 151_646, banned_Z, 2.0, impl) for impl in IMPLS)
+    ours, eager = (results(distill_topk, wide, stored, g_N, 151_646, suppressed_Z, 2.0, backend) for backend in IMPLS)
     compare(ours, eager, truth_topk(student_NV, *stored, g_N, ids, 2.0), 4.0)
 
 
@@ -356,7 +356,7 @@ def test_bad_input_is_refused_with_what_was_expected():
     for args, message in [((z_NV.T, z_NV.T, 3, none_Z, 2.0, "torch"), "unit stride"),
                           ((z_NV, z_NV[:3], 3, none_Z, 2.0, "torch"), "as many rows"),
                           ((z_NV, z_NV[:, :5], 6, none_Z, 2.0, "torch"), "at least 6 columns"),
-                          ((z_NV, z_NV, 0, none_Z, 2.0, "torch"), "shared >= 1"),
+                          ((z_NV, z_NV, 0, none_Z, 2.0, "torch"), "common_vocab >= 1"),
                           ((z_NV, z_NV, 3, none_Z, 0.0, "torch"), "temperature > 0"),
                           ((z_NV, z_NV, 3, none_Z, 2.0, "cuda"), "'cuda'")]:
         with pytest.raises(ValueError, match=message):

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from minixmd import pack
 from minixmd.config import Train
 from minixmd.inputs.examples import Example
-from minixmd.inputs.tokenizer import shared_ids
+from minixmd.inputs.tokenizer import common_vocab_size
 from minixmd.kernels import distill, distill_topk
 from minixmd.learning.targets import sources
 from minixmd.train import accumulate, build, main, stored_rows
@@ -20,14 +20,14 @@ SHARED, BANNED = 80, torch.tensor([4, 33, 85])
 
 
 def kept(logits):
-    """log-softmax over the shared ids that are not banned; -inf elsewhere."""
+    """log-softmax over the common_vocab ids that are not suppressed; -inf elsewhere."""
     ids = [v for v in range(SHARED) if v not in BANNED.tolist()]
     return torch.full_like(logits, -torch.inf).index_copy(-1, torch.tensor(ids), logits[..., ids].log_softmax(-1))
 
 
-def top_of(logits_V, k, temperature, banned=()):
+def top_of(logits_V, k, temperature, suppressed_ids=()):
     """What stage Label stores of a row of the teacher's logits."""
-    logits_V = logits_V.index_fill(0, torch.tensor(banned, dtype=torch.long), -torch.inf)
+    logits_V = logits_V.index_fill(0, torch.tensor(suppressed_ids, dtype=torch.long), -torch.inf)
     best = logits_V.topk(k)
     return {"ids": best.indices.tolist(), "logits": best.values.tolist(), "temperature": temperature,
             "logsumexp": (logits_V / temperature).logsumexp(0).item()}  # fmt: skip
@@ -62,9 +62,9 @@ def test_few_ids_stored_leave_the_rest_in_the_tail_and_bound_the_full_kl_from_be
 def test_shared_ids_end_where_the_tables_first_differ(tmp_path):
     audio = write_tokenizer(tmp_path / "a", AUDIO)
     vision = write_tokenizer(tmp_path / "b", VISION)
-    count = shared_ids(audio, vision)
+    count = common_vocab_size(audio, vision)
     assert count == audio.token_to_id("<|im_end|>") + 1 == audio.token_to_id("<|AUDIO|>") < audio.get_vocab_size()
-    assert shared_ids(audio, audio) == audio.get_vocab_size()
+    assert common_vocab_size(audio, audio) == audio.get_vocab_size()
 
 
 # ---- the loss ----
@@ -74,7 +74,7 @@ def problem():
     """Five prompts of two targets; the teacher has stored rows for the second, fourth and fifth."""
     prompts = [prompt([3 + i], seed=i, targets=2) for i in range(5)]
     torch.manual_seed(1)
-    tops = [top_of(3 * torch.randn(97), 6, 2.0, banned=[4]) if i in (1, 3, 4) else None for i in range(5)]
+    tops = [top_of(3 * torch.randn(97), 6, 2.0, suppressed_ids=[4]) if i in (1, 3, 4) else None for i in range(5)]
     return tiny_model("audio"), prompts, tops
 
 
@@ -103,7 +103,7 @@ def plain(model, prompts, tops, teacher_loss):
 @pytest.mark.parametrize("teacher_loss", ["kl", "kl+ce"])
 def test_the_loss_and_its_gradients_are_as_defined_however_the_step_is_cut(teacher_loss, size):
     model, prompts, tops = problem()
-    run = SimpleNamespace(model=model, impl="torch", shared=SHARED, banned_Z=BANNED)
+    run = SimpleNamespace(model=model, backend="torch", common_vocab=SHARED, suppressed_Z=BANNED)
     parts = accumulate(run, SimpleNamespace(micro_batch_size=size, teacher_loss=teacher_loss, temperature=2.0), prompts,
                        tops)
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -120,7 +120,7 @@ def test_the_loss_and_its_gradients_are_as_defined_however_the_step_is_cut(teach
 
 def test_a_step_of_stored_rows_alone_trains_without_cross_entropy():
     model, prompts, tops = problem()
-    run = SimpleNamespace(model=model, impl="torch", shared=SHARED, banned_Z=BANNED)
+    run = SimpleNamespace(model=model, backend="torch", common_vocab=SHARED, suppressed_Z=BANNED)
     stage = SimpleNamespace(micro_batch_size=5, teacher_loss="kl", temperature=2.0)
     parts = accumulate(run, stage, [prompts[1], prompts[3]], [tops[1], tops[3]])
     assert parts["loss"] == pytest.approx(parts["kl"])
@@ -207,5 +207,5 @@ def test_a_vision_model_teaches_an_audio_model_by_its_logits(tmp_path):
     eyes, ears = (Tokenizer.from_file(str(path)) for path in (tmp_path / "run/taught/tokenizer.json",
                                                               tmp_path / "ears/tokenizer.json"))
     run, _ = build(stage, [None])
-    assert run.shared == ears.token_to_id("<|im_end|>") + 1  # as many columns as both have would be more
-    assert run.shared < min(eyes.get_vocab_size(), ears.get_vocab_size())
+    assert run.common_vocab == ears.token_to_id("<|im_end|>") + 1  # as many columns as both have would be more
+    assert run.common_vocab < min(eyes.get_vocab_size(), ears.get_vocab_size())

@@ -116,7 +116,7 @@ def peak(side):
     ("sft", dict(trainable="full", micro_batch_size=4)),
     ("sft", dict(trainable="decoder", name="eyes", dtype="bfloat16", min_pixels=3136, max_pixels=50_176)),
     ("grpo", {}),
-    ("grpo", dict(trainable="decoder", slots=2)),
+    ("grpo", dict(trainable="decoder", decode_slots=2)),
     ("grpo", dict(trainable="full", micro_batch_size=2, beta=0.0, ratio="sequence")),
 ])  # fmt: skip
 def test_an_estimate_is_the_measured_peak(objective, more, models, tmp_path):
@@ -192,7 +192,7 @@ def test_the_parts_of_an_update_are_what_they_are_called(trainable, models, tmp_
 
 
 def test_a_rollouts_keys_and_values_are_its_pools(models, tmp_path):
-    stage = case(models, "grpo", slots=4, dtype="bfloat16", device="cuda")
+    stage = case(models, "grpo", decode_slots=4, dtype="bfloat16", device="cuda")
     found, prompt, _ = know(stage, [stage], tmp_path)
     pools = pool_bytes(found.config.text, 2, len(prompt), 4, 16, torch.bfloat16)
     assert pools < rows_of(stage, tmp_path)["rollout"].parts["keys, values"] < pools + 2000

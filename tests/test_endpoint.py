@@ -31,7 +31,7 @@ AT_ONCE = {name: reason for name, reason in FAULTS.items() if name != "time out"
 
 def stage(url, **fields):
     return Traces(name="traces", manifest="m.jsonl", endpoint=url, served="teacher",
-                  **{"wait_s": 0.01, "timeout_s": 10.0, "attempts": 3, **fields})
+                  **{"retry_backoff_s": 0.01, "timeout_s": 10.0, "attempts": 3, **fields})
 
 
 def messages(i):
@@ -209,7 +209,7 @@ def test_without_a_key_the_token_for_the_hub_is_not_sent(path, monkeypatch):
 
 
 def test_the_key_comes_from_the_variable_that_the_stage_names():
-    one = stage("http://localhost", key_variable="MINE")
+    one = stage("http://localhost", api_key_env="MINE")
     assert key_from({"MINE": f" {KEY}\n", "OPENAI_API_KEY": "other"}, one) == KEY
     assert key_from({"OPENAI_API_KEY": KEY}, one) is None and key_from({"MINE": ""}, one) is None
     for bad in (f"{KEY}\n{KEY}", f"“{KEY}”"):
@@ -233,7 +233,7 @@ def test_back_off_doubles_and_retry_after_is_honoured_up_to_a_cap(path, monkeypa
             times = [request.time_s for request in endpoint.requests]
             return [b - a for a, b in zip(times, times[1:], strict=False)]
 
-    first, second, third = gaps(["500", "500", "503"], attempts=4, wait_s=0.1)
+    first, second, third = gaps(["500", "500", "503"], attempts=4, retry_backoff_s=0.1)
     assert 0.1 <= first and 0.2 <= second and 0.4 <= third
     assert gaps(["429 after 1"])[0] >= 1
     gaps(["503 after Wed, 21 Oct 2015 07:28:00 GMT"])  # which is not read: the stage's own wait

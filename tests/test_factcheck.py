@@ -59,7 +59,7 @@ def keys(records):
 
 @pytest.fixture(scope="module")
 def judged(world, tmp_path_factory):
-    return run(stage_of(world, which="all"), tmp_path_factory.mktemp("judged") / "check")
+    return run(stage_of(world, trace_filter="all"), tmp_path_factory.mktemp("judged") / "check")
 
 
 def test_a_score_is_the_log_odds_of_yes_where_the_answer_starts(world, judged):
@@ -94,7 +94,7 @@ def test_the_answer_is_not_judged(world, judged, tmp_path):
     lines = [line | {"text": line["text"].replace(">A<", f">{line['option']}<")}
              for line in read_records(world / "traces.jsonl")]
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = run(stage_of(world, traces=str(tmp_path / "other.jsonl"), which="all"), tmp_path / "run")
+    found = run(stage_of(world, traces=str(tmp_path / "other.jsonl"), trace_filter="all"), tmp_path / "run")
     assert found["verdicts"] == judged["verdicts"]
 
 
@@ -116,7 +116,7 @@ def test_a_verdict_depends_on_no_other_trace(world, judged, tmp_path):
     scores = {(v["id"], v["sample"]): v["score"] for v in judged["verdicts"]}
     lines = read_records(world / "traces.jsonl")[::-5]
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = run(stage_of(world, traces=str(tmp_path / "some.jsonl"), which="all", batch_tokens=60), tmp_path / "run")
+    found = run(stage_of(world, traces=str(tmp_path / "some.jsonl"), trace_filter="all", batch_tokens=60), tmp_path / "run")
     assert keys(found["verdicts"]) == keys(lines)
     assert all(v["score"] == pytest.approx(scores[v["id"], v["sample"]], abs=2e-4) for v in found["verdicts"])
 
@@ -124,7 +124,7 @@ def test_a_verdict_depends_on_no_other_trace(world, judged, tmp_path):
 def test_the_tower_hears_a_clip_once(world, tmp_path, monkeypatch):
     heard, real = [], Whisper.forward
     monkeypatch.setattr(Whisper, "forward", lambda self, media: heard.append(len(media)) or real(self, media))
-    run(stage_of(world, which="all"), tmp_path / "run")
+    run(stage_of(world, trace_filter="all"), tmp_path / "run")
     assert sum(heard) == 48
 
 
@@ -133,12 +133,12 @@ def test_which_traces_are_judged(world, tmp_path):
     used = run(stage_of(world), tmp_path / "used")
     assert keys(used["verdicts"]) == [key for key, t in zip(keys(traces), traces, strict=True)
                                       if t["sample"] == 0 or t["unanimous"]]
-    some = run(stage_of(world, which="calibration", limit=10), tmp_path / "some")
+    some = run(stage_of(world, trace_filter="calibration", limit=10), tmp_path / "some")
     assert len(some["verdicts"]) == 10 == len({v["id"] for v in some["verdicts"]})
     assert set(keys(some["verdicts"])) <= set(keys(used["verdicts"]))
-    more = run(stage_of(world, which="calibration", limit=40), tmp_path / "more")
+    more = run(stage_of(world, trace_filter="calibration", limit=40), tmp_path / "more")
     assert set(keys(some["verdicts"])) < set(keys(more["verdicts"])) and len({v["id"] for v in more["verdicts"]}) == 40
-    other = run(stage_of(world, which="calibration", limit=10, seed=1), tmp_path / "other")
+    other = run(stage_of(world, trace_filter="calibration", limit=10, seed=1), tmp_path / "other")
     assert set(keys(other["verdicts"])) != set(keys(some["verdicts"]))
 
 
@@ -146,7 +146,7 @@ def test_a_threshold_is_moved_without_asking_again(world, judged, tmp_path, monk
     (tmp_path / "verdicts.jsonl").write_text("".join(json.dumps(v) + "\n" for v in judged["verdicts"]))
     monkeypatch.setattr(factcheck, "load", None)  # nobody is asked
     scores = sorted(v["score"] for v in judged["verdicts"])
-    stage = stage_of(world, which="all", model=None, checker="verdicts", verdicts=str(tmp_path / "verdicts.jsonl"),
+    stage = stage_of(world, trace_filter="all", model=None, checker="verdicts", verdicts=str(tmp_path / "verdicts.jsonl"),
                      threshold=scores[100])
     found = run(stage, tmp_path / "run")
     assert len(found["traces"]) == sum(score > scores[100] for score in scores)
@@ -173,7 +173,7 @@ def test_what_is_no_verdict_is_one_line(world, judged, tmp_path, monkeypatch, ch
     lines[1] = lines[1] | change if isinstance(change, dict) else change
     (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     more = dict(model=None) if checker == "verdicts" else SMALL
-    stage = stage_of(world, **dict(which="all", verdicts=str(tmp_path / "v.jsonl")) | more | dict(checker=checker))
+    stage = stage_of(world, **dict(trace_filter="all", verdicts=str(tmp_path / "v.jsonl")) | more | dict(checker=checker))
     with pytest.raises(ValueError, match=f"v.jsonl: not the verdicts of a FactCheck stage: {says}"):
         run(stage, tmp_path / "run")
 
@@ -181,7 +181,7 @@ def test_what_is_no_verdict_is_one_line(world, judged, tmp_path, monkeypatch, ch
 def test_a_verifier_needs_to_know_what_was_accepted_other_thresholds_do_not(world, judged, tmp_path):
     lines = [{name: v[name] for name in ("id", "sample", "score")} for v in judged["verdicts"]]
     (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    same = dict(which="all", verdicts=str(tmp_path / "v.jsonl"))
+    same = dict(trace_filter="all", verdicts=str(tmp_path / "v.jsonl"))
     assert run(stage_of(world, **same, model=None, checker="verdicts"), tmp_path / "run")["traces"] == judged["traces"]
     with pytest.raises(ValueError, match="record 1 needs 'accepted', bool, got None"):
         run(stage_of(world, **same, **SMALL), tmp_path / "other")
@@ -248,7 +248,7 @@ def trained(world, tmp_path_factory):
     lines = [{"id": t["id"], "sample": t["sample"], "score": 1.0 if truth(t) else -1.0, "accepted": truth(t)}
              for t in read_records(world / "traces.jsonl") if int(t["id"].removeprefix("clip")) < 36]
     (folder / "verdicts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    stage = stage_of(world, verdicts=str(folder / "verdicts.jsonl"), which="all", **SMALL)
+    stage = stage_of(world, verdicts=str(folder / "verdicts.jsonl"), trace_filter="all", **SMALL)
     return stage, folder, run(stage, folder / "run")
 
 
@@ -297,7 +297,7 @@ def test_a_verifier_needs_verdicts_of_both_kinds_on_its_traces(world, trained, t
         path = tmp_path / f"{says[:3]}.jsonl"
         path.write_text("".join(json.dumps(change(line)) + "\n" for line in lines))
         with pytest.raises(ValueError, match=says):
-            run(stage_of(world, verdicts=str(path), which="all", **SMALL), tmp_path / "run")
+            run(stage_of(world, verdicts=str(path), trace_filter="all", **SMALL), tmp_path / "run")
 
 
 def test_a_text_is_read_as_the_mean_of_its_hidden_states(world):

@@ -45,11 +45,11 @@ def stage_of(**switches):
     return Train(**{**fields, **switches})
 
 
-def problem(impl="torch"):
+def problem(backend="torch"):
     """A Run whose reference is another policy, three prompts about clips, and four completions of each."""
     torch.manual_seed(1)
     model = tiny_model("audio")
-    run = Run(model, dict(model.named_parameters()), None, 1, impl, banned_Z=BANNED, limit=LIMIT,
+    run = Run(model, dict(model.named_parameters()), None, 1, backend, suppressed_Z=BANNED, vocab_limit=LIMIT,
               reference=reference_of(model))
     with torch.no_grad():
         for p in run.reference.parameters():
@@ -166,9 +166,9 @@ def test_the_first_loss_is_as_the_note_says(switches):
 @pytest.mark.parametrize("switches", [dict(truncated="mask"), dict(ratio="sequence", truncated="mask")], ids=str)
 def test_triton_kernels_give_what_pytorch_gives(switches):
     apart, found = steps_apart(), {}
-    for impl in ("torch", "triton"):
-        run, prompts, answers = problem(impl)
-        found[impl] = ours(run, stage_of(**switches), prompts, answers, REWARDS, apart)
+    for backend in ("torch", "triton"):
+        run, prompts, answers = problem(backend)
+        found[backend] = ours(run, stage_of(**switches), prompts, answers, REWARDS, apart)
     assert found["torch"][0] == pytest.approx(found["triton"][0], rel=1e-5)
     assert_same(found["triton"][1], found["torch"][1])
 
@@ -320,7 +320,7 @@ def lines_of(folder, name="log.jsonl"):
 
 @pytest.mark.parametrize("trainable", ["lora", "decoder"])
 def test_the_reward_rises(world, tmp_path, earns, trainable):
-    more = dict(epochs=7, batch_size=3, micro_batch_size=3, group_size=8, max_new_tokens=4, beta=0.001, warmup=0.0)
+    more = dict(epochs=7, batch_size=3, micro_batch_size=3, group_size=8, max_new_tokens=4, beta=0.001, warmup_ratio=0.0)
     assert run(tmp_path, train(world, trainable=trainable, num_iterations=3, lora_alpha=64.0, **more)) == 0
     rewards = [line["reward"] for line in lines_of(tmp_path / "run/g")[1:]]
     assert len(rewards) == 14 and sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.15
@@ -381,9 +381,9 @@ def test_fewer_slots_decode_fewer_prompts_at_once_and_change_nothing(world, tmp_
     monkeypatch.setattr(Decoder, "fill", lambda self, prompts, *args: fills.append(len(prompts)) or fill(
         self, prompts, *args))  # fmt: skip
     shown = []
-    for slots in (None, 4):
-        assert run(tmp_path / str(slots), train(world, max_steps=1, completions_every=1, slots=slots)) == 0
-        shown.append(lines_of(tmp_path / str(slots) / "run/g", "completions.jsonl"))
+    for decode_slots in (None, 4):
+        assert run(tmp_path / str(decode_slots), train(world, max_steps=1, completions_every=1, decode_slots=decode_slots)) == 0
+        shown.append(lines_of(tmp_path / str(decode_slots) / "run/g", "completions.jsonl"))
     assert fills == [2, 1, 1] and shown[0] == shown[1]
 
 
@@ -434,14 +434,14 @@ def test_a_step_gives_every_prompt_its_group_and_two_like_prompts_groups_of_thei
 
 
 @pytest.mark.parametrize("trainable", ["lora", "decoder", "full"])
-@pytest.mark.parametrize("device, dtype, impl, gap_mean, gap_max", [
+@pytest.mark.parametrize("device, dtype, backend, gap_mean, gap_max", [
     ("cpu", "float32", "torch", 1e-5, 1e-4), ("cpu", "bfloat16", "torch", 0.015, 0.1),
     pytest.param("cuda", "bfloat16", "triton", 0.015, 0.1, marks=pytest.mark.gpu)])  # fmt: skip
-def test_two_steps_change_what_trains(world, tmp_path, earns, device, dtype, impl, gap_mean, gap_max, trainable):
+def test_two_steps_change_what_trains(world, tmp_path, earns, device, dtype, backend, gap_mean, gap_max, trainable):
     """Sampling and training round apart: in bf16 each rounds a hidden state 20 times in 2 layers, by 2^-9 / sqrt(3)
     of it. sqrt(2 x 20) of these are 0.7 % of the logits' spread, here 1 / 0.8: 0.007 in the mean, 0.03 at most. The
     bounds are 2 and 3 times that; older weights, or another token, position or temperature, are off by more."""
-    assert run(tmp_path, train(world, trainable=trainable, device=device, dtype=dtype, impl=impl, max_steps=2, slots=4,
+    assert run(tmp_path, train(world, trainable=trainable, device=device, dtype=dtype, backend=backend, max_steps=2, decode_slots=4,
                                max_new_tokens=20, temperature=0.8)) == 0
     lines = lines_of(tmp_path / "run/g")[1:]
     assert len(lines) == 2 and lines[0]["kl"] <= 1e-6 < lines[1]["kl"]

@@ -7,14 +7,14 @@ import torch
 from kernel_checks import assert_as_good_as, assert_compiles
 
 from minixmd.kernels import grpo
-from minixmd.kernels.grpo import BLOCK_V, Objective, grpo_coefficient, grpo_loss, grpo_loss_ref, grpo_rows, grpo_terms
+from minixmd.kernels.grpo import BLOCK_V, ClipConfig, grpo_coefficient, grpo_loss, grpo_loss_ref, grpo_rows, grpo_terms
 from minixmd.kernels.logprob import logits_grad, row_stats, token_logprob_ref
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 IMPLS = ["triton", "torch"]
 IDS = {"ids": lambda x: str(x).removeprefix("torch.")}
-OBJECTIVES = {"k3": Objective(0.2, 0.28, 0.04, "k3"), "k1": Objective(0.1, 0.3, 0.5, "k1"),
-              "no KL": Objective(0.2, 0.2, 0.0, "k3")}  # fmt: skip
+OBJECTIVES = {"k3": ClipConfig(0.2, 0.28, 0.04, "k3"), "k1": ClipConfig(0.1, 0.3, 0.5, "k1"),
+              "no KL": ClipConfig(0.2, 0.2, 0.0, "k3")}  # fmt: skip
 
 
 @dataclass
@@ -31,13 +31,13 @@ class Case:
         return self.id_N, self.old_N, self.ref_N, self.advantage_N, self.weight_N
 
 
-def case(logits_NV, temperature=1.0, banned_Z=None, limit=None):
+def case(logits_NV, temperature=1.0, suppressed_Z=None, vocab_limit=None):
     """Old and reference log-probs around the row's own: ratios from 0.6 to 1.6, advantages of both signs."""
     N, V = logits_NV.shape
-    device, top = logits_NV.device, V if limit is None else limit
-    allowed = torch.tensor(sorted(set(range(top)) - set([] if banned_Z is None else banned_Z.tolist())), device=device)
+    device, top = logits_NV.device, V if vocab_limit is None else vocab_limit
+    allowed = torch.tensor(sorted(set(range(top)) - set([] if suppressed_Z is None else suppressed_Z.tolist())), device=device)
     id_N = allowed[torch.randint(0, len(allowed), (N,), device=device)]
-    logp_N = token_logprob_ref(logits_NV.double(), id_N, temperature, banned_Z, limit)[0].float()
+    logp_N = token_logprob_ref(logits_NV.double(), id_N, temperature, suppressed_Z, vocab_limit)[0].float()
     advantage_N = torch.randn(N, device=device)
     weight_N = torch.rand(N, device=device) + 0.1
     weight_N[3::5] = 0
@@ -45,10 +45,10 @@ def case(logits_NV, temperature=1.0, banned_Z=None, limit=None):
                 advantage_N, weight_N)
 
 
-def check(impl, c, objective, *args):
+def check(backend, c, objective, *args):
     """The implementation is as good as eager: loss, log-prob, entropy, terms, gradient."""
     runs, before_NV = [], c.logits_NV.clone()
-    for fn, x in ((partial(grpo_loss, impl=impl), c.logits_NV), (grpo_loss_ref, c.logits_NV),
+    for fn, x in ((partial(grpo_loss, backend=backend), c.logits_NV), (grpo_loss_ref, c.logits_NV),
                   (grpo_loss_ref, c.logits_NV.double())):  # fmt: skip
         x = x.detach().requires_grad_()  # no clone, which would pack the rows
         loss, logp_N, entropy_N, terms = fn(x, *c.vectors, objective, *args)
@@ -63,15 +63,15 @@ def check(impl, c, objective, *args):
 @pytest.mark.parametrize("N, V", [(0, 5), (1, 1), (3, BLOCK_V), (2, BLOCK_V + 1), (70, 123), (5, 3 * BLOCK_V + 17)])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_loss_gradient_and_diagnostics_at_sizes_around_a_block(N, V, objective, dtype, impl, device):
+@pytest.mark.parametrize("backend", IMPLS)
+def test_loss_gradient_and_diagnostics_at_sizes_around_a_block(N, V, objective, dtype, backend, device):
     logits_NV = torch.randn(N, V, device=device).to(dtype)
-    check(impl, case(logits_NV, 0.7), OBJECTIVES[objective], 0.7)
+    check(backend, case(logits_NV, 0.7), OBJECTIVES[objective], 0.7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_rows_that_break_an_online_softmax(dtype, impl, device):
+@pytest.mark.parametrize("backend", IMPLS)
+def test_rows_that_break_an_online_softmax(dtype, backend, device):
     V = 2 * BLOCK_V + 5
     alone_V, late_V = torch.full((V,), -torch.inf), torch.randn(V)
     alone_V[V - 2] = -7.0
@@ -82,51 +82,51 @@ def test_rows_that_break_an_online_softmax(dtype, impl, device):
     c.id_N = torch.tensor([index for _, index in rows], device=device)
     logp_N = token_logprob_ref(c.logits_NV.double(), c.id_N)[0].float()
     c.old_N, c.ref_N, c.weight_N = logp_N - 0.1, logp_N + 0.3, torch.ones_like(c.weight_N)
-    check(impl, c, OBJECTIVES["k3"])
+    check(backend, c, OBJECTIVES["k3"])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("listed, limit", [([0, BLOCK_V - 1, BLOCK_V], None), (None, BLOCK_V), ([2], BLOCK_V + 7)])
-def test_banned_ids_count_for_nothing_whatever_they_hold(listed, limit, impl, device):
+@pytest.mark.parametrize("backend", IMPLS)
+@pytest.mark.parametrize("listed, vocab_limit", [([0, BLOCK_V - 1, BLOCK_V], None), (None, BLOCK_V), ([2], BLOCK_V + 7)])
+def test_banned_ids_count_for_nothing_whatever_they_hold(listed, vocab_limit, backend, device):
     V = 2 * BLOCK_V + 9
-    banned_Z = None if listed is None else torch.tensor(listed, device=device).repeat_interleave(2)[::2]  # apart
-    out = (listed or []) + list(range(V if limit is None else limit, V))
+    suppressed_Z = None if listed is None else torch.tensor(listed, device=device).repeat_interleave(2)[::2]  # apart
+    out = (listed or []) + list(range(V if vocab_limit is None else vocab_limit, V))
     logits_NV = torch.randn(5, V, device=device)
     logits_NV[:, out] = 1e4
-    c = case(logits_NV, 0.7, banned_Z, limit)
-    before = check(impl, c, OBJECTIVES["k3"], 0.7, banned_Z, limit)
+    c = case(logits_NV, 0.7, suppressed_Z, vocab_limit)
+    before = check(backend, c, OBJECTIVES["k3"], 0.7, suppressed_Z, vocab_limit)
     c.logits_NV[:, out] = torch.nan
     grad_NV = torch.full_like(logits_NV, torch.nan)
-    logp_N, _, _ = grpo_rows(c.logits_NV, *c.vectors, OBJECTIVES["k3"], 0.7, banned_Z, limit, impl, grad_NV)
+    logp_N, _, _ = grpo_rows(c.logits_NV, *c.vectors, OBJECTIVES["k3"], 0.7, suppressed_Z, vocab_limit, backend, grad_NV)
     assert torch.equal(logp_N, before[1]) and (grad_NV[:, out] == 0).all() and grad_NV.isfinite().all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backend", IMPLS)
 @pytest.mark.parametrize("held", [-torch.inf, torch.nan])
-def test_a_token_without_weight_counts_for_nothing_whatever_its_row_holds(held, impl, device):
+def test_a_token_without_weight_counts_for_nothing_whatever_its_row_holds(held, backend, device):
     c = case(torch.randn(3, BLOCK_V + 1, device=device))
     c.weight_N[1], c.logits_NV[1, c.id_N[1]] = 0, held
     grad_NV = torch.full_like(c.logits_NV, torch.nan)
-    _, _, (loss_N, ratio_N, clipped_N, kl_N) = grpo_rows(c.logits_NV, *c.vectors, OBJECTIVES["k3"], impl=impl,
+    _, _, (loss_N, ratio_N, clipped_N, kl_N) = grpo_rows(c.logits_NV, *c.vectors, OBJECTIVES["k3"], backend=backend,
                                                          out=grad_NV)
     assert (loss_N * c.weight_N).sum().isfinite() and grad_NV.isfinite().all() and (grad_NV[1] == 0).all()
     assert ratio_N[1] == clipped_N[1] == kl_N[1] == loss_N[1] == 0
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backend", IMPLS)
 @pytest.mark.parametrize("V", [152_064, 156_032])
-def test_the_real_vocabularies(V, impl, device):
-    banned_Z, limit = torch.tensor([151_643, 151_644, *range(151_646, 151_657)], device=device), 151_665
-    c = case(4 * torch.randn(2, V, device=device), 0.9, banned_Z, limit)
-    check(impl, c, OBJECTIVES["k3"], 0.9, banned_Z, limit)
+def test_the_real_vocabularies(V, backend, device):
+    suppressed_Z, vocab_limit = torch.tensor([151_643, 151_644, *range(151_646, 151_657)], device=device), 151_665
+    c = case(4 * torch.randn(2, V, device=device), 0.9, suppressed_Z, vocab_limit)
+    check(backend, c, OBJECTIVES["k3"], 0.9, suppressed_Z, vocab_limit)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_rows_may_lie_apart_in_memory_and_vectors_too(impl, device):
+@pytest.mark.parametrize("backend", IMPLS)
+def test_rows_may_lie_apart_in_memory_and_vectors_too(backend, device):
     wide = torch.full((12, BLOCK_V + 16), torch.nan, device=device)
     wide[:, :BLOCK_V + 3] = torch.randn(12, BLOCK_V + 3, device=device)
     c = case(wide[:, :BLOCK_V + 3])
-    check(impl, Case(c.logits_NV[::2], *(x[::2] for x in c.vectors)), OBJECTIVES["k3"])
+    check(backend, Case(c.logits_NV[::2], *(x[::2] for x in c.vectors)), OBJECTIVES["k3"])
 
 
 # ---- against TRL's formulas ----
@@ -159,9 +159,9 @@ def weights(mask_BT, aggregation):
 
 @pytest.mark.parametrize("aggregation", ["grpo", "bnpo", "dr_grpo"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("impl", IMPLS)
-def test_loss_and_gradient_equal_trls_for_every_level_and_aggregation(impl, level, aggregation, device):
-    B, T, V, temperature, objective = 8, 7, 33, 0.7, Objective(0.1, 0.14, 0.04, "k3")
+@pytest.mark.parametrize("backend", IMPLS)
+def test_loss_and_gradient_equal_trls_for_every_level_and_aggregation(backend, level, aggregation, device):
+    B, T, V, temperature, objective = 8, 7, 33, 0.7, ClipConfig(0.1, 0.14, 0.04, "k3")
     logits_BTV = torch.randn(B, T, V, device=device)
     ids_BT = torch.randint(0, V, (B, T), device=device)
     logp_BT = (logits_BTV / temperature).log_softmax(-1).gather(2, ids_BT[..., None]).squeeze(2)
@@ -181,12 +181,12 @@ def test_loss_and_gradient_equal_trls_for_every_level_and_aggregation(impl, leve
                                                         advantage_N, weight_N)
     grad_NV = torch.full_like(logits_NV, torch.nan)
     if level == "token":
-        _, _, (loss_N, _, clipped_N, _) = grpo_rows(logits_NV, *vectors, objective, temperature, impl=impl, out=grad_NV)
+        _, _, (loss_N, _, clipped_N, _) = grpo_rows(logits_NV, *vectors, objective, temperature, backend=backend, out=grad_NV)
     else:
-        stats = row_stats(logits_NV, vectors[0], temperature, impl=impl)
+        stats = row_stats(logits_NV, vectors[0], temperature, backend=backend)
         sequence_N = torch.arange(B, device=device).repeat_interleave(T)
         c_N, (loss_N, _, clipped_N, _) = grpo_coefficient(stats[0], *vectors[1:], objective, sequence_N)
-        logits_grad(logits_NV, vectors[0], stats, c_N, temperature, impl=impl, out=grad_NV)
+        logits_grad(logits_NV, vectors[0], stats, c_N, temperature, backend=backend, out=grad_NV)
         twin = grpo_loss_ref(logits_NV, *vectors, objective, temperature, sequence_N=sequence_N)
         torch.testing.assert_close(twin[0], (loss_N * weight_N).sum(), atol=1e-6, rtol=0)
     torch.testing.assert_close((loss_N * weight_N).sum().double(), want.detach(), atol=1e-6, rtol=0)
@@ -198,15 +198,15 @@ def test_loss_and_gradient_equal_trls_for_every_level_and_aggregation(impl, leve
 # ---- properties ----
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_the_clip_by_hand(impl, device):
+@pytest.mark.parametrize("backend", IMPLS)
+def test_the_clip_by_hand(backend, device):
     """Two equal logits: p = 1/2. Ratios 1.5 and 0.5, advantages 2 and -2, bounds 0.8 and 1.28."""
     ratio_N, advantage_N = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.0, 1.5]), torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0, 2.0])
     weight_N = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.25, 0.0])
     vectors = torch.zeros(6, dtype=torch.long), (0.5 / ratio_N).log(), None, advantage_N, weight_N
     grad_NV = torch.empty(6, 2, device=device)
     _, _, terms = grpo_rows(torch.zeros(6, 2, device=device), *(x if x is None else x.to(device) for x in vectors),
-                            Objective(0.2, 0.28, 0.0, "k3"), impl=impl, out=grad_NV)
+                            ClipConfig(0.2, 0.28, 0.0, "k3"), backend=backend, out=grad_NV)
     close = {"atol": 1e-6, "rtol": 0}
     loss_N, ratio_N, clipped_N, kl_N = terms
     torch.testing.assert_close(loss_N.cpu(), torch.tensor([-2.56, 3.0, -1.0, 1.6, -2.0, 0.0]), **close)
@@ -216,8 +216,8 @@ def test_the_clip_by_hand(impl, device):
     assert torch.equal(grad_NV[:, 1], -grad_NV[:, 0])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_a_row_of_weight_zero_counts_for_nothing_whatever_its_vectors_hold(impl, device):
+@pytest.mark.parametrize("backend", IMPLS)
+def test_a_row_of_weight_zero_counts_for_nothing_whatever_its_vectors_hold(backend, device):
     c = case(torch.randn(6, 50, device=device))
     c.weight_N[:] = 1
     c.weight_N[[1, 4]] = 0
@@ -226,7 +226,7 @@ def test_a_row_of_weight_zero_counts_for_nothing_whatever_its_vectors_hold(impl,
         for x in (c.old_N, c.ref_N, c.advantage_N):
             x[[1, 4]] = filler
         grad_NV = torch.full_like(c.logits_NV, torch.nan)
-        _, _, terms = grpo_rows(c.logits_NV, *c.vectors, OBJECTIVES["k3"], impl=impl, out=grad_NV)
+        _, _, terms = grpo_rows(c.logits_NV, *c.vectors, OBJECTIVES["k3"], backend=backend, out=grad_NV)
         sequence_N = torch.tensor([0, 0, 0, 1, 1, 2], device=device)
         c_N, others = grpo_coefficient(c.old_N, c.old_N, *c.vectors[2:], OBJECTIVES["k3"], sequence_N)
         assert all((x[[1, 4]] == 0).all() for x in (*terms, *others, grad_NV, c_N))
@@ -235,33 +235,33 @@ def test_a_row_of_weight_zero_counts_for_nothing_whatever_its_vectors_hold(impl,
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_a_nan_is_never_hidden(impl, device):
+@pytest.mark.parametrize("backend", IMPLS)
+def test_a_nan_is_never_hidden(backend, device):
     c = case(torch.randn(2, 50, device=device))
     c.logits_NV[0, 3], c.weight_N[:] = torch.nan, 1
     for objective in OBJECTIVES.values():
         c.ref_N = None if objective.beta == 0 else c.ref_N  # with one, the NaN would come by way of the KL
         grad_NV = torch.zeros_like(c.logits_NV)
-        logp_N, _, terms = grpo_rows(c.logits_NV, *c.vectors, objective, impl=impl, out=grad_NV)
+        logp_N, _, terms = grpo_rows(c.logits_NV, *c.vectors, objective, backend=backend, out=grad_NV)
         assert logp_N.isnan().tolist() == terms[0].isnan().tolist() == [True, False]
         assert grad_NV[0].isnan().all() and grad_NV[1].isfinite().all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_on_policy_the_gradient_is_reinforces_and_the_kl_is_zero(impl, device):
+@pytest.mark.parametrize("backend", IMPLS)
+def test_on_policy_the_gradient_is_reinforces_and_the_kl_is_zero(backend, device):
     c = case(torch.randn(4, 60, device=device))
-    stats = row_stats(c.logits_NV, c.id_N, impl=impl)
+    stats = row_stats(c.logits_NV, c.id_N, backend=backend)
     c.old_N = c.ref_N = stats[0]
     grad_NV = torch.empty_like(c.logits_NV)
-    _, _, terms = grpo_rows(c.logits_NV, *c.vectors, OBJECTIVES["k3"], impl=impl, out=grad_NV)
+    _, _, terms = grpo_rows(c.logits_NV, *c.vectors, OBJECTIVES["k3"], backend=backend, out=grad_NV)
     assert (terms[3].abs() < 1e-6).all()
-    want_NV = logits_grad(c.logits_NV, c.id_N, stats, -c.advantage_N * c.weight_N, impl=impl)
+    want_NV = logits_grad(c.logits_NV, c.id_N, stats, -c.advantage_N * c.weight_N, backend=backend)
     torch.testing.assert_close(grad_NV, want_NV, atol=1e-7, rtol=1e-5)
 
 
 def test_sequences_of_one_row_are_tokens():
     c = case(torch.randn(9, 20))
-    logp_N = row_stats(c.logits_NV, c.id_N, impl="torch")[0]
+    logp_N = row_stats(c.logits_NV, c.id_N, backend="torch")[0]
     for objective in OBJECTIVES.values():
         token, sequence = (grpo_coefficient(logp_N, *c.vectors[1:], objective, s) for s in (None, torch.arange(9)))
         assert torch.equal(token[0], sequence[0])
@@ -270,36 +270,36 @@ def test_sequences_of_one_row_are_tokens():
 
 def test_the_coefficient_is_the_gradient_of_the_terms():
     c = case(torch.randn(9, 20))
-    logp_N = row_stats(c.logits_NV, c.id_N, impl="torch")[0].requires_grad_()
+    logp_N = row_stats(c.logits_NV, c.id_N, backend="torch")[0].requires_grad_()
     (grpo_terms(logp_N, *c.vectors[1:], OBJECTIVES["k3"])[0] * c.weight_N).sum().backward()
     c_N, _ = grpo_coefficient(logp_N, *c.vectors[1:], OBJECTIVES["k3"])
     assert torch.equal(c_N, logp_N.grad) and not c_N.requires_grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_the_gradient_goes_where_it_is_asked_to(impl, dtype, device):
+@pytest.mark.parametrize("backend", IMPLS)
+def test_the_gradient_goes_where_it_is_asked_to(backend, dtype, device):
     c = case(torch.randn(4, BLOCK_V + 9, device=device).to(dtype))
     exact_NV = torch.full((4, 2 * BLOCK_V), torch.nan, device=device)[:, :BLOCK_V + 9]  # fp32, rows apart
-    with_out = grpo_rows(c.logits_NV, *c.vectors, OBJECTIVES["k3"], impl=impl, out=exact_NV)
+    with_out = grpo_rows(c.logits_NV, *c.vectors, OBJECTIVES["k3"], backend=backend, out=exact_NV)
     half_NV = torch.empty(c.logits_NV.shape, device=device).half()
-    grpo_rows(c.logits_NV, *c.vectors, OBJECTIVES["k3"], impl=impl, out=half_NV)
+    grpo_rows(c.logits_NV, *c.vectors, OBJECTIVES["k3"], backend=backend, out=half_NV)
     assert torch.equal(exact_NV.half(), half_NV) and exact_NV.isfinite().all()
     full_NV = torch.empty(c.logits_NV.shape, device=device)
-    grpo_rows(c.logits_NV.float(), *c.vectors, OBJECTIVES["k3"], impl=impl, out=full_NV)
+    grpo_rows(c.logits_NV.float(), *c.vectors, OBJECTIVES["k3"], backend=backend, out=full_NV)
     assert torch.equal(exact_NV, full_NV)  # never rounded on the way
-    without = grpo_rows(c.logits_NV, *c.vectors, OBJECTIVES["k3"], impl=impl)
+    without = grpo_rows(c.logits_NV, *c.vectors, OBJECTIVES["k3"], backend=backend)
     for x, y in zip((*with_out[:2], *with_out[2]), (*without[:2], *without[2]), strict=True):
         assert torch.equal(x, y)
     own_NV = c.logits_NV.clone()
-    grpo_rows(own_NV, *c.vectors, OBJECTIVES["k3"], impl=impl, out=own_NV)
+    grpo_rows(own_NV, *c.vectors, OBJECTIVES["k3"], backend=backend, out=own_NV)
     assert torch.equal(own_NV, exact_NV.to(dtype))
 
 
 @pytest.mark.parametrize("change, message", [
     ({"logits_NV": torch.ones(8, 4).T}, "unit stride"), ({"old_N": torch.ones(3)}, r"\(3,\)"),
-    ({"ref_N": None}, "beta 0.04"), ({"temperature": -1.0}, "got -1.0"), ({"limit": 9}, r"\[1, 8\]"),
-    ({"impl": "cuda"}, "'cuda'"), ({"out": torch.ones(4, 9)}, "need out"),
+    ({"ref_N": None}, "beta 0.04"), ({"temperature": -1.0}, "got -1.0"), ({"vocab_limit": 9}, r"\[1, 8\]"),
+    ({"backend": "cuda"}, "'cuda'"), ({"out": torch.ones(4, 9)}, "need out"),
 ])  # fmt: skip
 def test_bad_input_is_refused(change, message):
     one_N = torch.ones(4)
@@ -308,7 +308,7 @@ def test_bad_input_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         grpo_rows(**good | change)
     with pytest.raises(ValueError, match="'k2'"):
-        Objective(0.2, 0.2, 0.0, "k2")
+        ClipConfig(0.2, 0.2, 0.0, "k2")
 
 
 def test_the_kernel_compiles_as_shipped_without_a_spill():

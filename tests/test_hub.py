@@ -136,7 +136,7 @@ def assert_same(name, folder):
     ours, theirs = minixmd.load(name), minixmd.load(folder)
     for (path, p), q in zip(ours[0].named_parameters(), theirs[0].parameters(), strict=True):
         assert torch.equal(p, q), path
-    assert ours[1].banned == theirs[1].banned
+    assert ours[1].suppressed_ids == theirs[1].suppressed_ids
 
 
 # ---- what is fetched ----

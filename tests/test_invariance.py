@@ -83,7 +83,7 @@ def check_micro_batches(kind, accumulate):
     found = {}
     for size in (6, 1, 2, 4):  # 4 leaves a last one of two
         model.zero_grad(set_to_none=True)
-        run, stage = SimpleNamespace(model=model, impl="torch"), SimpleNamespace(micro_batch_size=size)
+        run, stage = SimpleNamespace(model=model, backend="torch"), SimpleNamespace(micro_batch_size=size)
         loss = accumulate(run, stage, prompts)["loss"]
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert len(grads) == len(list(model.parameters())) - (kind == "omni")  # see test_models on audio_bos_eos_token
@@ -245,7 +245,7 @@ def speaker(request, tmp_path_factory):
 def test_log_probabilities_while_generating_equal_those_of_scoring_the_whole_sequence(speaker):
     model, processor, conversations = speaker
     answers = generate(model, processor, conversations, n=2, max_new_tokens=70, temperature=0.7, seed=3)
-    banned = torch.tensor(processor.banned)
+    suppressed_ids = torch.tensor(processor.suppressed_ids)
     lengths = []
     for conversation, completions in zip(conversations, answers, strict=True):
         start = processor(conversation)
@@ -253,13 +253,13 @@ def test_log_probabilities_while_generating_equal_those_of_scoring_the_whole_seq
         for completion in completions:
             ids_T = torch.tensor(completion.ids)
             hidden_ND = model(pack([joined(start, ids_T)]))[len(start) - 1:-1]
-            logits_TV = model.logits(hidden_ND).index_fill(1, banned, -torch.inf) / 0.7
+            logits_TV = model.logits(hidden_ND).index_fill(1, suppressed_ids, -torch.inf) / 0.7
             logp_T = logits_TV.log_softmax(-1).gather(1, ids_T[:, None]).squeeze(1)
             assert (torch.tensor(completion.logprobs) - logp_T).abs().max() < 2e-5
-            assert not set(completion.ids) & set(processor.banned)
+            assert not set(completion.ids) & set(processor.suppressed_ids)
             lengths.append(len(ids_T))
         batch = pack([Group(start, tuple(torch.tensor(completion.ids) for completion in completions))])
-        logits_TV = model.logits(model(batch)[batch.target_row_T]).index_fill(1, banned, -torch.inf) / 0.7
+        logits_TV = model.logits(model(batch)[batch.target_row_T]).index_fill(1, suppressed_ids, -torch.inf) / 0.7
         logp_T = logits_TV.log_softmax(-1).gather(1, batch.target_id_T[:, None]).squeeze(1)
         assert (torch.tensor([x for c in completions for x in c.logprobs]) - logp_T).abs().max() < 2e-5
     assert max(lengths) == 70  # the cache grew twice

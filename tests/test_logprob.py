@@ -4,7 +4,7 @@ import torch
 from kernel_checks import assert_as_good_as, assert_compiles
 
 from minixmd.kernels import logprob
-from minixmd.kernels.logprob import BLOCK_V, logits_grad, row_stats, split_banned, token_logprob, token_logprob_ref
+from minixmd.kernels.logprob import BLOCK_V, logits_grad, row_stats, split_suppressed, token_logprob, token_logprob_ref
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 IMPLS = ["triton", "torch"]
@@ -19,12 +19,12 @@ def run(fn, logits_NV, index_N, grad_N, *args):
     return logp_N.detach(), entropy_N.detach(), x_NV.grad
 
 
-def check(impl, logits_NV, index_N, temperature=1.0, banned_Z=None, limit=None):
+def check(backend, logits_NV, index_N, temperature=1.0, suppressed_Z=None, vocab_limit=None):
     """The implementation is as good as eager: value, entropy, gradient."""
     grad_N = torch.randn(len(logits_NV), device=logits_NV.device)
     before_NV = logits_NV.clone()
-    runs = [run(token_logprob, logits_NV, index_N, grad_N, temperature, banned_Z, limit, impl)]
-    runs += [run(token_logprob_ref, x, index_N, grad_N, temperature, banned_Z, limit)
+    runs = [run(token_logprob, logits_NV, index_N, grad_N, temperature, suppressed_Z, vocab_limit, backend)]
+    runs += [run(token_logprob_ref, x, index_N, grad_N, temperature, suppressed_Z, vocab_limit)
              for x in (logits_NV, logits_NV.double())]
     assert torch.equal(logits_NV, before_NV)
     for ours, eager, truth in zip(*runs, strict=True):
@@ -35,15 +35,15 @@ def check(impl, logits_NV, index_N, temperature=1.0, banned_Z=None, limit=None):
 @pytest.mark.parametrize("N, V", [(0, 5), (1, 1), (3, BLOCK_V), (2, BLOCK_V + 1), (70, 123), (2, 3 * BLOCK_V + 17)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_value_entropy_and_gradient_at_sizes_around_a_block(N, V, temperature, dtype, impl, device):
+@pytest.mark.parametrize("backend", IMPLS)
+def test_value_entropy_and_gradient_at_sizes_around_a_block(N, V, temperature, dtype, backend, device):
     logits_NV = (5 * torch.randn(N, V, device=device)).to(dtype)  # quantised once: all three see the same numbers
-    check(impl, logits_NV, torch.randint(0, V, (N,), device=device), temperature)
+    check(backend, logits_NV, torch.randint(0, V, (N,), device=device), temperature)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_rows_that_break_an_online_softmax(dtype, impl, device):
+@pytest.mark.parametrize("backend", IMPLS)
+def test_rows_that_break_an_online_softmax(dtype, backend, device):
     V = 2 * BLOCK_V + 5
     ramp_V, sign_V = torch.linspace(-1e4, 1e4, V), torch.where(torch.arange(V) % 2 == 0, 1e4, -1e4)
     alone_V, late_V = torch.full((V,), -torch.inf), 3 * torch.randn(V)
@@ -55,8 +55,8 @@ def test_rows_that_break_an_online_softmax(dtype, impl, device):
             "peak at the end": (torch.cat([torch.zeros(V - 1), torch.tensor([1e4])]), V - 1)}  # fmt: skip
     logits_NV = torch.stack([row for row, _ in rows.values()]).to(device, dtype)
     index_N = torch.tensor([index for _, index in rows.values()], device=device)
-    logp_N, entropy_N, _ = check(impl, logits_NV, index_N)
-    check(impl, logits_NV, index_N, 0.7)
+    logp_N, entropy_N, _ = check(backend, logits_NV, index_N)
+    check(backend, logits_NV, index_N, 0.7)
     names = list(rows)
     assert logp_N[names.index("all but one -inf")] == 0 and entropy_N[names.index("all but one -inf")] == 0
     assert abs(entropy_N[names.index("equal and huge")] - torch.tensor(V).log()) < 1e-5
@@ -68,63 +68,63 @@ BANS = {"tail": (None, BLOCK_V + 7), "tail of whole blocks": (None, BLOCK_V), "f
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backend", IMPLS)
 @pytest.mark.parametrize("ban", BANS)
-def test_banned_ids_count_for_nothing_whatever_they_hold(ban, impl, dtype, device):
-    listed, limit = BANS[ban]
+def test_banned_ids_count_for_nothing_whatever_they_hold(ban, backend, dtype, device):
+    listed, vocab_limit = BANS[ban]
     N, V = 3, 2 * BLOCK_V + 9
-    banned_Z = None if listed is None else torch.tensor(listed, device=device).repeat_interleave(2)[::2]  # apart
-    out = (listed or []) + list(range(V if limit is None else limit, V))
+    suppressed_Z = None if listed is None else torch.tensor(listed, device=device).repeat_interleave(2)[::2]  # apart
+    out = (listed or []) + list(range(V if vocab_limit is None else vocab_limit, V))
     kept = torch.tensor(sorted(set(range(V)) - set(out)), device=device)
     logits_NV = (3 * torch.randn(N, V, device=device)).to(dtype)
     logits_NV[:, out] = 1e4  # one of them in the sum would drown all others
     index_N = kept[torch.randint(0, len(kept), (N,), device=device)]
-    logp_N, entropy_N, grad_NV = check(impl, logits_NV, index_N, 0.7, banned_Z, limit)
+    logp_N, entropy_N, grad_NV = check(backend, logits_NV, index_N, 0.7, suppressed_Z, vocab_limit)
     grad_N = torch.randn(N, device=device)
     for filler in (torch.nan, torch.inf, -torch.inf):
         logits_NV[:, out] = filler
-        again = run(token_logprob, logits_NV, index_N, grad_N, 0.7, banned_Z, limit, impl)
+        again = run(token_logprob, logits_NV, index_N, grad_N, 0.7, suppressed_Z, vocab_limit, backend)
         assert torch.equal(again[0], logp_N) and torch.equal(again[1], entropy_N)
         assert again[2].isfinite().all() and (again[2][:, out] == 0).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_a_banned_or_impossible_index_has_log_probability_minus_infinity(impl, device):
+@pytest.mark.parametrize("backend", IMPLS)
+def test_a_banned_or_impossible_index_has_log_probability_minus_infinity(backend, device):
     logits_NV = torch.randn(5, 9, device=device)
-    index_N, banned_Z = torch.tensor([-1, 9, 2, 7, 3], device=device), torch.tensor([2, 4], device=device)
-    stats = row_stats(logits_NV, index_N, 0.5, banned_Z, 7, impl)
+    index_N, suppressed_Z = torch.tensor([-1, 9, 2, 7, 3], device=device), torch.tensor([2, 4], device=device)
+    stats = row_stats(logits_NV, index_N, 0.5, suppressed_Z, 7, backend)
     assert (stats[0][:4] == -torch.inf).all() and stats[0][4].isfinite()
     p_NV = torch.softmax(logits_NV.index_fill(1, torch.tensor([2, 4, 7, 8], device=device), -torch.inf) / 0.5, -1)
-    grad_NV = logits_grad(logits_NV, index_N, stats, torch.ones(5, device=device), 0.5, banned_Z, 7, impl)
+    grad_NV = logits_grad(logits_NV, index_N, stats, torch.ones(5, device=device), 0.5, suppressed_Z, 7, backend)
     torch.testing.assert_close(grad_NV[:4], -p_NV[:4] / 0.5, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_rows_may_lie_apart_in_memory_and_vectors_too(impl, dtype, device):
+@pytest.mark.parametrize("backend", IMPLS)
+def test_rows_may_lie_apart_in_memory_and_vectors_too(backend, dtype, device):
     V = BLOCK_V + 3
     wide = torch.full((4, V + 13), torch.nan, device=device, dtype=dtype)
     wide[:, :V] = torch.randn(4, V, device=device)
     index_N = torch.randint(0, V, (8,), device=device)[::2]
-    check(impl, wide[:, :V], index_N)
-    check(impl, wide[::2, :V], index_N[1::2])
+    check(backend, wide[:, :V], index_N)
+    check(backend, wide[::2, :V], index_N[1::2])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backend", IMPLS)
 @pytest.mark.parametrize("V", [152_064, 156_032])
-def test_the_real_vocabularies(V, impl, device):
+def test_the_real_vocabularies(V, backend, device):
     logits_NV = 4 * torch.randn(2, V, device=device)
-    banned_Z = torch.tensor([151_643, 151_644, *range(151_646, 151_657)], device=device)
-    check(impl, logits_NV, torch.tensor([151_645, 17], device=device), 0.9, banned_Z, 151_665)
+    suppressed_Z = torch.tensor([151_643, 151_644, *range(151_646, 151_657)], device=device)
+    check(backend, logits_NV, torch.tensor([151_645, 17], device=device), 0.9, suppressed_Z, 151_665)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_the_gradient_goes_where_it_is_asked_to(impl, dtype, device):
+@pytest.mark.parametrize("backend", IMPLS)
+def test_the_gradient_goes_where_it_is_asked_to(backend, dtype, device):
     N, V = 3, BLOCK_V + 9
     logits_NV = (2 * torch.randn(N, V, device=device)).to(dtype)
     index_N, coef_N = torch.tensor([5, V - 1, 8], device=device), torch.tensor([1.0, -2.0, 0.5], device=device)
-    options = 0.8, torch.tensor([3, BLOCK_V], device=device), V - 2, impl
+    options = 0.8, torch.tensor([3, BLOCK_V], device=device), V - 2, backend
     stats = row_stats(logits_NV, index_N, *options)
     fresh_NV = logits_grad(logits_NV, index_N, stats, coef_N, *options)
     exact_NV = torch.full((N, 2 * V), torch.nan, device=device)[:, :V]  # fp32, rows apart
@@ -138,21 +138,21 @@ def test_the_gradient_goes_where_it_is_asked_to(impl, dtype, device):
     assert torch.equal(own_NV, fresh_NV)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_a_row_without_a_coefficient_gets_zeros_and_a_nan_is_never_hidden(impl, device):
+@pytest.mark.parametrize("backend", IMPLS)
+def test_a_row_without_a_coefficient_gets_zeros_and_a_nan_is_never_hidden(backend, device):
     logits_NV = torch.randn(3, BLOCK_V + 1, device=device)
     logits_NV[:2, 7] = torch.nan
     index_N = torch.zeros(3, dtype=torch.long, device=device)
-    stats = row_stats(logits_NV, index_N, impl=impl)
+    stats = row_stats(logits_NV, index_N, backend=backend)
     assert stats[0].isnan().tolist() == [True, True, False]
-    grad_NV = logits_grad(logits_NV, index_N, stats, torch.tensor([0.0, 1.0, 1.0], device=device), impl=impl)
+    grad_NV = logits_grad(logits_NV, index_N, stats, torch.tensor([0.0, 1.0, 1.0], device=device), backend=backend)
     assert (grad_NV[0] == 0).all() and grad_NV[1].isnan().all() and grad_NV[2].isfinite().all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_two_equal_logits_halve_the_mass(impl, device):  # small enough to check by hand
+@pytest.mark.parametrize("backend", IMPLS)
+def test_two_equal_logits_halve_the_mass(backend, device):  # small enough to check by hand
     logits_NV = torch.tensor([[2.0, 2.0, 9.0]], device=device, requires_grad=True)
-    logp_N, entropy_N = token_logprob(logits_NV, torch.tensor([0], device=device), 0.5, None, 2, impl)
+    logp_N, entropy_N = token_logprob(logits_NV, torch.tensor([0], device=device), 0.5, None, 2, backend)
     logp_N.sum().backward()
     torch.testing.assert_close(logp_N.cpu().detach(), torch.tensor([0.5]).log())
     torch.testing.assert_close(entropy_N.cpu(), torch.tensor([2.0]).log())
@@ -161,16 +161,16 @@ def test_two_equal_logits_halve_the_mass(impl, device):  # small enough to check
 
 
 def test_split_banned_takes_the_tail_off_a_sorted_list():
-    assert split_banned([1, 3, 6, 7], 8) == (6, [1, 3])
-    assert split_banned([1, 3, 6], 8) == (8, [1, 3, 6])
-    assert split_banned([], 8) == (8, [])
-    assert split_banned((6, 7), 8) == (6, [])
+    assert split_suppressed([1, 3, 6, 7], 8) == (6, [1, 3])
+    assert split_suppressed([1, 3, 6], 8) == (8, [1, 3, 6])
+    assert split_suppressed([], 8) == (8, [])
+    assert split_suppressed((6, 7), 8) == (6, [])
 
 
 @pytest.mark.parametrize("change, message", [
     ({"logits_NV": torch.ones(8, 4).T}, "unit stride"), ({"logits_NV": torch.ones(4)}, "unit stride"),
     ({"index_N": torch.ones(3, dtype=torch.long)}, r"\(3,\)"), ({"temperature": 0.0}, "got 0.0"),
-    ({"limit": 0}, "limit in"), ({"limit": 9}, r"\[1, 8\]"), ({"impl": "cuda"}, "'cuda'"),
+    ({"vocab_limit": 0}, "vocab_limit in"), ({"vocab_limit": 9}, r"\[1, 8\]"), ({"backend": "cuda"}, "'cuda'"),
 ])  # fmt: skip
 def test_bad_input_is_refused(change, message):
     good = {"logits_NV": torch.ones(4, 8), "index_N": torch.ones(4, dtype=torch.long)}
@@ -180,11 +180,11 @@ def test_bad_input_is_refused(change, message):
 
 def test_an_out_of_another_shape_is_refused():
     logits_NV, index_N = torch.ones(4, 8), torch.ones(4, dtype=torch.long)
-    stats = row_stats(logits_NV, index_N, impl="torch")
+    stats = row_stats(logits_NV, index_N, backend="torch")
     with pytest.raises(ValueError, match="need out"):
-        logits_grad(logits_NV, index_N, stats, torch.ones(4), impl="torch", out=torch.ones(4, 9))
+        logits_grad(logits_NV, index_N, stats, torch.ones(4), backend="torch", out=torch.ones(4, 9))
     with pytest.raises(ValueError, match="coef"):
-        logits_grad(logits_NV, index_N, stats, torch.ones(4, 1), impl="torch")
+        logits_grad(logits_NV, index_N, stats, torch.ones(4, 1), backend="torch")
 
 
 def test_the_kernels_compile_as_shipped_without_a_spill():

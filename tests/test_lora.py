@@ -92,10 +92,10 @@ def group_gradients(function, x_ND, layers, gs, dtype):
 
 @pytest.mark.parametrize("train_base", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_layers_on_the_same_x_give_what_each_gives_alone(impl, dtype, train_base):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_layers_on_the_same_x_give_what_each_gives_alone(backend, dtype, train_base):
     x_ND, layers, gs = group(dtype=dtype, train_base=train_base)
-    ours = group_gradients(functools.partial(lora_linears, impl=impl), x_ND, layers, gs, None)
+    ours = group_gradients(functools.partial(lora_linears, backend=backend), x_ND, layers, gs, None)
     alone = [functools.partial(group_gradients, lambda x, layers: [lora_linear_ref(x, *layer) for layer in layers],
                                x_ND, layers, gs, dtype)() for dtype in (None, torch.float64)]  # fmt: skip
     assert len(ours) == 3 + 1 + 6 + 5 * train_base
@@ -140,7 +140,7 @@ def test_only_adapted_layers_are_taken_together():
             torch.testing.assert_close(y, module(x_ND))
 
 
-# ---- impl="triton" ----
+# ---- backend="triton" ----
 
 SIZES = [(1, 1, 1, 1), (7, 12, 5, 3), (128, 64, 256, 16), (129, 65, 257, 17), (130, 200, 700, 32), (1100, 48, 300, 8)]
 
@@ -179,7 +179,7 @@ def test_triton_value_and_every_gradient_are_as_good_as_eager(N, D, F, R, dtype,
     x, w, b = ((torch.randn(shape) / 4).to(dtype).requires_grad_() for shape in ((N, D), (F, D), (F,)))
     a_RD, b_FR = (torch.randn(R, D) / 4).requires_grad_(), (torch.randn(F, R) / 4).requires_grad_()
     inputs, g_NF = [x, w, b, a_RD, b_FR], torch.randn(N, F).to(dtype)
-    ours = run(functools.partial(lora_linear, impl="triton"), inputs, g_NF, 0.7)
+    ours = run(functools.partial(lora_linear, backend="triton"), inputs, g_NF, 0.7)
     eager = run(lora_linear_ref, inputs, g_NF, 0.7)
     exact = run(lora_linear_ref, [t.detach().double().requires_grad_() for t in inputs], g_NF.double(), 0.7)
     for o, e, t in zip(ours, eager, exact, strict=True):
@@ -196,11 +196,11 @@ def test_strided_expanded_and_empty_inputs_are_read_right_and_not_written_to(mon
     before = [t.detach().clone() for t in inputs]
     for g_NF in (torch.randn(1, 5).expand(9, 5), torch.tensor(2.0).expand(9, 5), torch.randn(5, 9).T):
         kept = g_NF.clone()
-        ours = run(functools.partial(lora_linear, impl="triton"), inputs, g_NF, 1.3)
+        ours = run(functools.partial(lora_linear, backend="triton"), inputs, g_NF, 1.3)
         for o, e in zip(ours, run(lora_linear_ref, inputs, g_NF, 1.3), strict=True):
             torch.testing.assert_close(o, e)
         assert torch.equal(g_NF, kept) and all(torch.equal(t, old) for t, old in zip(inputs, before, strict=True))
-    none = run(functools.partial(lora_linear, impl="triton"), [x[:0], *inputs[1:]], torch.randn(0, 5), 1.3)
+    none = run(functools.partial(lora_linear, backend="triton"), [x[:0], *inputs[1:]], torch.randn(0, 5), 1.3)
     assert none[0].shape == (0, 5) and not any(grad.any() for grad in none[1:])
 
 
@@ -230,16 +230,16 @@ def test_wide_inputs_high_ranks_and_fp32_go_to_the_vendors_product(monkeypatch):
     monkeypatch.setattr(lora_triton, "lora_forward", refuse)
     for D, R, dtype in ((lora.FUSED_D + 1, 2, torch.half), (8, 65, torch.half), (8, 2, torch.float32)):
         x, w, a, b = (torch.randn(shape).to(dtype) / 8 for shape in ((3, D), (4, D), (R, D), (4, R)))
-        ours, eager = lora_linear(x, w, None, a, b, 0.5, impl="triton"), lora_linear_ref(x, w, None, a, b, 0.5)
+        ours, eager = lora_linear(x, w, None, a, b, 0.5, backend="triton"), lora_linear_ref(x, w, None, a, b, 0.5)
         torch.testing.assert_close(ours, eager)
     with pytest.raises(AssertionError, match="fused"):
         lora_linear(*(torch.randn(n, lora.FUSED_D).half() for n in (3, 4)), None, torch.randn(2, lora.FUSED_D),
-                    torch.randn(4, 2), 0.5, impl="triton")  # fmt: skip
+                    torch.randn(4, 2), 0.5, backend="triton")  # fmt: skip
 
 
 def test_an_unknown_impl_is_refused():
     with pytest.raises(ValueError, match="'torch' and 'triton', got 'cuda'"):
-        lora_linear(torch.randn(2, 3), torch.randn(4, 3), None, torch.randn(1, 3), torch.randn(4, 1), 1.0, impl="cuda")
+        lora_linear(torch.randn(2, 3), torch.randn(4, 3), None, torch.randn(1, 3), torch.randn(4, 1), 1.0, backend="cuda")
 
 
 def test_the_kernels_compile_to_tensor_core_code_without_spills():

@@ -115,25 +115,25 @@ def test_the_seed_and_the_id_choose_the_samples_and_the_batch_does_not(world, ma
     examples = read_manifest(manifest([{}] * 8))
     model, processor = minixmd.load(world / "ears")
     fields = dict(name="asked", model=str(world / "ears"), manifest="m", device="cpu", seed=1)
-    slots, forced = [], {}
+    decode_slots, forced = [], {}
 
     def spy(*args, **options):
-        slots.append((len(args[2]), options["slots"]))
+        decode_slots.append((len(args[2]), options["decode_slots"]))
         return decode(*args, **options | forced)
 
     monkeypatch.setattr(scoring, "decode", spy)
 
     def asked(of=examples, tokens=8192, **more):
-        slots.clear()
+        decode_slots.clear()
         return score_letters(model, processor, Evaluate(**fields | more), of, tokens, max_new_tokens=6, n=4,
                              temperature=1.5)
 
     records = asked()
-    assert slots == [(8, 4 * 8192 // 6)]
-    assert asked(tokens=1) == records and slots == [(1, 4)] * 8  # one after the other
+    assert decode_slots == [(8, 4 * 8192 // 6)]
+    assert asked(tokens=1) == records and decode_slots == [(1, 4)] * 8  # one after the other
     assert asked(of=examples[::-1]) == records[::-1]
     for places in (1, 2, 5):  # which the prompts take in turn
-        forced["slots"] = 4 * places
+        forced["decode_slots"] = 4 * places
         assert asked() == records
     other = asked(seed=2)
     assert [record["logits"] for record in other] == [record["logits"] for record in records]

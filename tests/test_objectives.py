@@ -7,7 +7,7 @@ from tiny import Largest
 from torch.utils.flop_counter import FlopCounterMode
 
 from minixmd.kernels import distill, distill_topk, grpo, logprob
-from minixmd.models.head import CrossEntropy, Distill, DistillTopK, Grpo, head_loss, token_weights
+from minixmd.models.head import CrossEntropy, DistillKL, DistillTopK, PolicyLoss, head_loss, token_weights
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -16,7 +16,7 @@ SHARED, BANNED, TEMPERATURE = 190, [3, 50, 189, 195], 2.0
 LENGTHS = (7, 1, 12, 17)
 
 
-def problem(kind, impl="torch", dtype=torch.float32):
+def problem(kind, backend="torch", dtype=torch.float32):
     """hidden_ND, head_VD, row_T and the objective; uneven weights, some of them zero."""
     g = torch.Generator(torch.get_default_device()).manual_seed(5)
 
@@ -29,10 +29,10 @@ def problem(kind, impl="torch", dtype=torch.float32):
     weight_T[2::5] = 0
     id_T = torch.randint(60, 180, (T,), generator=g)
     if kind == "ce":
-        return hidden_ND, head_VD, row_T, CrossEntropy(id_T, weight_T, impl)
+        return hidden_ND, head_VD, row_T, CrossEntropy(id_T, weight_T, backend)
     if kind == "kl":
-        return hidden_ND, head_VD, row_T, Distill(randn(T, E).to(dtype), randn(W, E).to(dtype), weight_T, SHARED,
-                                                  torch.tensor(BANNED), TEMPERATURE, impl)
+        return hidden_ND, head_VD, row_T, DistillKL(randn(T, E).to(dtype), randn(W, E).to(dtype), weight_T, SHARED,
+                                                  torch.tensor(BANNED), TEMPERATURE, backend)
     if kind == "topk":
         allowed = torch.tensor([v for v in range(SHARED) if v not in BANNED])
         logq_TK = (2 * randn(T, len(allowed))).log_softmax(-1)
@@ -41,11 +41,11 @@ def problem(kind, impl="torch", dtype=torch.float32):
         id_TJ, order_TJ = allowed[best_TJ].sort(-1)
         logq_TJ = logq_TK.gather(1, best_TJ).gather(1, order_TJ)
         return hidden_ND, head_VD, row_T, DistillTopK(id_TJ.int(), logq_TJ, tail_T, weight_T, SHARED,
-                                                      torch.tensor(BANNED), TEMPERATURE, impl)
+                                                      torch.tensor(BANNED), TEMPERATURE, backend)
     logp_T = (hidden_ND[row_T].float() @ head_VD.float().T / 0.8).log_softmax(-1).gather(1, id_T[:, None]).squeeze(1)
     old_T, ref_T = logp_T + 0.4 * randn(T), logp_T + 0.4 * randn(T)  # far enough for both bounds to act
-    objective = grpo.Objective(0.2, 0.28, 0.04, "k3")
-    return hidden_ND, head_VD, row_T, Grpo(id_T, old_T, ref_T, randn(T), weight_T, objective, impl, 0.8,
+    objective = grpo.ClipConfig(0.2, 0.28, 0.04, "k3")
+    return hidden_ND, head_VD, row_T, PolicyLoss(id_T, old_T, ref_T, randn(T), weight_T, objective, backend, 0.8,
                                            torch.tensor(BANNED), 200, LENGTHS if kind == "gspo" else None)
 
 
@@ -53,21 +53,21 @@ def plain(hidden_ND, head_VD, row_T, objective, dtype=torch.float64):
     """(loss, its values before the weight) from all logits at once, by autograd."""
     o = objective
     z_TV = hidden_ND[row_T].to(dtype) @ head_VD.to(dtype).T
-    if isinstance(o, Grpo):
+    if isinstance(o, PolicyLoss):
         sequence_T = None if o.lengths is None else torch.arange(len(o.lengths)).repeat_interleave(
             torch.tensor(o.lengths))
         vectors = [x.to(dtype) for x in (o.old_T, o.ref_T, o.advantage_T, o.weight_T)]
         loss, logp_T, entropy_T, terms = grpo.grpo_loss_ref(z_TV, o.id_T, *vectors, o.objective, o.temperature,
-                                                            o.banned_Z, o.limit, sequence_T)
+                                                            o.suppressed_Z, o.vocab_limit, sequence_T)
         return loss, (*terms, logp_T, entropy_T)
     if isinstance(o, CrossEntropy):
         columns = (-logprob.token_logprob_ref(z_TV, o.id_T)[0],)
-    elif isinstance(o, Distill):
+    elif isinstance(o, DistillKL):
         teacher_TW = o.teacher_TE.to(dtype) @ o.teacher_head_WE.to(dtype).T
-        columns = distill.distill_kl_ref(z_TV, teacher_TW, o.shared, o.banned_Z, o.temperature)
+        columns = distill.distill_kl_ref(z_TV, teacher_TW, o.common_vocab, o.suppressed_Z, o.temperature)
     else:
-        columns = distill_topk.distill_topk_ref(z_TV, o.id_TJ, o.logq_TJ.to(dtype), o.tail_T.to(dtype), o.shared,
-                                                o.banned_Z, o.temperature)
+        columns = distill_topk.distill_topk_ref(z_TV, o.id_TJ, o.logq_TJ.to(dtype), o.tail_T.to(dtype), o.common_vocab,
+                                                o.suppressed_Z, o.temperature)
     return (columns[0] * o.weight_T).sum(), columns
 
 
@@ -95,15 +95,15 @@ def test_loss_columns_and_gradients_equal_plain_pytorchs(kind, chunk, train_head
 def test_triton_kernels_give_what_pytorch_gives(kind):
     hidden_ND, head_VD, row_T, objective = problem(kind, "triton")
     ours = gradients(head_loss, hidden_ND, head_VD, row_T, objective, chunk=16)
-    twin = gradients(head_loss, hidden_ND, head_VD, row_T, replace(objective, impl="torch"), chunk=16)
+    twin = gradients(head_loss, hidden_ND, head_VD, row_T, replace(objective, backend="torch"), chunk=16)
     for a, b in zip(ours, twin, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(1, b.abs().max().item()))
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("kind", ["ce", "kl", "topk", "grpo", "gspo"])
-def test_bf16_weights_give_fp32_losses_and_gradients_to_two_roundings(kind, impl):
-    case = problem(kind, impl, torch.bfloat16)
+def test_bf16_weights_give_fp32_losses_and_gradients_to_two_roundings(kind, backend):
+    case = problem(kind, backend, torch.bfloat16)
     ours, truth = gradients(head_loss, *case, chunk=16), gradients(plain, *case)
     assert all(x.dtype == torch.float32 for x in ours[:-2]) and all(x.dtype == torch.bfloat16 for x in ours[-2:])
     for a, b in zip(ours[:-2], truth[:-2], strict=True):  # products of bf16 are exact in fp32

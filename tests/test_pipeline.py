@@ -49,7 +49,7 @@ def clips(tmp_path_factory):
 
 
 def config(folder, clips, url):
-    remote = dict(endpoint=url, timeout_s=0.4, wait_s=0.001, attempts=3, concurrency=4)
+    remote = dict(endpoint=url, timeout_s=0.4, retry_backoff_s=0.001, attempts=3, concurrency=4)
     folder.mkdir(parents=True, exist_ok=True)
     sampled = dict(name="traces", manifest=str(clips), n=4, served="teacher", **remote)
     checked = dict(sampled, name="checked", traces="@traces", checker="endpoint", served="checker")
@@ -126,8 +126,8 @@ def test_a_stage_that_gave_up_goes_on_elsewhere_with_more_patience_and_keeps_its
         assert "and with a larger max_bad goes on without them" in capsys.readouterr().err
     answered = (folder / "endpoint.jsonl").read_bytes()
     with FakeEndpoint(deaf) as endpoint:
-        changed = dict(max_bad=1.0, endpoint=endpoint.base_url, key_variable="MINE", attempts=2, timeout_s=9.0,
-                       wait_s=0.002, concurrency=3, logprobs=False)
+        changed = dict(max_bad=1.0, endpoint=endpoint.base_url, api_key_env="MINE", attempts=2, timeout_s=9.0,
+                       retry_backoff_s=0.002, concurrency=3, logprobs=False)
         command = [source, f"run_dir={tmp_path / 'run'}", *(f"checked.{name}={changed[name]}" for name in changed)]
         command = [part.replace("=False", "=false") for part in command]
         assert main(command) == 0
@@ -153,14 +153,14 @@ def test_a_server_that_refuses_log_probs_can_do_without(undisturbed, clips, tmp_
 
 
 def test_each_key_goes_to_its_own_server_and_is_written_nowhere(clips, tmp_path, monkeypatch):
-    named = {s.name: s.key_variable for s in load_config("sightsound_endpoint").stages if hasattr(s, "key_variable")}
+    named = {s.name: s.api_key_env for s in load_config("sightsound_endpoint").stages if hasattr(s, "api_key_env")}
     assert named["test_traces"] == named["traces"] and named["test_traces_checked"] == named["checked"]
     monkeypatch.setenv(named["traces"], "tk-very-secret")
     monkeypatch.setenv(named["checked"], "sk-very-secret")
     with FakeEndpoint(replies) as teacher, FakeEndpoint(replies) as checker:
         assert main([config(tmp_path, clips, teacher.base_url), f"run_dir={tmp_path / 'run'}",
                      f"checked.endpoint={checker.base_url}",
-                     *(f"{name}.key_variable={named[name]}" for name in ("traces", "checked"))]) == 0
+                     *(f"{name}.api_key_env={named[name]}" for name in ("traces", "checked"))]) == 0
         assert {request.key for request in teacher.requests} == {"tk-very-secret"}
         assert {request.key for request in checker.requests} == {"sk-very-secret"}
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
@@ -242,7 +242,7 @@ def test_the_stages_fields_say_who_is_asked():
     with pytest.raises(ValueError, match="prompt '{options}' must hold the placeholder 'trace'"):
         FactCheck(name="c", traces="t", manifest="m", model="m", prompt="{options}")
     with pytest.raises(ValueError, match="which 'calibration' with limit None"):
-        FactCheck(name="c", traces="t", manifest="m", model="m", which="calibration")
+        FactCheck(name="c", traces="t", manifest="m", model="m", trace_filter="calibration")
 
 
 def test_the_records_of_a_run_can_be_read(undisturbed, tmp_path):

@@ -77,8 +77,8 @@ def test_the_directions_differ_by_who_learns(recipe, learner, teacher, name, swi
     assert stages[train.teacher_labels[1:]].media == teacher and stages[train.student_labels[1:]].media == learner
     decides = stages[switch]
     assert (decides.teacher, decides.student) == (f"@{teacher}_analysis", f"@{learner}_analysis")
-    assert (train.epochs, train.batch_size, train.lr, train.warmup, train.lora_rank) == (1, 8, 1e-4, 0.1, 16)
-    assert (decides.epochs, decides.batch_size, decides.lr, decides.warmup, decides.width) == (30, 32, 1e-4, 0.1, 1.0)
+    assert (train.epochs, train.batch_size, train.lr, train.warmup_ratio, train.lora_rank) == (1, 8, 1e-4, 0.1, 16)
+    assert (decides.epochs, decides.batch_size, decides.lr, decides.warmup_ratio, decides.width) == (30, 32, 1e-4, 0.1, 1.0)
     evaluated = [stage for stage in stages.values() if isinstance(stage, Evaluate)]
     assert len(evaluated) == 9 and all(stage.answer == "generate" for stage in evaluated)
     assert all(stage.top_k == 64 for stage in stages.values() if isinstance(stage, Label))
@@ -118,9 +118,9 @@ def test_sightsound_trains_the_rows_of_the_papers_table_2():
         "SFT (ground-truth labels)": dict(objective="sft", traces=None, teacher_labels=None, **sft),
         "SFT (distilled labels)": dict(objective="distill", traces=None, teacher_labels="@teacher_labels", **sft),
         "GRPO (distilled labels)": dict(objective="grpo", traces=None, teacher_labels="@teacher_labels", **grpo),
-        "SFT": dict(objective="sft", traces="@traces", which="first", teacher_labels=None, **sft),
-        "AGFV + SFT": dict(objective="sft", traces="@checked", which="first", teacher_labels=None, **sft),
-        "TTS + AGFV + SFT": dict(objective="sft", traces="@checked", which="unanimous", teacher_labels=None, **sft),
+        "SFT": dict(objective="sft", traces="@traces", trace_filter="first", teacher_labels=None, **sft),
+        "AGFV + SFT": dict(objective="sft", traces="@checked", trace_filter="first", teacher_labels=None, **sft),
+        "TTS + AGFV + SFT": dict(objective="sft", traces="@checked", trace_filter="unanimous", teacher_labels=None, **sft),
         "TTS + AGFV + SFT + GRPO": dict(objective="grpo", model="@sft", traces=None,
                                         teacher_labels="@traces/labels.jsonl", **grpo),
     }
@@ -140,6 +140,6 @@ def test_a_served_teacher_is_told_nothing_of_frames_and_has_a_key_of_its_own():
     served, _ = avqa(seeing=frames, serving=dict(endpoint="http://localhost/v1", served="m"),
                      sampling={}).traces()
     assert served.media == "video" and served.fps == 1.0 and served.endpoint == "http://localhost/v1"
-    keys = [{stage.key_variable for stage in stages_of("sightsound_endpoint", kind).values()}
+    keys = [{stage.api_key_env for stage in stages_of("sightsound_endpoint", kind).values()}
             for kind in (Traces, FactCheck)]
     assert keys == [{"TEACHER_API_KEY"}, {"OPENAI_API_KEY"}]

@@ -1,4 +1,4 @@
-"""Rollouts: what the draws depend on, where a completion ends, places and slots, the captured step, and agreement with
+"""Rollouts: what the draws depend on, where a completion ends, places and decode_slots, the captured step, and agreement with
 training. The same for models of every family: tests/test_invariance.py."""
 import copy
 import gc
@@ -155,11 +155,11 @@ def test_uniforms_lie_in_0_to_1_are_spread_evenly_and_do_not_depend_on_how_many_
 
 
 def test_draws_have_the_models_probabilities_without_the_banned_ids():
-    logits_V, banned = torch.tensor([1.0, -2.0, 3.0, 0.5, 2.0, -torch.inf, 9.0]), torch.tensor([0, 6])
-    allowed = logits_V.index_fill(0, banned, -torch.inf)
+    logits_V, suppressed_ids = torch.tensor([1.0, -2.0, 3.0, 0.5, 2.0, -torch.inf, 9.0]), torch.tensor([0, 6])
+    allowed = logits_V.index_fill(0, suppressed_ids, -torch.inf)
     u_B = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     for temperature in (1.0, 0.7):
-        ids_B, logp_B = sample(logits_V.expand(len(u_B), -1), u_B, temperature, banned)
+        ids_B, logp_B = sample(logits_V.expand(len(u_B), -1), u_B, temperature, suppressed_ids)
         logp_V = (allowed / temperature).log_softmax(-1)
         shares_V = torch.bincount(ids_B, minlength=7) / len(u_B)
         assert torch.allclose(shares_V, logp_V.exp(), atol=1e-4)
@@ -197,7 +197,7 @@ def test_temperature_0_takes_the_largest_allowed_logit_at_every_position(speaker
         start = processor(conversation)
         ids_N = torch.cat([start.ids_N, torch.tensor(answer.ids)])
         hidden_ND = model(pack([Prompt(ids_N, positions(len(ids_N), start.media), start.media)]))
-        logits_TV = model.logits(hidden_ND[len(start) - 1:-1]).index_fill(1, torch.tensor(processor.banned), -torch.inf)
+        logits_TV = model.logits(hidden_ND[len(start) - 1:-1]).index_fill(1, torch.tensor(processor.suppressed_ids), -torch.inf)
         assert logits_TV.argmax(-1).tolist() == list(answer.ids)
         logp_TV = logits_TV.log_softmax(-1)  # at temperature 1
         assert torch.allclose(torch.tensor(answer.logprobs), logp_TV.amax(-1), atol=2e-5)
@@ -243,25 +243,25 @@ def test_one_new_token_is_enough(speaker):
 # ---- places and refills ----
 
 
-@pytest.mark.parametrize("slots", [4, 7, 10])
-def test_completions_that_share_slots_in_turn_are_those_of_all_at_once(speaker, slots, monkeypatch):
+@pytest.mark.parametrize("decode_slots", [4, 7, 10])
+def test_completions_that_share_slots_in_turn_are_those_of_all_at_once(speaker, decode_slots, monkeypatch):
     conversations, count = [heard(i) for i in range(6)], Counter()
     options = dict(n=3, max_new_tokens=30, stop=("e", "o"))  # most end early, at different times
     at_once = flat(speaker, conversations, **options)
     counted(monkeypatch, "fill", count, lambda *_: 1)
     counted(monkeypatch, "step", count, lambda: 1)
-    in_turn = flat(speaker, conversations, slots=slots, **options)
+    in_turn = flat(speaker, conversations, decode_slots=decode_slots, **options)
     assert_same(in_turn, at_once)
     lengths = [len(c.ids) for c in at_once]
     assert len(set(lengths)) > 6 and {c.finished for c in at_once} == {True, False} or max(lengths) < 30
-    waves = -(-6 // (slots // 3))
+    waves = -(-6 // (decode_slots // 3))
     assert count["fill"] > waves or waves == 6  # a prompt came when another was over, not when all were
     longest = [max(lengths[3 * i:3 * i + 3]) - 1 for i in range(6)]
-    assert count["step"] >= max(longest) and (slots >= 6 or count["step"] == sum(longest))
+    assert count["step"] >= max(longest) and (decode_slots >= 6 or count["step"] == sum(longest))
 
 
 def test_a_shard_gives_the_same_bits_again(speaker):
-    runs = [flat(speaker, [heard(i) for i in range(5)], n=2, slots=4, stop=("a",)) for _ in range(2)]
+    runs = [flat(speaker, [heard(i) for i in range(5)], n=2, decode_slots=4, stop=("a",)) for _ in range(2)]
     assert runs[0] == runs[1]
 
 
@@ -269,10 +269,10 @@ def test_a_row_gives_the_same_tokens_alone_and_in_any_batch(speaker):
     """At least 99 of 100 rows: rounding may turn a draw that falls on an edge. Which, is said."""
     conversations = [heard(i) for i in range(20)]
     together = flat(speaker, conversations, n=5, max_new_tokens=16)
-    back = flat(speaker, conversations[::-1], n=5, max_new_tokens=16, slots=15)
+    back = flat(speaker, conversations[::-1], n=5, max_new_tokens=16, decode_slots=15)
     back = [c for i in range(20) for c in back[5 * (19 - i):5 * (20 - i)]]
     alone = [c for conversation in conversations for c in flat(speaker, [conversation], n=5, max_new_tokens=16)]
-    for name, others in (("alone", alone), ("backwards, in 15 slots", back)):
+    for name, others in (("alone", alone), ("backwards, in 15 decode_slots", back)):
         flipped = [i for i, (a, b) in enumerate(zip(together, others, strict=True)) if a.ids != b.ids]
         print(f"rows with other tokens {name}: {flipped}")
         assert len(flipped) <= 1
@@ -287,7 +287,7 @@ def test_a_clip_is_encoded_once_however_many_completions_and_steps_follow(kind, 
     conversations = [[{"role": "user", "content": [{"type": part, part: clip}]}] for clip in clips]
     seen, encode = [], model.encode
     monkeypatch.setattr(model, "encode", lambda kind, media: seen.extend(media) or encode(kind, media))
-    generate(model, processor, conversations, n=4, max_new_tokens=5, temperature=1.0, seed=0, slots=4)
+    generate(model, processor, conversations, n=4, max_new_tokens=5, temperature=1.0, seed=0, decode_slots=4)
     assert len(seen) == 3 == len({m.features.data_ptr() for m in seen})
 
 
@@ -307,7 +307,7 @@ def test_prompts_pass_the_decoder_once_and_completions_a_token_at_a_time(plain):
 
 def test_64_rollouts_of_850_and_512_tokens_of_qwen2_audio_take_at_most_20_gib():
     sizes = read_config(json.loads(QWEN2_AUDIO.read_text())).text, 8, 850, 64, 512
-    cache = Cache(*sizes, device="meta", dtype=torch.bfloat16, impl="torch")
+    cache = Cache(*sizes, device="meta", dtype=torch.bfloat16, backend="torch")
     assert sum(pool.nbytes for pool in cache.pools) == pool_bytes(*sizes, torch.bfloat16) <= 20 * 2**30
     assert pool_bytes(*sizes, torch.bfloat16) == (8 * 850 + 64 * 511) * 2 * 32 * 32 * 128 * 2  # by hand
     assert [pool.shape for pool in cache.pools] == list(pool_shapes(*sizes))
@@ -317,7 +317,7 @@ def test_a_rollouts_pools_hold_a_prompt_once_and_no_more_slots_than_asked(speake
     made, Whole = [], Cache
     monkeypatch.setattr(rollout, "Cache", lambda *args: made.append(Whole(*args)) or made[-1])
     longest = max(len(speaker[1](heard(i))) for i in range(4))
-    flat(speaker, [heard(i) for i in range(4)], n=3, slots=7)
+    flat(speaker, [heard(i) for i in range(4)], n=3, decode_slots=7)
     assert [tuple(pool.shape[2:]) for pool in made[0].pools] == [(2, 2, longest, 12), (6, 2, LENGTH - 1, 12)]
 
 
@@ -338,7 +338,7 @@ def test_the_pools_are_freed_with_the_call(speaker, monkeypatch):
 def test_a_step_looks_at_no_value(speaker):
     """On the meta device there is none: item(), tolist(), a boolean index or a branch on a tensor raises."""
     model = copy.deepcopy(speaker[0]).to("meta")
-    d = Decoder(model, 2, 30, 3, max_new_tokens=8, temperature=0.7, banned=[1, 2], end_id=3, impl="torch")
+    d = Decoder(model, 2, 30, 3, max_new_tokens=8, temperature=0.7, suppressed_ids=[1, 2], end_id=3, backend="torch")
     d.step()
     with pytest.raises(RuntimeError):
         d.run(1)  # it reads what was sampled
@@ -347,8 +347,8 @@ def test_a_step_looks_at_no_value(speaker):
 def test_a_step_keeps_every_tensor_where_it_is(speaker):
     model, processor = speaker
     prompts = [processor(heard(i)) for i in range(2)]
-    d = Decoder(model, 2, max(map(len, prompts)), 3, max_new_tokens=8, temperature=0.7, banned=processor.banned,
-                end_id=processor.end_id, impl="torch")  # fmt: skip
+    d = Decoder(model, 2, max(map(len, prompts)), 3, max_new_tokens=8, temperature=0.7, suppressed_ids=processor.suppressed_ids,
+                end_id=processor.end_id, backend="torch")  # fmt: skip
     with torch.inference_mode():
         d.fill(prompts, [1, 0], torch.rand(6, 8, dtype=torch.float64))
         before = {f"{type(o).__name__}.{name}": (x, x.data_ptr()) for o in (d, d.cache) for name, x in vars(o).items()
@@ -364,7 +364,7 @@ def test_a_step_keeps_every_tensor_where_it_is(speaker):
 @pytest.mark.parametrize("length", [1, 2, 8])
 def test_a_step_can_be_taken_before_there_is_a_prompt(plain, length):
     """As capture does, with whatever the pools' memory holds."""
-    d = Decoder(plain[0], 2, 30, 3, max_new_tokens=length, temperature=0.7, banned=[1], end_id=-1, impl="torch")
+    d = Decoder(plain[0], 2, 30, 3, max_new_tokens=length, temperature=0.7, suppressed_ids=[1], end_id=-1, backend="torch")
     with torch.inference_mode():
         d.step()
 
@@ -383,7 +383,7 @@ def as_if_captured(monkeypatch):
 @pytest.mark.parametrize("length", [1, 2, 9, 30])
 def test_looking_every_few_steps_changes_nothing(speaker, length, monkeypatch):
     conversations = [heard(i) for i in range(5)]
-    options = dict(n=2, max_new_tokens=length, stop=("e",), slots=4)
+    options = dict(n=2, max_new_tokens=length, stop=("e",), decode_slots=4)
     wanted = flat(speaker, conversations, **options)
     as_if_captured(monkeypatch)
     assert_same(flat(speaker, conversations, **options), wanted)
@@ -393,8 +393,8 @@ def test_looking_every_few_steps_changes_nothing(speaker, length, monkeypatch):
 def test_the_kernel_gives_the_tokens_of_its_twin(kind, tmp_path):
     speaker, conversations = build(tmp_path, kind, 3), [heard(1), heard(2)] if kind == "audio" else [
         [{"role": "user", "content": text}] for text in ("Hm", "What is it that we see here?")]  # fmt: skip
-    options = dict(n=2, max_new_tokens=4, slots=2)
-    assert_same(flat(speaker, conversations, impl="triton", **options), flat(speaker, conversations, **options))
+    options = dict(n=2, max_new_tokens=4, decode_slots=2)
+    assert_same(flat(speaker, conversations, backend="triton", **options), flat(speaker, conversations, **options))
 
 
 @pytest.mark.gpu
@@ -402,9 +402,9 @@ def test_the_kernel_gives_the_tokens_of_its_twin(kind, tmp_path):
 def test_captured_steps_give_what_eager_ones_do(speaker, temperature):
     model, processor = copy.deepcopy(speaker[0]).cuda(), speaker[1]
     conversations = [heard(i) for i in range(6)]
-    options = dict(n=2, max_new_tokens=30, stop=("e",), slots=4, temperature=temperature)
-    assert_same(flat((model, processor), conversations, impl="triton", **options),
-                flat((model, processor), conversations, impl="torch", **options))
+    options = dict(n=2, max_new_tokens=30, stop=("e",), decode_slots=4, temperature=temperature)
+    assert_same(flat((model, processor), conversations, backend="triton", **options),
+                flat((model, processor), conversations, backend="torch", **options))
 
 
 # ---- agreement with training ----
@@ -414,16 +414,16 @@ def test_captured_steps_give_what_eager_ones_do(speaker, temperature):
 def test_64_rollouts_of_64_tokens_have_the_log_probabilities_that_training_computes(plain, temperature):
     model, processor = plain
     conversations = [heard(i) for i in range(8)]
-    options = dict(max_new_tokens=64, temperature=temperature, seed=5, slots=24)
+    options = dict(max_new_tokens=64, temperature=temperature, seed=5, decode_slots=24)
     answers = generate(model, processor, conversations, n=8, **options)
-    banned_Z = torch.tensor(processor.banned)
+    suppressed_Z = torch.tensor(processor.suppressed_ids)
     for conversation, completions in zip(conversations, answers, strict=True):
         batch = pack([Group(processor(conversation), tuple(torch.tensor(c.ids) for c in completions))])
         logits_TV = model.logits(model(batch)[batch.target_row_T])
-        logp_T = row_stats(logits_TV, batch.target_id_T, temperature, banned_Z, impl="torch")[0]
+        logp_T = row_stats(logits_TV, batch.target_id_T, temperature, suppressed_Z, backend="torch")[0]
         sampled_T = torch.tensor([x for c in completions for x in c.logprobs])
         assert len(sampled_T) == 512 and (sampled_T - logp_T).abs().max() <= 1e-5
-        assert not set(batch.target_id_T.tolist()) & set(processor.banned)
+        assert not set(batch.target_id_T.tolist()) & set(processor.suppressed_ids)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
@@ -436,7 +436,7 @@ def test_sampled_frequencies_are_the_softmax(speaker, temperature):
     for drawn, more in (([a for a, _ in said], []), ([b for a, b in said if a == common], [common])):
         positions_3N = torch.cat([start.positions_3N, start.positions_3N[:, -1:] + 1], 1)[:, :len(start) + len(more)]
         batch = pack([Prompt(torch.cat([start.ids_N, torch.tensor(more).long()]), positions_3N, start.media)])
-        z_V = model.logits(model(batch)[-1:])[0].index_fill(0, torch.tensor(processor.banned), -torch.inf) / temperature
+        z_V = model.logits(model(batch)[-1:])[0].index_fill(0, torch.tensor(processor.suppressed_ids), -torch.inf) / temperature
         expected_V, found_V = len(drawn) * z_V.double().softmax(0), torch.bincount(torch.tensor(drawn), minlength=340)
         often = expected_V >= 5  # the others count as one
         expected, found = (torch.cat([x[often], x[~often].sum()[None]]) for x in (expected_V, found_V))
@@ -456,8 +456,8 @@ def test_sampled_frequencies_are_the_softmax(speaker, temperature):
     (dict(stop="</answer>"), "stop must be a list of strings, none of them empty, got '</answer>'"),
     (dict(stop=("x", "")), "stop must be a list of strings, none of them empty, got ('x', '')"),
     (dict(stop=[7]), "stop must be a list of strings, none of them empty, got [7]"),
-    (dict(n=3, slots=2), "slots must be at least n = 3, the completions of a prompt, got 2"),
-    (dict(slots=0), "slots must be at least n = 1, the completions of a prompt, got 0"),
+    (dict(n=3, decode_slots=2), "decode_slots must be at least n = 3, the completions of a prompt, got 2"),
+    (dict(decode_slots=0), "decode_slots must be at least n = 1, the completions of a prompt, got 0"),
     (dict(keys=["a"]), "keys must be one for each of the 2 conversations, got 1"),
     (dict(keys=["a", "b", "c"]), "keys must be one for each of the 2 conversations, got 3"),
     (dict(conversations=[]), "generate needs at least one conversation, got none"),
@@ -492,7 +492,7 @@ def test_decode_hands_out_the_logits_after_each_prompt_in_order(speaker):
     model, processor = speaker
     prompts, seen = [processor(heard(i)) for i in range(5)], []
     uniform_BT = torch.stack([uniforms(0, 0, str(i), 0, 6) for i in range(5)])
-    decode(model, processor, prompts, uniform_BT, max_new_tokens=6, temperature=1.0, banned=processor.banned, slots=2,
+    decode(model, processor, prompts, uniform_BT, max_new_tokens=6, temperature=1.0, suppressed_ids=processor.suppressed_ids, decode_slots=2,
            on_prompts=seen.append)
     batch = pack(prompts)
     wanted_BV = model.logits(model(batch)[[end - 1 for _, end in batch.spans]])

@@ -152,7 +152,7 @@ def test_a_step_of_training_augments_drops_out_and_follows_the_schedule(monkeypa
     model.embed = lambda x, noise: rows.append((len(x), noise is not None)) or embed(x, noise)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
     optimizer.register_step_post_hook(lambda optimizer, *_: lrs.append(optimizer.param_groups[0]["lr"]))
-    stage = SimpleNamespace(name="s", device="cpu", seed=0, augment=augment, batch_size=4, epochs=2, lr=1.0, warmup=0.5)
+    stage = SimpleNamespace(name="s", device="cpu", seed=0, augment=augment, batch_size=4, epochs=2, lr=1.0, warmup_ratio=0.5)
     heard, target_N = list(torch.randn(22, 40, 64)), torch.arange(22) % 2
     for epoch in range(2):
         switch.train_epoch(stage, epoch, model, optimizer, heard, target_N, list(range(20)))
@@ -171,7 +171,7 @@ def test_every_epoch_has_an_order_and_noise_of_its_own():
     heard = [torch.full((40, 64), float(i)) + torch.randn(40, 64).index_fill(0, torch.tensor(0), 0) for i in range(20)]
     for epoch in (0, 0, 1):
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
-        stage = SimpleNamespace(name="s", device="cpu", seed=0, augment="off", batch_size=4, epochs=2, lr=0.0, warmup=0)
+        stage = SimpleNamespace(name="s", device="cpu", seed=0, augment="off", batch_size=4, epochs=2, lr=0.0, warmup_ratio=0)
         switch.train_epoch(stage, epoch, model, optimizer, heard, torch.arange(20) % 2, list(range(0, 20, 2)))
     first, again, second = (sum(seen[at:at + 2], []) for at in (0, 2, 4))  # ten clips: two steps of four, two left out
     assert first == again != second and len(set(first)) == len(set(second)) == 8
@@ -281,7 +281,7 @@ def test_a_class_that_one_of_the_two_never_answered_is_left_out_and_counted(worl
     assert "loses 1 (the paper: 226 to 60); 1 left out, whose clips were all bad for one of" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("which", ["analysis", "blind"])
+@pytest.mark.parametrize("trace_filter", ["analysis", "blind"])
 def test_too_many_bad_clips_fail(world, tmp_path, which):
     path = edited(world / which, tmp_path / "bad", silence_clips(0))
     field = {"analysis": "manifest", "blind": "train_manifest"}[which]
@@ -348,7 +348,7 @@ def test_it_starts_from_a_checkpoint_with_a_head_of_its_own(world, tmp_path):
     theirs = make_cnn14(527, 1 / 16, 5)
     torch.save({"iteration": 1, "model": theirs.state_dict()}, tmp_path / "c.pth")
     _, scratch = run(world, tmp_path / "scratch", epochs=1)
-    _, tuned = run(world, tmp_path / "tuned", epochs=1, weights=f"{tmp_path}/c.pth", lr=1e-9, warmup=0.0)
+    _, tuned = run(world, tmp_path / "tuned", epochs=1, weights=f"{tmp_path}/c.pth", lr=1e-9, warmup_ratio=0.0)
     assert scratch[1]["loss"] != tuned[1]["loss"]
     state = load_file(tmp_path / "tuned" / "state.safetensors")
     assert state["fc_audioset.weight"].shape == (2, 128)

@@ -302,7 +302,7 @@ def test_a_prompts_positions_are_those_of_its_media(kind, processor):
     assert prompt.positions_3N.amax() == len(prompt) - 1  # 5 tokens in a row of 5 columns: as long as text
 
 
-# ---- letters, banned ids ----
+# ---- letters, suppressed ids ----
 
 
 def test_letters_are_the_tokens_that_an_answer_starts_with(kind, processor):
@@ -315,8 +315,8 @@ def test_letters_are_the_tokens_that_an_answer_starts_with(kind, processor):
 def test_banned_are_the_rows_without_a_string_and_every_special_token_but_the_end_of_turn(kind, processor):
     rows = len(processor.tokenizer.get_vocab())
     special = {processor.tokenizer.token_to_id(token) for token in COMMON + SPECIAL[kind]} - {processor.end_id}
-    assert processor.banned == sorted(special | set(range(rows, 400)))
-    assert not set(processor.banned) & {*processor.letter_ids(26), processor.end_id}
+    assert processor.suppressed_ids == sorted(special | set(range(rows, 400)))
+    assert not set(processor.suppressed_ids) & {*processor.letter_ids(26), processor.end_id}
 
 
 # ---- what is refused ----

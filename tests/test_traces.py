@@ -135,7 +135,7 @@ def texts_of(found):
 
 def test_the_first_sample_of_many_is_the_only_one_of_one_and_a_seed_changes_all(world, tmp_path):
     many = texts_of(run(stage_of(world), tmp_path / "many"))
-    one = texts_of(run(stage_of(world, n=1, slots=2), tmp_path / "one"))
+    one = texts_of(run(stage_of(world, n=1, decode_slots=2), tmp_path / "one"))
     assert [texts[0] for texts in many.values()] == [text for [text] in one.values()]
     assert len({text for texts in many.values() for text in texts}) > 30  # of 36
     other = texts_of(run(stage_of(world, seed=1), tmp_path / "other"))
@@ -173,6 +173,6 @@ def test_the_labels_have_the_form_of_the_labels_that_training_reads(monkeypatch,
     assert counts == {"teacher": 6, "left out: not unanimous": 6} and {e.answer for e, *_ in chosen} == {0}
     for which, count in (("all", 24), ("first", 12), ("unanimous", 12)):
         stage = Train(name="s", objective="sft", model="m", manifest=str(world / "clips" / "manifest.jsonl"),
-                      traces=str(tmp_path / "run" / "traces.jsonl"), which=which)
+                      traces=str(tmp_path / "run" / "traces.jsonl"), trace_filter=which)
         chosen, counts = sources(stage, read_manifest(stage.manifest))
         assert counts["traces"] == count and sum(counts.values()) - counts.get("left out: no trace", 0) == 24

@@ -94,18 +94,18 @@ def test_training_with_triton_kernels_equals_training_without(world, tmp_path, c
     used, logs = set(), {}
 
     def noted(function, *args, **options):
-        used.add((function.__name__, options.get("impl", args[-1])))
+        used.add((function.__name__, options.get("backend", args[-1])))
         return function(*args, **options)
 
     for module, name in ((logprob, "row_stats"), (logprob, "logits_grad"), (minixmd.models.lora, "lora_linear")):
         monkeypatch.setattr(module, name, partial(noted, getattr(module, name)))
-    for impl in ("torch", "triton"):
-        (tmp_path / impl).mkdir()
-        assert run(tmp_path / impl, train(world, max_steps=3, impl=impl)) == 0
-        assert f"on cpu, float32, kernels in {impl}, " in capsys.readouterr().out
-        assert used == {(name, impl) for name in ("row_stats", "logits_grad", "lora_linear")}
+    for backend in ("torch", "triton"):
+        (tmp_path / backend).mkdir()
+        assert run(tmp_path / backend, train(world, max_steps=3, backend=backend)) == 0
+        assert f"on cpu, float32, kernels in {backend}, " in capsys.readouterr().out
+        assert used == {(name, backend) for name in ("row_stats", "logits_grad", "lora_linear")}
         used.clear()
-        logs[impl] = [(line["loss"], line["grad_norm"]) for line in log_of(tmp_path / impl / "run/student")[1:]]
+        logs[backend] = [(line["loss"], line["grad_norm"]) for line in log_of(tmp_path / backend / "run/student")[1:]]
     assert len(logs["torch"]) == 3
     for a, b in zip(*logs.values(), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
@@ -113,9 +113,9 @@ def test_training_with_triton_kernels_equals_training_without(world, tmp_path, c
 
 def test_triton_kernels_are_refused_where_they_cannot_run(world, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert "impl 'triton' needs a GPU" in refused(tmp_path, capsys, train(world, impl="triton"))
+    assert "backend 'triton' needs a GPU" in refused(tmp_path, capsys, train(world, backend="triton"))
     assert not (tmp_path / "run").exists()
-    assert run(tmp_path, train(world, impl="auto", max_steps=1)) == 0
+    assert run(tmp_path, train(world, backend="auto", max_steps=1)) == 0
     assert "kernels in torch" in capsys.readouterr().out
 
 
@@ -206,7 +206,7 @@ def test_sft_learns_every_trace_of_a_clip_and_leaves_out_clips_without_one(tmp_p
 def test_a_trace_that_cannot_be_learnt_is_left_out_and_counted(tmp_path, text, why):
     examples = [Example(id=i, audio="a.wav", video=None, question="?", options=CLASSES) for i in "ab"]
     path = tmp_path / "traces.jsonl"
-    stage = Train(name="s", objective="sft", model="m", manifest="m", traces=str(path), which="first")
+    stage = Train(name="s", objective="sft", model="m", manifest="m", traces=str(path), trace_filter="first")
     records = [dict(id="a", sample=0, text="It barks: A"), dict(id="b", sample=0, text=text),
                dict(id="a", sample=1, text=text)]  # fmt: skip
     path.write_text("".join(json.dumps(r) + "\n" for r in records))

@@ -225,7 +225,7 @@ def off_by_one(convolve):
 
 
 def unscaled(linear):
-    return lambda x, w, bias, a, b, scale, impl: linear(x, w, bias, a, b, 1.5, impl)
+    return lambda x, w, bias, a, b, scale, backend: linear(x, w, bias, a, b, 1.5, backend)
 
 
 def doubled_scale(save):
@@ -289,9 +289,9 @@ FAULTS = [
     ("cached decoding = full forward", "vision", "positions resume after the rows, not after the largest", patched(
         "minixmd.learning.rollout.pack", lambda was: lambda prompts: resumed(was(prompts)))),
     ("log-probs generated = scored", "audio", "the temperature is forgotten", patched(
-        "minixmd.learning.rollout.sample", lambda draw: lambda z, u, t, banned: draw(z, u, 1.0, banned))),
-    ("log-probs generated = scored", "audio", "banned ids are in the sum", patched(
-        "minixmd.learning.rollout.sample", lambda draw: lambda z, u, t, banned: draw(z, u, t, banned[:0]))),
+        "minixmd.learning.rollout.sample", lambda draw: lambda z, u, t, suppressed_ids: draw(z, u, 1.0, suppressed_ids))),
+    ("log-probs generated = scored", "audio", "suppressed ids are in the sum", patched(
+        "minixmd.learning.rollout.sample", lambda draw: lambda z, u, t, suppressed_ids: draw(z, u, t, suppressed_ids[:0]))),
     ("another clip changes the answer", "audio", "features are not scattered", patched(
         "minixmd.models.multimodal.MultimodalLM.embed", deaf)),
     ("another clip changes the answer", "omni", "one kind's features are not scattered", patched(
@@ -302,7 +302,7 @@ FAULTS = [
     ("adapter off = base model", "audio", "the scale is not applied", patched(
         "minixmd.models.lora.lora_linear", unscaled)),
     ("adapter off = base model", "vision", "the adapter does nothing", patched(
-        "minixmd.kernels.lora._LoraLinears.apply", lambda _: lambda x, impl, scales, *tensors: tuple(
+        "minixmd.kernels.lora._LoraLinears.apply", lambda _: lambda x, backend, scales, *tensors: tuple(
             F.linear(x, w, bias) for w, bias in zip(tensors[::4], tensors[1::4], strict=True)))),
     ("adapter exported = re-read", "audio", "the scale changes on export", patched(
         "minixmd.verify.invariances.save_adapter", doubled_scale)),

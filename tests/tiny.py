@@ -26,9 +26,9 @@ def randomise(model, seed=0):
     return model
 
 
-def cross_entropy(hidden_ND, head_VD, batch, chunk=CHUNK, impl="torch"):
+def cross_entropy(hidden_ND, head_VD, batch, chunk=CHUNK, backend="torch"):
     """(loss, nll_T) of the batch's targets, by the head."""
-    objective = CrossEntropy(batch.target_id_T, batch.target_weight_T, impl)
+    objective = CrossEntropy(batch.target_id_T, batch.target_weight_T, backend)
     loss, columns = head_loss(hidden_ND, head_VD, batch.target_row_T, objective, chunk)
     return loss, columns["nll"]
 

@@ -122,7 +122,7 @@ def check_asking(item, needs=("options",)):
     """The fields that every stage which asks a model has in common."""
     one_of(item, "media", "audio", "video", "both", "sounded")
     one_of(item, "device", "auto", "cpu", "cuda")
-    one_of(item, "impl", "auto", "triton", "torch")
+    one_of(item, "backend", "auto", "triton", "torch")
     one_of(item, "dtype", "float32", "bfloat16", "float16")
     require(item, "fps > 0", "min_pixels >= 1", "nframes >= 2", "max_bad >= 0", "max_bad <= 1", "seed >= 0")
     if item.min_pixels > item.max_pixels:

@@ -51,7 +51,7 @@ class _Asking:
     batch_tokens: int = 8192  # tokens packed into a forward pass
     max_bad: float = 0.01  # share of bad clips above which the stage fails; 1 = never
     device: str = "auto"  # "auto" | "cpu" | "cuda"
-    impl: str = "auto"  # "triton" | "torch" | "auto", Triton kernels on a GPU and PyTorch elsewhere
+    backend: str = "auto"  # "triton" | "torch" | "auto", Triton kernels on a GPU and PyTorch elsewhere
     dtype: str = "float32"  # "float32" | "bfloat16" | "float16"
     seed: int = 0
 
@@ -107,15 +107,15 @@ class _Remote:
 
     endpoint: str | None = None  # base URL, such as http://localhost:8000/v1; None = no endpoint
     served: str | None = None  # the model's name there
-    key_variable: str = "OPENAI_API_KEY"  # environment variable with the key, if the endpoint wants one
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable with the key, if the endpoint wants one
     concurrency: int = 8  # requests at a time
     timeout_s: float = 120.0  # of a request
     attempts: int = 5  # of a request that times out, cannot connect, meets a server error or brings nonsense
-    wait_s: float = 1.0  # before the second attempt; each further one waits twice as long
+    retry_backoff_s: float = 1.0  # before the second attempt; each further one waits twice as long
 
     def check_remote(self, model):
         """Either an endpoint with the model's name there, or a model."""
-        require(self, "concurrency >= 1", "timeout_s > 0", "attempts >= 1", "wait_s >= 0")
+        require(self, "concurrency >= 1", "timeout_s > 0", "attempts >= 1", "retry_backoff_s >= 0")
         if (self.endpoint is None) == (model is None):
             raise ConfigError(f"config: either model or endpoint must be given, got {model!r} and {self.endpoint!r}")
         if self.endpoint is not None:
@@ -135,14 +135,14 @@ class Traces(_Asking, _Remote):
     n: int = 8  # samples a clip
     temperature: float = 1.0  # of the sampling
     max_new_tokens: int = 512  # of a sample, the end of turn included; a longer one is not used
-    slots: int | None = None  # samples decoded at once, at least n; None = 8 n
+    decode_slots: int | None = None  # samples decoded at once, at least n; None = 8 n
 
     def __post_init__(self):
         _Asking.__post_init__(self)
         self.check_remote(self.model)
         require(self, "n >= 1", "temperature > 0", "max_new_tokens >= 2")
-        if self.slots is not None and self.slots < self.n:
-            raise ConfigError(f"config: slots {self.slots} is below n {self.n}")
+        if self.decode_slots is not None and self.decode_slots < self.n:
+            raise ConfigError(f"config: decode_slots {self.decode_slots} is below n {self.n}")
         if self.endpoint is not None:
             one_of(self, "media", "video", "audio")
             for name in ("fps", "min_pixels", "max_pixels", "nframes"):
@@ -159,7 +159,7 @@ class FactCheck(_Remote):
     # what is judged
     traces: str  # "@traces"
     manifest: str  # JSONL file of the clips
-    which: str = "used"  # "used", first traces and unanimous ones | "all" | "calibration", `limit` of them
+    trace_filter: str = "used"  # "used", first traces and unanimous ones | "all" | "calibration", `limit` of them
     limit: int | None = None  # traces of "calibration", at most one a clip, drawn by seed
     checker: str = "model"  # "model" | "endpoint" | "verifier", trained on another's verdicts | "verdicts", as given
     threshold: float = 0.0  # a trace is accepted above it; scores are log-odds of yes (endpoints without: +1, -1)
@@ -175,27 +175,27 @@ class FactCheck(_Remote):
     epochs: int = 30
     batch_size: int = 32  # traces of an optimizer step
     lr: float = 1e-4  # peak, of Adam
-    warmup: float = 0.1  # share of the steps; 0 = off
+    warmup_ratio: float = 0.1  # share of the steps; 0 = off
     # how it runs
     batch_tokens: int = 8192  # tokens packed into a forward pass
     max_bad: float = 0.01  # share of traces that could not be judged above which the stage fails; 1 = never
     device: str = "auto"  # "auto" | "cpu" | "cuda"
-    impl: str = "auto"  # "triton" | "torch" | "auto", Triton kernels on a GPU and PyTorch elsewhere
+    backend: str = "auto"  # "triton" | "torch" | "auto", Triton kernels on a GPU and PyTorch elsewhere
     dtype: str = "float32"  # "float32" | "bfloat16" | "float16"
     seed: int = 0  # of the calibration set and the verifier
 
     def __post_init__(self):
         check_types(self)
         one_of(self, "checker", "model", "endpoint", "verifier", "verdicts")
-        one_of(self, "which", "used", "all", "calibration")
+        one_of(self, "trace_filter", "used", "all", "calibration")
         one_of(self, "device", "auto", "cpu", "cuda")
-        one_of(self, "impl", "auto", "triton", "torch")
+        one_of(self, "backend", "auto", "triton", "torch")
         one_of(self, "dtype", "float32", "bfloat16", "float16")
         require(self, "limit >= 2", "width > 0", "clip_s >= 0.31", "epochs >= 1", "batch_size >= 2", "lr > 0",
-                "warmup >= 0", "warmup <= 1", "batch_tokens >= 1", "max_bad >= 0", "max_bad <= 1", "seed >= 0")
+                "warmup_ratio >= 0", "warmup_ratio <= 1", "batch_tokens >= 1", "max_bad >= 0", "max_bad <= 1", "seed >= 0")
         check_prompt(self.prompt, ("trace",))
-        if (self.which == "calibration") != (self.limit is not None):
-            raise ConfigError(f"config: which {self.which!r} with limit {self.limit!r}: 'calibration' needs one, the "
+        if (self.trace_filter == "calibration") != (self.limit is not None):
+            raise ConfigError(f"config: trace_filter {self.trace_filter!r} with limit {self.limit!r}: 'calibration' needs one, the "
                               "others none")
         needs = {"model": ("model",), "endpoint": ("endpoint", "served"), "verifier": ("model", "verdicts"),
                  "verdicts": ("verdicts",)}[self.checker]
@@ -227,7 +227,7 @@ class Switch:
     epochs: int = 30
     batch_size: int = 32  # rows of an optimizer step; with mixup there are two clips in a row
     lr: float = 1e-4  # peak, of Adam
-    warmup: float = 0.1  # share of the steps; 0 = off
+    warmup_ratio: float = 0.1  # share of the steps; 0 = off
     augment: str = "both"  # "spec", SpecAugment | "mixup" | "both" | "off"
     # how it runs
     max_bad: float = 0.01  # share of bad clips above which the stage fails; 1 = never
@@ -238,16 +238,16 @@ class Switch:
         check_types(self)
         one_of(self, "augment", "spec", "mixup", "both", "off")
         one_of(self, "device", "auto", "cpu", "cuda")
-        require(self, "width > 0", "clip_s >= 0.31", "epochs >= 1", "batch_size >= 1", "lr > 0", "warmup >= 0",
-                "warmup <= 1", "max_bad >= 0", "max_bad <= 1", "seed >= 0")
+        require(self, "width > 0", "clip_s >= 0.31", "epochs >= 1", "batch_size >= 1", "lr > 0", "warmup_ratio >= 0",
+                "warmup_ratio <= 1", "max_bad >= 0", "max_bad <= 1", "seed >= 0")
 
 
 USED_BY = {  # Train's fields that other objectives do not read
     **dict.fromkeys(("student_labels", "switch", "gate", "teacher_loss"), ("distill",)),
     **dict.fromkeys(("teacher_labels", "temperature"), ("distill", "grpo")),
-    "traces": ("sft",), "which": ("sft",), "max_new_tokens": ("sft", "grpo"),
+    "traces": ("sft",), "trace_filter": ("sft",), "max_new_tokens": ("sft", "grpo"),
     **dict.fromkeys(("group_size", "beta", "kl", "clip_low", "clip_high", "ratio", "aggregation", "scale_rewards",
-                     "truncated", "zero_variance", "num_iterations", "slots", "stop", "completions_every"), ("grpo",)),
+                     "truncated", "zero_variance", "num_iterations", "decode_slots", "stop", "completions_every"), ("grpo",)),
 }
 
 
@@ -271,7 +271,7 @@ class Train:
     nframes: int | None = None  # frames a clip; None = by fps
     # SFT
     traces: str | None = None  # JSONL of {"id", "text"}: what "sft" learns to write of a clip; None = the right letter
-    which: str = "all"  # of the traces: "all" | "first", the first sample of a clip | "unanimous", if all samples agree
+    trace_filter: str = "all"  # of the traces: "all" | "first", the first sample of a clip | "unanimous", if all samples agree
     # distillation
     teacher_labels: str | None = None  # "@label"; needed by "distill"; what "grpo" rewards, None = the manifest's
     student_labels: str | None = None  # the student's own letters, "@label"; None = no anti-forgetting
@@ -292,7 +292,7 @@ class Train:
     truncated: str = "keep"  # completions that max_new_tokens cut: "keep" | "mask", no loss on them
     zero_variance: str = "keep"  # groups of equal rewards, which only have a KL: "keep" | "skip"
     num_iterations: int = 1  # optimizer steps on each rollout
-    slots: int | None = None  # completions decoded at once, at least group_size; None = all of a step's
+    decode_slots: int | None = None  # completions decoded at once, at least group_size; None = all of a step's
     stop: tuple[str, ...] = ()  # strings that end a completion, beside the end of turn
     completions_every: int = 10  # steps between those of which completions.jsonl shows some; 0 = none
     # what trains
@@ -306,7 +306,7 @@ class Train:
     batch_size: int = 8  # sequences an optimizer step; of "grpo" prompts
     micro_batch_size: int = 8  # sequences a forward pass; of "grpo" prompts, each with its completions
     lr: float = 1e-4  # peak
-    warmup: float = 0.1  # share of the steps; 0 = off
+    warmup_ratio: float = 0.1  # share of the steps; 0 = off
     weight_decay: float = 0.0  # 0 = off
     clip: float = 1.0  # gradient norm; 0 = off
     betas: tuple[float, float] = (0.9, 0.999)
@@ -316,7 +316,7 @@ class Train:
     save_every: int = 100  # optimizer steps between resumable states; 0 = only at the end and to validate
     max_bad: float = 0.01  # share of bad clips above which the stage fails; 1 = never
     device: str = "auto"  # "auto" | "cpu" | "cuda"
-    impl: str = "auto"  # "triton" | "torch" | "auto", Triton kernels on a GPU and PyTorch elsewhere
+    backend: str = "auto"  # "triton" | "torch" | "auto", Triton kernels on a GPU and PyTorch elsewhere
     dtype: str = "float32"  # "float32" | "bfloat16" | "float16", of the weights; what trains is kept in float32
     seed: int = 0  # data order and new weights
 
@@ -333,7 +333,7 @@ class Train:
         if self.temperature is None:
             object.__setattr__(self, "temperature", {"distill": 2.0, "grpo": 1.0}.get(self.objective))
         check_asking(self)
-        one_of(self, "which", "all", "first", "unanimous")
+        one_of(self, "trace_filter", "all", "first", "unanimous")
         one_of(self, "trainable", "lora", "decoder", "full")
         one_of(self, "gate", "always", "never", "learned", "oracle")
         one_of(self, "teacher_loss", "ce", "kl", "kl+ce")
@@ -344,7 +344,7 @@ class Train:
         one_of(self, "truncated", "keep", "mask")
         one_of(self, "zero_variance", "keep", "skip")
         require(self, "lora_rank >= 1", "lora_alpha > 0", "epochs >= 1", "max_steps >= 1", "batch_size >= 1",
-                "micro_batch_size >= 1", "lr > 0", "warmup >= 0", "warmup <= 1", "weight_decay >= 0", "clip >= 0",
+                "micro_batch_size >= 1", "lr > 0", "warmup_ratio >= 0", "warmup_ratio <= 1", "weight_decay >= 0", "clip >= 0",
                 "eps > 0", "eval_every >= 0", "save_every >= 0", "temperature > 0", "group_size >= 2",
                 "max_new_tokens >= 1", "beta >= 0", "clip_low >= 0", "clip_low <= 1", "clip_high >= 0",
                 "num_iterations >= 1", "completions_every >= 0")
@@ -352,8 +352,8 @@ class Train:
             raise ConfigError(f"config: betas must be >= 0 and < 1, got {self.betas}")
         if self.objective == "distill" and self.teacher_labels is None and self.gate != "never":
             raise ConfigError("config: objective 'distill' needs teacher_labels, got None")
-        if self.slots is not None and self.slots < self.group_size:
-            raise ConfigError(f"config: slots {self.slots} is below group_size {self.group_size}")
+        if self.decode_slots is not None and self.decode_slots < self.group_size:
+            raise ConfigError(f"config: decode_slots {self.decode_slots} is below group_size {self.group_size}")
         if "" in self.stop:
             raise ConfigError("config: a stop string must not be empty, got ''")
         if self.objective == "sft" and self.traces is None and self.max_new_tokens != 512:

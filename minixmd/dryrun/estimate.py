@@ -23,7 +23,7 @@ from minixmd.inputs.tokenizer import Processor
 from minixmd.learning.rollout import Completion, Decoder
 from minixmd.models.cnn14 import Cnn14
 from minixmd.models.families import ModelConfig, read_config
-from minixmd.models.lora import add_lora, set_impl
+from minixmd.models.lora import add_lora, set_backend
 from minixmd.models.weights import build, config_of, load_adapter
 from minixmd.runs.files import read_json
 from minixmd.stages.multiple_choice import ROOM
@@ -138,23 +138,23 @@ def estimate(stage, found, prompt, train):
         ValueError: the stage cannot train this model.
     """
     device = "cpu" if stage.device == "cpu" else "cuda"
-    impl = "torch" if device == "cpu" or getattr(stage, "impl", "") == "torch" else "triton"
+    backend = "torch" if device == "cpu" or getattr(stage, "backend", "") == "torch" else "triton"
     with tracing(found.config.text.vocab_size if found else 0, device) as live:
         if isinstance(stage, Switch):
             return [classifying(live, stage, 2, stage.augment in ("both", "mixup"))]
         model = found.load(getattr(torch, stage.dtype))
-        set_impl(model, impl)
+        set_backend(model, backend)
         if isinstance(stage, Train):
-            return list(training(live, stage, model, found.processor, prompt, impl, train))
+            return list(training(live, stage, model, found.processor, prompt, backend, train))
         if isinstance(stage, FactCheck):
             return list(judging(live, stage, model, prompt))
         count = max(1, stage.batch_tokens // len(prompt))
         if isinstance(stage, Label) or isinstance(stage, Evaluate) and stage.answer == "letters":
             return [reading(live, model, [prompt] * count)]
-        slots = max(stage.n, ROOM * stage.batch_tokens // stage.max_new_tokens) if stage.temperature else count
+        decode_slots = max(stage.n, ROOM * stage.batch_tokens // stage.max_new_tokens) if stage.temperature else count
         if isinstance(stage, Traces):
-            count, slots = CLIPS, stage.slots or 8 * stage.n
-        return [writing(live, stage, model, found.processor, [prompt] * count, stage.n, slots, impl)]
+            count, decode_slots = CLIPS, stage.decode_slots or 8 * stage.n
+        return [writing(live, stage, model, found.processor, [prompt] * count, stage.n, decode_slots, backend)]
 
 
 def reading(live, model, prompts, doing="reading"):
@@ -167,20 +167,20 @@ def reading(live, model, prompts, doing="reading"):
     return Row(doing, len(batch.ids_N), live.most)
 
 
-def writing(live, stage, model, processor, prompts, n, slots, impl, doing="writing"):
-    """The prompts that the slots have room for, and a step of n completions of each, at full length."""
-    places, longest = min(slots // n, len(prompts)), max(map(len, prompts))
+def writing(live, stage, model, processor, prompts, n, decode_slots, backend, doing="writing"):
+    """The prompts that the decode_slots have room for, and a step of n completions of each, at full length."""
+    prompt_slots, longest = min(decode_slots // n, len(prompts)), max(map(len, prompts))
     temperature = 0.0 if doing == "validation" else stage.temperature
     live.watch("keys, values")
     with torch.no_grad():
-        decoder = Decoder(model, places, longest, n, max_new_tokens=stage.max_new_tokens, temperature=temperature,
-                          banned=[], end_id=processor.end_id, impl=impl)
+        decoder = Decoder(model, prompt_slots, longest, n, max_new_tokens=stage.max_new_tokens, temperature=temperature,
+                          suppressed_ids=[], end_id=processor.end_id, backend=backend)
         live.part = "activations"
-        uniform_BT = torch.zeros(places * n, stage.max_new_tokens, dtype=torch.float64)
-        logits_GV, *_ = decoder.fill(prompts[:places], list(range(places)), uniform_BT)
+        uniform_BT = torch.zeros(prompt_slots * n, stage.max_new_tokens, dtype=torch.float64)
+        logits_GV, *_ = decoder.fill(prompts[:prompt_slots], list(range(prompt_slots)), uniform_BT)
         decoder.run(1)
         del logits_GV  # which rollout.decode keeps as long
-    return Row(doing, places * longest, live.most)
+    return Row(doing, prompt_slots * longest, live.most)
 
 
 def judging(live, stage, model, prompt):
@@ -192,14 +192,14 @@ def judging(live, stage, model, prompt):
         yield classifying(live, stage, WIDTH, False)
 
 
-def training(live, stage, model, processor, prompt, impl, train):
+def training(live, stage, model, processor, prompt, backend, train):
     """An optimizer step that is not the first of its run."""
-    alone = replace(stage, device="cpu", impl="torch", teacher_loss="ce")  # asks for no GPU, and for no labels
+    alone = replace(stage, device="cpu", backend="torch", teacher_loss="ce")  # asks for no GPU, and for no labels
     run, _ = train.build(alone, [None] * stage.batch_size, load=lambda *_, **__: (model, processor))
-    run.impl, run.shared = impl, processor.vocab_size
-    set_impl(run.model, impl)
+    run.backend, run.common_vocab = backend, processor.vocab_size
+    set_backend(run.model, backend)
     if run.reference is not None:
-        set_impl(run.reference, impl)
+        set_backend(run.reference, backend)
         shared = {id(p) for p in run.model.parameters()}
         live.move([p for p in run.reference.parameters() if id(p) not in shared], "reference")
     if stage.device != "cpu" and type(run.optimizer) is torch.optim.AdamW:
@@ -212,11 +212,11 @@ def training(live, stage, model, processor, prompt, impl, train):
     train.update(run, stage, 1.0)
     stepped = Row("optimizer", 0, live.most)
     if stage.objective == "grpo":
-        yield from reinforcing(live, stage, run, processor, prompt, impl, train)
+        yield from reinforcing(live, stage, run, processor, prompt, backend, train)
     else:
         top = {"ids": list(range(TOP)), "logits": [0.0] * TOP, "temperature": stage.temperature, "logsumexp": 5.0}
         if stage.teacher_loss != "ce":
-            run.banned_Z = torch.zeros(1, dtype=torch.int64, device="meta")
+            run.suppressed_Z = torch.zeros(1, dtype=torch.int64, device="meta")
         prompts = [prompt] * stage.micro_batch_size
         if stage.batch_size > stage.micro_batch_size:
             add_gradients(live, run)
@@ -228,12 +228,12 @@ def training(live, stage, model, processor, prompt, impl, train):
         run.optimizer.zero_grad()
         prompts = [prompt] * max(1, VALIDATING // len(prompt))
         if stage.objective == "grpo" or stage.traces is not None:
-            yield writing(live, stage, run.model, processor, prompts, 1, len(prompts), impl, "validation")
+            yield writing(live, stage, run.model, processor, prompts, 1, len(prompts), backend, "validation")
         else:
             yield reading(live, run.model, prompts, "validation")
 
 
-def reinforcing(live, stage, run, processor, prompt, impl, train):
+def reinforcing(live, stage, run, processor, prompt, backend, train):
     """GRPO: completions, their reference's log-probabilities, and the gradients of a micro-batch of prompts."""
     live.watch("activations")
     prompts = [prompt] * stage.batch_size
@@ -242,7 +242,7 @@ def reinforcing(live, stage, run, processor, prompt, impl, train):
         prompts = [replace(one, media=tuple(replace(m, features=m.features.clone()) for m in one.media))
                    for _ in prompts]
     G, T = stage.group_size, stage.max_new_tokens
-    yield writing(live, stage, run.model, processor, prompts, G, stage.slots or G * len(prompts), impl, "rollout")
+    yield writing(live, stage, run.model, processor, prompts, G, stage.decode_slots or G * len(prompts), backend, "rollout")
     said, part = Completion("", (0,) * T, (0.0,) * T, True), prompts[:stage.micro_batch_size]
     rollout = learnable(stage, part, [[said] * G] * len(part), torch.arange(G).float().repeat(len(part), 1))
     tokens = len(part) * (len(prompt) + G * T)

@@ -37,7 +37,7 @@ SHARE, DRIVER = 0.05, 1.0  # of the tensors, what an allocator cannot use; GiB o
 TITLES = ("weights", "refer.", "grads", "optim.", "k, v", "logits", "activ.")  # of PARTS
 APART = frozenset(  # fields on which no memory depends; of some only that they are set
     "name model manifest val_manifest prompt teacher_labels student_labels switch gate traces which rule threshold "
-    "limit lr warmup weight_decay clip betas eps epochs max_steps eval_every save_every max_bad seed "
+    "limit lr warmup_ratio weight_decay clip betas eps epochs max_steps eval_every save_every max_bad seed "
     "completions_every".split())
 ASSUMED = f"""Assumed: clips of {CLIP_S} s, with {RATE} frames a second of {FRAME[1]} x {FRAME[0]}; questions like the \
 one shown; traces and completions at max_new_tokens; a token for each word and sign, where a model's tokenizer is not \

@@ -15,7 +15,7 @@ END = "<|im_end|>"
 VIDEO_OPTIONS = ("fps", "min_pixels", "max_pixels", "nframes", "use_audio")
 
 
-def shared_ids(ours, theirs):
+def common_vocab_size(ours, theirs):
     """How many ids, from 0 on, stand for the same string in two tokenizers."""
     tables = [{i: token for token, i in t.get_vocab(with_added_tokens=True).items()} for t in (ours, theirs)]
     count = min(max(table) + 1 for table in tables)
@@ -23,7 +23,7 @@ def shared_ids(ours, theirs):
 
 
 class Processor:
-    """Callable: conversation -> Prompt. Also holds what depends on the tokenizer: letters, banned ids, decoding.
+    """Callable: conversation -> Prompt. Also holds what depends on the tokenizer: letters, suppressed ids, decoding.
 
     Args:
         folder: holds tokenizer.json.
@@ -60,7 +60,7 @@ class Processor:
         self.end_id = self.tokenizer.token_to_id(END)
 
     @property
-    def banned(self):
+    def suppressed_ids(self):
         """Sorted ids that are never sampled and are left out of scores: rows without a string, and every special
         token but the end of turn."""
         named = set(self.tokenizer.get_vocab(with_added_tokens=True).values())

@@ -4,13 +4,13 @@ import math
 import torch
 
 
-def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up over the first `warmup` share of the steps, then a cosine to zero.
+def learning_rate(step, steps, peak, warmup_ratio):
+    """Linear warm-up over the first `warmup_ratio` share of the steps, then a cosine to zero.
 
     Args:
         step: 0-based; the rate of the update that makes step + 1 of `steps`.
     """
-    rising = round(warmup * steps)
+    rising = round(warmup_ratio * steps)
     if step < rising:
         return peak * (step + 1) / rising
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))

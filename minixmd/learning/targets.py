@@ -78,11 +78,11 @@ def traced(stage, examples):
     for number, record in enumerate(read_traces(stage.traces), 1):
         if record["id"] not in by_id:
             raise ValueError(f"{stage.traces}: trace {number} is of {record['id']!r}, which is not in {stage.manifest}")
-        field, wanted = {"all": (None, None), "first": ("sample", 0), "unanimous": ("unanimous", True)}[stage.which]
+        field, wanted = {"all": (None, None), "first": ("sample", 0), "unanimous": ("unanimous", True)}[stage.trace_filter]
         if field and field not in record:
-            raise ValueError(f"{stage.traces}: trace {number} has no {field!r}, by which {stage.which!r} goes")
+            raise ValueError(f"{stage.traces}: trace {number} has no {field!r}, by which {stage.trace_filter!r} goes")
         if record.get(field) != wanted:
-            passed[f"traces that are not {stage.which}"] += 1
+            passed[f"traces that are not {stage.trace_filter}"] += 1
         elif TAG.search(record["text"]):
             passed["traces left out: special token"] += 1
         elif record["text"].count("<answer>") > 1:

@@ -18,7 +18,7 @@ CHUNK = 1024  # target rows whose logits exist at once: 0.6 GB of fp32 at a voca
 
 # What is optimised. rows(z_TV, at, out_TV) does the targets of a slice `at`, whose logits are z_TV. It returns a tuple
 # of their columns, the loss before its weight first, and writes d sum(weight loss) / dz to out_TV unless that is None.
-# out_TV may be z_TV itself. impl: "triton" | "torch".
+# out_TV may be z_TV itself. backend: "triton" | "torch".
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,43 +30,43 @@ class CrossEntropy:
 
     id_T: torch.Tensor
     weight_T: torch.Tensor
-    impl: str
+    backend: str
     columns = ("nll",)
     lengths = None
 
     def rows(self, z_TV, at, out_TV):
         id_T = self.id_T[at]
-        stats = logprob.row_stats(z_TV, id_T, impl=self.impl)
+        stats = logprob.row_stats(z_TV, id_T, backend=self.backend)
         if out_TV is not None:
-            logprob.logits_grad(z_TV, id_T, stats, -self.weight_T[at], impl=self.impl, out=out_TV)
+            logprob.logits_grad(z_TV, id_T, stats, -self.weight_T[at], backend=self.backend, out=out_TV)
         return (-stats[0],)
 
 
 @dataclass(frozen=True, eq=False)
-class Distill:
-    """T² KL(teacher || student) at `temperature` over the shared ids; the teacher's logits too live for a chunk only.
+class DistillKL:
+    """T² KL(teacher || student) at `temperature` over the common_vocab ids; the teacher's logits too live for a chunk only.
 
     teacher_TE, teacher_head_WE: the teacher's hidden states at the targets and its head, never differentiated.
-    shared, banned_Z, temperature: as in kernels/distill.py.
+    common_vocab, suppressed_Z, temperature: as in kernels/distill.py.
     """
 
     teacher_TE: torch.Tensor
     teacher_head_WE: torch.Tensor
     weight_T: torch.Tensor
-    shared: int
-    banned_Z: torch.Tensor
+    common_vocab: int
+    suppressed_Z: torch.Tensor
     temperature: float
-    impl: str
+    backend: str
     columns = ("kl", "student_dropped", "teacher_dropped")
     lengths = None
 
     def rows(self, z_TV, at, out_TV):
         with torch.no_grad():
             teacher_TW = raw_logits(self.teacher_TE[at], self.teacher_head_WE)
-        how = self.shared, self.banned_Z, self.temperature
+        how = self.common_vocab, self.suppressed_Z, self.temperature
         if out_TV is None:
-            return distill.distill_kl(z_TV, teacher_TW, *how, self.impl)
-        return distill.distill_kl_grad(z_TV, teacher_TW, self.weight_T[at], *how, out_TV, self.impl)
+            return distill.distill_kl(z_TV, teacher_TW, *how, self.backend)
+        return distill.distill_kl_grad(z_TV, teacher_TW, self.weight_T[at], *how, out_TV, self.backend)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,23 +77,23 @@ class DistillTopK:
     logq_TJ: torch.Tensor
     tail_T: torch.Tensor
     weight_T: torch.Tensor
-    shared: int
-    banned_Z: torch.Tensor
+    common_vocab: int
+    suppressed_Z: torch.Tensor
     temperature: float
-    impl: str
+    backend: str
     columns = ("kl", "student_dropped")
     lengths = None
 
     def rows(self, z_TV, at, out_TV):
         stored = self.id_TJ[at], self.logq_TJ[at], self.tail_T[at]
-        how = self.shared, self.banned_Z, self.temperature
+        how = self.common_vocab, self.suppressed_Z, self.temperature
         if out_TV is None:
-            return distill_topk.distill_topk(z_TV, *stored, *how, self.impl)
-        return distill_topk.distill_topk_grad(z_TV, *stored, self.weight_T[at], *how, out_TV, self.impl)
+            return distill_topk.distill_topk(z_TV, *stored, *how, self.backend)
+        return distill_topk.distill_topk_grad(z_TV, *stored, self.weight_T[at], *how, out_TV, self.backend)
 
 
 @dataclass(frozen=True, eq=False)
-class Grpo:
+class PolicyLoss:
     """The clipped policy loss with its KL to a reference; arguments as in kernels/grpo.py.
 
     lengths: targets of each sequence, in order; given, a sequence has one ratio (GSPO). None = one ratio a token.
@@ -104,18 +104,18 @@ class Grpo:
     ref_T: torch.Tensor | None
     advantage_T: torch.Tensor
     weight_T: torch.Tensor
-    objective: grpo.Objective
-    impl: str
+    objective: grpo.ClipConfig
+    backend: str
     temperature: float = 1.0
-    banned_Z: torch.Tensor | None = None
-    limit: int | None = None
+    suppressed_Z: torch.Tensor | None = None
+    vocab_limit: int | None = None
     lengths: tuple | None = None
     columns = ("loss", "ratio", "clipped", "kl", "logp", "entropy")
 
     def rows(self, z_TV, at, out_TV):
         ref_T = None if self.ref_T is None else self.ref_T[at]
         vectors = self.old_T[at], ref_T, self.advantage_T[at], self.weight_T[at], self.objective
-        how = self.temperature, self.banned_Z, self.limit, self.impl
+        how = self.temperature, self.suppressed_Z, self.vocab_limit, self.backend
         if self.lengths is None:
             logp_T, entropy_T, terms = grpo.grpo_rows(z_TV, self.id_T[at], *vectors, *how, out=out_TV)
             return *terms, logp_T, entropy_T
@@ -198,12 +198,12 @@ class _Head(torch.autograd.Function):
 
 
 def head_loss(hidden_ND, head_VD, row_T, objective, chunk=CHUNK):
-    """Sum over targets of weight * loss, never with more than `chunk` rows of logits (but see Grpo.lengths).
+    """Sum over targets of weight * loss, never with more than `chunk` rows of logits (but see PolicyLoss.lengths).
 
     Args:
         hidden_ND: (N, D) from the model, differentiable. head_VD: (V, D) the LM head's weight, of the same dtype,
             differentiable. row_T: (T,) which row predicts each target; rows may repeat.
-        objective: CrossEntropy, Distill, DistillTopK or Grpo over these targets.
+        objective: CrossEntropy, DistillKL, DistillTopK or PolicyLoss over these targets.
     Returns:
         (loss, {column: (T,)}): the differentiable sum, and each target's own values (fp32, detached, not weighted).
     Raises:

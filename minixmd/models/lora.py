@@ -16,12 +16,12 @@ class Linear(nn.Linear):
         self.register_parameter("lora_A", None)  # (R, in) fp32
         self.register_parameter("lora_B", None)  # (out, R) fp32
         self.scale = 0.0
-        self.impl = "torch"  # of the adapted product: set_impl
+        self.backend = "torch"  # of the adapted product: set_backend
 
     def forward(self, x_ND):
         if self.lora_A is None:
             return nn.functional.linear(x_ND, self.weight, self.bias)
-        return lora_linear(x_ND, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, self.impl)
+        return lora_linear(x_ND, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, self.backend)
 
 
 def linears(x_ND, *layers):
@@ -30,15 +30,15 @@ def linears(x_ND, *layers):
     if len(adapted) < 2:
         return [layer(x_ND) for layer in layers]
     outputs = iter(lora_linears(x_ND, [(layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scale)
-                                       for layer in adapted], adapted[0].impl))
+                                       for layer in adapted], adapted[0].backend))
     return [layer(x_ND) if layer.lora_A is None else next(outputs) for layer in layers]
 
 
-def set_impl(model, impl):
+def set_backend(model, backend):
     """Whether adapted products run as "triton" kernels or in "torch" (kernels/lora.py); new models say "torch"."""
     for module in model.modules():
         if isinstance(module, Linear):
-            module.impl = impl
+            module.backend = backend
 
 
 def add_lora(model, *, rank, alpha, targets, seed):

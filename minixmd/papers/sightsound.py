@@ -57,7 +57,7 @@ class SightSound:
     truth: str  # the same clips with true answers, for the upper bound alone
     splits: dict[str, dict]  # {column of the tables: fields of Evaluate, the manifest among them}
     shared: str  # the column on which teacher and student are compared, in every mode (the paper's Table 1)
-    serving: dict = field(default_factory=dict)  # endpoint, served, key_variable: who samples in the teacher's place
+    serving: dict = field(default_factory=dict)  # endpoint, served, api_key_env: who samples in the teacher's place
     val: str | None = None  # manifest by which the best weights are chosen; None = the last ones
     prompts: dict[str, str] = field(default_factory=dict)  # in place of ASKED's
     seeing: dict = field(default_factory=dict)  # fields of every stage that shows a video to a model here
@@ -104,7 +104,7 @@ class SightSound:
         """verifier: a small one, trained on `limit` verdicts of the checker (`calibration`), judges all test_traces."""
         same = dict(traces="@test_traces", manifest=self.splits[self.shared]["manifest"], prompt=self.ask("check"),
                     **self.running)
-        return [FactCheck(name="calibration", which="calibration", limit=limit, **self.checking, **same),
+        return [FactCheck(name="calibration", trace_filter="calibration", limit=limit, **self.checking, **same),
                 FactCheck(name="verifier", checker="verifier", model=self.student,
                           verdicts="@calibration/verdicts.jsonl", **same, **how)]
 
@@ -118,10 +118,10 @@ class SightSound:
             "truth": dict(objective="sft", prompt=self.ask("direct")),
             "labels": dict(objective="distill", teacher_labels="@teacher_labels", prompt=self.ask("direct")),
             "grpo_labels": dict(objective="grpo", teacher_labels="@teacher_labels", **written),
-            "first": dict(objective="sft", traces="@traces", which="first", **written),
-            "checked_first": dict(objective="sft", traces="@checked", which="first", **written),
-            "sft": dict(objective="sft", traces="@checked", which="unanimous", **written),
-            "continued": dict(objective="sft", traces="@checked", which="unanimous", **written),
+            "first": dict(objective="sft", traces="@traces", trace_filter="first", **written),
+            "checked_first": dict(objective="sft", traces="@checked", trace_filter="first", **written),
+            "sft": dict(objective="sft", traces="@checked", trace_filter="unanimous", **written),
+            "continued": dict(objective="sft", traces="@checked", trace_filter="unanimous", **written),
             "grpo": dict(objective="grpo", teacher_labels=self.rewarded(), **written),
             "grpo_traced": dict(objective="grpo", teacher_labels=self.rewarded(), **written),
         }[name]
@@ -211,7 +211,7 @@ def avqa(*, data="data", student=STUDENT, teacher=TEACHER, checking=None, **how)
     """
     gpu = dict(device="cuda", dtype="bfloat16")
     # not stated: where LoRA is put (here every projection of the decoder), weight decay, warm-up, clipping
-    learning = dict(weight_decay=0.0, warmup=0.05, clip=1.0)
+    learning = dict(weight_decay=0.0, warmup_ratio=0.05, clip=1.0)
     return SightSound(**dict(
         student=student,
         teacher=teacher,
@@ -227,11 +227,11 @@ def avqa(*, data="data", student=STUDENT, teacher=TEACHER, checking=None, **how)
         seeing=dict(fps=1.0, min_pixels=100_352, max_pixels=262_144),  # not stated; XMD's
         running=gpu,
         written=512,  # not stated
-        sampling=dict(n=8, temperature=1.0, slots=16),  # neither is stated
+        sampling=dict(n=8, temperature=1.0, decode_slots=16),  # neither is stated
         sft=dict(lora_rank=8, lora_alpha=16.0, lr=5e-5, batch_size=64, micro_batch_size=8, epochs=100, max_steps=2000,
                  eval_every=250, **learning),
         # "full-parameter": here the decoder; the clipping of the ratio, 0.2, is not stated either
-        grpo=dict(trainable="decoder", group_size=8, batch_size=24, micro_batch_size=1, slots=16, lr=1e-6,
+        grpo=dict(trainable="decoder", group_size=8, batch_size=24, micro_batch_size=1, decode_slots=16, lr=1e-6,
                   temperature=1.0, beta=0.04, epochs=100, max_steps=1000, eval_every=100, **learning),
     ) | how)  # fmt: skip
 

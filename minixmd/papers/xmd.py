@@ -116,7 +116,7 @@ def vggsound(*, audio="Qwen/Qwen2-Audio-7B-Instruct", video="Qwen/Qwen2-VL-7B-In
                 "sounded": dict(media="sounded", **seen)},
         evaluating=dict(answer="generate"),
         # not stated: alpha, the adapted layers (here every projection of the decoder), weight decay, clipping
-        learning=dict(epochs=1, batch_size=8, micro_batch_size=4, lr=1e-4, warmup=0.1, lora_rank=16, lora_alpha=32.0,
+        learning=dict(epochs=1, batch_size=8, micro_batch_size=4, lr=1e-4, warmup_ratio=0.1, lora_rank=16, lora_alpha=32.0,
                       weight_decay=0.0, clip=1.0, save_every=500) | learning,
-        switching=dict(weights=cnn14, epochs=30, batch_size=32, lr=1e-4, warmup=0.1, device="cuda"),
+        switching=dict(weights=cnn14, epochs=30, batch_size=32, lr=1e-4, warmup_ratio=0.1, device="cuda"),
     )  # fmt: skip

@@ -33,7 +33,7 @@ STATE = "state.safetensors"
 LOGS = ("log.jsonl", "completions.jsonl")  # they grow line by line
 # fields that may change under a stage: when it gives up, and how an endpoint is asked. With a model here in the
 # endpoint's place or the other way round, `model` and `served` change too
-FREE = ("max_bad", "endpoint", "key_variable", "concurrency", "timeout_s", "attempts", "wait_s", "logprobs")
+FREE = ("max_bad", "endpoint", "api_key_env", "concurrency", "timeout_s", "attempts", "retry_backoff_s", "logprobs")
 
 
 def begin(run_dir, stage, inputs, source):

@@ -118,9 +118,9 @@ def ask_endpoint(stage, asked, path, progress, *, api_key, max_tokens, temperatu
 def key_from(environment, stage):
     """The key in the stage's environment variable, None if there is none. Raises ValueError, without the key, for one
     that no header can hold."""
-    key = environment.get(stage.key_variable, "").strip()
+    key = environment.get(stage.api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(f"{stage.name}: environment variable {stage.key_variable} holds a character that no key has")
+        raise ValueError(f"{stage.name}: environment variable {stage.api_key_env} holds a character that no key has")
     return key or None
 
 
@@ -188,7 +188,7 @@ def _settle(stage, request, attempt, stop):
         except _Failed as failure:
             reason, detail, pause_s = failure.args
         last = i + 1 == stage.attempts or reason == "rejected"
-        if last or stop.wait(max(stage.wait_s * 2**i, min(pause_s, MAX_RETRY_AFTER_S))):
+        if last or stop.wait(max(stage.retry_backoff_s * 2**i, min(pause_s, MAX_RETRY_AFTER_S))):
             break
     return {"key": key, "bad": reason, "detail": detail}
 
@@ -222,7 +222,7 @@ def _failure(error, stage, api_key, logprobs):
         return _Failed("timed out" if late else "no connection" if broken else "nonsense", detail, 0.0)
     status, pause = response.status_code, response.headers.get("Retry-After", "")
     if status < 500 and status not in STATUSES:
-        key = f"{'the' if api_key else 'no'} key in environment variable {stage.key_variable}"
+        key = f"{'the' if api_key else 'no'} key in environment variable {stage.api_key_env}"
         return ValueError(f"{stage.name}: {stage.endpoint} refuses model {stage.served!r}, asked with {key}: {detail}")
     if logprobs and STATUSES.get(status) == "rejected" and "logprob" in said.lower():
         detail += " (if the server gives no log-probs, set logprobs=False)"

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from minixmd import load
 from minixmd.inputs.examples import read_manifest
 from minixmd.learning.targets import TAG
-from minixmd.models.lora import set_impl
+from minixmd.models.lora import set_backend
 from minixmd.runs.files import write_json
 from minixmd.stages.multiple_choice import (
     check_media,
@@ -42,7 +42,7 @@ def score(stage, folder, ask):
     examples = read_manifest(stage.manifest)
     check_media(stage.name, stage.manifest, examples, stage.media)
     model, processor = load(stage.model, device=device_of(stage), dtype=dtype_of(stage))
-    set_impl(model, impl_of(stage))
+    set_backend(model, impl_of(stage))
     with tqdm(total=len(examples), desc=stage.name, unit="clip", smoothing=0.1) as bar:
         records = score_in_shards(lambda part: ask(model, processor, examples=part), examples, folder / "shards",
                                   bar.update)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from minixmd import load, pack
 from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.inputs.media import MediaError
-from minixmd.models.lora import hash_seed, set_impl
+from minixmd.models.lora import hash_seed, set_backend
 from minixmd.runs.files import read_json, write_json
 from minixmd.stages import verifier as small
 from minixmd.stages.endpoint import ask_endpoint, audio_part, key_from, log_odds, yes_no
@@ -92,8 +92,8 @@ def chosen(stage, examples):
             raise ValueError(f"{stage.traces}: sample {trace['sample']} of {trace['id']!r} stands twice")
         found[trace["id"], trace["sample"]] = trace
     used = [trace for trace in found.values()
-            if stage.which == "all" or trace["sample"] == 0 or trace["unanimous"]]
-    if stage.which == "calibration":
+            if stage.trace_filter == "all" or trace["sample"] == 0 or trace["unanimous"]]
+    if stage.trace_filter == "calibration":
         used = calibration(stage, used)
     if not used:
         raise ValueError(f"{stage.name}: {stage.traces} holds no trace to judge")
@@ -127,7 +127,7 @@ def conversation(stage, example, text):
 
 def by_model(stage, folder, traces, beside, log):
     model, processor = load(stage.model, device=device_of(stage), dtype=dtype_of(stage))
-    set_impl(model, impl_of(stage))
+    set_backend(model, impl_of(stage))
     yes, no = ({processor.encode(word)[0] for word in words} for words in WORDS)
     yes, no = sorted(yes - no), sorted(no - yes)  # a blank that is a token of its own tells nothing
     if not yes or not no:
@@ -209,7 +209,7 @@ def by_verifier(stage, folder, traces, beside, log):
     """Trained on the traces that `verdicts` judges, it judges all; frames are held in memory shard by shard."""
     given = given_verdicts(stage)
     model, processor = load(stage.model, device=device_of(stage), dtype=dtype_of(stage))
-    set_impl(model, impl_of(stage))
+    set_backend(model, impl_of(stage))
     judged = [(e, trace) for e, trace in traces if "score" in given.get((trace["id"], trace["sample"]), {})]
     if not judged:
         raise ValueError(f"{stage.name}: {stage.verdicts} judges none of the traces in {stage.traces}")

@@ -39,12 +39,12 @@ def dtype_of(stage):
 
 def impl_of(stage):
     """ "auto" is Triton on a GPU and PyTorch elsewhere; the runner prints what it came to."""
-    if stage.impl == "auto":
+    if stage.backend == "auto":
         return "triton" if device_of(stage) == "cuda" else "torch"
-    if stage.impl == "triton" and device_of(stage) == "cpu" and not triton.knobs.runtime.interpret:
-        raise ValueError(f"config: {stage.name}: impl 'triton' needs a GPU (or TRITON_INTERPRET=1, which is very slow),"
+    if stage.backend == "triton" and device_of(stage) == "cpu" and not triton.knobs.runtime.interpret:
+        raise ValueError(f"config: {stage.name}: backend 'triton' needs a GPU (or TRITON_INTERPRET=1, which is very slow),"
                          " but the device is 'cpu'")
-    return stage.impl
+    return stage.backend
 
 
 def check_media(name, manifest, examples, media):
@@ -121,7 +121,7 @@ def score_letters(model, processor, stage, examples, batch_tokens=8192, top_k=0,
         stage: Evaluate, Label or Train: media, prompt, video options and seed.
         batch_tokens: packed into a forward pass. So many answers are sampled at once that their tokens are at most
             ROOM times as many, or n if those are more; greedy ones for a whole batch at once.
-        top_k: best ids to keep of those that are not banned, with the logsumexp of all of them at `top_temperature`.
+        top_k: best ids to keep of those that are not suppressed, with the logsumexp of all of them at `top_temperature`.
         traces: {id: text that stands at the prompt's {trace}}; an id that is not there has an empty one. None = no ids.
         max_new_tokens: that a written answer may have, the end of turn included; 0 = none is written.
         temperature: of the sampling; 0 = greedy, for n = 1. rule: "option" | "mmau", by which the answers are read.
@@ -137,7 +137,7 @@ def score_letters(model, processor, stage, examples, batch_tokens=8192, top_k=0,
     """
     device = model.lm_head.weight.device
     records, traces = {}, traces or {}
-    banned = torch.tensor(processor.banned if top_k or max_new_tokens else [], dtype=torch.long)
+    suppressed_ids = torch.tensor(processor.suppressed_ids if top_k or max_new_tokens else [], dtype=torch.long)
 
     def prompts():
         for example, prompt in prefetch(lambda e: (e, ask(stage, processor, e, trace=traces.get(e.id, ""))), examples):
@@ -157,7 +157,7 @@ def score_letters(model, processor, stage, examples, batch_tokens=8192, top_k=0,
             records[example.id] = {"id": example.id, "answer": best, "option": example.options[best],
                                    "logits": [round(x, 4) for x in letters.tolist()]}
             if top_k:
-                logits_V = logits_V.index_fill(0, banned, -torch.inf)
+                logits_V = logits_V.index_fill(0, suppressed_ids, -torch.inf)
                 top = logits_V.topk(top_k)
                 records[example.id]["top"] = {
                     "ids": top.indices.tolist(), "logits": [round(x, 4) for x in top.values.tolist()],
@@ -171,13 +171,13 @@ def score_letters(model, processor, stage, examples, batch_tokens=8192, top_k=0,
             last_B = torch.tensor([end - 1 for _, end in batch.spans], device=device)
             read_letters(iter(run), model.logits(model(batch)[last_B]))
             continue
-        uniform_BT, slots = None, None
+        uniform_BT, decode_slots = None, None
         if temperature:
             uniform_BT = torch.stack([uniforms(stage.seed, 0, example.id, i, max_new_tokens) for example, _ in run
                                       for i in range(n)])
-            slots = max(n, ROOM * batch_tokens // max_new_tokens)
+            decode_slots = max(n, ROOM * batch_tokens // max_new_tokens)
         said = decode(model, processor, asked, uniform_BT, n=n, max_new_tokens=max_new_tokens, temperature=temperature,
-                      banned=banned, stop=stop, slots=slots, impl=impl_of(stage),
+                      suppressed_ids=suppressed_ids, stop=stop, decode_slots=decode_slots, backend=impl_of(stage),
                       on_prompts=partial(read_letters, iter(run)))
         for i, (example, _) in enumerate(run):
             record, texts = records[example.id], [one.text for one in said[n * i:n * i + n]]

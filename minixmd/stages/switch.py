@@ -198,7 +198,7 @@ def train_epoch(stage, epoch, model, optimizer, heard, target_N, train):
             x_B1AM, target_BK = mixup(x_B1AM, target_BK, noise)
         loss = F.cross_entropy(model.fc_audioset(model.embed(x_B1AM, noise)), target_BK)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch * steps + step, stage.epochs * steps, stage.lr, stage.warmup)
+            group["lr"] = learning_rate(epoch * steps + step, stage.epochs * steps, stage.lr, stage.warmup_ratio)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -15,7 +15,7 @@ from minixmd import generate, load
 from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.inputs.media import MediaError
 from minixmd.learning.targets import TAG
-from minixmd.models.lora import hash_seed, set_impl
+from minixmd.models.lora import hash_seed, set_backend
 from minixmd.runs.files import write_json
 from minixmd.stages.endpoint import ask_endpoint, audio_part, key_from, silent_video_part
 from minixmd.stages.multiple_choice import (
@@ -96,7 +96,7 @@ def sort(examples, records, bad):
 def sample_here(stage, folder, examples):
     """By the stage's model, shard by shard."""
     model, processor = load(stage.model, device=device_of(stage), dtype=dtype_of(stage))
-    set_impl(model, impl_of(stage))
+    set_backend(model, impl_of(stage))
 
     def sample(part):
         asked = list(prefetch(partial(ask, stage, processor), part))
@@ -107,7 +107,7 @@ def sample_here(stage, folder, examples):
             check_room(processor, e, prompt, stage.max_new_tokens)
         said = generate(model, processor, [prompt for _, prompt in good], n=stage.n, temperature=stage.temperature,
                         max_new_tokens=stage.max_new_tokens, seed=stage.seed, keys=[e.id for e, _ in good],
-                        slots=stage.slots or 8 * stage.n, impl=impl_of(stage)) if good else []
+                        decode_slots=stage.decode_slots or 8 * stage.n, backend=impl_of(stage)) if good else []
         found = {e.id: {"id": e.id, "samples": [{"text": c.text.strip(), "finished": c.finished} for c in group]}
                  for (e, _), group in zip(good, said, strict=True)}
         return [bad.get(e.id) or found[e.id] for e in part]

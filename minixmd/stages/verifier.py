@@ -118,7 +118,7 @@ def fit(stage, verifier, heard, text_BD, yes, answers, log, device):
                 chosen = order[at:at + size]
                 loss = pair_loss(verifier, heard, text_BD, yes, answers, chosen, noise, device)
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(epoch * each + at // size, stage.epochs * each, stage.lr, stage.warmup)
+                    group["lr"] = learning_rate(epoch * each + at // size, stage.epochs * each, stage.lr, stage.warmup_ratio)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

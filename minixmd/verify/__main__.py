@@ -76,7 +76,7 @@ class Subject:
                                temperature=TEMPERATURE, seed=0)
         finally:
             hook.remove()
-        return answers, hidden, torch.tensor(processor.banned, device=self.device)
+        return answers, hidden, torch.tensor(processor.suppressed_ids, device=self.device)
 
 
 # ---- what the files hold ----

@@ -127,11 +127,11 @@ def cached(s):
 
 def logprobs(s):
     """Log-probabilities that generation reports, and those from scoring a prompt and its completions at once."""
-    answers, _, banned = s.spoken
+    answers, _, suppressed_ids = s.spoken
     differences = []
     for prompt, completions in zip(s.prompts, answers, strict=True):
         batch = pack([Group(prompt, tuple(torch.tensor(c.ids) for c in completions))]).to(s.device)
-        scored_T = chosen(s.model.logits(s.model(batch)[batch.target_row_T]).index_fill(1, banned, -torch.inf)
+        scored_T = chosen(s.model.logits(s.model(batch)[batch.target_row_T]).index_fill(1, suppressed_ids, -torch.inf)
                           / TEMPERATURE, batch.target_id_T)
         differences.append(scored_T.cpu() - torch.tensor([x for c in completions for x in c.logprobs]))
     d = torch.cat(differences).abs()
