@@ -178,7 +178,7 @@ def counted(call):
 def parity(sides):
     """Scoring and update of the given completions: by a Group, by its sequences apart, by transformers. Old and
     reference log-probs lie apart from the policy's, so that bounds and KL act. The row "sharing", errors and FLOPs."""
-    clip = sides.run.model.encode_ahead(sides.prompt)
+    clip = sides.run.model.encode_media(sides.prompt)
     calls, found, flop, old_T = {}, {}, {}, None
     for name in ("shared", "apart"):
         items = items_of(clip, sides.ids_GC, name == "shared")

@@ -12,6 +12,7 @@ from minixmd.inputs.batch import Batch, Group, Prompt, pack
 from minixmd.inputs.tokenizer import Processor
 from minixmd.learning.rollout import Completion, generate
 from minixmd.models.hub import base_folder, model_folder
+from minixmd.models.lora import set_backend
 from minixmd.models.shards import skipped_parts
 from minixmd.models.weights import load_adapter, load_model
 
@@ -19,7 +20,7 @@ __version__ = "0.1.0"
 __all__ = ["Batch", "Completion", "Group", "Processor", "Prompt", "generate", "load", "pack"]
 
 
-def load(path, *, device="cpu", dtype=torch.float32):
+def load(path, *, device="cpu", dtype=torch.float32, backend="torch"):
     """A model and its processor from a folder in the published layout or a PEFT adapter's, here or on the hub.
 
     Args:
@@ -27,6 +28,7 @@ def load(path, *, device="cpu", dtype=torch.float32):
             under the name that it records; where there is no such folder, "owner/name" or "owner/name@revision" on the
             hub (models/hub.py).
         device: "cpu", "cuda", … dtype: storage and matmul dtype; adapters stay fp32.
+        backend: of the kernels, "torch" | "triton".
     Returns:
         (MultimodalLM, Processor). Every parameter is frozen. Parts of the checkpoint that are not built are named on
         stderr.
@@ -43,4 +45,5 @@ def load(path, *, device="cpu", dtype=torch.float32):
     if skipped := skipped_parts(base, model.config.family):
         parts = ", ".join(f"{part} ({count} tensors)" for part, count in skipped.items())
         print(f"minixmd: {path}: not built: {parts}", file=sys.stderr)
+    set_backend(model, backend)
     return model, Processor(base, model.config)

@@ -1,20 +1,18 @@
-"""Run a config's stages: python -m minixmd.train config.py [stage.field=value …], or a bundled recipe: … train toy
+"""Training, in one file: python -m minixmd.train CONFIG [stage.field=value …], or a bundled recipe: … train toy
 
-Read it from the top: what a run is made of, a step on given answers (SFT, distillation; sources.py says whose), a step
-on the model's own (GRPO), the loop around both (train, validate, save), then the runner that gives every stage its
-directory (main). A stage that is finished is skipped; a training run that was stopped goes on from its last state and
-ends with the same weights, bit for bit on the CPU.
+Read it from the top: a Trainer is set up, then comes the loop, then one optimizer step of each way to learn, whole:
+
+    distill_step   XMD: the teacher's answer where the gate says so, the student's own earlier one elsewhere
+    sft_step       the right letter, or a teacher's chain of thought
+    grpo_step      SightSound-R1: a rollout, its rewards, and the clipped policy update
+
+and last validation, saving and resuming. A run that was stopped goes on from its last state and ends with the same
+weights, bit for bit on the CPU. The command line, and the other stages of a config, are runner.py's.
 """
-import argparse
-import copy
-import json
 import math
-import os
-import sys
+import runpy
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,199 +21,461 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from minixmd import generate, load, pack
-from minixmd.config import Evaluate, FactCheck, Label, Report, Switch, Toy, Traces, Train
-from minixmd.config.load import load_config
-from minixmd.config.references import check_files, input_paths, resolve
-from minixmd.dryrun.plan import dry_run
-from minixmd.inputs.examples import read_manifest
-from minixmd.inputs.media import MediaError
+from minixmd.config import GRPO, SFT, Distill
+from minixmd.inputs.examples import check_media, read_manifest
+from minixmd.inputs.prompts import build_prompt, check_length, prefetch
 from minixmd.inputs.tokenizer import common_vocab_size
 from minixmd.kernels.grpo import ClipConfig
-from minixmd.kernels.logprob import split_suppressed
+from minixmd.learning.logprobs import SampledVocabulary, reference_logprobs, token_logprobs
 from minixmd.learning.optim import adamw, learning_rate, optimizer_tensors, restore_optimizer
-from minixmd.learning.targets import sources
-from minixmd.models.head import CrossEntropy, DistillTopK, PolicyLoss, head_loss
+from minixmd.learning.policy import make_rollout, rollout_metrics
+from minixmd.learning.targets import resolve_targets
+from minixmd.models.head import CrossEntropy, DistillTopK, PolicyLoss
 from minixmd.models.hub import pinned
-from minixmd.models.lora import add_lora, hash_seed, merge_lora, set_backend
+from minixmd.models.lora import add_lora, hash_seed, merge_lora
+from minixmd.models.multimodal import frozen_copy
 from minixmd.models.weights import adapted, save_adapter, save_model
-from minixmd.report import gather as report
-from minixmd.runs.directory import LOGS, begin, finish, load_state, log_line, save_state
-from minixmd.runs.distributed import Elsewhere, join, leave, told, wait
-from minixmd.runs.files import write_safetensors, write_text
-from minixmd.stages import evaluate, factcheck, label, switch, traces
-from minixmd.stages.multiple_choice import (
-    ask,
-    check_room,
-    count_bad,
-    device_of,
-    dtype_of,
-    impl_of,
-    prefetch,
-    read_records,
-    score_letters,
-)
-from minixmd.tasks.rewards import REWARDS, learnable, parse_answer, summary
+from minixmd.runs.device import runtime_of
+from minixmd.runs.files import write_safetensors
+from minixmd.runs.records import append_jsonl, count_bad
+from minixmd.runs.state import load_state, rewind_logs, save_state
+from minixmd.stages.multiple_choice import Writing, score_letters, write_answers
+from minixmd.tasks.rewards import REWARDS, parse_answer
 from minixmd.tasks.statistics import tabulate
-from minixmd.toy import pretrain as toy
 
-# ---- what a run is made of ----
-
-
-@dataclass
-class Run:
-    """What a training run carries from step to step, and all that its resumable state holds."""
-
-    model: torch.nn.Module
-    parameters: dict[str, torch.nn.Parameter]  # those that train, by name
-    optimizer: torch.optim.Optimizer
-    steps: int  # optimizer steps in all
-    backend: str = "torch"  # "triton" | "torch", of the kernels
-    common_vocab: int = 0  # ids below it mean the same to the teacher, for the KL
-    suppressed_Z: torch.Tensor | None = None  # ids that the student is never scored on
-    vocab_limit: int | None = None  # of GRPO: ids from here on are suppressed too, and not listed
-    reference: torch.nn.Module | None = None  # of GRPO: the policy before training
-    step: int = 0  # finished
-    best: float = -1.0  # validation accuracy
-    validated: int = 0  # step of the last validation, by the log
-    bad: int = 0  # clips that could not be read, over all epochs so far
+GRPO_NOTE = ("the GRPO loss is about 0 while the ratio is 1, as it is in the first update after a rollout: what is left "
+             "is the KL and the mean of the advantages. Its gradient is not 0; watch the reward")
+SHOWN_COMPLETIONS = 4  # of a step, written as text
+MAX_START_KL = 1e-6  # to the reference, before the first update
 
 
-def build(stage, pairs, load=load):
-    """Load the model, choose what trains, and make the optimizer. load: a dry run's loads no weights."""
-    model, processor = load(stage.model, device=device_of(stage), dtype=dtype_of(stage))
-    backend = impl_of(stage)
-    if stage.trainable == "lora":
-        if adapted(model):
-            raise ValueError(f"{stage.name}: {stage.model} carries an adapter already; merge it first")
-        add_lora(model, rank=stage.lora_rank, alpha=stage.lora_alpha, targets=stage.lora_targets, seed=stage.seed)
-    elif stage.trainable == "decoder":
-        merge_lora(model)
-        model.model.requires_grad_(True)
-        model.lm_head.requires_grad_(True)
-    else:
-        merge_lora(model)
-        model.requires_grad_(True)
-        for name, p in model.named_parameters():
-            # Whisper's sinusoids are a table, not weights, and Omni's begin and end vectors are read by nothing
-            if name.endswith(("embed_positions.weight", "audio_bos_eos_token.weight")):
-                p.requires_grad_(False)
-    set_backend(model, backend)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    steps = stage.epochs * math.ceil(len(pairs) / stage.batch_size)
-    steps = steps if stage.max_steps is None else min(steps, stage.max_steps)
-    run = Run(model, parameters, adamw(parameters, stage), steps, backend)
-    if stage.teacher_loss != "ce":
-        theirs = Tokenizer.from_file(str(Path(stage.teacher_labels).parent / "tokenizer.json"))
-        run.common_vocab = common_vocab_size(processor.tokenizer, theirs)
-        run.suppressed_Z = torch.tensor(processor.suppressed_ids, device=model.lm_head.weight.device)
-    if stage.objective == "grpo":
-        run.vocab_limit, listed = split_suppressed(processor.suppressed_ids, len(model.lm_head.weight))
-        run.suppressed_Z = torch.tensor(listed, dtype=torch.long, device=model.lm_head.weight.device) if listed else None
-        run.reference = reference_of(model) if stage.beta else None
-    return run, processor
+def train(stage, folder, log):
+    """Runs a Distill, SFT or GRPO stage. Writes best/ (an adapter, or a whole model) and log.jsonl."""
+    examples = read_manifest(stage.manifest)
+    check_media(stage.name, stage.manifest, examples, stage.media)
+    validation = read_manifest(stage.val_manifest) if stage.val_manifest else []
+    check_media(stage.name, stage.val_manifest, validation, stage.media)
+    for example in validation:
+        if example.answer is None:
+            raise ValueError(f"{stage.val_manifest}: example {example.id!r} has no answer to validate against")
+    items, counts = resolve_targets(stage, examples)
+    trainer = Trainer(stage, len(items), folder, log)
+    trainer.resume()
+    trainer.fit(items, counts, validation)
+    trainer.publish()
 
 
-def reference_of(model):
-    """The policy as it is now, frozen: a copy of what trains (of adapters, new and therefore 0), which shares the rest.
-    It runs through the policy's own kernels, so that before training the KL between the two is 0."""
-    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, shared).requires_grad_(False)
+class Trainer:
+    """One training stage: its model, its optimizer, and how far it is.
 
-
-def order(stage, count, step):
-    """Indices of the step's examples: a pure function of seed and step, each epoch a permutation of its own."""
-    per_epoch = math.ceil(count / stage.batch_size)
-    epoch, at = divmod(step, per_epoch)
-    generator = torch.Generator().manual_seed(hash_seed(stage.seed, "order", epoch))
-    return torch.randperm(count, generator=generator)[at * stage.batch_size:(at + 1) * stage.batch_size].tolist()
-
-
-def update(run, stage, loss=0.0):
-    """Clip, step, and forget the gradients. Returns the gradient's norm before clipping and the learning rate.
-
-    Raises:
-        ValueError: the loss, of which the gradients are, or their norm is not finite; no weight is changed.
+    Args:
+        stage: Distill, SFT or GRPO, with paths in place of "@name".
+        num_items: Items that it learns from, for the number of steps.
+        folder: the stage's directory. log: function that appends a dict to log.jsonl.
+        load: minixmd.load, or a dry run's, which loads no weights.
     """
-    if not math.isfinite(loss):
-        raise ValueError(f"{stage.name}: the loss at step {run.step + 1} is {loss}; stopped")
-    norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), stage.clip or math.inf).item()
-    if not math.isfinite(norm):
-        raise ValueError(f"{stage.name}: the gradient's norm at step {run.step + 1} is {norm}; stopped")
-    lr = learning_rate(run.step, run.steps, stage.lr, stage.warmup_ratio)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    return norm, lr
+
+    # ---- setup ----
+
+    def __init__(self, stage, num_items, folder=None, log=None, load=load):
+        self.stage, self.num_items, self.folder, self.log = stage, num_items, folder, log
+        runtime = runtime_of(stage)
+        self.model, self.processor = load(stage.model, device=runtime.device, dtype=runtime.dtype,
+                                          backend=runtime.backend)
+        self.choose_parameters()
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = adamw(self.parameters, lr=stage.lr, betas=stage.betas, eps=stage.eps,
+                               weight_decay=stage.weight_decay)
+        self.steps = stage.epochs * self.steps_per_epoch()
+        if stage.max_steps is not None:
+            self.steps = min(self.steps, stage.max_steps)
+        self.max_reads = min(stage.epochs * num_items, self.steps * stage.batch_size)
+        self.step = 0  # finished ones
+        self.best_accuracy = -1.0  # in validation
+        self.validated_step = 0  # the last one after which validation was finished
+        self.num_bad = 0  # clips that could not be read, over all epochs so far
+        if isinstance(stage, Distill) and stage.teacher_loss != "ce":
+            teacher_tokenizer = Tokenizer.from_file(str(Path(stage.teacher_labels).parent / "tokenizer.json"))
+            self.common_vocab = common_vocab_size(self.processor.tokenizer, teacher_tokenizer)
+            self.suppressed_Z = torch.tensor(self.processor.suppressed_ids, device=self.model.device)
+        if isinstance(stage, GRPO):
+            self.vocabulary = SampledVocabulary.of(self.model, self.processor, stage.temperature)
+            self.reference = frozen_copy(self.model) if stage.beta else None
+
+    def choose_parameters(self):
+        """Adds the adapter, or unfreezes what trains."""
+        stage, model = self.stage, self.model
+        if stage.trainable == "lora":
+            if adapted(model):
+                raise ValueError(f"{stage.name}: {stage.model} carries an adapter already; merge it first")
+            add_lora(model, rank=stage.lora_rank, alpha=stage.lora_alpha, targets=stage.lora_targets, seed=stage.seed)
+        else:
+            merge_lora(model)
+            model.set_trainable(stage.trainable)
+
+    def steps_per_epoch(self):
+        return math.ceil(self.num_items / self.stage.batch_size)
+
+    def batch_indices(self, step):
+        """Indices of a step's items: a pure function of seed and step, each epoch a permutation of its own."""
+        epoch, batch = divmod(step, self.steps_per_epoch())
+        generator = torch.Generator().manual_seed(hash_seed(self.stage.seed, "order", epoch))
+        order = torch.randperm(self.num_items, generator=generator)
+        return order[batch * self.stage.batch_size:(batch + 1) * self.stage.batch_size].tolist()
+
+    # ---- the loop ----
+
+    def fit(self, items, counts, validation=()):
+        """Trains to the last step. counts: {reason: count} of what the items are, for the log."""
+        stage = self.stage
+        take_step = {Distill: self.distill_step, SFT: self.sft_step, GRPO: self.grpo_step}[type(stage)]
+        self.announce(counts)
+        upcoming = (items[i] for step in range(self.step, self.steps) for i in self.batch_indices(step))
+        samples = prefetch(self.build_sample, upcoming, self.count_bad_clip, ahead=2 * stage.batch_size)
+        with tqdm(total=self.steps, initial=self.step, desc=stage.name, unit="step") as bar:
+            while True:
+                if validation and self.validation_due():  # also after a stop between the state and its validation
+                    self.validate(validation)
+                if self.step == self.steps:
+                    break
+                began = time.perf_counter()
+                batch = [next(samples) for _ in self.batch_indices(self.step)]
+                metrics = take_step([sample for sample in batch if sample is not None])
+                self.step += 1
+                tokens_per_s = metrics["tokens"] / (time.perf_counter() - began)
+                self.log({"step": self.step, **metrics, "tokens_per_s": round(tokens_per_s)})
+                shown = "reward" if isinstance(stage, GRPO) else "loss"
+                bar.set_postfix_str(f"{shown} {metrics.get(shown, 0):.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+                bar.update()
+                if self.validation_due() or (stage.save_every and self.step % stage.save_every == 0):
+                    self.save()
+        if not any(self.optimizer.state.values()):
+            raise ValueError(f"{stage.name}: no step had anything to learn: its clips were bad, or its groups left out")
+
+    def announce(self, counts):
+        """Says what will be learnt, on the screen and at a run's start in the log."""
+        stage, is_grpo = self.stage, isinstance(self.stage, GRPO)
+        if self.step == 0:
+            count = sum(p.numel() for p in self.parameters.values())
+            note = {"note": GRPO_NOTE} if is_grpo else {}
+            self.log({"step": 0, "learns_from": counts, "steps": self.steps, "trainable_parameters": count, **note})
+        resumed = f", from step {self.step}" if self.step else ""
+        tqdm.write(f"{stage.name}: {self.steps} steps of {stage.batch_size} on {self.num_items} clips ({counts}){resumed}")
+        if is_grpo:
+            tqdm.write(f"{stage.name}: {GRPO_NOTE}")
+
+    def build_sample(self, item):
+        """(Prompt, Item); the Prompt ends with the target, but not in GRPO, where the model writes its own."""
+        target = None if isinstance(self.stage, GRPO) else item.target
+        return build_prompt(self.processor, item.example, self.stage.prompt_format, answer=target), item
+
+    def count_bad_clip(self, item, error):
+        """Logs a clip that cannot be used. Raises ValueError when there are too many."""
+        self.num_bad += 1
+        self.log({"step": self.step + 1, "bad": error.reason, "detail": str(error)})
+        if self.num_bad > self.stage.max_bad * self.max_reads:
+            raise ValueError(f"{self.stage.name}: {self.num_bad} bad clips, above max_bad {self.stage.max_bad} of the "
+                             f"{self.max_reads} to be read; the last: {error}")
+
+    def update(self, loss):
+        """Clips the gradients, takes an optimizer step and drops them. Returns the gradient norm and the learning rate.
+
+        Raises:
+            ValueError: the loss or the gradient's norm is not finite; no weight is changed.
+        """
+        stage = self.stage
+        if not math.isfinite(loss):
+            raise ValueError(f"{stage.name}: the loss at step {self.step + 1} is {loss}; stopped")
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), stage.max_grad_norm or math.inf).item()
+        if not math.isfinite(grad_norm):
+            raise ValueError(f"{stage.name}: the gradient's norm at step {self.step + 1} is {grad_norm}; stopped")
+        lr = learning_rate(self.step, self.steps, stage.lr, stage.warmup_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"lr": lr, "grad_norm": grad_norm}
+
+    def micro_batches(self, items):
+        """A step's items in runs of micro_batch_size."""
+        size = self.stage.micro_batch_size
+        return [items[start:start + size] for start in range(0, len(items), size)]
+
+    def cross_entropy(self, hidden_ND, batch, denominator, chosen_T=None):
+        """The sum of -log p(target) / denominator over a batch's targets, or over those of a mask."""
+        row_T, id_T, weight_T = batch.target_row_T, batch.target_id_T, batch.target_weight_T
+        if chosen_T is not None:
+            row_T, id_T, weight_T = row_T[chosen_T], id_T[chosen_T], weight_T[chosen_T]
+        row_loss = CrossEntropy(id_T, weight_T / denominator, self.model.backend)
+        return self.model.head_loss(hidden_ND, row_T, row_loss)[0]
+
+    # ---- SFT ----
+
+    def sft_step(self, samples):
+        """One optimizer step on [(Prompt, Item)]: the mean cross-entropy over all target tokens.
+
+        The denominator is the whole step's, so the gradient does not depend on the micro-batch size.
+        """
+        loss = self.sft_gradients(samples)
+        return {"loss": loss, **self.update(loss), "tokens": sum(len(prompt) for prompt, _ in samples)}
+
+    def sft_gradients(self, samples):
+        denominator = sum(int(prompt.target_N.sum()) for prompt, _ in samples)
+        total = 0.0
+        for part in self.micro_batches(samples):
+            batch = pack([prompt for prompt, _ in part]).to(self.model.device)
+            loss = self.cross_entropy(self.model(batch), batch, denominator)
+            loss.backward()
+            total += loss.item()
+        return total
+
+    # ---- distillation: XMD, section 4 ----
+
+    def distill_step(self, samples):
+        """One optimizer step on [(Prompt, Item)]. The gate decided whose answer each clip's target is: item.source.
+
+            "teacher"   -log p(letter), or T² KL(teacher || student) at the letter, or their sum (teacher_loss)
+            "student"   -log p(the letter that the student gave before): the anti-forgetting loss
+        """
+        metrics = self.distill_gradients(samples)
+        from_teacher = sum(item.source == "teacher" for _, item in samples)
+        return {**metrics, **self.update(metrics["loss"]), "to_teacher": from_teacher,
+                "tokens": sum(len(prompt) for prompt, _ in samples)}
+
+    def distill_gradients(self, samples):
+        """Gradients of a step: cross-entropy is a mean over its target tokens, the KL one over its clips."""
+        denominator = sum(int(prompt.target_N.sum()) for prompt, _ in samples)
+        metrics = Counter(loss=0.0)
+        for part in self.micro_batches(samples):
+            batch = pack([prompt for prompt, _ in part]).to(self.model.device)
+            hidden_ND, losses = self.model(batch), []
+            # packed without completions, so that item i of the micro-batch is segment i
+            topk = {i: item.teacher_topk for i, (_, item) in enumerate(part) if item.teacher_topk is not None}
+            learnt_T = torch.ones_like(batch.target_id_T, dtype=torch.bool)
+            if topk:
+                losses.append(self.teacher_kl(hidden_ND, batch, topk, len(samples), metrics))
+            if topk and self.stage.teacher_loss == "kl":  # in the letter's place
+                segments = torch.tensor(list(topk), device=self.model.device)
+                learnt_T = ~torch.isin(batch.target_segment_T, segments)
+            if learnt_T.any():
+                losses.append(self.cross_entropy(hidden_ND, batch, denominator, learnt_T))
+            loss = sum(losses)
+            loss.backward()
+            metrics["loss"] += loss.item()
+        return dict(metrics)
+
+    def teacher_kl(self, hidden_ND, batch, topk, num_clips, metrics):
+        """T² KL(teacher || student) at the letters of some clips, {segment: the teacher's best ids}, over num_clips.
+
+        The KL is over the ids that both vocabularies share, less the suppressed ones. What the teacher holds elsewhere
+        is left out of its distribution and logged, as is what the student holds there.
+        """
+        stage, device = self.stage, hidden_ND.device
+        owners = batch.target_segment_T.tolist()
+        first_K = torch.tensor([owners.index(segment) for segment in topk])  # the letter is a turn's first token
+        stored = stored_rows(list(topk.values()), self.common_vocab, self.suppressed_Z.cpu())
+        id_KJ, logq_KJ, tail_K, dropped_K = stored
+        weight_K = torch.full((len(topk),), 1 / num_clips, device=device)
+        row_loss = DistillTopK(id_KJ.to(device), logq_KJ.to(device), tail_K.to(device), weight_K, self.common_vocab,
+                               self.suppressed_Z, stage.temperature, self.model.backend)
+        loss, columns = self.model.head_loss(hidden_ND, batch.target_row_T[first_K.to(device)], row_loss)
+        metrics["kl"] += columns["kl"].sum().item() / num_clips
+        metrics["teacher_dropped"] += dropped_K.sum().item() / num_clips
+        metrics["student_dropped"] += columns["student_dropped"].sum().item() / num_clips
+        return loss
+
+    # ---- GRPO: equation 2 of SightSound-R1 ----
+
+    def grpo_step(self, samples):
+        """One rollout of [(Prompt, Item)] and the optimizer steps on it."""
+        if not samples:
+            return {"loss": 0.0, "tokens": 0}
+        stage, times = self.stage, [time.perf_counter()]
+        prompts, items = [prompt for prompt, _ in samples], [item for _, item in samples]
+        for prompt, item in samples:
+            check_length(self.processor, item.example, prompt, stage.max_new_tokens)
+        if self.model.encoders_frozen():  # sampling, scoring and learning then share the encoders' output
+            prompts = [self.model.encode_media(prompt) for prompt in prompts]
+        completions = generate(
+            self.model, self.processor, prompts, num_samples=stage.group_size, max_new_tokens=stage.max_new_tokens,
+            temperature=stage.temperature, seed=stage.seed, stop=stage.stop, step=self.step,
+            keys=[item.example.id for item in items], decode_slots=stage.decode_slots)
+        rewards = score_completions(completions, items)
+        self.show_completions(completions[0], items[0], rewards)
+        rollout = make_rollout(stage, prompts, completions, rewards["reward"])
+        times.append(time.perf_counter())
+        if rollout and self.reference is not None:
+            rollout.ref_T = reference_logprobs(self.reference, rollout.groups, stage.micro_batch_size, self.vocabulary)
+        times.append(time.perf_counter())
+        metrics = Counter(loss=0.0)
+        for _ in range(stage.num_iterations if rollout else 0):
+            for name, value in self.policy_update(rollout).items():
+                metrics[name] += value / stage.num_iterations
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()  # the optimizer's kernels too belong to the update's time
+        times.append(time.perf_counter())
+        metrics = {**metrics, **rollout_metrics([item.example for item in items], completions, rewards),
+                   "learned": len(rollout.groups) if rollout else 0}  # groups
+        if rollout:  # what the sampler said of its tokens against the training pass: 0 but for rounding
+            gap_T = (rollout.sampled_T - rollout.old_T).abs()
+            metrics |= {"logp_gap_mean": gap_T.mean().item(), "logp_gap_max": gap_T.max().item()}
+        for i, name in enumerate(("rollout_s", "scoring_s", "update_s")):
+            metrics[name] = round(times[i + 1] - times[i], 3)
+        sampled = sum(len(completion.ids) for group in completions for completion in group)
+        return metrics | {"tokens": sum(map(len, prompts)) + sampled}
+
+    def policy_update(self, rollout):
+        """One optimizer step on a rollout."""
+        loss, columns = self.policy_gradient(rollout)
+        if self.reference is not None and not any(self.optimizer.state.values()):
+            self.check_reference(rollout)  # no update yet, in this process or an earlier one
+        metrics = {"loss": loss, **self.update(loss), "entropy": columns["entropy"].mean().item(),
+                   "clip_fraction": columns["clipped"].mean().item()}
+        if self.reference is not None:
+            metrics["kl"] = columns["kl"].mean().item()
+        return metrics
+
+    def policy_gradient(self, rollout):
+        """Gradients of one optimizer step, minus equation 2; returns the loss and {column: (T,)} of head.PolicyLoss.
+
+            loss   = sum over tokens of weight (-min[ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A] + beta KL)
+            weight = 1 / (P G |o_i|), over P prompts of G completions o_i (policy.token_weights)
+            A      = (r_i - mean(r)) / (std(r) + 1e-4), the advantage, over the completions of a prompt
+            ratio  = exp(log pi_theta - log pi_theta_old), where old is the policy before the rollout's first update
+            KL     = exp(d) - d - 1 with d = log pi_ref - log pi_theta (k3)
+
+        The denominators are the whole step's, so the gradient does not depend on how it is cut into micro-batches.
+        """
+        stage, device, vocabulary = self.stage, self.model.device, self.vocabulary
+        clip_config = ClipConfig(stage.clip_low, stage.clip_high, stage.beta, stage.kl)
+        total, columns, end = 0.0, [], 0
+        first_update = rollout.old_T is None
+        if first_update:
+            rollout.old_T = torch.empty_like(rollout.sampled_T)
+        for groups in self.micro_batches(rollout.groups):
+            batch = pack(groups).to(device)
+            begin, end = end, end + len(batch.target_id_T)
+            rows = slice(begin, end)
+            hidden_ND = self.model(batch)
+            if first_update:  # the policy is the old one, and a product with the head costs less than a forward pass
+                rollout.old_T[rows] = token_logprobs(self.model, hidden_ND, batch, vocabulary)
+            lengths = None
+            if stage.ratio == "sequence":
+                lengths = tuple(len(ids_T) for group in groups for ids_T in group.completions)
+            row_loss = PolicyLoss(
+                batch.target_id_T, rollout.old_T[rows].to(device),
+                None if rollout.ref_T is None else rollout.ref_T[rows].to(device),
+                rollout.advantage_T[rows].to(device), rollout.weight_T[rows].to(device), clip_config,
+                self.model.backend, vocabulary.temperature, vocabulary.suppressed_Z, vocabulary.vocab_limit, lengths)
+            loss, found = self.model.head_loss(hidden_ND, batch.target_row_T, row_loss)
+            loss.backward()
+            total += loss.item()
+            columns.append({name: column_T.cpu() for name, column_T in found.items()})
+        return total, {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
+
+    def check_reference(self, rollout):
+        """Before the first update the policy is the reference; one of other weights would pull it away for good."""
+        delta_T = (rollout.ref_T - rollout.old_T).double()
+        kl = (delta_T.expm1() - delta_T).mean().item()
+        if not kl <= MAX_START_KL:
+            raise ValueError(f"{self.stage.name}: before the first update the KL to the reference is {kl:.3g}, above "
+                             f"{MAX_START_KL}: the reference is not the policy that training starts from; stopped")
+
+    def show_completions(self, group, item, rewards):
+        """Writes some of the first prompt's completions, with their rewards, every completions_every steps."""
+        every = self.stage.completions_every
+        if not every or self.step % every:
+            return
+        for i, completion in enumerate(group[:SHOWN_COMPLETIONS]):
+            earned = {name: reward_PG[0, i].item() for name, reward_PG in rewards.items()}
+            append_jsonl(self.folder / "completions.jsonl",
+                         {"step": self.step + 1, "id": item.example.id, **earned, "finished": completion.finished,
+                          "text": completion.text})
+
+    # ---- validation, saving, resuming ----
+
+    def validation_due(self):
+        """Whether the step that is finished is one to validate after, and has not been."""
+        every = self.stage.eval_every
+        due = self.step == self.steps or (every and self.step % every == 0)
+        return due and self.step > self.validated_step
+
+    def validate(self, examples):
+        """Accuracy on the validation manifest: by letters, or by greedily written answers in GRPO and with traces.
+
+        The best weights so far (the earliest, in a tie) are kept.
+        """
+        stage = self.stage
+        if isinstance(stage, GRPO) or getattr(stage, "traces", None):
+            writing = Writing(stage.max_new_tokens, stop=getattr(stage, "stop", ()))
+            records = write_answers(self.model, self.processor, examples, stage.prompt_format, writing)
+            for example, record in zip(examples, records, strict=True):  # read as the reward reads it, strictly
+                record["answer"] = None if "bad" in record else parse_answer(record["text"], example.options)
+        else:
+            records = score_letters(self.model, self.processor, examples, stage.prompt_format)
+        bad = count_bad(records, stage.name, stage.max_bad)
+        accuracy = tabulate(examples, records)["accuracy"]
+        if accuracy > self.best_accuracy:
+            self.best_accuracy = accuracy
+            write_safetensors(self.folder / "best.safetensors", self.parameters)
+            self.save()
+        self.log({"step": self.step, "val_accuracy": accuracy, "val_bad": bad})  # last: it marks the validation as done
+        self.validated_step = self.step
+        tqdm.write(f"{stage.name}: step {self.step}, validation accuracy {100 * accuracy:.1f} %")
+
+    def save(self):
+        """Replaces the resumable state."""
+        tensors = optimizer_tensors(self.optimizer, self.parameters)
+        tensors.update({f"{name}.weight": p for name, p in self.parameters.items()})
+        save_state(self.folder, tensors, {"step": self.step, "best": self.best_accuracy, "bad": self.num_bad})
+
+    def resume(self):
+        """Goes on from the stage's last state, if there is one; log lines of steps that will be redone are dropped."""
+        state = load_state(self.folder)
+        if state is not None:
+            tensors, meta = state
+            with torch.no_grad():
+                for name, p in self.parameters.items():
+                    p.copy_(tensors[f"{name}.weight"])
+            restore_optimizer(self.optimizer, self.parameters, tensors)
+            self.step, self.best_accuracy, self.num_bad = meta["step"], meta["best"], meta["bad"]
+        for line in rewind_logs(self.folder, self.step):
+            if "val_accuracy" in line:
+                self.validated_step = max(self.validated_step, line["step"])
+
+    def publish(self):
+        """Writes best/: the best weights in validation (the last ones without it), as `load` and others read them."""
+        best = self.folder / "best.safetensors"
+        if best.exists():
+            with torch.no_grad():
+                for name, tensor in load_file(best).items():
+                    self.parameters[name].copy_(tensor)
+        if self.stage.trainable == "lora":
+            save_adapter(self.model, pinned(self.stage.model), self.folder / "best")
+        else:
+            save_model(self.model, self.processor.folder, self.folder / "best")
 
 
-# ---- a step on given answers: SFT and distillation ----
+def score_completions(completions, items):
+    """{name of a reward: (P, G)} of P prompts' completions, and "reward", their sum."""
+    rewards = {}
+    for name, reward in REWARDS.items():
+        rewards[name] = torch.tensor([[reward(completion.text, item.example.options, item.target)
+                                       for completion in group]
+                                      for group, item in zip(completions, items, strict=True)])
+    rewards["reward"] = sum(rewards.values())
+    return rewards
 
 
-def supervised_step(run, stage, good):
-    """One optimizer step on [(Prompt, (example, answer, teacher's best ids))]; returns its line for the log."""
-    prompts, tops = [prompt for prompt, _ in good], [top for _, (_, _, top) in good]
-    parts = accumulate(run, stage, prompts, tops) if good else {"loss": 0.0}
-    norm, lr = update(run, stage, parts["loss"])
-    return {**parts, "lr": lr, "grad_norm": norm, "tokens": sum(map(len, prompts))}
+def stored_rows(topk, common_vocab, suppressed_Z):
+    """The teacher's best ids of K clips as kernels/distill_topk.py takes them: (id_KJ, logq_KJ, tail_K, dropped_K).
 
-
-def accumulate(run, stage, prompts, tops=()):
-    """Gradients of one optimizer step's loss, micro-batch by micro-batch; returns its parts, {"loss": …}.
-
-    The loss is the mean of the cross-entropy over the step's target tokens. Where tops has the teacher's best ids for
-    a clip, the KL at its letter, as a mean over the step's clips, stands in its place ("kl") or is added ("kl+ce").
-    The denominators are the whole step's, so the gradient does not depend on the micro-batch size.
+    Ids outside the common vocabulary are taken out and the rest is normalised again. What lies outside among the ids that
+    were not stored cannot be told from the tail, which it is part of.
     """
-    total = sum(int(prompt.target_N.sum()) for prompt in prompts)
-    head_VD, parts = run.model.lm_head.weight, Counter(loss=0.0)
-    for start in range(0, len(prompts), stage.micro_batch_size):
-        at = slice(start, start + stage.micro_batch_size)
-        batch = pack(prompts[at]).to(head_VD.device)
-        hidden_ND, losses = run.model(batch), []
-        stored = {i: top for i, top in enumerate(tops[at]) if top is not None}
-        if stored:
-            losses.append(teacher_kl(run, stage, hidden_ND, batch, stored, len(prompts), parts))
-        learnt_T = torch.ones_like(batch.target_id_T, dtype=torch.bool)
-        if stored and stage.teacher_loss == "kl":
-            learnt_T = ~torch.isin(batch.target_segment_T, torch.tensor(list(stored), device=head_VD.device))
-        if learnt_T.any():
-            objective = CrossEntropy(batch.target_id_T[learnt_T], batch.target_weight_T[learnt_T] / total, run.backend)
-            losses.append(head_loss(hidden_ND, head_VD, batch.target_row_T[learnt_T], objective)[0])
-        loss = sum(losses)
-        loss.backward()
-        parts["loss"] += loss.item()
-    return dict(parts)
-
-
-def teacher_kl(run, stage, hidden_ND, batch, stored, count, parts):
-    """T² KL(teacher || student) at the letters of the clips in `stored`, {segment: best ids}, summed over `count`.
-
-    KL is over the ids that both vocabularies share, less the suppressed ones; what the teacher holds elsewhere is left out
-    of its distribution and logged, as is what the student holds there.
-    """
-    segments = list(stored)
-    first_K = torch.tensor([batch.target_segment_T.tolist().index(segment) for segment in segments])
-    id_KJ, logq_KJ, tail_K, dropped_K = stored_rows(list(stored.values()), run.common_vocab, run.suppressed_Z.cpu())
-    device = hidden_ND.device
-    objective = DistillTopK(id_KJ.to(device), logq_KJ.to(device), tail_K.to(device),
-                            torch.full((len(segments),), 1 / count, device=device), run.common_vocab, run.suppressed_Z,
-                            stage.temperature, run.backend)
-    loss, columns = head_loss(hidden_ND, run.model.lm_head.weight, batch.target_row_T[first_K.to(device)], objective)
-    parts["kl"] += columns["kl"].sum().item() / count
-    parts["teacher_dropped"] += dropped_K.sum().item() / count
-    parts["student_dropped"] += columns["student_dropped"].sum().item() / count
-    return loss
-
-
-def stored_rows(tops, common_vocab, suppressed_Z):
-    """The teacher's best ids as kernels/distill_topk.py takes them: (id_KJ, logq_KJ, tail_K, dropped_K), all fp32.
-
-    Ids outside the shared ones are taken out and the rest is normalised again. What lies outside among the ids that
-    were not stored cannot be told from the tail, of which it is a part.
-    """
-    id_KJ = torch.tensor([top["ids"] for top in tops], dtype=torch.int32)
-    logq_KJ = torch.tensor([[z / top["temperature"] - top["logsumexp"] for z in top["logits"]] for top in tops])
+    id_KJ = torch.tensor([stored["ids"] for stored in topk], dtype=torch.int32)
+    logq_KJ = torch.tensor([[z / stored["temperature"] - stored["logsumexp"] for z in stored["logits"]]
+                            for stored in topk])
     tail_K = (1 - logq_KJ.exp().sum(-1)).clamp(min=0)
     outside_KJ = (id_KJ >= common_vocab) | torch.isin(id_KJ, suppressed_Z)
     dropped_K = logq_KJ.exp().where(outside_KJ, 0).sum(-1)
@@ -223,332 +483,5 @@ def stored_rows(tops, common_vocab, suppressed_Z):
     return id_KJ.masked_fill(outside_KJ, -1), logq_KJ - kept_K.log()[:, None], tail_K / kept_K, dropped_K
 
 
-# ---- a step on the model's own answers: GRPO, equation 2 of SightSound-R1 ----
-
-NOTE = ("the loss shows no progress: in the first update after a rollout the ratio is 1, which leaves the KL and the "
-        "mean of the advantages, 0 where all completions weigh the same. Its gradient is not 0; what shows the "
-        "progress is the reward")
-SHOWN = 4  # completions of a step that are written as text
-MAX_KL = 1e-6  # to the reference, before the first update
-
-
-def grpo_step(run, stage, processor, good, folder):
-    """One rollout and the optimizer steps on it, for [(Prompt, (example, …))]; returns its line for the log."""
-    if not good:
-        return {"loss": 0.0, "tokens": 0}
-    times = [time.perf_counter()]
-    prompts, examples = [prompt for prompt, _ in good], [one[0] for _, one in good]
-    for prompt, e in zip(prompts, examples, strict=True):
-        check_room(processor, e, prompt, stage.max_new_tokens)
-    if all(name.startswith(("model.", "lm_head.")) for name in run.parameters):  # sampling, scoring and learning share
-        prompts = [run.model.encode_ahead(prompt) for prompt in prompts]  # what the towers say
-    answers = generate(run.model, processor, prompts, n=stage.group_size, max_new_tokens=stage.max_new_tokens,
-                       temperature=stage.temperature, seed=stage.seed, stop=stage.stop, step=run.step,
-                       keys=[e.id for e in examples], decode_slots=stage.decode_slots, backend=run.backend)
-    pairs = [[(c, e) for c in group] for group, e in zip(answers, examples, strict=True)]
-    parts = {name: torch.tensor([[reward(c.text, e) for c, e in group] for group in pairs])
-             for name, reward in REWARDS.items()}
-    parts["reward"] = reward_PG = sum(parts.values())
-    show(run, stage, pairs[0], parts, folder)
-    rollout = learnable(stage, prompts, answers, reward_PG)
-    times.append(time.perf_counter())
-    if rollout and stage.beta:
-        rollout.ref_T = score(run, stage, rollout.groups)
-    times.append(time.perf_counter())
-    means = Counter(loss=0.0)
-    for _ in range(stage.num_iterations if rollout else 0):
-        loss, found = learn(run, stage, rollout)
-        if stage.beta and not any(run.optimizer.state.values()):  # no update yet, in this process or an earlier one
-            check_reference(stage, rollout)
-        norm, lr = update(run, stage, loss)
-        figures = {"loss": loss, "lr": lr, "grad_norm": norm, "entropy": found["entropy"].mean().item(),
-                   "clip_fraction": found["clipped"].mean().item()}
-        if stage.beta:
-            figures["kl"] = found["kl"].mean().item()
-        means.update({name: value / stage.num_iterations for name, value in figures.items()})
-    if run.model.lm_head.weight.is_cuda:
-        torch.cuda.synchronize()  # the optimizer's kernels too belong to the update's time
-    times.append(time.perf_counter())
-    line = {**means, **summary(pairs, parts), "learned": len(rollout.groups) if rollout else 0}  # groups
-    if rollout:  # what the sampler said of its tokens against what the training pass says: 0 but for rounding
-        gap_T = (rollout.sampled_T - rollout.old_T).abs()
-        line |= {"logp_gap_mean": gap_T.mean().item(), "logp_gap_max": gap_T.max().item()}
-    for i, name in enumerate(("rollout_s", "scoring_s", "update_s")):
-        line[name] = round(times[i + 1] - times[i], 3)
-    return line | {"tokens": sum(map(len, prompts)) + sum(len(c.ids) for group in answers for c in group)}
-
-
-def show(run, stage, group, parts, folder):
-    """Writes some of the first prompt's completions, with what they earned, every completions_every steps."""
-    if stage.completions_every and run.step % stage.completions_every == 0:
-        for i, (c, e) in enumerate(group[:SHOWN]):
-            earned = {name: part_PG[0, i].item() for name, part_PG in parts.items()}
-            log_line(folder, {"step": run.step + 1, "id": e.id, **earned, "finished": c.finished, "text": c.text},
-                     "completions.jsonl")
-
-
-def passes(run, stage, groups):
-    """The micro-batches of a step, as (groups, Batch, slice of the step's T tokens)."""
-    end = 0
-    for start in range(0, len(groups), stage.micro_batch_size):
-        part = groups[start:start + stage.micro_batch_size]
-        batch = pack(part).to(run.model.lm_head.weight.device)
-        begin, end = end, end + len(batch.target_id_T)
-        yield part, batch, slice(begin, end)
-
-
-def token_logp(run, stage, hidden_ND, head_VD, batch):
-    """(T,) log-probabilities of a batch's targets as the sampler has them: at its temperature, without suppressed ids."""
-    zero_T = torch.zeros(len(batch.target_id_T), device=hidden_ND.device)
-    objective = PolicyLoss(batch.target_id_T, zero_T, None, zero_T, zero_T, ClipConfig(0.0, 0.0, 0.0, "k3"), run.backend,
-                     stage.temperature, run.suppressed_Z, run.vocab_limit)
-    with torch.no_grad():
-        return head_loss(hidden_ND, head_VD, batch.target_row_T, objective)[1]["logp"].cpu()
-
-
-def score(run, stage, groups):
-    """(T,) log-probabilities of a step's tokens under the reference, log pi_ref."""
-    with torch.no_grad():
-        return torch.cat([token_logp(run, stage, run.reference(batch), run.reference.lm_head.weight, batch)
-                          for _, batch, _ in passes(run, stage, groups)])
-
-
-def learn(run, stage, rollout):
-    """Gradients of one optimizer step, minus equation 2; returns the loss and {column: (T,)} of head.PolicyLoss.
-
-        loss   = sum over tokens of weight (-min[ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A] + beta KL)
-        weight = 1 / (P G |o_i|), over P prompts of G completions o_i (token_weights)
-        A      = (r_i - mean(r)) / (std(r) + 1e-4), the advantage, over the completions of a prompt (rewards.py)
-        ratio  = exp(log pi_theta - log pi_theta_old), where old is the policy before the rollout's first update
-        KL     = exp(d) - d - 1 with d = log pi_ref - log pi_theta (k3)
-
-    The denominators are the whole step's, so the gradient does not depend on how it is cut into micro-batches.
-    """
-    head_VD, device = run.model.lm_head.weight, run.model.lm_head.weight.device
-    how = ClipConfig(stage.clip_low, stage.clip_high, stage.beta, stage.kl)
-    total, columns, first = 0.0, [], rollout.old_T is None
-    if first:
-        rollout.old_T = torch.empty_like(rollout.sampled_T)
-    for groups, batch, at in passes(run, stage, rollout.groups):
-        hidden_ND = run.model(batch)
-        if first:  # this is that policy, and a product with the head costs less than a forward pass
-            rollout.old_T[at] = token_logp(run, stage, hidden_ND, head_VD, batch)
-        old_T, ref_T, advantage_T, weight_T = (None if x_T is None else x_T[at].to(device) for x_T in (
-            rollout.old_T, rollout.ref_T, rollout.advantage_T, rollout.weight_T))
-        lengths = tuple(len(ids_T) for group in groups for ids_T in group.completions)
-        objective = PolicyLoss(batch.target_id_T, old_T, ref_T, advantage_T, weight_T, how, run.backend, stage.temperature,
-                         run.suppressed_Z, run.vocab_limit, lengths if stage.ratio == "sequence" else None)
-        loss, found = head_loss(hidden_ND, head_VD, batch.target_row_T, objective)
-        loss.backward()
-        total += loss.item()
-        columns.append({name: column_T.cpu() for name, column_T in found.items()})
-    return total, {name: torch.cat([found[name] for found in columns]) for name in columns[0]}
-
-
-def check_reference(stage, rollout):
-    """Before the first update the policy is the reference. A reference of other weights would pull it away for good."""
-    delta_T = (rollout.ref_T - rollout.old_T).double()
-    kl = (delta_T.expm1() - delta_T).mean().item()
-    if not kl <= MAX_KL:
-        raise ValueError(f"{stage.name}: before the first update the KL to the reference is {kl:.3g}, above {MAX_KL}: "
-                         "the reference is not the policy that training starts from; stopped")
-
-
-# ---- the loop ----
-
-
-def train(stage, folder, log):
-    """Stage Train. Writes best/ (an adapter, or a whole model when all of it trains) and log.jsonl."""
-    grpo = stage.objective == "grpo"
-    pairs, counts = sources(stage, read_manifest(stage.manifest))
-    validation = read_manifest(stage.val_manifest) if stage.val_manifest else []
-    if missing := next((e for e in validation if e.answer is None), None):
-        raise ValueError(f"{stage.val_manifest}: example {missing.id!r} has no answer to validate against")
-    run, processor = build(stage, pairs)
-    resume(run, folder)
-    if run.step == 0:
-        count = sum(p.numel() for p in run.parameters.values())
-        log({"step": 0, "learns_from": counts, "steps": run.steps, "trainable_parameters": count,
-             **({"note": NOTE} if grpo else {})})
-    reads = min(stage.epochs * len(pairs), run.steps * stage.batch_size)
-    tqdm.write(f"{stage.name}: {run.steps} steps of {stage.batch_size} on {len(pairs)} clips ({counts})"
-               + (f", from step {run.step}" if run.step else ""))
-    if grpo:
-        tqdm.write(f"{stage.name}: {NOTE}")
-    steps = (pairs[i] for step in range(run.step, run.steps) for i in order(stage, len(pairs), step))
-    prompts = prefetch(lambda one: (ask(stage, processor, *one[:2]), one), steps, ahead=2 * stage.batch_size)
-    with tqdm(total=run.steps, initial=run.step, desc=stage.name, unit="step") as bar:
-        while True:
-            if validation and due(run, stage):  # also after a stop between the state and its validation
-                validate(run, stage, processor, validation, folder, log)
-            if run.step == run.steps:
-                break
-            began = time.perf_counter()
-            asked = [next(prompts) for _ in order(stage, len(pairs), run.step)]
-            good = [(prompt, one) for prompt, one in asked if not isinstance(prompt, MediaError)]
-            for error in (prompt for prompt, _ in asked if isinstance(prompt, MediaError)):
-                run.bad += 1
-                log({"step": run.step + 1, "bad": error.reason, "detail": str(error)})
-            if run.bad > stage.max_bad * reads:
-                raise ValueError(f"{stage.name}: {run.bad} bad clips, above max_bad {stage.max_bad} of the {reads} to "
-                                 f"be read; the last: {error}")
-            line = grpo_step(run, stage, processor, good, folder) if grpo else supervised_step(run, stage, good)
-            run.step += 1
-            rate = line["tokens"] / (time.perf_counter() - began)
-            log({"step": run.step, **line, "tokens_per_s": round(rate)})
-            shown = "reward" if grpo else "loss"
-            bar.set_postfix_str(f"{shown} {line.get(shown, 0):.3f}, {rate:,.0f} tokens/s", refresh=False)
-            bar.update()
-            if due(run, stage) or (stage.save_every and run.step % stage.save_every == 0):
-                save(run, folder)
-    if not any(run.optimizer.state.values()):
-        raise ValueError(f"{stage.name}: no step had anything to learn: its clips were bad, or its groups left out")
-    publish(run, stage, processor, folder)
-
-
-def due(run, stage):
-    """Whether the step that is finished is one to validate after, and has not been."""
-    at = run.step == run.steps or (stage.eval_every and run.step % stage.eval_every == 0)
-    return at and run.step > run.validated
-
-
-def validate(run, stage, processor, validation, folder, log):
-    """Accuracy on the validation manifest, by letters or, in GRPO and with traces, by greedily written answers; the
-    best weights so far (the earliest, in a tie) are kept aside."""
-    written = stage.max_new_tokens if stage.objective == "grpo" or stage.traces else 0
-    records = score_letters(run.model, processor, stage, validation, max_new_tokens=written, stop=stage.stop)
-    bad = count_bad(records, stage)
-    if written:  # not the letters' logits and not what the words are like, but the answer that is rewarded
-        for example, record in zip(validation, records, strict=True):
-            record["answer"] = None if "bad" in record else parse_answer(record["text"], example.options)
-    accuracy = tabulate(validation, records)["accuracy"]
-    if accuracy > run.best:
-        run.best = accuracy
-        write_safetensors(folder / "best.safetensors", run.parameters)
-        save(run, folder)
-    log({"step": run.step, "val_accuracy": accuracy, "val_bad": bad})  # last: with it this validation is done
-    run.validated = run.step
-    tqdm.write(f"{stage.name}: step {run.step}, validation accuracy {100 * accuracy:.1f} %")
-
-
-def save(run, folder):
-    state = optimizer_tensors(run.optimizer, run.parameters)
-    state.update({f"{name}.weight": p for name, p in run.parameters.items()})
-    save_state(folder, state, {"step": run.step, "best": run.best, "bad": run.bad})
-
-
-def resume(run, folder):
-    """Go on from the stage's last state, if there is one; log lines of steps that will be redone are dropped."""
-    state = load_state(folder)
-    if state is not None:
-        tensors, meta = state
-        with torch.no_grad():
-            for name, p in run.parameters.items():
-                p.copy_(tensors[f"{name}.weight"])
-        restore_optimizer(run.optimizer, run.parameters, tensors)
-        run.step, run.best, run.bad = meta["step"], meta["best"], meta["bad"]
-    for path in (folder / name for name in LOGS):
-        if path.exists():
-            lines = [line for line in read_records(path) if line["step"] <= run.step and run.step > 0]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-            run.validated = max([run.validated, *(line["step"] for line in lines if "val_accuracy" in line)])
-
-
-def publish(run, stage, processor, folder):
-    """best/: the validated best weights (the last ones without validation), as `load` and other programs read them."""
-    best = folder / "best.safetensors"
-    if best.exists():
-        with torch.no_grad():
-            for name, tensor in load_file(best).items():
-                run.parameters[name].copy_(tensor)
-    if stage.trainable == "lora":
-        save_adapter(run.model, pinned(stage.model), folder / "best")
-    else:
-        save_model(run.model, processor.folder, folder / "best")
-
-
-# ---- the runner ----
-
-RUN = {Toy: toy.run, Evaluate: evaluate.run, Label: label.run, Traces: traces.run, FactCheck: factcheck.run,
-       Switch: switch.run, Train: train, Report: report.run}
-
-
-def main(argv=None):
-    """Returns the exit status; what is wrong with the input is one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m minixmd.train", description=__doc__.splitlines()[0])
-    parser.add_argument("config", help="a Python file that defines stages = […], or the name of a bundled recipe")
-    parser.add_argument("overrides", nargs="*", metavar="stage.field=value",
-                        help="also field=value (every stage that has the field) and run_dir=path")
-    parser.add_argument("--dry-run", action="store_true",
-                        help="only check the config and print its prompts, shapes and memory; needs no weights or data")
-    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
-    args = parser.parse_args(argv)
-    torch.backends.cudnn.allow_tf32 = False  # float32 convolutions would multiply with 10 bits
-    try:
-        rank = join(os.environ)
-        config = load_config(args.config, args.overrides)
-        if args.dry_run:
-            return dry_run(config, sys.modules[__name__])  # which traces this module's steps
-        check_files(config.stages)
-        for stage in config.stages:  # what is not here, on the hub or reachable shows before the first hour of work
-            where(stage)
-            if not (getattr(stage, "model", None) or "@").startswith("@"):
-                pinned(stage.model)
-        for stage in config.stages:
-            paths = input_paths(stage, config.run_dir, config.stages)
-            folder = told(begin(config.run_dir, stage, paths, config.source) if rank == 0 else None)
-            if folder is None and rank == 0:
-                print(f"{stage.name}: finished before, skipped", flush=True)
-            elif folder is not None and (rank == 0 or shared(stage)):
-                print(f"{stage.name}: runs in {folder}" + where(stage), flush=True)
-                try:
-                    RUN[type(stage)](resolved(stage, config), folder, partial(log_line, folder))
-                    finish(folder)
-                except Elsewhere:
-                    pass
-            wait()
-        leave()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if args.traceback:
-            raise
-        print(f"minixmd: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("minixmd: interrupted; the same command goes on from where it stopped", file=sys.stderr)
-        return 130
-    return 0
-
-
-def shared(stage):
-    """Whether a stage's clips are shared among the processes that torchrun started."""
-    asks = isinstance(stage, (Evaluate, Label, Traces)) or getattr(stage, "checker", None) == "model"
-    return asks and getattr(stage, "endpoint", None) is None
-
-
-def where(stage):
-    """What "auto" and the like came to, where a model runs here: nothing is chosen silently."""
-    elsewhere = getattr(stage, "endpoint", None) is not None or getattr(stage, "checker", "") == "verdicts"
-    if not hasattr(stage, "device") or elsewhere:
-        return ""
-    device = device_of(stage)
-    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
-    kernels = f", {stage.dtype}, kernels in {impl_of(stage)}" if hasattr(stage, "backend") else ""
-    return f" on {device}{kernels}{threads}"
-
-
-def resolved(stage, config):
-    """The stage with every "@name" replaced by the path it stands for."""
-    def path(value):
-        return str(resolve(value, config.run_dir, config.stages))
-
-    changes = {}
-    for field in input_paths(stage, config.run_dir, config.stages):
-        name = field.partition(".")[0]
-        value = getattr(stage, name)
-        changes[name] = {row: {c: path(v) for c, v in cells.items()} for row, cells in value.items()} \
-            if isinstance(value, dict) else path(value)
-    return replace(stage, **changes)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # the command line is the runner's, which imports this module
+    runpy.run_module("minixmd.runner", run_name="__main__")

@@ -21,51 +21,51 @@ from mini import write_clips, write_model
 
 import minixmd
 from minixmd.inputs.examples import read_manifest
+from minixmd.runner import main as run_config
 from minixmd.tasks import rewards
-from minixmd.train import main as run_config
 
 GOLDEN = Path(__file__).with_name("golden.json")
 LOGGED = ("step", "loss", "lr", "grad_norm", "kl", "teacher_dropped", "student_dropped", "tokens", "entropy",
           "clip_fraction", "accuracy", "format", "rough", "reward", "unparsed", "zero_variance", "completion_tokens",
           "truncated", "logp_gap_mean", "logp_gap_max", "val_accuracy")  # no times, which no two runs share
 CONFIG = """
-from minixmd.config import Evaluate, Label, Switch, Train
+from minixmd.config import GRPO, SFT, Distill, Evaluate, Label, Switch
 
 AUDIO, VIDEO = dict(media="audio"), dict(media="video", min_pixels=784, max_pixels=3136)
 STEPS = dict(batch_size=8, micro_batch_size=4, epochs=5, lr=3e-3, manifest="{home}/train/manifest.jsonl")
-GRPO = dict(objective="grpo", batch_size=4, micro_batch_size=2, max_steps=20, epochs=10, lr=3e-3, group_size=4,
+ROLLOUTS = dict(batch_size=4, micro_batch_size=2, max_steps=20, epochs=10, lr=3e-3, group_size=4,
             max_new_tokens=9, decode_slots=8, manifest="{home}/train/manifest.jsonl", beta=0.1)
 stages = [
     Evaluate(name="ears", model="{home}/audio", manifest="{home}/train/manifest.jsonl", **AUDIO),
     Evaluate(name="eyes", model="{home}/vision", manifest="{home}/train/manifest.jsonl", answer="generate",
              max_new_tokens=8, **VIDEO),
     Evaluate(name="glance", model="{home}/vision", manifest="{home}/train/manifest.jsonl", **VIDEO),
-    Evaluate(name="votes", model="{home}/audio", manifest="{home}/train/manifest.jsonl", answer="generate", n=3,
+    Evaluate(name="votes", model="{home}/audio", manifest="{home}/train/manifest.jsonl", answer="generate", num_samples=3,
              temperature=1.2, max_new_tokens=8, **AUDIO),
     Label(name="heard", model="{home}/audio", manifest="{home}/train/manifest.jsonl", top_k=6, **AUDIO),
     Label(name="seen", model="{home}/vision", manifest="{home}/train/manifest.jsonl", top_k=6, **VIDEO),
     Switch(name="switch", teacher="@glance", student="@ears", manifest="{home}/train/manifest.jsonl",
            train_manifest="{home}/train/manifest.jsonl", width=1 / 16, clip_s=0.5, epochs=3, batch_size=4, lr=5e-3,
            augment="spec"),
-    Train(name="gated", objective="distill", model="{home}/audio", teacher_labels="@seen", student_labels="@heard",
+    Distill(name="gated", model="{home}/audio", teacher_labels="@seen", student_labels="@heard",
           switch="{home}/decided.jsonl", gate="learned", val_manifest="{home}/val/manifest.jsonl",
           eval_every=10, **AUDIO, **STEPS),
-    Train(name="kl_ce", objective="distill", model="{home}/vision", teacher_labels="@heard", teacher_loss="kl+ce",
+    Distill(name="kl_ce", model="{home}/vision", teacher_labels="@heard", teacher_loss="kl+ce",
           trainable="decoder", **VIDEO, **STEPS),
-    Train(name="kl", objective="distill", model="{home}/audio", teacher_labels="@seen", student_labels="@heard",
+    Distill(name="kl", model="{home}/audio", teacher_labels="@seen", student_labels="@heard",
           teacher_loss="kl", switch="{home}/decided.jsonl", gate="learned", trainable="full", **AUDIO, **STEPS),
-    Train(name="letters", objective="sft", model="{home}/vision", weight_decay=0.1, **VIDEO, **STEPS),
-    Train(name="traced", objective="sft", model="{home}/audio", traces="{home}/traces.jsonl", trainable="decoder",
+    SFT(name="letters", model="{home}/vision", weight_decay=0.1, **VIDEO, **STEPS),
+    SFT(name="traced", model="{home}/audio", traces="{home}/traces.jsonl", trainable="decoder",
           max_new_tokens=16, **AUDIO, **STEPS),
-    Train(name="token", objective="grpo", model="@traced", trainable="decoder", num_iterations=2,
-          **AUDIO, **{key: value for key, value in GRPO.items() if key != "objective"}),
-    Train(name="sequence", model="{home}/audio", ratio="sequence", aggregation="token", zero_variance="skip",
-          teacher_labels="@heard", temperature=0.9, num_iterations=2, **AUDIO, **GRPO),
+    GRPO(name="token", model="@traced", trainable="decoder", num_iterations=2,
+          **AUDIO, **ROLLOUTS),
+    GRPO(name="sequence", model="{home}/audio", ratio="sequence", aggregation="token", zero_variance="skip",
+          teacher_labels="@heard", temperature=0.9, num_iterations=2, **AUDIO, **ROLLOUTS),
 ]
 """
 
 
-def rough_reward(completion, example):
+def rough_reward(completion, options, right):
     """A reward that differs from completion to completion, so that small random models have something to learn."""
     return (sum(map(ord, completion)) % 7) / 3
 
@@ -119,7 +119,7 @@ def compute(home):
     conversations = [[{"role": "user", "content": [{"type": "audio", "audio": e.audio},
                                                    {"type": "text", "text": f"{e.question} {e.options}"}]}]
                      for e in read_manifest(home / "train" / "manifest.jsonl")[:8]]
-    said = minixmd.generate(model, processor, conversations, n=4, max_new_tokens=12, temperature=0.8, seed=5)
+    said = minixmd.generate(model, processor, conversations, num_samples=4, max_new_tokens=12, temperature=0.8, seed=5)
     found["sampled"] = [[{"ids": list(c.ids), "logprobs": list(c.logprobs)} for c in group] for group in said]
     return json.loads(json.dumps(found))
 

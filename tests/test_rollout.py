@@ -137,7 +137,7 @@ def test_a_key_names_the_randomness_and_defaults_to_the_prompts_ids_and_media(sp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_prompt_whose_clips_are_encoded_has_a_key_too(speaker, dtype):
     model, processor = copy.deepcopy(speaker[0]).to(dtype), speaker[1]
-    one, again, other = (model.encode_ahead(processor(ask("What is this?", clip))) for clip in (1, 1, 2))
+    one, again, other = (model.encode_media(processor(ask("What is this?", clip))) for clip in (1, 1, 2))
     assert one.media[0].features.dtype == dtype and prompt_key(one) == prompt_key(again) != prompt_key(other)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minixmd.config import STAGES
 from minixmd.config.references import check_references
-from minixmd.config.schema import ConfigError, kind, nearest, parse_field
+from minixmd.config.schema import ConfigError, hint, kind, nearest, parse_field
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _targets(stages, target):
     known = {known.name: None for item in chosen for known in fields(item)}
     if field not in known:
         who = f"{kind(type(chosen[0]))} {name!r} has no field" if dot else "no stage has a field"
-        raise ConfigError(f"config: {who} {field!r}{nearest(field, known)}")
+        raise ConfigError(f"config: {who} {field!r}{hint(field, known)}")
     if field == "name":
         raise ConfigError(f"config: a stage's name is set in the config file only, got override {target!r}")
     return [(item, field) for item in chosen if hasattr(item, field)]

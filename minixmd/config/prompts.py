@@ -1,6 +1,9 @@
-"""How questions are put: format strings over {question} {options} {first} {last}, options being lettered lines, and
-where a trace is shown, {trace}. The papers print none of theirs but the first's last line; these are ours.
+"""How questions are put: format strings over {question} {options} {first} {last} and, where a trace is shown, {trace}.
+
+{options} are lettered lines. The papers print none of their prompts but the first one's last line; the rest is ours.
 """
+from dataclasses import dataclass
+
 PROMPT = "{question}\n{options}\nRespond only with a single letter from {first} to {last}."
 # the form that GRPO rewards; also zero-shot chain of thought, for a model that has not learnt it
 THINK_PROMPT = ("{question}\n{options}\nThink first, between <think> and </think>. Then give the letter of your "
@@ -12,7 +15,7 @@ AUDIO_COT_PROMPT = (
     "Name no sound for which you see no cause. Write these thoughts between <think> and </think>, as if you had heard "
     "the sound itself and without mentioning the video. Then give the letter of your answer, from {first} to {last}, "
     "between <answer> and </answer>.")  # fmt: skip
-# to a checker that hears it
+# to a checker that hears the clip
 CHECK_PROMPT = (
     "Somebody who could not hear this audio was asked:\n{question}\n{options}\nThis was the reasoning:\n{trace}\n"
     "Listen to the audio. Is every sound that the reasoning claims really there, and does nothing that is heard "
@@ -20,3 +23,19 @@ CHECK_PROMPT = (
 # test-time distillation: the student is shown its teacher's trace
 TRACE_PROMPT = ("{question}\n{options}\nSomebody who saw the scene, but could not hear it, reasoned:\n{trace}\nRespond "
                 "only with a single letter from {first} to {last}.")
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """What a stage shows of a clip and how it asks; inputs/prompts.build_prompt makes a Prompt of it."""
+
+    media: str  # "audio" | "video" | "both" | "sounded", a video with its sound track
+    template: str  # one of the format strings above
+    fps: float = 1.0  # of the video; the other three likewise
+    min_pixels: int = 100_352
+    max_pixels: int = 262_144
+    nframes: int | None = None
+
+    @property
+    def video_options(self):
+        return {name: getattr(self, name) for name in ("fps", "min_pixels", "max_pixels", "nframes")}

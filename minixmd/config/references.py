@@ -8,7 +8,9 @@ from pathlib import Path
 from minixmd.config.schema import ConfigError, kind, nearest
 
 OUTPUTS = {  # what a bare "@name" means
-    "train": "best",
+    "distill": "best",
+    "sft": "best",
+    "grpo": "best",
     "label": "labels.jsonl",
     "switch": "switch.jsonl",
     "evaluate": "results.json",
@@ -16,7 +18,7 @@ OUTPUTS = {  # what a bare "@name" means
     "factcheck": "traces.jsonl",  # those that were accepted
 }
 INPUTS = {  # the fields that name a file or folder, and the kinds of stage that a bare "@name" in them may be
-    "model": "train",
+    "model": "distill sft grpo",
     "manifest": None,
     "val_manifest": None,
     "teacher": "evaluate",

@@ -1,6 +1,8 @@
-"""Dataclasses that check what they are given: `@stage`, and the checks that a stage's __post_init__ calls.
+"""Dataclasses that check what they are given: `@stage`, field annotations with bounds, and shared checks.
 
-Every message is one line that names the field and the value.
+A field's annotation says all that can be said of it alone: its type, `Literal` for a choice, `Annotated[float, "> 0"]`
+for bounds. What concerns two fields is checked in the class's __post_init__. Every message is one line that names the
+field and the value.
 """
 import math
 import operator
@@ -10,13 +12,24 @@ from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from functools import wraps
 from types import UnionType
-from typing import get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
-_NAMES = {int: "an int", float: "a float", str: "a str", bool: "true or false"}
-_PROMPT = {"question": "Which?", "options": "A. dog\nB. cat", "first": "A", "last": "B"}  # the placeholders, an example
-_TRACE = {"trace": "<think>It barks.</think><answer>A</answer>"}  # where a prompt may show one
-_COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+Count = Annotated[int, ">= 1"]
+NonNegativeInt = Annotated[int, ">= 0"]
+Positive = Annotated[float, "> 0"]
+NonNegative = Annotated[float, ">= 0"]
+Share = Annotated[float, ">= 0", "<= 1"]
+
+TYPE_NAMES = {int: "an int", float: "a float", str: "a str", bool: "true or false"}
+COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+PROMPT_EXAMPLE = {"question": "Which?", "options": "A. dog\nB. cat", "first": "A", "last": "B"}
+TRACE_EXAMPLE = {"trace": "<think>It barks.</think><answer>A</answer>"}  # allowed only where a prompt shows a trace
+RENAMED = {  # fields of older configs -> what they are called now
+    "impl": "backend", "n": "num_samples", "which": "trace_filter", "slots": "decode_slots", "warmup": "warmup_ratio",
+    "clip": "max_grad_norm", "key_variable": "api_key_env", "wait_s": "retry_backoff_s",
+}  # fmt: skip
+_owners = {}  # field -> names of the stage classes that have it, for the hint in an error
 
 
 class ConfigError(ValueError):
@@ -26,26 +39,41 @@ class ConfigError(ValueError):
 def stage(cls):
     """A frozen dataclass, built by keywords only, that answers an unknown field with the nearest one it has."""
     cls = dataclass(frozen=True, kw_only=True)(cls)
-    made = cls.__init__
-    needed = {field.name: field.default is field.default_factory is MISSING for field in fields(cls)}
+    generated_init = cls.__init__
+    required = [field.name for field in fields(cls) if field.default is field.default_factory is MISSING]
+    known = [field.name for field in fields(cls)]
+    if not cls.__name__.startswith("_"):
+        for name in known:
+            _owners.setdefault(name, []).append(cls.__name__)
 
-    @wraps(made)
+    @wraps(generated_init)
     def __init__(self, **given):
         title = f"{kind(cls)} {given['name']!r}" if "name" in given else kind(cls)
         for name in given:
-            if name not in needed:
-                raise ConfigError(f"config: {title} has no field {name!r}{nearest(name, needed)}")
-        missing = [name for name in needed if needed[name] and name not in given]
+            if name not in known:
+                raise ConfigError(f"config: {title} has no field {name!r}{hint(name, known)}")
+        missing = [name for name in required if name not in given]
         if missing:
             raise ConfigError(f"config: {title} needs {' and '.join(map(repr, missing))}")
-        made(self, **given)
+        generated_init(self, **given)
 
     cls.__init__ = __init__
     return cls
 
 
 def kind(cls):
+    """A stage class's name as messages and config.json write it."""
     return cls.__name__.lower()
+
+
+def hint(name, known):
+    """What an unknown field was probably meant to be; empty if nothing is like it."""
+    if RENAMED.get(name) in known:
+        return f"; it is now called {RENAMED[name]!r}"
+    close = nearest(name, known)
+    if not close and name in _owners:
+        return f"; it is a field of {', '.join(_owners[name])}"
+    return close
 
 
 def nearest(name, known):
@@ -56,45 +84,43 @@ def nearest(name, known):
 
 def check_types(item):
     """Holds every field to its annotation; an int given for a float becomes one, a list for a tuple likewise."""
-    for name, annotation in get_type_hints(type(item)).items():
+    for name, annotation in _annotations(type(item)).items():
         value = getattr(item, name)
         try:
-            object.__setattr__(item, name, _convert(annotation, value))  # frozen: only here, while it is being made
+            value = _convert(annotation, value)
         except ValueError:
             raise ConfigError(f"config: {name} must be {_describe(annotation)}, got {value!r}") from None
+        object.__setattr__(item, name, value)  # frozen: only here, while it is being made
         if value == "":
             raise ConfigError(f"config: {name} is empty")
+        _check_bounds(name, annotation, value)
     if not re.fullmatch(r"[A-Za-z0-9_-]+", item.name):  # it names a directory and is written "@name/file"
         raise ConfigError(f"config: name must be letters, digits, '_' and '-', got {item.name!r}")
 
 
 def parse_field(item, name, text):
     """The value that `text`, from an override, has for field `name` of a stage."""
-    annotation = get_type_hints(type(item))[name]
+    annotation = _annotations(type(item))[name]
     try:
         return _parse(annotation, text)
     except (ValueError, KeyError):
         raise ConfigError(f"config: {name} must be {_describe(annotation)}, got {text!r}") from None
 
 
-def one_of(item, name, *choices):
-    if getattr(item, name) not in choices:
-        *most, last = map(repr, choices)
-        raise ConfigError(f"config: {name} must be {', '.join(most)} or {last}, got {getattr(item, name)!r}")
+def default_of(item, name):
+    return type(item).__dataclass_fields__[name].default
 
 
-def require(item, *rules):
-    """Rules such as "lr > 0"; a field that is None passes."""
-    for rule in rules:
-        name, sign, bound = rule.split()
-        value = getattr(item, name)
-        if value is not None and not _COMPARE[sign](value, float(bound)):
-            raise ConfigError(f"config: {name} must be {sign} {bound}, got {value!r}")
+def check_unused(item, because, names):
+    """Raises ConfigError for a field that has no effect and is not at its default. because: such as "gate 'never'"."""
+    for name in names:
+        if getattr(item, name) != default_of(item, name):
+            raise ConfigError(f"config: {because} does not use {name}, got {getattr(item, name)!r}")
 
 
 def check_prompt(prompt, needs=("options",)):
     """A format string over the placeholders, which holds those of `needs`; {trace} may stand where it is needed."""
-    known = _PROMPT | (_TRACE if "trace" in needs else {})
+    known = PROMPT_EXAMPLE | (TRACE_EXAMPLE if "trace" in needs else {})
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None]
         unknown = [name for name in names if name not in known]
@@ -104,40 +130,68 @@ def check_prompt(prompt, needs=("options",)):
         raise ConfigError(f"config: prompt {prompt!r} is no format string: {error}") from None
     if unknown:
         raise ConfigError(f"config: prompt has no placeholder {unknown[0]!r}{nearest(unknown[0], known)}")
-    if missing := [name for name in needs if name not in names]:
+    missing = [name for name in needs if name not in names]
+    if missing:
         raise ConfigError(f"config: prompt {prompt!r} must hold the placeholder {missing[0]!r}")
+
+
+def check_stop(stop):
+    if "" in stop:
+        raise ConfigError("config: a stop string must not be empty, got ''")
 
 
 def check_url(endpoint):
     try:
         url = urlsplit(endpoint)
-        good = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        valid = url.scheme in ("http", "https") and url.hostname and url.port != 0
     except ValueError:  # a port that is no number, a bracket left open
-        good = False
-    if not good:  # without a scheme the client would take it for a model on the hub
+        valid = False
+    if not valid:  # without a scheme the client would take it for a model on the hub
         raise ConfigError(f"config: endpoint {endpoint!r} is no URL such as http://localhost:8000/v1")
 
 
-def check_asking(item, needs=("options",)):
-    """The fields that every stage which asks a model has in common."""
-    one_of(item, "media", "audio", "video", "both", "sounded")
-    one_of(item, "device", "auto", "cpu", "cuda")
-    one_of(item, "backend", "auto", "triton", "torch")
-    one_of(item, "dtype", "float32", "bfloat16", "float16")
-    require(item, "fps > 0", "min_pixels >= 1", "nframes >= 2", "max_bad >= 0", "max_bad <= 1", "seed >= 0")
-    if item.min_pixels > item.max_pixels:
-        raise ConfigError(f"config: min_pixels {item.min_pixels} is more than max_pixels {item.max_pixels}")
-    check_prompt(item.prompt, needs)
+# ---- annotations ----
+
+
+def _annotations(cls):
+    return get_type_hints(cls, include_extras=True)
+
+
+def _is_optional(annotation):
+    return get_origin(annotation) in (Union, UnionType)  # only ever X | None
+
+
+def _choices(annotation):
+    """A Literal's values as text: 'a', 'b' or 'c'."""
+    *most, last = map(repr, get_args(annotation))
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _check_bounds(name, annotation, value):
+    if _is_optional(annotation):
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) is not Annotated or value is None:
+        return
+    for bound in get_args(annotation)[1:]:
+        sign, limit = bound.split()
+        if not COMPARE[sign](value, float(limit)):
+            raise ConfigError(f"config: {name} must be {bound}, got {value!r}")
 
 
 def _convert(annotation, value):
     """`value` as the annotated type; ValueError if it is of another."""
     origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is UnionType:  # X | None
+    if _is_optional(annotation):
         return None if value is None else _convert(inner[0], value)
+    if origin is Annotated:
+        return _convert(inner[0], value)
+    if origin is Literal:
+        if isinstance(value, bool) or value not in inner:
+            raise ValueError
+        return value
     if origin is tuple and isinstance(value, (tuple, list)):
-        inner = inner[:1] * len(value) if inner[-1] is ... else inner
-        return tuple(_convert(each, part) for each, part in zip(inner, value, strict=True))
+        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
+        return tuple(_convert(each, part) for each, part in zip(kinds, value, strict=True))
     if origin is dict and isinstance(value, dict):
         return {_convert(inner[0], key): _convert(inner[1], part) for key, part in value.items()}
     if annotation is float and type(value) is int:
@@ -152,12 +206,16 @@ def _convert(annotation, value):
 def _parse(annotation, text):
     """The value of a command-line text; ValueError or KeyError if it has none of that type."""
     origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is UnionType:
+    if _is_optional(annotation):
         return None if text == "none" else _parse(inner[0], text)
+    if origin is Annotated:
+        return _parse(inner[0], text)
+    if origin is Literal:
+        return text
     if origin is tuple:
         parts = [part.strip() for part in text.split(",")] if text else []
-        inner = inner[:1] * len(parts) if inner[-1] is ... else inner
-        return tuple(_parse(each, part) for each, part in zip(inner, parts, strict=True))
+        kinds = inner[:1] * len(parts) if inner[-1] is ... else inner
+        return tuple(_parse(each, part) for each, part in zip(kinds, parts, strict=True))
     if origin is dict:
         raise ValueError
     return {"true": True, "false": False}[text] if annotation is bool else annotation(text)
@@ -165,10 +223,14 @@ def _parse(annotation, text):
 
 def _describe(annotation):
     origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is UnionType:
+    if _is_optional(annotation):
         return f"{_describe(inner[0])} or None"
+    if origin is Annotated:
+        return _describe(inner[0])
+    if origin is Literal:
+        return _choices(annotation)
     if origin is tuple:
         return f"a tuple of {inner[0].__name__}" if inner[-1] is ... else f"{len(inner)} {inner[0].__name__}s"
     if origin is dict:
         return "a dict of dicts of str"
-    return _NAMES[annotation]
+    return TYPE_NAMES[annotation]

@@ -1,21 +1,30 @@
-"""The stages of a run, one frozen dataclass each. configfile.py reads the file that lists them.
+"""The stages of a run, one frozen dataclass each. load.py reads the file that lists them.
 
 A config is a Python file that defines `stages = [...]` and, if it likes, `run_dir`. A field that names a file may hold
 "@name", the output of an earlier stage (references.py).
 """
 import re
+from typing import Annotated, Literal
 
-from minixmd.config.prompts import AUDIO_COT_PROMPT, CHECK_PROMPT, PROMPT, THINK_PROMPT
+from minixmd.config.prompts import AUDIO_COT_PROMPT, CHECK_PROMPT, PROMPT, THINK_PROMPT, PromptFormat
 from minixmd.config.schema import (
     ConfigError,
-    check_asking,
+    Count,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    Share,
     check_prompt,
+    check_stop,
     check_types,
+    check_unused,
     check_url,
-    one_of,
-    require,
+    default_of,
     stage,
 )
+
+Media = Literal["audio", "video", "both", "sounded"]
+FRAME_FIELDS = ("fps", "min_pixels", "max_pixels", "nframes")
 
 
 @stage
@@ -23,99 +32,98 @@ class Toy:
     """Makes a small world of audio and video files, its manifests, and the models that start out in it."""
 
     name: str = "toy"
-    seed: int = 0  # drives the world, both models and their training
-    thinking: bool = False  # the teacher also learns to think before it answers, at times of a sound that is not there;
-    # the student has read such thoughts; a third model, the checker, learns to hear what is true
+    seed: NonNegativeInt = 0  # of the world, the models and their training
+    thinking: bool = False  # also trains the teacher to write chains of thought, about 30 % of which name a sound that is
+    # absent, pretrains the student on such text, and makes a third model, the checker, that hears what is true
 
     def __post_init__(self):
         check_types(self)
-        require(self, "seed >= 0")
 
 
 @stage
-class _Asking:
-    """The fields that Evaluate and Label share."""
+class _Prompted:
+    """Fields of every stage that puts questions about clips to a model."""
 
     name: str
     # what is asked
-    model: str  # folder, hub name or "@train"
+    model: str  # folder, hub name or "@stage"
     manifest: str  # JSONL file
-    media: str = "audio"  # "audio" | "video" | "both", one after the other | "sounded", a video with its track (Omni)
+    media: Media = "audio"  # "audio" | "video" | "both", one after the other | "sounded", a video with its track (Omni)
     prompt: str = PROMPT  # format string over {question} {options} {first} {last}
     # video
-    fps: float = 1.0  # frames a second
-    min_pixels: int = 100_352  # pixels a frame
-    max_pixels: int = 262_144  # pixels a frame
-    nframes: int | None = None  # frames a clip; None = by fps
+    fps: Positive = 1.0  # frames a second
+    min_pixels: Count = 100_352  # pixels a frame
+    max_pixels: Count = 262_144  # pixels a frame
+    nframes: Annotated[int, ">= 2"] | None = None  # frames a clip; None = by fps
     # how it runs
-    batch_tokens: int = 8192  # tokens packed into a forward pass
-    max_bad: float = 0.01  # share of bad clips above which the stage fails; 1 = never
-    device: str = "auto"  # "auto" | "cpu" | "cuda"
-    backend: str = "auto"  # "triton" | "torch" | "auto", Triton kernels on a GPU and PyTorch elsewhere
-    dtype: str = "float32"  # "float32" | "bfloat16" | "float16"
-    seed: int = 0
+    max_bad: Share = 0.01  # share of bad clips above which the stage fails; 1 = never
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" is CUDA where there is one
+    backend: Literal["auto", "triton", "torch"] = "auto"  # of the kernels; "auto" is Triton on a GPU, else PyTorch
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; what trains is kept in float32
+    seed: NonNegativeInt = 0
 
-    def __post_init__(self, needs=("options",)):
+    def check_prompted(self, placeholders=("options",)):
         check_types(self)
-        check_asking(self, needs)
-        require(self, "batch_tokens >= 1")
+        if self.min_pixels > self.max_pixels:
+            raise ConfigError(f"config: min_pixels {self.min_pixels} is more than max_pixels {self.max_pixels}")
+        check_prompt(self.prompt, placeholders)
+
+    @property
+    def prompt_format(self):
+        return PromptFormat(self.media, self.prompt, self.fps, self.min_pixels, self.max_pixels, self.nframes)
 
 
 @stage
-class Evaluate(_Asking):
+class Evaluate(_Prompted):
     """A model's accuracy on a manifest."""
 
+    batch_tokens: Count = 8192  # tokens packed into a forward pass
     # how it answers
-    answer: str = "letters"  # "letters", the largest of their logits | "generate", what its own words say, beside it
-    max_new_tokens: int = 32  # tokens of a generated answer, at least 2: a letter and the end of turn
-    rule: str = "option"  # how its words are read: "option", the letter or the most similar option | "mmau", MMAU's own
-    n: int = 1  # answers sampled, of which the commonest counts; 1 = one
-    temperature: float = 0.0  # of the sampling; 0 = greedy
+    answer: Literal["letters", "generate"] = "letters"  # "letters": the letter with the largest logit | "generate": what
+    # the model writes, with the letters' accuracy beside it
+    max_new_tokens: Annotated[int, ">= 2"] = 32  # tokens of a written answer: at least a letter and the end of turn
+    rule: Literal["option", "mmau"] = "option"  # how it is read: "option", the letter or the most similar option | "mmau"
+    num_samples: Count = 1  # answers sampled, of which the most frequent counts; 1 = one
+    temperature: NonNegative = 0.0  # of the sampling; 0 = greedy
     stop: tuple[str, ...] = ()  # strings that end an answer, beside the end of turn
-    traces: str | None = None  # "@traces": the clip's first trace that fits the prompt's {trace}; None = none
+    traces: str | None = None  # "@traces": the clip's first trace fills the prompt's {trace}; None = none
 
     def __post_init__(self):
-        _Asking.__post_init__(self, ("options",) if self.traces is None else ("options", "trace"))
-        one_of(self, "answer", "letters", "generate")
-        one_of(self, "rule", "option", "mmau")
-        require(self, "max_new_tokens >= 2", "n >= 1", "temperature >= 0")
+        self.check_prompted(("options",) if self.traces is None else ("options", "trace"))
         if self.answer == "letters":
-            for name, unused in (("rule", "option"), ("n", 1), ("temperature", 0.0), ("stop", ())):
-                if getattr(self, name) != unused:
-                    raise ConfigError(f"config: answer 'letters' does not use {name}, got {getattr(self, name)!r}")
-        if "" in self.stop:
-            raise ConfigError("config: a stop string must not be empty, got ''")
-        if self.n > 1 and self.temperature == 0:
-            raise ConfigError(f"config: n {self.n} at temperature 0.0 would give {self.n} equal answers")
+            check_unused(self, "answer 'letters'", ("rule", "num_samples", "temperature", "stop"))
+        check_stop(self.stop)
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ConfigError(f"config: num_samples {self.num_samples} at temperature 0.0 would give "
+                              f"{self.num_samples} equal answers")
 
 
 @stage
-class Label(_Asking):
+class Label(_Prompted):
     """A model's predicted letters on a manifest, with the letters' logits."""
 
-    top_k: int = 0  # best ids of the vocabulary stored with each letter, for KL distillation, at most 64; 0 = none
-    temperature: float = 2.0  # at which what the others hold together is stored: that of the distillation
+    batch_tokens: Count = 8192  # tokens packed into a forward pass
+    top_k: Annotated[int, ">= 0", "<= 64"] = 0  # best ids of the vocabulary stored with each letter, for KL; 0 = none
+    temperature: Positive = 2.0  # of the distillation: the mass of all other ids is stored at this temperature
 
     def __post_init__(self):
-        _Asking.__post_init__(self)
-        require(self, "top_k >= 0", "top_k <= 64", "temperature > 0")
+        self.check_prompted()
 
 
 @stage
-class _Remote:
-    """The fields of a stage that may ask an OpenAI-compatible endpoint in place of a model here."""
+class _Endpoint:
+    """Fields of a stage that may ask an OpenAI-compatible endpoint in place of a local model."""
 
     endpoint: str | None = None  # base URL, such as http://localhost:8000/v1; None = no endpoint
     served: str | None = None  # the model's name there
     api_key_env: str = "OPENAI_API_KEY"  # environment variable with the key, if the endpoint wants one
-    concurrency: int = 8  # requests at a time
-    timeout_s: float = 120.0  # of a request
-    attempts: int = 5  # of a request that times out, cannot connect, meets a server error or brings nonsense
-    retry_backoff_s: float = 1.0  # before the second attempt; each further one waits twice as long
+    concurrency: Count = 8  # requests at a time
+    timeout_s: Positive = 120.0  # of a request
+    attempts: Count = 5  # of a request that times out, cannot connect, meets a server error or brings nonsense
+    retry_backoff_s: NonNegative = 1.0  # before the second attempt; each further one waits twice as long
 
-    def check_remote(self, model):
-        """Either an endpoint with the model's name there, or a model."""
-        require(self, "concurrency >= 1", "timeout_s > 0", "attempts >= 1", "retry_backoff_s >= 0")
+    def check_endpoint(self, model):
+        """Either an endpoint with the model's name there, or a local model."""
         if (self.endpoint is None) == (model is None):
             raise ConfigError(f"config: either model or endpoint must be given, got {model!r} and {self.endpoint!r}")
         if self.endpoint is not None:
@@ -125,43 +133,45 @@ class _Remote:
 
 
 @stage
-class Traces(_Asking, _Remote):
-    """A teacher's chains of thought on a manifest, several a clip; those on which all agree are marked."""
+class Traces(_Prompted, _Endpoint):
+    """A teacher's chains of thought on a manifest, several a clip; clips on which all samples agree are marked."""
 
-    model: str | None = None  # folder, hub name or "@train"; None = an endpoint
-    media: str = "video"  # as in Evaluate; an endpoint is shown "video" or "audio"
+    model: str | None = None  # folder, hub name or "@stage"; None = an endpoint
+    media: Media = "video"  # as in Evaluate; an endpoint is shown "video" or "audio"
     prompt: str = AUDIO_COT_PROMPT  # as in Evaluate
     # how it samples
-    n: int = 8  # samples a clip
-    temperature: float = 1.0  # of the sampling
-    max_new_tokens: int = 512  # of a sample, the end of turn included; a longer one is not used
-    decode_slots: int | None = None  # samples decoded at once, at least n; None = 8 n
+    num_samples: Count = 8  # samples a clip
+    temperature: Positive = 1.0  # of the sampling
+    max_new_tokens: Annotated[int, ">= 2"] = 512  # of a sample, the end of turn included; a longer one is not used
+    decode_slots: Count | None = None  # samples decoded at once, at least num_samples; None = 8 num_samples
 
     def __post_init__(self):
-        _Asking.__post_init__(self)
-        self.check_remote(self.model)
-        require(self, "n >= 1", "temperature > 0", "max_new_tokens >= 2")
-        if self.decode_slots is not None and self.decode_slots < self.n:
-            raise ConfigError(f"config: decode_slots {self.decode_slots} is below n {self.n}")
+        self.check_prompted()
+        self.check_endpoint(self.model)
+        if self.decode_slots is not None and self.decode_slots < self.num_samples:
+            raise ConfigError(f"config: decode_slots {self.decode_slots} is below num_samples {self.num_samples}")
         if self.endpoint is not None:
-            one_of(self, "media", "video", "audio")
-            for name in ("fps", "min_pixels", "max_pixels", "nframes"):
-                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+            if self.media not in ("video", "audio"):
+                raise ConfigError(f"config: media must be 'video' or 'audio', got {self.media!r}")
+            for name in FRAME_FIELDS:
+                if getattr(self, name) != default_of(self, name):
                     raise ConfigError(f"config: the server at an endpoint chooses the frames and does not use {name}, "
                                       f"got {getattr(self, name)!r}")
 
 
 @stage
-class FactCheck(_Remote):
+class FactCheck(_Endpoint):
     """Hears the clip of each trace and accepts or rejects what it says (audio-grounded fact verification)."""
 
     name: str
     # what is judged
     traces: str  # "@traces"
     manifest: str  # JSONL file of the clips
-    trace_filter: str = "used"  # "used", first traces and unanimous ones | "all" | "calibration", `limit` of them
-    limit: int | None = None  # traces of "calibration", at most one a clip, drawn by seed
-    checker: str = "model"  # "model" | "endpoint" | "verifier", trained on another's verdicts | "verdicts", as given
+    trace_filter: Literal["used", "all", "calibration"] = "used"  # "used", first traces and unanimous ones | "all" |
+    # "calibration", `limit` of them
+    limit: Annotated[int, ">= 2"] | None = None  # traces of "calibration", at most one a clip, drawn by seed
+    checker: Literal["model", "endpoint", "verifier", "verdicts"] = "model"  # "verifier" is a small network trained on
+    # another checker's verdicts; "verdicts" reads verdicts that exist
     threshold: float = 0.0  # a trace is accepted above it; scores are log-odds of yes (endpoints without: +1, -1)
     # who judges
     model: str | None = None  # of "model" the one that hears; of "verifier" the one whose decoder reads the traces
@@ -170,48 +180,41 @@ class FactCheck(_Remote):
     logprobs: bool = True  # of "endpoint"; False for a server that refuses them: scores are then +1 and -1
     # the trained verifier: a Cnn14 beside the decoder's mean hidden state
     weights: str | None = None  # checkpoint to start from, .pth or .safetensors; None = from scratch
-    width: float = 1.0  # by which its channel counts are multiplied; 1 = as published
-    clip_s: float = 10.0  # seconds heard of every clip; a shorter one is followed by silence
-    epochs: int = 30
-    batch_size: int = 32  # traces of an optimizer step
-    lr: float = 1e-4  # peak, of Adam
-    warmup_ratio: float = 0.1  # share of the steps; 0 = off
+    width: Positive = 1.0  # by which its channel counts are multiplied; 1 = as published
+    clip_s: Annotated[float, ">= 0.31"] = 10.0  # seconds heard of every clip; a shorter one is followed by silence
+    epochs: Count = 30
+    batch_size: Annotated[int, ">= 2"] = 32  # traces of an optimizer step
+    lr: Positive = 1e-4  # peak, of Adam
+    warmup_ratio: Share = 0.1  # share of the steps; 0 = off
     # how it runs
-    batch_tokens: int = 8192  # tokens packed into a forward pass
-    max_bad: float = 0.01  # share of traces that could not be judged above which the stage fails; 1 = never
-    device: str = "auto"  # "auto" | "cpu" | "cuda"
-    backend: str = "auto"  # "triton" | "torch" | "auto", Triton kernels on a GPU and PyTorch elsewhere
-    dtype: str = "float32"  # "float32" | "bfloat16" | "float16"
-    seed: int = 0  # of the calibration set and the verifier
+    batch_tokens: Count = 8192  # tokens packed into a forward pass
+    max_bad: Share = 0.01  # share of traces that could not be judged above which the stage fails; 1 = never
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" is CUDA where there is one
+    backend: Literal["auto", "triton", "torch"] = "auto"  # of the kernels; "auto" is Triton on a GPU, else PyTorch
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    seed: NonNegativeInt = 0  # of the calibration set and the verifier
 
     def __post_init__(self):
         check_types(self)
-        one_of(self, "checker", "model", "endpoint", "verifier", "verdicts")
-        one_of(self, "trace_filter", "used", "all", "calibration")
-        one_of(self, "device", "auto", "cpu", "cuda")
-        one_of(self, "backend", "auto", "triton", "torch")
-        one_of(self, "dtype", "float32", "bfloat16", "float16")
-        require(self, "limit >= 2", "width > 0", "clip_s >= 0.31", "epochs >= 1", "batch_size >= 2", "lr > 0",
-                "warmup_ratio >= 0", "warmup_ratio <= 1", "batch_tokens >= 1", "max_bad >= 0", "max_bad <= 1", "seed >= 0")
         check_prompt(self.prompt, ("trace",))
         if (self.trace_filter == "calibration") != (self.limit is not None):
-            raise ConfigError(f"config: trace_filter {self.trace_filter!r} with limit {self.limit!r}: 'calibration' needs one, the "
-                              "others none")
+            raise ConfigError(f"config: trace_filter {self.trace_filter!r} with limit {self.limit!r}: 'calibration' "
+                              "needs one, the others none")
         needs = {"model": ("model",), "endpoint": ("endpoint", "served"), "verifier": ("model", "verdicts"),
                  "verdicts": ("verdicts",)}[self.checker]
         for name in ("model", "endpoint", "served", "verdicts"):
             if (getattr(self, name) is not None) != (name in needs):
-                raise ConfigError(f"config: checker {self.checker!r} {'needs' if name in needs else 'does not use'} "
-                                  f"{name}, got {getattr(self, name)!r}")
+                verb = "needs" if name in needs else "does not use"
+                raise ConfigError(f"config: checker {self.checker!r} {verb} {name}, got {getattr(self, name)!r}")
         if self.checker == "endpoint":
-            self.check_remote(None)
-        elif not self.logprobs:
-            raise ConfigError(f"config: checker {self.checker!r} does not use logprobs, got False")
+            self.check_endpoint(None)
+        else:
+            check_unused(self, f"checker {self.checker!r}", ("logprobs",))
 
 
 @stage
 class Switch:
-    """Learns by ear on the analysis split where the teacher is the stronger one; decides for every clip of another."""
+    """A Cnn14 that predicts, per clip, whether the teacher beats the student; it decides for every clip of a split."""
 
     name: str
     # what it learns from and decides on
@@ -221,160 +224,56 @@ class Switch:
     train_manifest: str  # JSONL file of the clips to decide on
     # the network, Cnn14_16k
     weights: str | None = None  # checkpoint to start from, .pth or .safetensors; None = from scratch
-    width: float = 1.0  # by which its channel counts are multiplied; 1 = as published
-    clip_s: float = 10.0  # seconds heard of every clip; a shorter one is followed by silence
+    width: Positive = 1.0  # by which its channel counts are multiplied; 1 = as published
+    clip_s: Annotated[float, ">= 0.31"] = 10.0  # seconds heard of every clip; a shorter one is followed by silence
     # optimisation
-    epochs: int = 30
-    batch_size: int = 32  # rows of an optimizer step; with mixup there are two clips in a row
-    lr: float = 1e-4  # peak, of Adam
-    warmup_ratio: float = 0.1  # share of the steps; 0 = off
-    augment: str = "both"  # "spec", SpecAugment | "mixup" | "both" | "off"
+    epochs: Count = 30
+    batch_size: Count = 32  # rows of an optimizer step; with mixup there are two clips in a row
+    lr: Positive = 1e-4  # peak, of Adam
+    warmup_ratio: Share = 0.1  # share of the steps; 0 = off
+    augment: Literal["spec", "mixup", "both", "off"] = "both"  # "spec" is SpecAugment
     # how it runs
-    max_bad: float = 0.01  # share of bad clips above which the stage fails; 1 = never
-    device: str = "auto"  # "auto" | "cpu" | "cuda"
-    seed: int = 0  # new weights, split, order and augmentation
+    max_bad: Share = 0.01  # share of bad clips above which the stage fails; 1 = never
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" is CUDA where there is one
+    seed: NonNegativeInt = 0  # new weights, split, order and augmentation
 
     def __post_init__(self):
         check_types(self)
-        one_of(self, "augment", "spec", "mixup", "both", "off")
-        one_of(self, "device", "auto", "cpu", "cuda")
-        require(self, "width > 0", "clip_s >= 0.31", "epochs >= 1", "batch_size >= 1", "lr > 0", "warmup_ratio >= 0",
-                "warmup_ratio <= 1", "max_bad >= 0", "max_bad <= 1", "seed >= 0")
-
-
-USED_BY = {  # Train's fields that other objectives do not read
-    **dict.fromkeys(("student_labels", "switch", "gate", "teacher_loss"), ("distill",)),
-    **dict.fromkeys(("teacher_labels", "temperature"), ("distill", "grpo")),
-    "traces": ("sft",), "trace_filter": ("sft",), "max_new_tokens": ("sft", "grpo"),
-    **dict.fromkeys(("group_size", "beta", "kl", "clip_low", "clip_high", "ratio", "aggregation", "scale_rewards",
-                     "truncated", "zero_variance", "num_iterations", "decode_slots", "stop", "completions_every"), ("grpo",)),
-}
 
 
 @stage
-class Train:
-    """Trains a model on a manifest: on its labels ("sft"), on a teacher's ("distill"), or by the rewards of what the
-    model itself writes ("grpo")."""
+class _Training(_Prompted):
+    """Fields that Distill, SFT and GRPO share."""
 
-    name: str
-    objective: str  # "sft" | "distill" | "grpo"
-    # what is asked
-    model: str  # folder, hub name or "@train"
-    manifest: str  # JSONL file
     val_manifest: str | None = None  # JSONL file; None = no validation
-    media: str = "audio"  # "audio" | "video" | "both", one after the other | "sounded", a video with its track (Omni)
-    prompt: str | None = None  # as in Evaluate; None = PROMPT, or THINK_PROMPT in "grpo" and with traces
-    # video
-    fps: float = 1.0  # frames a second
-    min_pixels: int = 100_352  # pixels a frame
-    max_pixels: int = 262_144  # pixels a frame
-    nframes: int | None = None  # frames a clip; None = by fps
-    # SFT
-    traces: str | None = None  # JSONL of {"id", "text"}: what "sft" learns to write of a clip; None = the right letter
-    trace_filter: str = "all"  # of the traces: "all" | "first", the first sample of a clip | "unanimous", if all samples agree
-    # distillation
-    teacher_labels: str | None = None  # "@label"; needed by "distill"; what "grpo" rewards, None = the manifest's
-    student_labels: str | None = None  # the student's own letters, "@label"; None = no anti-forgetting
-    switch: str | None = None  # "@switch"; what the gates "learned" and "oracle" look up
-    gate: str = "always"  # which clips follow the teacher: "always" | "never" | "learned" | "oracle", by the true class
-    teacher_loss: str = "ce"  # "ce" on the teacher's letter | "kl" to its stored logits | "kl+ce", their sum
-    temperature: float | None = None  # of this KL, None = 2; of the sampling in "grpo", None = 1
-    # GRPO, with the defaults of SightSound-R1
-    group_size: int = 8  # completions of each prompt
-    max_new_tokens: int = 512  # tokens of a completion, the end of turn included; with traces, of validation's
-    beta: float = 0.04  # weight of the KL to the policy that training starts from; 0 = off
-    kl: str = "k3"  # its estimator: "k3" | "k1"
-    clip_low: float = 0.2  # the ratio's lower bound is 1 - clip_low
-    clip_high: float = 0.2  # its upper bound is 1 + clip_high
-    ratio: str = "token"  # "token", one for each | "sequence", one for a completion (GSPO)
-    aggregation: str = "sequence"  # mean over each completion | "token", over all | "constant", over max_new_tokens
-    scale_rewards: str = "std"  # what divides the advantage: "std" of the group | "none"
-    truncated: str = "keep"  # completions that max_new_tokens cut: "keep" | "mask", no loss on them
-    zero_variance: str = "keep"  # groups of equal rewards, which only have a KL: "keep" | "skip"
-    num_iterations: int = 1  # optimizer steps on each rollout
-    decode_slots: int | None = None  # completions decoded at once, at least group_size; None = all of a step's
-    stop: tuple[str, ...] = ()  # strings that end a completion, beside the end of turn
-    completions_every: int = 10  # steps between those of which completions.jsonl shows some; 0 = none
     # what trains
-    trainable: str = "lora"  # "lora" | "decoder", tower and projector stay | "full"
-    lora_rank: int = 16
-    lora_alpha: float = 32.0  # the update is scaled by lora_alpha / lora_rank
+    trainable: Literal["lora", "decoder", "full"] = "lora"  # "decoder": encoders and projector stay frozen
+    lora_rank: Count = 16
+    lora_alpha: Positive = 32.0  # the update is scaled by lora_alpha / lora_rank
     lora_targets: str = r"model\.layers\..*_proj"  # regular expression that matches a whole module name
     # optimisation
-    epochs: int = 1
-    max_steps: int | None = None  # optimizer steps, of "grpo" rollouts; None = epochs decide
-    batch_size: int = 8  # sequences an optimizer step; of "grpo" prompts
-    micro_batch_size: int = 8  # sequences a forward pass; of "grpo" prompts, each with its completions
-    lr: float = 1e-4  # peak
-    warmup_ratio: float = 0.1  # share of the steps; 0 = off
-    weight_decay: float = 0.0  # 0 = off
-    clip: float = 1.0  # gradient norm; 0 = off
+    epochs: Count = 1
+    max_steps: Count | None = None  # optimizer steps, of GRPO rollouts; None = epochs decide
+    batch_size: Count = 8  # sequences an optimizer step; of GRPO prompts
+    micro_batch_size: Count = 8  # sequences a forward pass; of GRPO prompts, each with its completions
+    lr: Positive = 1e-4  # peak
+    warmup_ratio: Share = 0.1  # share of the steps; 0 = off
+    weight_decay: NonNegative = 0.0  # 0 = off
+    max_grad_norm: NonNegative = 1.0  # 0 = off
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     # how it runs
-    eval_every: int = 0  # optimizer steps; 0 = only at the end
-    save_every: int = 100  # optimizer steps between resumable states; 0 = only at the end and to validate
-    max_bad: float = 0.01  # share of bad clips above which the stage fails; 1 = never
-    device: str = "auto"  # "auto" | "cpu" | "cuda"
-    backend: str = "auto"  # "triton" | "torch" | "auto", Triton kernels on a GPU and PyTorch elsewhere
-    dtype: str = "float32"  # "float32" | "bfloat16" | "float16", of the weights; what trains is kept in float32
-    seed: int = 0  # data order and new weights
+    eval_every: NonNegativeInt = 0  # optimizer steps; 0 = only at the end
+    save_every: NonNegativeInt = 100  # optimizer steps between resumable states; 0 = only at the end and to validate
 
-    def __post_init__(self):
-        check_types(self)
-        one_of(self, "objective", "sft", "distill", "grpo")
-        for name, objectives in USED_BY.items():
-            value, unused = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if self.objective not in objectives and value != unused:
-                raise ConfigError(f"config: objective {self.objective!r} does not use {name}, got {value!r}")
-        if self.prompt is None:  # frozen: set only here, while it is being made
-            written = self.objective == "grpo" or self.traces is not None
-            object.__setattr__(self, "prompt", THINK_PROMPT if written else PROMPT)
-        if self.temperature is None:
-            object.__setattr__(self, "temperature", {"distill": 2.0, "grpo": 1.0}.get(self.objective))
-        check_asking(self)
-        one_of(self, "trace_filter", "all", "first", "unanimous")
-        one_of(self, "trainable", "lora", "decoder", "full")
-        one_of(self, "gate", "always", "never", "learned", "oracle")
-        one_of(self, "teacher_loss", "ce", "kl", "kl+ce")
-        one_of(self, "kl", "k3", "k1")
-        one_of(self, "ratio", "token", "sequence")
-        one_of(self, "aggregation", "sequence", "token", "constant")
-        one_of(self, "scale_rewards", "std", "none")
-        one_of(self, "truncated", "keep", "mask")
-        one_of(self, "zero_variance", "keep", "skip")
-        require(self, "lora_rank >= 1", "lora_alpha > 0", "epochs >= 1", "max_steps >= 1", "batch_size >= 1",
-                "micro_batch_size >= 1", "lr > 0", "warmup_ratio >= 0", "warmup_ratio <= 1", "weight_decay >= 0", "clip >= 0",
-                "eps > 0", "eval_every >= 0", "save_every >= 0", "temperature > 0", "group_size >= 2",
-                "max_new_tokens >= 1", "beta >= 0", "clip_low >= 0", "clip_low <= 1", "clip_high >= 0",
-                "num_iterations >= 1", "completions_every >= 0")
+    def check_training(self):
+        self.check_prompted()
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"config: betas must be >= 0 and < 1, got {self.betas}")
-        if self.objective == "distill" and self.teacher_labels is None and self.gate != "never":
-            raise ConfigError("config: objective 'distill' needs teacher_labels, got None")
-        if self.decode_slots is not None and self.decode_slots < self.group_size:
-            raise ConfigError(f"config: decode_slots {self.decode_slots} is below group_size {self.group_size}")
-        if "" in self.stop:
-            raise ConfigError("config: a stop string must not be empty, got ''")
-        if self.objective == "sft" and self.traces is None and self.max_new_tokens != 512:
-            raise ConfigError(f"config: objective 'sft' without traces does not use max_new_tokens, got "
-                              f"{self.max_new_tokens}")
-        if (self.gate in ("learned", "oracle")) != (self.switch is not None):
-            raise ConfigError(f"config: gate {self.gate!r} with switch {self.switch!r}: 'learned' and 'oracle' need a "
-                              "switch, 'always' and 'never' none")
-        if self.gate == "always" and self.student_labels is not None:
-            raise ConfigError(f"config: gate 'always' does not use student_labels, got {self.student_labels!r}")
-        if self.gate == "never" and self.student_labels is None:
-            raise ConfigError("config: gate 'never' needs student_labels, got None")
-        for name, unused in (("teacher_labels", None), ("teacher_loss", "ce")):
-            if self.gate == "never" and getattr(self, name) != unused:
-                raise ConfigError(f"config: gate 'never' does not use {name}, got {getattr(self, name)!r}")
-        if self.beta == 0 and self.kl != "k3":
-            raise ConfigError(f"config: beta 0.0 does not use kl, got {self.kl!r}")
         # in float16 gradients below 6e-8 are 0: those of weights, and of logits where thousands of tokens share a step
-        for name, value in (("objective", "grpo"), ("trainable", "decoder"), ("trainable", "full")):
-            if self.dtype == "float16" and getattr(self, name) == value:
-                raise ConfigError(f"config: {name} {value!r} needs dtype 'float32' or 'bfloat16', got 'float16'")
+        if self.dtype == "float16" and self.trainable != "lora":
+            raise ConfigError(f"config: trainable {self.trainable!r} needs dtype 'float32' or 'bfloat16', got "
+                              "'float16'")
         if self.batch_size % self.micro_batch_size:
             raise ConfigError(f"config: batch_size {self.batch_size} is not a multiple of micro_batch_size "
                               f"{self.micro_batch_size}")
@@ -387,20 +286,109 @@ class Train:
 
 
 @stage
+class Distill(_Training):
+    """Trains a model on a teacher's labels where the gate says so, and on its own earlier ones elsewhere (XMD)."""
+
+    teacher_labels: str | None = None  # "@label"; needed unless the gate is "never"
+    student_labels: str | None = None  # the student's own letters, "@label"; None = no anti-forgetting loss
+    switch: str | None = None  # "@switch"; what the gates "learned" and "oracle" look up
+    gate: Literal["always", "never", "learned", "oracle"] = "always"  # which clips follow the teacher; "oracle": by the
+    # true class
+    teacher_loss: Literal["ce", "kl", "kl+ce"] = "ce"  # on the teacher's letter | to its stored logits | their sum
+    temperature: Positive = 2.0  # of the KL
+
+    def __post_init__(self):
+        self.check_training()
+        if self.teacher_labels is None and self.gate != "never":
+            raise ConfigError("config: distill needs teacher_labels, got None")
+        if (self.gate in ("learned", "oracle")) != (self.switch is not None):
+            raise ConfigError(f"config: gate {self.gate!r} with switch {self.switch!r}: 'learned' and 'oracle' need a "
+                              "switch, 'always' and 'never' none")
+        if self.gate == "always":
+            check_unused(self, "gate 'always'", ("student_labels",))
+        if self.gate == "never":
+            if self.student_labels is None:
+                raise ConfigError("config: gate 'never' needs student_labels, got None")
+            check_unused(self, "gate 'never'", ("teacher_labels", "teacher_loss"))
+
+
+@stage
+class SFT(_Training):
+    """Trains a model on the right letters of a manifest, or on a teacher's traces."""
+
+    prompt: str | None = None  # as in Evaluate; None = PROMPT, with traces THINK_PROMPT
+    traces: str | None = None  # JSONL of {"id", "text"}: what is learnt to be written of a clip; None = the right letter
+    trace_filter: Literal["all", "first", "unanimous"] = "all"  # "first", the first sample of a clip | "unanimous", those
+    # of clips on which all samples agree
+    max_new_tokens: Count = 512  # with traces: tokens of an answer in validation, the end of turn included
+
+    def __post_init__(self):
+        if self.prompt is None:  # frozen: set only here, while it is being made
+            object.__setattr__(self, "prompt", PROMPT if self.traces is None else THINK_PROMPT)
+        self.check_training()
+        if self.traces is None:
+            check_unused(self, "sft without traces", ("trace_filter", "max_new_tokens"))
+
+
+@stage
+class GRPO(_Training):
+    """Trains a model by the rewards of what it writes itself; the defaults are SightSound-R1's."""
+
+    prompt: str = THINK_PROMPT  # as in Evaluate
+    teacher_labels: str | None = None  # "@label" or "@traces/labels.jsonl": what is rewarded; None = the manifest's
+    # rollout
+    group_size: Annotated[int, ">= 2"] = 8  # completions of each prompt
+    max_new_tokens: Count = 512  # tokens of a completion, the end of turn included
+    temperature: Positive = 1.0  # of the sampling
+    decode_slots: Count | None = None  # completions decoded at once, at least group_size; None = all of a step's
+    stop: tuple[str, ...] = ()  # strings that end a completion, beside the end of turn
+    # objective
+    beta: NonNegative = 0.04  # weight of the KL to the policy that training starts from; 0 = off
+    kl: Literal["k3", "k1"] = "k3"  # its estimator
+    clip_low: Share = 0.2  # the ratio's lower bound is 1 - clip_low
+    clip_high: NonNegative = 0.2  # its upper bound is 1 + clip_high
+    ratio: Literal["token", "sequence"] = "token"  # importance ratio of a token, or one of a whole completion (GSPO)
+    aggregation: Literal["sequence", "token", "constant"] = "sequence"  # mean over each completion's tokens | over all
+    # tokens | the sum over max_new_tokens a completion (Dr. GRPO)
+    scale_rewards: Literal["std", "none"] = "std"  # what divides the advantage: "std" of the group
+    truncated: Literal["keep", "mask"] = "keep"  # completions that max_new_tokens cut: "mask", no loss on them
+    zero_variance: Literal["keep", "skip"] = "keep"  # groups of equal rewards, which only have a KL
+    num_iterations: Count = 1  # optimizer steps on each rollout
+    completions_every: NonNegativeInt = 10  # steps between those of which completions.jsonl shows some; 0 = none
+
+    def __post_init__(self):
+        self.check_training()
+        check_stop(self.stop)
+        if self.decode_slots is not None and self.decode_slots < self.group_size:
+            raise ConfigError(f"config: decode_slots {self.decode_slots} is below group_size {self.group_size}")
+        if self.beta == 0:
+            check_unused(self, "beta 0.0", ("kl",))
+        if self.dtype == "float16":  # see check_training
+            raise ConfigError("config: grpo needs dtype 'float32' or 'bfloat16', got 'float16'")
+
+
+def Train(*, objective=None, **_):
+    """What Distill, SFT and GRPO were once: refuses, and names the class to write now."""
+    now = {"distill": "Distill", "sft": "SFT", "grpo": "GRPO"}.get(objective, "Distill, SFT or GRPO")
+    raise ConfigError(f"config: Train(objective={objective!r}, …) is now {now}(…), without objective; each has only its "
+                      "own fields")
+
+
+@stage
 class Report:
     """What a run found, as a page, report.html, and with the same figures as report.json and report.md."""
 
     name: str = "report"
     tables: dict[str, dict[str, str]]  # row title -> {column title: "@evaluate"}
     ablation: dict[str, dict[str, str]] | None = None  # a second table of the same form; None = none
-    published: str | None = None  # "xmd" | "sightsound": that paper's figures beside rows and columns of its titles
+    published: Literal["xmd", "sightsound"] | None = None  # a paper, whose figures stand beside rows of its titles
     # class by class and clip by clip
     roles: tuple[str, str, str] | None = None  # rows of tables: teacher, student before, student after; None = off
     gap: str = "analysis"  # column on which the teacher's lead over the student before chooses the classes
     bars: tuple[str, ...] = ("test",)  # columns whose classes are drawn
     clips: str | None = None  # JSONL file: manifest of the column clips_of, for clips to play; None = none
     clips_of: str = "test"  # column
-    embed_mib: float = 16.0  # media files that the page itself holds, MiB in all; the others are linked
+    embed_mib: NonNegative = 16.0  # media files that the page itself holds, MiB in all; the others are linked
     gallery: tuple[str, ...] = ()  # rows whose answers stand beside each clip; () = those of roles
     traces: str | None = None  # "@traces" on these clips, to stand beside them; None = none
     verdicts: str | None = None  # "@factcheck/verdicts.jsonl" on those traces; None = none
@@ -408,12 +396,10 @@ class Report:
     funnel: dict[str, dict[str, str]] | None = None  # None = none
     # how it was trained
     switch: str | None = None  # "@switch", against the true classes; None = none
-    curves: dict[str, dict[str, str]] | None = None  # title -> {line title: "@train/log.jsonl"}; None = none
+    curves: dict[str, dict[str, str]] | None = None  # title -> {line title: "@stage/log.jsonl"}; None = none
 
     def __post_init__(self):
         check_types(self)
-        require(self, "embed_mib >= 0")
-        one_of(self, "published", None, "xmd", "sightsound")
         if self.clips is not None and self.roles is None and not self.gallery:
             raise ConfigError(f"config: clips {self.clips!r} needs roles or a gallery, got neither")
         for name in ("gallery", "traces", "verdicts"):
@@ -426,14 +412,19 @@ class Report:
         for row in self.gallery:
             if self.clips_of not in {**self.tables, **(self.ablation or {})}.get(row, {}):
                 raise ConfigError(f"config: gallery needs column {self.clips_of!r} in row {row!r} of a table")
-        for title, parts in (self.funnel or {}).items():
-            if unknown := set(parts) - {"traces", "checked", "verifier"}:
+        for title, steps in (self.funnel or {}).items():
+            unknown = set(steps) - {"traces", "checked", "verifier"}
+            if unknown:
                 raise ConfigError(f"config: funnel {title!r} must be of 'traces', 'checked' and 'verifier', got "
                                   f"{unknown.pop()!r}")
+        columns = [self.gap, *self.bars]
+        if self.clips is not None:
+            columns.append(self.clips_of)
         for row in self.roles or ():
-            for column in (self.gap, *self.bars, *[self.clips_of] * (self.clips is not None)):
+            for column in columns:
                 if column not in self.tables.get(row, {}):
                     raise ConfigError(f"config: roles need column {column!r} in row {row!r} of tables")
 
 
-STAGES = (Toy, Evaluate, Label, Traces, FactCheck, Switch, Train, Report)
+TRAINING = (Distill, SFT, GRPO)
+STAGES = (Toy, Evaluate, Label, Traces, FactCheck, Switch, *TRAINING, Report)

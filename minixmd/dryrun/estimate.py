@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 
-from minixmd.config import Evaluate, FactCheck, Label, Switch, Toy, Traces, Train
+from minixmd.config import GRPO, TRAINING, Distill, Evaluate, FactCheck, Label, Switch, Toy, Traces
 from minixmd.config.references import repository
 from minixmd.dryrun.memory import tracing
 from minixmd.dryrun.shapes import PUBLISHED
@@ -20,22 +20,24 @@ from minixmd.inputs.batch import pack
 from minixmd.inputs.image import sample_frames, smart_resize
 from minixmd.inputs.panns import HOP, MELS
 from minixmd.inputs.tokenizer import Processor
+from minixmd.learning.logprobs import reference_logprobs
+from minixmd.learning.policy import make_rollout
 from minixmd.learning.rollout import Completion, Decoder
+from minixmd.learning.targets import Item
 from minixmd.models.cnn14 import Cnn14
 from minixmd.models.families import ModelConfig, read_config
 from minixmd.models.lora import add_lora, set_backend
 from minixmd.models.weights import build, config_of, load_adapter
 from minixmd.runs.files import read_json
-from minixmd.stages.multiple_choice import ROOM
+from minixmd.stages.multiple_choice import BATCH_TOKENS, Writing
 from minixmd.stages.traces import CLIPS
 from minixmd.stages.verifier import WIDTH
-from minixmd.tasks.rewards import learnable
 from minixmd.toy.models import make_model, write_processor
 from minixmd.toy.pretrain import FAMILY
+from minixmd.train import Trainer
 
 CLIP_S, RATE, FRAME = 10, 30, (720, 1280)  # seconds; frames a second; height and width
 PARTS = ("weights", "reference", "gradients", "optimizer", "keys, values", "logits", "activations")
-VALIDATING = 8192  # tokens of a pass in Train's validation
 TOP = 64  # best ids of a teacher
 
 # ---- a model without its weights ----
@@ -80,7 +82,7 @@ def find(value, stages, home):
     """
     name, _, file = value[1:].partition("/")
     by = next((item for item in stages if value.startswith("@") and item.name == name), None)
-    if isinstance(by, Train) and file in ("", "best"):
+    if isinstance(by, TRAINING) and file in ("", "best"):
         found = find(by.model, stages, home)
         how = dict(rank=by.lora_rank, alpha=by.lora_alpha, targets=by.lora_targets)
         return replace(found, adapters=(*found.adapters, tuple(how.items())) if by.trainable == "lora" else ())
@@ -128,12 +130,11 @@ class Row:
         return sum(self.parts.values())
 
 
-def estimate(stage, found, prompt, train):
+def estimate(stage, found, prompt):
     """A stage's Rows.
 
     Args:
         found: its model, and prompt: an example's Prompt, with the answer where it is learnt; None of a Switch.
-        train: the module train.py, which imports this one.
     Raises:
         ValueError: the stage cannot train this model.
     """
@@ -144,17 +145,19 @@ def estimate(stage, found, prompt, train):
             return [classifying(live, stage, 2, stage.augment in ("both", "mixup"))]
         model = found.load(getattr(torch, stage.dtype))
         set_backend(model, backend)
-        if isinstance(stage, Train):
-            return list(training(live, stage, model, found.processor, prompt, backend, train))
+        if isinstance(stage, TRAINING):
+            return list(training(live, stage, model, found.processor, prompt, backend))
         if isinstance(stage, FactCheck):
             return list(judging(live, stage, model, prompt))
         count = max(1, stage.batch_tokens // len(prompt))
         if isinstance(stage, Label) or isinstance(stage, Evaluate) and stage.answer == "letters":
             return [reading(live, model, [prompt] * count)]
-        decode_slots = max(stage.n, ROOM * stage.batch_tokens // stage.max_new_tokens) if stage.temperature else count
         if isinstance(stage, Traces):
-            count, decode_slots = CLIPS, stage.decode_slots or 8 * stage.n
-        return [writing(live, stage, model, found.processor, [prompt] * count, stage.n, decode_slots, backend)]
+            count, decode_slots = CLIPS, stage.decode_slots or 8 * stage.num_samples
+        else:
+            decode_slots = Writing(stage.max_new_tokens, stage.num_samples,
+                                   stage.temperature).decode_slots(stage.batch_tokens) or count
+        return [writing(live, stage, model, found.processor, [prompt] * count, stage.num_samples, decode_slots)]
 
 
 def reading(live, model, prompts, doing="reading"):
@@ -167,14 +170,14 @@ def reading(live, model, prompts, doing="reading"):
     return Row(doing, len(batch.ids_N), live.most)
 
 
-def writing(live, stage, model, processor, prompts, n, decode_slots, backend, doing="writing"):
+def writing(live, stage, model, processor, prompts, n, decode_slots, doing="writing"):
     """The prompts that the decode_slots have room for, and a step of n completions of each, at full length."""
     prompt_slots, longest = min(decode_slots // n, len(prompts)), max(map(len, prompts))
     temperature = 0.0 if doing == "validation" else stage.temperature
     live.watch("keys, values")
     with torch.no_grad():
         decoder = Decoder(model, prompt_slots, longest, n, max_new_tokens=stage.max_new_tokens, temperature=temperature,
-                          suppressed_ids=[], end_id=processor.end_id, backend=backend)
+                          suppressed_ids=[], end_id=processor.end_id, backend=model.backend)
         live.part = "activations"
         uniform_BT = torch.zeros(prompt_slots * n, stage.max_new_tokens, dtype=torch.float64)
         logits_GV, *_ = decoder.fill(prompts[:prompt_slots], list(range(prompt_slots)), uniform_BT)
@@ -186,74 +189,79 @@ def writing(live, stage, model, processor, prompts, n, decode_slots, backend, do
 def judging(live, stage, model, prompt):
     """FactCheck by a model, or by a verifier, for which a model reads the traces."""
     live.watch("activations")
-    heard = model.encode_ahead(prompt)
+    heard = model.encode_media(prompt)
     yield reading(live, model, [heard] * max(1, stage.batch_tokens // len(heard)))
     if stage.checker == "verifier":
         yield classifying(live, stage, WIDTH, False)
 
 
-def training(live, stage, model, processor, prompt, backend, train):
+def training(live, stage, model, processor, prompt, backend):
     """An optimizer step that is not the first of its run."""
-    alone = replace(stage, device="cpu", backend="torch", teacher_loss="ce")  # asks for no GPU, and for no labels
-    run, _ = train.build(alone, [None] * stage.batch_size, load=lambda *_, **__: (model, processor))
-    run.backend, run.common_vocab = backend, processor.vocab_size
-    set_backend(run.model, backend)
-    if run.reference is not None:
-        set_backend(run.reference, backend)
-        shared = {id(p) for p in run.model.parameters()}
-        live.move([p for p in run.reference.parameters() if id(p) not in shared], "reference")
-    if stage.device != "cpu" and type(run.optimizer) is torch.optim.AdamW:
-        for group in run.optimizer.param_groups:
+    alone = replace(stage, device="cpu", backend="torch")  # asks for no GPU
+    if isinstance(stage, Distill):
+        alone = replace(alone, teacher_loss="ce")  # and for no labels
+    trainer = Trainer(alone, stage.batch_size, load=lambda *_, **__: (model, processor))
+    trainer.stage, trainer.common_vocab = stage, processor.vocab_size
+    set_backend(model, backend)
+    reference = getattr(trainer, "reference", None)
+    if reference is not None:
+        set_backend(reference, backend)
+        policy = {p.untyped_storage()._cdata for p in model.parameters()}
+        live.move([p for p in reference.parameters() if p.untyped_storage()._cdata not in policy], "reference")
+    if stage.device != "cpu" and type(trainer.optimizer) is torch.optim.AdamW:
+        for group in trainer.optimizer.param_groups:
             group["foreach"] = True  # as torch chooses on a GPU
-    for p in run.parameters.values():
+    for p in trainer.parameters.values():
         p.register_post_accumulate_grad_hook(lambda p: live.move([p.grad], "gradients"))
-    add_gradients(live, run)
+    add_gradients(live, trainer)
     live.watch("optimizer")
-    train.update(run, stage, 1.0)
+    trainer.update(1.0)
     stepped = Row("optimizer", 0, live.most)
-    if stage.objective == "grpo":
-        yield from reinforcing(live, stage, run, processor, prompt, backend, train)
+    if isinstance(stage, GRPO):
+        yield from reinforcing(live, stage, trainer, prompt)
     else:
-        top = {"ids": list(range(TOP)), "logits": [0.0] * TOP, "temperature": stage.temperature, "logsumexp": 5.0}
-        if stage.teacher_loss != "ce":
-            run.suppressed_Z = torch.zeros(1, dtype=torch.int64, device="meta")
-        prompts = [prompt] * stage.micro_batch_size
+        topk = None
+        if isinstance(stage, Distill) and stage.teacher_loss != "ce":
+            topk = {"ids": list(range(TOP)), "logits": [0.0] * TOP, "temperature": stage.temperature, "logsumexp": 5.0}
+            trainer.suppressed_Z = torch.zeros(1, dtype=torch.int64, device="meta")
+        samples = [(prompt, Item(None, 0, "teacher", topk))] * stage.micro_batch_size
         if stage.batch_size > stage.micro_batch_size:
-            add_gradients(live, run)
+            add_gradients(live, trainer)
         live.watch("activations")
-        train.accumulate(run, stage, prompts, [top] * len(prompts) if stage.teacher_loss != "ce" else ())
-        yield Row("update", len(prompt) * len(prompts), live.most)
+        (trainer.distill_gradients if isinstance(stage, Distill) else trainer.sft_gradients)(samples)
+        yield Row("update", len(prompt) * len(samples), live.most)
     yield stepped
     if stage.val_manifest is not None:
-        run.optimizer.zero_grad()
-        prompts = [prompt] * max(1, VALIDATING // len(prompt))
-        if stage.objective == "grpo" or stage.traces is not None:
-            yield writing(live, stage, run.model, processor, prompts, 1, len(prompts), backend, "validation")
+        trainer.optimizer.zero_grad()
+        prompts = [prompt] * max(1, BATCH_TOKENS // len(prompt))
+        if isinstance(stage, GRPO) or getattr(stage, "traces", None) is not None:
+            yield writing(live, stage, model, processor, prompts, 1, len(prompts), "validation")
         else:
-            yield reading(live, run.model, prompts, "validation")
+            yield reading(live, model, prompts, "validation")
 
 
-def reinforcing(live, stage, run, processor, prompt, backend, train):
+def reinforcing(live, stage, trainer, prompt):
     """GRPO: completions, their reference's log-probabilities, and the gradients of a micro-batch of prompts."""
     live.watch("activations")
-    prompts = [prompt] * stage.batch_size
-    if all(name.startswith(("model.", "lm_head.")) for name in run.parameters):
-        one = run.model.encode_ahead(prompt)
+    model, prompts = trainer.model, [prompt] * stage.batch_size
+    if model.encoders_frozen():
+        one = model.encode_media(prompt)
         prompts = [replace(one, media=tuple(replace(m, features=m.features.clone()) for m in one.media))
                    for _ in prompts]
     G, T = stage.group_size, stage.max_new_tokens
-    yield writing(live, stage, run.model, processor, prompts, G, stage.decode_slots or G * len(prompts), backend, "rollout")
+    yield writing(live, stage, model, trainer.processor, prompts, G, stage.decode_slots or G * len(prompts), "rollout")
     said, part = Completion("", (0,) * T, (0.0,) * T, True), prompts[:stage.micro_batch_size]
-    rollout = learnable(stage, part, [[said] * G] * len(part), torch.arange(G).float().repeat(len(part), 1))
+    rollout = make_rollout(stage, part, [[said] * G] * len(part), torch.arange(G).float().repeat(len(part), 1))
     tokens = len(part) * (len(prompt) + G * T)
     if stage.beta:
         live.watch("activations")
-        rollout.ref_T = train.score(run, stage, rollout.groups)
+        rollout.ref_T = reference_logprobs(trainer.reference, rollout.groups, stage.micro_batch_size,
+                                           trainer.vocabulary)
         yield Row("scoring", tokens, live.most)
     if stage.batch_size > stage.micro_batch_size:
-        add_gradients(live, run)
+        add_gradients(live, trainer)
     live.watch("activations")
-    train.learn(run, stage, rollout)
+    trainer.policy_gradient(rollout)
     yield Row("update", tokens, live.most)
 
 

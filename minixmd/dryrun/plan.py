@@ -13,17 +13,17 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from minixmd.config import Evaluate, FactCheck, Label, Switch, Toy, Traces, Train
+from minixmd.config import GRPO, TRAINING, Evaluate, FactCheck, Label, Switch, Toy, Traces
 from minixmd.config.references import input_paths, repository
 from minixmd.config.schema import kind
 from minixmd.dryrun.estimate import CLIP_S, FRAME, PARTS, RATE, estimate, find
 from minixmd.inputs.batch import Prompt
 from minixmd.inputs.examples import Example, build_conversation
 from minixmd.inputs.positions import positions_of
+from minixmd.inputs.prompts import build_prompt, check_length
 from minixmd.models.families import FAMILIES, SYSTEM
 from minixmd.models.weights import build
 from minixmd.stages.factcheck import conversation
-from minixmd.stages.multiple_choice import ask, check_room
 from minixmd.tasks.answers import thoughts
 from minixmd.toy.models import QWEN2_WORDS
 
@@ -36,8 +36,8 @@ CARDS = {"80 GB": 79, "141 GB": 139}  # GiB that such a card has
 SHARE, DRIVER = 0.05, 1.0  # of the tensors, what an allocator cannot use; GiB of the driver and the libraries
 TITLES = ("weights", "refer.", "grads", "optim.", "k, v", "logits", "activ.")  # of PARTS
 APART = frozenset(  # fields on which no memory depends; of some only that they are set
-    "name model manifest val_manifest prompt teacher_labels student_labels switch gate traces which rule threshold "
-    "limit lr warmup_ratio weight_decay clip betas eps epochs max_steps eval_every save_every max_bad seed "
+    "name model manifest val_manifest prompt teacher_labels student_labels switch gate traces trace_filter rule threshold "
+    "limit lr warmup_ratio weight_decay max_grad_norm betas eps epochs max_steps eval_every save_every max_bad seed "
     "completions_every".split())
 ASSUMED = f"""Assumed: clips of {CLIP_S} s, with {RATE} frames a second of {FRAME[1]} x {FRAME[0]}; questions like the \
 one shown; traces and completions at max_new_tokens; a token for each word and sign, where a model's tokenizer is not \
@@ -64,8 +64,8 @@ def know(stage, stages, home):
     trace = " the" * ((getattr(by, "max_new_tokens", 512) - 1) // size)
     prompt = ask_example(stage, found.processor, trace)
     written = isinstance(stage, Traces) or "generate" == getattr(stage, "answer", "") or \
-        getattr(stage, "objective", "") == "grpo"
-    check_room(found.processor, EXAMPLE, prompt, stage.max_new_tokens if written else 0)
+        isinstance(stage, GRPO)
+    check_length(found.processor, EXAMPLE, prompt, stage.max_new_tokens if written else 0)
     text = found.processor.tokenizer.decode(ask_example(stage, found.processor, TRACE).ids_N.tolist(),
                                             skip_special_tokens=False)
     for sign in {sign for _, sign, _ in filter(None, (found.config.family.audio, found.config.family.video))}:
@@ -81,10 +81,11 @@ def ask_example(stage, processor, trace):
         return Prompt(torch.tensor(ids), positions_of(len(ids), []))
     if isinstance(stage, FactCheck):
         return processor(conversation(stage, EXAMPLE, trace))
-    if isinstance(stage, Train):
-        learnt = EXAMPLE.answer if stage.traces is None else trace
-        return ask(stage, processor, EXAMPLE, None if stage.objective == "grpo" else learnt)
-    return ask(stage, processor, EXAMPLE, trace=trace)
+    answer = None
+    if isinstance(stage, TRAINING) and not isinstance(stage, GRPO):
+        answer = EXAMPLE.answer if getattr(stage, "traces", None) is None else trace
+    return build_prompt(processor, EXAMPLE, stage.prompt_format, answer,
+                        "" if isinstance(stage, TRAINING) else trace)
 
 
 def stand_in(folder, stages):
@@ -117,7 +118,7 @@ def does(stage):
     if isinstance(stage, (Evaluate, Label)) and getattr(stage, "answer", "letters") == "letters":
         return f"reads the letters' logits, {stage.batch_tokens:,} tokens a pass"
     if isinstance(stage, (Evaluate, Traces)):
-        how = f"{stage.n} samples" if stage.n > 1 else "one sample" if stage.temperature else "greedily"
+        how = f"{stage.num_samples} samples" if stage.num_samples > 1 else "one sample" if stage.temperature else "greedily"
         return f"writes up to {stage.max_new_tokens} tokens, {how}"
     if isinstance(stage, FactCheck):
         by = {"model": "a model that hears", "endpoint": "an endpoint", "verifier": "a trained verifier",
@@ -125,10 +126,10 @@ def does(stage):
         return f"{stage.traces} are judged by {by}"
     if isinstance(stage, Switch):
         return f"trains a Cnn14 of width {stage.width:g}, {stage.batch_size} rows a step"
-    if isinstance(stage, Train):
+    if isinstance(stage, TRAINING):
         how = f"LoRA of rank {stage.lora_rank}" if stage.trainable == "lora" else stage.trainable
-        each = f" x {stage.group_size}" if stage.objective == "grpo" else ""
-        return f"{stage.objective}, {how}, {stage.batch_size}{each} a step, {stage.micro_batch_size}{each} a pass"
+        each = f" x {stage.group_size}" if isinstance(stage, GRPO) else ""
+        return f"{kind(type(stage))}, {how}, {stage.batch_size}{each} a step, {stage.micro_batch_size}{each} a pass"
     return "makes the toy world" if isinstance(stage, Toy) else "writes report.html"
 
 
@@ -146,7 +147,7 @@ def paragraph(text, indent=""):
                      for line in text.split("\n"))
 
 
-def memory(stages, ready, train, faults):
+def memory(stages, ready, faults):
     """The table of memory, in MiB where no stage takes a GiB.
 
     ready: stage name -> (Found, Prompt), both None of a stage without a model. faults: lines are added for stages that
@@ -159,7 +160,7 @@ def memory(stages, ready, train, faults):
                *(getattr(item, field.name) for field in fields(item) if field.name not in APART),
                *(getattr(item, name, None) is not None for name in ("traces", "val_manifest")))
         try:
-            rows += [(item, row) for row in ([alike[key]] if key in alike else estimate(item, found, prompt, train))]
+            rows += [(item, row) for row in ([alike[key]] if key in alike else estimate(item, found, prompt))]
             alike.setdefault(key, item.name)
         except ValueError as error:
             faults.append(str(error))
@@ -189,8 +190,8 @@ def to_bring(config):
     return files, names
 
 
-def dry_run(config, train):
-    """Prints what a config would do. train: the module train.py, whose steps are traced and which imports this one.
+def dry_run(config):
+    """Prints what a config would do.
 
     Returns:
         The exit status: 1 where a stage cannot run as it is written, or its model is not known.
@@ -221,7 +222,7 @@ def dry_run(config, train):
         for text, number in prompts.items():
             print(f"\nprompt {number}\n{paragraph(text, '  ')}")
         print("\n" + paragraph(ASSUMED) + "\n", flush=True)
-        print(memory(stages, ready, train, faults) + "\n" + paragraph(LEGEND))
+        print(memory(stages, ready, faults) + "\n" + paragraph(LEGEND))
     for what, names in zip(("to bring", "from the hub, where no such folder is"), to_bring(config), strict=True):
         if names:
             print("\n" + paragraph(f"{what}: {', '.join(names)}"))

@@ -58,13 +58,13 @@ class Batch:
 
     ids_N: torch.Tensor
     positions_3N: torch.Tensor
-    segments: tuple[Segment, ...]
-    media: tuple[Media, ...]  # `rows_P` are packed rows
-    target_row_T: torch.Tensor
-    target_id_T: torch.Tensor
-    target_weight_T: torch.Tensor  # fp32, 1 until the objective says otherwise
-    target_segment_T: torch.Tensor
-    spans: tuple[tuple[int, int], ...]  # rows [start, end) of item i
+    segments: tuple[Segment, ...] = ()
+    media: tuple[Media, ...] = ()  # `rows_P` are packed rows
+    target_row_T: torch.Tensor | None = None
+    target_id_T: torch.Tensor | None = None
+    target_weight_T: torch.Tensor | None = None  # fp32, 1 until the row loss says otherwise
+    target_segment_T: torch.Tensor | None = None
+    spans: tuple[tuple[int, int], ...] = ()  # rows [start, end) of item i
 
     def to(self, device):
         move = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}

@@ -111,3 +111,12 @@ def build_conversation(example, *, media, prompt, answer=None, trace="", video_o
     if answer is not None:
         turns.append({"role": "assistant", "content": answer if isinstance(answer, str) else letters[answer]})
     return turns
+
+
+def check_media(name, manifest, examples, media):
+    """Raises ValueError for the first of a manifest's examples that lacks what stage `name` shows."""
+    kinds = {"both": ("video", "audio"), "sounded": ("video",)}.get(media, (media,))
+    for example in examples:
+        for kind in kinds:
+            if getattr(example, kind) is None:
+                raise ValueError(f"{name}: {manifest}: example {example.id!r} has no {kind}")

@@ -5,15 +5,15 @@ import torch
 
 
 def learning_rate(step, steps, peak, warmup_ratio):
-    """Linear warm-up over the first `warmup_ratio` share of the steps, then a cosine to zero.
+    """Linear warm-up over the first `warmup_ratio` of the steps, then a cosine to zero.
 
     Args:
         step: 0-based; the rate of the update that makes step + 1 of `steps`.
     """
-    rising = round(warmup_ratio * steps)
-    if step < rising:
-        return peak * (step + 1) / rising
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    warmup_steps = round(warmup_ratio * steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -26,43 +26,58 @@ class MasterAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, (beta1, beta2) = group["lr"], group["betas"]
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state, grad = self.state[p], p.grad.float()
-                if not state:
-                    state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(grad),
-                                 exp_avg_sq=torch.zeros_like(grad), master=p.float())
-                state["step"] += 1
-                t, m, v, master = state["step"].item(), state["exp_avg"], state["exp_avg_sq"], state["master"]
-                m.lerp_(grad, 1 - beta1)
-                v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-                root = v.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
-                master.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, root, value=-lr / (1 - beta1**t))
-                p.copy_(master)
+                if p.grad is not None:
+                    self._step_one(p, group)
+
+    def _step_one(self, p, group):
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        state, grad = self.state[p], p.grad.float()
+        if not state:
+            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(grad), exp_avg_sq=torch.zeros_like(grad),
+                         master=p.float())
+        state["step"] += 1
+        t = state["step"].item()
+        m, v, master = state["exp_avg"], state["exp_avg_sq"], state["master"]
+        m.lerp_(grad, 1 - beta1)
+        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        root = v.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
+        master.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, root, value=-lr / (1 - beta1**t))
+        p.copy_(master)
 
 
-def adamw(parameters, stage):
-    """AdamW over {name: parameter}, with fp32 masters where they are bf16; matrices decay, vectors (biases, gains) do
-    not."""
-    decay = [p for p in parameters.values() if p.ndim > 1]
-    plain = [p for p in parameters.values() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": stage.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def adamw(parameters, *, lr, betas, eps, weight_decay):
+    """AdamW over {name: parameter}, with fp32 masters where they are bf16.
+
+    Matrices decay, vectors (biases, gains) do not.
+    """
+    matrices = [p for p in parameters.values() if p.ndim > 1]
+    vectors = [p for p in parameters.values() if p.ndim <= 1]
+    groups = []
+    if matrices:
+        groups.append({"params": matrices, "weight_decay": weight_decay})
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
     half = any(p.dtype == torch.bfloat16 for p in parameters.values())
-    return (MasterAdamW if half else torch.optim.AdamW)([g for g in groups if g["params"]], lr=stage.lr,
-                                                        betas=stage.betas, eps=stage.eps)
+    return (MasterAdamW if half else torch.optim.AdamW)(groups, lr=lr, betas=betas, eps=eps)
 
 
 def optimizer_tensors(optimizer, parameters):
     """{"name.exp_avg": tensor, …}: the optimizer's state by parameter name."""
-    return {f"{name}.{key}": value for name, p in parameters.items() for key, value in optimizer.state[p].items()}
+    tensors = {}
+    for name, p in parameters.items():
+        for key, value in optimizer.state[p].items():
+            tensors[f"{name}.{key}"] = value
+    return tensors
 
 
 def restore_optimizer(optimizer, parameters, tensors):
-    """Put back what optimizer_tensors gave, on each parameter's device (AdamW's step count stays on the CPU)."""
+    """Puts back what optimizer_tensors gave, on each parameter's device (AdamW's step count stays on the CPU)."""
     for name, p in parameters.items():
         if f"{name}.step" not in tensors:
-            continue  # it has had no gradient yet, as a tower that no clip went through
-        optimizer.state[p] = {key: tensors[f"{name}.{key}"].to("cpu" if key == "step" else p.device)
-                              for key in ("step", "exp_avg", "exp_avg_sq", "master") if f"{name}.{key}" in tensors}
+            continue  # it has had no gradient yet, as an encoder that no clip went through
+        state = {}
+        for key in ("step", "exp_avg", "exp_avg_sq", "master"):
+            if f"{name}.{key}" in tensors:
+                state[key] = tensors[f"{name}.{key}"].to("cpu" if key == "step" else p.device)
+        optimizer.state[p] = state

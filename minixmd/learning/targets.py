@@ -1,105 +1,162 @@
-"""What a Train stage learns: which answer, of whom, to each example."""
+"""What a training stage learns: which target each example has, and whose it is. XMD's gate is decided here."""
 import re
 from collections import Counter
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass
 
-from minixmd.inputs.examples import read_manifest
-from minixmd.stages.multiple_choice import check_media, read_records, read_traces
+from minixmd.config import GRPO, SFT
+from minixmd.inputs.examples import Example
+from minixmd.runs.records import read_by_id, read_traces
 
-TAG = re.compile(r"<\|[^<>|\s]+\|>")  # a media token or another special one: no such text may reach a prompt
+SPECIAL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")  # a media token or another special one: no such text may reach a prompt
+DECISION = {"learned": "p_teacher", "oracle": "oracle"}  # gate -> the field of switch.jsonl that it reads
 
 
-def sources(stage, examples):
-    """Which answer each training example learns: the manifest's own or every trace of it (SFT), the teacher's or the
-    student's (distill). In GRPO none is given: the example's, from the manifest or the teacher, is what is rewarded.
+@dataclass(frozen=True)
+class Item:
+    """An example and what is learnt of it."""
 
-    In distillation the gate decides a clip: closed (p_teacher >= 0.5), the teacher's letter or its stored logits are
-    the target; open, the student's own earlier letter is, which keeps what it knew (the anti-forgetting loss). Without
-    the student's letters an open clip is left out. The manifest's answers are not read.
+    example: Example
+    target: int | str  # index of an option, or a text; GRPO rewards it instead of learning to write it
+    source: str  # whose it is: "manifest" | "teacher" | "student" | "trace"
+    teacher_topk: dict | None = None  # of a distillation KL: the teacher's best ids, as Label stores them
 
-    Returns:
-        ([(example, answer: an index, a text or None, the teacher's best ids or None)], {reason: count} of what stands
-        where and what was left out).
+
+def resolve_targets(stage, examples):
+    """The Items of a training stage, and {reason: count} of whose they are and what was left out.
+
+    SFT learns the manifest's own answers or a teacher's traces; GRPO is rewarded for the manifest's or the teacher's
+    answers; Distill learns what the gate says (gated_items).
+
     Raises:
-        ValueError: an example without the answer that is to be learnt or without what is shown, labels, decisions or
-            traces of other clips, labels without stored logits, or nothing left to learn.
+        ValueError: an example without an answer, labels, decisions or traces of other clips, labels without stored
+            logits, or nothing left to learn.
     """
-    check_media(stage.name, stage.manifest, examples, stage.media)
-    if stage.val_manifest is not None:
-        check_media(stage.name, stage.val_manifest, read_manifest(stage.val_manifest), stage.media)
-    if stage.traces is not None:
-        return traced(stage, examples)
-    given = stage.objective != "grpo"
-    if stage.objective == "sft" or not given and stage.teacher_labels is None:
-        if missing := next((e for e in examples if e.answer is None), None):
-            raise ValueError(f"{stage.manifest}: example {missing.id!r} has no answer to learn from")
-        return [(e, e.answer if given else None, None) for e in examples], {"manifest": len(examples)}
-    teacher, student, switch = (_by_id(path) if path else {} for path in (stage.teacher_labels, stage.student_labels,
-                                                                          stage.switch))
-    looked_up = {"learned": "p_teacher", "oracle": "oracle"}.get(stage.gate)
-    if looked_up and not any(looked_up in record for record in switch.values()):
-        raise ValueError(f"{stage.switch}: no clip has the {looked_up!r} that gate {stage.gate!r} goes by")
-    chosen, counts = [], Counter()
-    for e in examples:
-        if looked_up and e.id not in switch:
-            raise ValueError(f"{stage.switch}: no decision on example {e.id!r} of {stage.manifest}")
-        to_teacher = switch[e.id].get(looked_up, 0.0) >= 0.5 if looked_up else stage.gate == "always"
-        path, labels = (stage.teacher_labels, teacher) if to_teacher else (stage.student_labels, student)
-        if path and e.id not in labels:
-            raise ValueError(f"{path}: no label for example {e.id!r} of {stage.manifest}")
-        record = labels[e.id] if path else {"bad": "switch open"}
-        source = "teacher" if to_teacher else "student"
+    if isinstance(stage, SFT) and stage.traces is not None:
+        items, counts = trace_items(examples, stage.manifest, stage.traces, stage.trace_filter)
+    elif isinstance(stage, SFT) or isinstance(stage, GRPO) and stage.teacher_labels is None:
+        items, counts = manifest_items(examples, stage.manifest)
+    elif isinstance(stage, GRPO):
+        items, counts = label_items(examples, stage.manifest, stage.teacher_labels)
+    else:
+        items, counts = gated_items(stage, examples)
+    if not items:
+        raise ValueError(f"{stage.name}: no clip is left to learn from ({dict(counts)})")
+    return items, dict(counts)
+
+
+def manifest_items(examples, manifest):
+    """Every example with its own right answer."""
+    for example in examples:
+        if example.answer is None:
+            raise ValueError(f"{manifest}: example {example.id!r} has no answer to learn from")
+    return [Item(example, example.answer, "manifest") for example in examples], Counter(manifest=len(examples))
+
+
+def label_items(examples, manifest, labels_path):
+    """Every example that the teacher labelled, with its label."""
+    labels = read_by_id(labels_path)
+    items, counts = [], Counter()
+    for example in examples:
+        record = _label_of(example, labels, labels_path, manifest)
         if "bad" in record:
             counts[f"left out: {record['bad']}"] += 1
-        elif record.get("option") not in e.options:
-            raise ValueError(f"the {source}'s label of {e.id!r} is {record.get('option')!r}, not among its options: "
-                             f"the labels were made from another manifest than {stage.manifest}")
         else:
-            by_logits = to_teacher and stage.teacher_loss != "ce"
-            top = record.get("top") if by_logits else None
-            if by_logits and (top is None or top["temperature"] != stage.temperature):
-                raise ValueError(f"{stage.name}: teacher_loss {stage.teacher_loss!r} at temperature "
-                                 f"{stage.temperature} needs labels made with top_k, at that temperature: "
-                                 f"{stage.teacher_labels}")
-            answer = e.options.index(record["option"])
-            chosen.append((e, answer, top) if given else (replace(e, answer=answer), None, None))
-            counts[source] += 1
-    if not chosen:
-        raise ValueError(f"{stage.name}: no clip is left to learn from ({dict(counts)})")
-    return chosen, dict(counts)
+            items.append(Item(example, _option_index(record, example, "teacher", manifest), "teacher"))
+            counts["teacher"] += 1
+    return items, counts
 
 
-def traced(stage, examples):
-    """As sources, for the traces that `which` names: an example of n of them stands n times, in their order, one
-    without is left out. First traces are those with "sample" 0, unanimous ones those with "unanimous" true. A trace
-    need not have the form of a thought and an answer, but holds no special token and no second answer."""
-    by_id, chosen, passed = {e.id: e for e in examples}, [], Counter()
-    for number, record in enumerate(read_traces(stage.traces), 1):
+def gated_items(stage, examples):
+    """Distillation: the gate decides clip by clip whose label is the target.
+
+    Where it sends a clip to the teacher (p_teacher >= 0.5), the teacher's letter or its stored logits are the target.
+    Elsewhere it is the student's own earlier letter, which keeps what the student knew (the anti-forgetting loss);
+    without the student's letters such a clip is left out. The manifest's answers are not read.
+
+    Args:
+        stage: Distill.
+    """
+    teacher = read_by_id(stage.teacher_labels) if stage.teacher_labels else {}
+    student = read_by_id(stage.student_labels) if stage.student_labels else {}
+    decisions = read_by_id(stage.switch) if stage.switch else {}
+    field = DECISION.get(stage.gate)
+    if field and not any(field in record for record in decisions.values()):
+        raise ValueError(f"{stage.switch}: no clip has the {field!r} that gate {stage.gate!r} goes by")
+    items, counts = [], Counter()
+    for example in examples:
+        if field and example.id not in decisions:
+            raise ValueError(f"{stage.switch}: no decision on example {example.id!r} of {stage.manifest}")
+        follow_teacher = stage.gate == "always"
+        if field:
+            follow_teacher = decisions[example.id].get(field, 0.0) >= 0.5
+        if follow_teacher:
+            source, record = "teacher", _label_of(example, teacher, stage.teacher_labels, stage.manifest)
+        elif stage.student_labels:
+            source, record = "student", _label_of(example, student, stage.student_labels, stage.manifest)
+        else:
+            counts["left out: switch open"] += 1
+            continue
+        if "bad" in record:
+            counts[f"left out: {record['bad']}"] += 1
+            continue
+        target = _option_index(record, example, source, stage.manifest)
+        topk = _stored_topk(stage, record) if follow_teacher and stage.teacher_loss != "ce" else None
+        items.append(Item(example, target, source, topk))
+        counts[source] += 1
+    return items, counts
+
+
+def trace_items(examples, manifest, traces_path, trace_filter):
+    """A teacher's traces: an example of n of them stands n times, in their order; one without is left out.
+
+    First traces are those with "sample" 0, unanimous ones those with "unanimous" true. A trace need not have the form of
+    a thought and an answer, but holds no special token and no second answer.
+    """
+    field, wanted = {"all": (None, None), "first": ("sample", 0), "unanimous": ("unanimous", True)}[trace_filter]
+    by_id = {example.id: example for example in examples}
+    items, left_out = [], Counter()
+    for number, record in enumerate(read_traces(traces_path), 1):
         if record["id"] not in by_id:
-            raise ValueError(f"{stage.traces}: trace {number} is of {record['id']!r}, which is not in {stage.manifest}")
-        field, wanted = {"all": (None, None), "first": ("sample", 0), "unanimous": ("unanimous", True)}[stage.trace_filter]
+            raise ValueError(f"{traces_path}: trace {number} is of {record['id']!r}, which is not in {manifest}")
         if field and field not in record:
-            raise ValueError(f"{stage.traces}: trace {number} has no {field!r}, by which {stage.trace_filter!r} goes")
+            raise ValueError(f"{traces_path}: trace {number} has no {field!r}, by which {trace_filter!r} goes")
         if record.get(field) != wanted:
-            passed[f"traces that are not {stage.trace_filter}"] += 1
-        elif TAG.search(record["text"]):
-            passed["traces left out: special token"] += 1
+            left_out[f"traces that are not {trace_filter}"] += 1
+        elif SPECIAL_TOKEN.search(record["text"]):
+            left_out["traces left out: special token"] += 1
         elif record["text"].count("<answer>") > 1:
-            passed["traces left out: several answers"] += 1
+            left_out["traces left out: several answers"] += 1
         else:
-            chosen.append((by_id[record["id"]], record["text"], None))
-    if not chosen:
-        raise ValueError(f"{stage.name}: {stage.traces} holds no trace to learn from"
-                         + (f" ({dict(passed)})" if passed else ""))
-    without = len(examples) - len({e.id for e, *_ in chosen})
-    return chosen, {"traces": len(chosen), **({"left out: no trace": without} if without else {}), **passed}
+            items.append(Item(by_id[record["id"]], record["text"], "trace"))
+    if not items:
+        reasons = f" ({dict(left_out)})" if left_out else ""
+        raise ValueError(f"{traces_path} holds no trace to learn from{reasons}")
+    counts = Counter(traces=len(items))
+    without = len(examples) - len({item.example.id for item in items})
+    if without:
+        counts["left out: no trace"] = without
+    return items, counts + left_out
 
 
-def _by_id(path):
-    found = {}
-    for number, record in enumerate(read_records(Path(path)), 1):
-        if not isinstance(record, dict) or not isinstance(record.get("id"), str):
-            raise ValueError(f"{path}:{number}: needs an 'id', a string")
-        found[record["id"]] = record
-    return found
+def _label_of(example, labels, path, manifest):
+    if example.id not in labels:
+        raise ValueError(f"{path}: no label for example {example.id!r} of {manifest}")
+    return labels[example.id]
+
+
+def _option_index(record, example, source, manifest):
+    """The label's option in this manifest's order."""
+    option = record.get("option")
+    if option not in example.options:
+        raise ValueError(f"the {source}'s label of {example.id!r} is {option!r}, not among its options: the labels were "
+                         f"made from another manifest than {manifest}")
+    return example.options.index(option)
+
+
+def _stored_topk(stage, record):
+    """The teacher's best ids beside a label, checked to be of the distillation's temperature."""
+    topk = record.get("top")
+    if topk is None or topk["temperature"] != stage.temperature:
+        raise ValueError(f"{stage.name}: teacher_loss {stage.teacher_loss!r} at temperature {stage.temperature} needs "
+                         f"labels made with top_k, at that temperature: {stage.teacher_labels}")
+    return topk

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 
-def attend(q_NHK, k_NJK, v_NJK, segments, causal=True):
+def packed_attention(q_NHK, k_NJK, v_NJK, segments, causal=True):
     """softmax(q kᵀ / sqrt(K)) v, where a segment's rows see its parent's rows and (causally, unless told) their own.
 
     Args:

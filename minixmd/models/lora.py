@@ -16,7 +16,7 @@ class Linear(nn.Linear):
         self.register_parameter("lora_A", None)  # (R, in) fp32
         self.register_parameter("lora_B", None)  # (out, R) fp32
         self.scale = 0.0
-        self.backend = "torch"  # of the adapted product: set_backend
+        self.backend = "torch"  # of the adapter's product: set_backend
 
     def forward(self, x_ND):
         if self.lora_A is None:
@@ -35,7 +35,11 @@ def linears(x_ND, *layers):
 
 
 def set_backend(model, backend):
-    """Whether adapted products run as "triton" kernels or in "torch" (kernels/lora.py); new models say "torch"."""
+    """Chooses the kernels of a model, "triton" or "torch": of its adapters, its head and its rollouts.
+
+    New models use "torch".
+    """
+    model.backend = backend
     for module in model.modules():
         if isinstance(module, Linear):
             module.backend = backend

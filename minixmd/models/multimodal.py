@@ -1,25 +1,24 @@
-"""MultimodalLM: towers whose features take the place of their placeholders, a Qwen2 decoder, and an LM head."""
+"""MultimodalLM: encoder features take the place of their placeholder tokens in a Qwen2 decoder; an LM head reads it.
+
+This class is the only entrance to a model. Code outside minixmd/models calls `model(batch)`, `model.head_loss`,
+`model.logits` and `model.encode`, and never reaches for a submodule's parameters.
+"""
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import nn
 
-from minixmd.models.attention import attend
+from minixmd.models.attention import packed_attention
+from minixmd.models.head import CHUNK, head_loss, raw_logits
 from minixmd.models.lora import Linear
 from minixmd.models.qwen2 import Qwen2
 from minixmd.models.vit import ViT
 from minixmd.models.whisper import ChunkedWhisper, Whisper
 
-
-def raw_logits(hidden_ND, weight_VD):
-    """hidden Wᵀ as (N, V) fp32: products of the storage dtype, accumulated and returned in fp32; differentiable."""
-    if weight_VD.dtype == torch.float32:
-        return hidden_ND @ weight_VD.T
-    recorded = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
-    if weight_VD.is_cuda and not recorded:  # mm has no derivative with an out_dtype
-        return torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32)
-    return hidden_ND.float() @ weight_VD.float().T
+# Whisper's sinusoids are a table, not weights, and nothing reads Omni's begin and end vectors
+NEVER_TRAINED = ("embed_positions.weight", "audio_bos_eos_token.weight")
+DECODER = ("model.", "lm_head.")  # prefixes of the decoder's parameters; all others belong to the encoders
 
 
 class Projector(nn.Module):
@@ -31,24 +30,21 @@ class Projector(nn.Module):
         return self.linear(x_AE)
 
 
-def _packed(segments, layer, q_NHK, k_NJK, v_NJK):
-    return attend(q_NHK, k_NJK, v_NJK, segments)
-
-
 class MultimodalLM(nn.Module):
     """One class for every family; config.family says in data what differs.
 
-    model(batch) gives hidden states of all N rows, never logits: the vocabulary is far wider than the model, so only
-    the rows that need it go through `logits`.
+    model(batch) returns the hidden states of all N rows, never logits: the vocabulary is far wider than the model, so
+    only the rows that need it go through `logits` or `head_loss`.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.backend = "torch"  # of the kernels: lora.set_backend
         if config.audio is not None:
-            whole = config.audio.n_window is None
-            self.audio_tower = Whisper(config.audio) if whole else ChunkedWhisper(config.audio)
-            self.multi_modal_projector = Projector(config) if whole else None
+            whole_clip = config.audio.n_window is None
+            self.audio_tower = Whisper(config.audio) if whole_clip else ChunkedWhisper(config.audio)
+            self.multi_modal_projector = Projector(config) if whole_clip else None
         if config.vision is not None:
             self.visual = ViT(config.vision, config.family.split_qkv)
         self.model = Qwen2(config.text)
@@ -56,15 +52,34 @@ class MultimodalLM(nn.Module):
         self.tie()
 
     def tie(self):
+        """Shares the head with the embedding where config.json says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def embed(self, batch):
-        """Token embeddings (N, D) with every clip's features written over its placeholders, at their stored rows.
+    @property
+    def device(self):
+        return self.lm_head.weight.device
 
+    @property
+    def dtype(self):
+        return self.lm_head.weight.dtype
+
+    def forward(self, batch, attend=None):
+        """Hidden states (N, D) in packed order, in the storage dtype.
+
+        Args:
+            batch: a Batch on the model's device.
+            attend: how rows see each other, attend(layer, q_NHK, k_NJK, v_NJK) -> o_NHK; None = packed_attention over
+                the batch's segments. Rollouts pass functions that keep and read a cache.
         Raises:
-            ValueError: a tower gives another number of tokens than the placeholders, or the model lacks the tower.
+            ValueError: a clip gives another number of features than it has placeholders, or the model has no encoder
+                for it.
         """
+        attend = attend or partial(_attend_packed, batch.segments)
+        return self.model(self._embed(batch), batch.positions_3N, attend)
+
+    def _embed(self, batch):
+        """Token embeddings (N, D), with every clip's features written over its placeholders."""
         x_ND = self.model.embed_tokens(batch.ids_N)
         for kind in sorted({m.kind for m in batch.media}):
             media = [m for m in batch.media if m.kind == kind]
@@ -76,7 +91,12 @@ class MultimodalLM(nn.Module):
         return x_ND
 
     def encode(self, kind, media):
-        """A tower's output in the decoder's width, one row a placeholder. Of kind "encoded" it has been made."""
+        """An encoder's output for clips of one kind, in the decoder's width: one row a placeholder.
+
+        Args:
+            kind: "audio" | "video" | "encoded" (features that `encode_media` computed before).
+            media: list of Media of that kind, on the model's device.
+        """
         if kind == "encoded":
             return torch.cat([m.features for m in media])
         if kind == "audio" and self.config.audio is not None:
@@ -87,16 +107,63 @@ class MultimodalLM(nn.Module):
         raise ValueError(f"a {self.config.family.model_type} model cannot take {kind}")
 
     @torch.no_grad()
-    def encode_ahead(self, prompt):
-        """The Prompt with its clips' features for the clips: whoever passes it often, with towers that do not train,
-        encodes them once."""
-        device = self.lm_head.weight.device
-        media = (replace(m, features=self.encode(m.kind, [m.to(device)]), kind="encoded") for m in prompt.media)
+    def encode_media(self, prompt):
+        """The Prompt with its clips replaced by the encoders' output, which every later pass reuses.
+
+        Only for encoders that do not train: the features carry no gradient.
+        """
+        media = []
+        for m in prompt.media:
+            features = self.encode(m.kind, [m.to(self.device)])
+            media.append(replace(m, features=features, kind="encoded"))
         return replace(prompt, media=tuple(media))
 
-    def forward(self, batch):
-        """Batch to hidden states (N, D) in packed order, in the storage dtype."""
-        return self.model(self.embed(batch), batch.positions_3N, partial(_packed, batch.segments))
-
     def logits(self, hidden_ND):
+        """(N, V) fp32 logits of the given rows."""
         return raw_logits(hidden_ND, self.lm_head.weight)
+
+    def head_loss(self, hidden_ND, row_T, row_loss, chunk=CHUNK):
+        """head.head_loss with this model's LM head: (loss, {column: (T,)})."""
+        return head_loss(hidden_ND, self.lm_head.weight, row_T, row_loss, chunk)
+
+    def token_embeddings(self, ids):
+        """The embedding's rows of some token ids, (len(ids), D)."""
+        return self.model.embed_tokens.weight[ids]
+
+    def set_trainable(self, what):
+        """Chooses the parameters that train, of a model without an adapter. what: "decoder" | "full" | "none"."""
+        self.requires_grad_(what == "full")
+        if what == "decoder":
+            self.model.requires_grad_(True)
+            self.lm_head.requires_grad_(True)
+        for name, p in self.named_parameters():
+            if name.endswith(NEVER_TRAINED):
+                p.requires_grad_(False)
+
+    def encoders_frozen(self):
+        """Whether no parameter of an encoder trains."""
+        return all(name.startswith(DECODER) for name, p in self.named_parameters() if p.requires_grad)
+
+
+def _attend_packed(segments, layer, q_NHK, k_NJK, v_NJK):
+    return packed_attention(q_NHK, k_NJK, v_NJK, segments)
+
+
+def frozen_copy(model):
+    """A frozen model with the same values: it shares the storage of what does not train and copies what does.
+
+    This is a reference policy. It runs the same kernels as the policy, so the KL between the two is exactly 0 until the
+    first update.
+    """
+    with torch.device("meta"):
+        copy = MultimodalLM(model.config)
+    layers = dict(copy.named_modules())
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            layers[name].scale, layers[name].backend = module.scale, module.backend
+        for leaf, p in module.named_parameters(recurse=False):
+            kept = p.detach().clone() if p.requires_grad else p
+            layers[name].register_parameter(leaf, nn.Parameter(kept, requires_grad=False))
+    copy.tie()
+    copy.backend = model.backend
+    return copy

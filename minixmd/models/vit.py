@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from minixmd.inputs.batch import Segment
-from minixmd.models.attention import attend, rotate
+from minixmd.models.attention import packed_attention, rotate
 from minixmd.models.lora import Linear, linears
 from minixmd.models.qwen2 import RMSNorm
 
@@ -39,7 +39,7 @@ class Attention(nn.Module):
     def forward(self, x_PE, cos_PK, sin_PK, segments):
         three = linears(x_PE, self.q, self.k, self.v) if self.split_qkv else self.qkv(x_PE).chunk(3, dim=-1)
         q, k, v = (x.unflatten(-1, (self.H, -1)) for x in three)
-        o_PHK = attend(rotate(q, cos_PK, sin_PK), rotate(k, cos_PK, sin_PK), v, segments, causal=False)
+        o_PHK = packed_attention(rotate(q, cos_PK, sin_PK), rotate(k, cos_PK, sin_PK), v, segments, causal=False)
         return self.proj(o_PHK.flatten(1))
 
 

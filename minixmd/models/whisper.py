@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from minixmd.inputs.batch import Segment
-from minixmd.models.attention import attend
+from minixmd.models.attention import packed_attention
 from minixmd.models.lora import Linear, linears
 
 
@@ -27,7 +27,7 @@ class Attention(nn.Module):
 
     def forward(self, x_AE, segments):
         q, k, v = (y.unflatten(-1, (self.H, -1)) for y in linears(x_AE, self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attend(q, k, v, segments, causal=False).flatten(1))
+        return self.out_proj(packed_attention(q, k, v, segments, causal=False).flatten(1))
 
 
 class Block(nn.Module):

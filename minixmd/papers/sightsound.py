@@ -6,7 +6,7 @@ LADDER has the rows of the paper's Table 2, in its order; what a row leaves out,
 """
 from dataclasses import dataclass, field
 
-from minixmd.config import Evaluate, FactCheck, Label, Report, Traces, Train
+from minixmd.config import GRPO, SFT, Distill, Evaluate, FactCheck, Label, Report, Traces
 from minixmd.config.prompts import AUDIO_COT_PROMPT, CHECK_PROMPT, PROMPT, THINK_PROMPT, TRACE_PROMPT
 
 LADDER = {  # row -> name of its Train stage; "before" is the student itself
@@ -111,31 +111,28 @@ class SightSound:
     # ---- the student ----
 
     def trained(self, name, **how):
-        """The Train stage of a row of LADDER or CONTROLS: "continued" is SFT for as many more steps as GRPO has."""
-        model, manifest, learning = self.student, self.traced, self.sft
-        written = dict(prompt=self.ask("think"), max_new_tokens=self.written)
-        fields = {
-            "truth": dict(objective="sft", prompt=self.ask("direct")),
-            "labels": dict(objective="distill", teacher_labels="@teacher_labels", prompt=self.ask("direct")),
-            "grpo_labels": dict(objective="grpo", teacher_labels="@teacher_labels", **written),
-            "first": dict(objective="sft", traces="@traces", trace_filter="first", **written),
-            "checked_first": dict(objective="sft", traces="@checked", trace_filter="first", **written),
-            "sft": dict(objective="sft", traces="@checked", trace_filter="unanimous", **written),
-            "continued": dict(objective="sft", traces="@checked", trace_filter="unanimous", **written),
-            "grpo": dict(objective="grpo", teacher_labels=self.rewarded(), **written),
-            "grpo_traced": dict(objective="grpo", teacher_labels=self.rewarded(), **written),
+        """The training stage of a row of LADDER or CONTROLS: "continued" is SFT for as many more steps as GRPO has."""
+        direct = dict(prompt=self.ask("direct"))
+        think = dict(prompt=self.ask("think"), max_new_tokens=self.written)
+        labels, rewarded = dict(teacher_labels="@teacher_labels"), dict(teacher_labels=self.rewarded())
+        checked = dict(traces="@checked", trace_filter="unanimous")
+        continued = {key: self.grpo[key] for key in ("trainable", "max_steps") if key in self.grpo}
+        kind, model, manifest, fields = {
+            "truth": (SFT, self.student, self.truth, direct | self.sft),
+            "labels": (Distill, self.student, self.train, direct | labels | self.sft),
+            "grpo_labels": (GRPO, self.student, self.train, think | labels | self.grpo),
+            "first": (SFT, self.student, self.traced,
+                      think | dict(traces="@traces", trace_filter="first") | self.sft),
+            "checked_first": (SFT, self.student, self.traced,
+                              think | dict(traces="@checked", trace_filter="first") | self.sft),
+            "sft": (SFT, self.student, self.traced, think | checked | self.sft),
+            "continued": (SFT, "@sft", self.traced, think | checked | self.sft | continued),
+            "grpo": (GRPO, "@sft", self.train, think | rewarded | self.grpo),
+            "grpo_traced": (GRPO, "@sft", self.traced, think | rewarded | self.grpo),
         }[name]
-        if name in ("truth", "labels", "grpo_labels", "grpo"):
-            manifest = self.truth if name == "truth" else self.train
-        if name in ("grpo", "grpo_traced", "continued"):
-            model = "@sft"
-        if fields["objective"] == "grpo":
-            learning = self.grpo
-        if name == "continued":
-            learning = self.sft | {key: self.grpo[key] for key in ("trainable", "max_steps") if key in self.grpo}
-        best = {} if self.val is None else dict(val_manifest=self.val)
-        return [Train(name=name, model=model, manifest=manifest, media="audio", **fields | best | self.running
-                      | learning | how)]
+        if self.val is not None:
+            fields = fields | dict(val_manifest=self.val)
+        return [kind(name=name, model=model, manifest=manifest, media="audio", **self.running | fields | how)]
 
     def evaluated(self, name, model=None, mode=None, **how):
         """`{name}_{column}` for every column: direct or thinking, as the row has learnt."""
@@ -211,7 +208,7 @@ def avqa(*, data="data", student=STUDENT, teacher=TEACHER, checking=None, **how)
     """
     gpu = dict(device="cuda", dtype="bfloat16")
     # not stated: where LoRA is put (here every projection of the decoder), weight decay, warm-up, clipping
-    learning = dict(weight_decay=0.0, warmup_ratio=0.05, clip=1.0)
+    learning = dict(weight_decay=0.0, warmup_ratio=0.05, max_grad_norm=1.0)
     return SightSound(**dict(
         student=student,
         teacher=teacher,
@@ -227,7 +224,7 @@ def avqa(*, data="data", student=STUDENT, teacher=TEACHER, checking=None, **how)
         seeing=dict(fps=1.0, min_pixels=100_352, max_pixels=262_144),  # not stated; XMD's
         running=gpu,
         written=512,  # not stated
-        sampling=dict(n=8, temperature=1.0, decode_slots=16),  # neither is stated
+        sampling=dict(num_samples=8, temperature=1.0, decode_slots=16),  # neither is stated
         sft=dict(lora_rank=8, lora_alpha=16.0, lr=5e-5, batch_size=64, micro_batch_size=8, epochs=100, max_steps=2000,
                  eval_every=250, **learning),
         # "full-parameter": here the decoder; the clipping of the ratio, 0.2, is not stated either
@@ -256,7 +253,7 @@ def toy(updates=200, **how):
                  "trace": "{trace}\n{question}\n{options}\nRespond only with a single letter from {first} to {last}."},
         seeing=dict(min_pixels=3_136, max_pixels=3_136),  # the clips are 56 x 56
         written=40,
-        sampling=dict(n=4),
+        sampling=dict(num_samples=4),
         sft=dict(trainable="full", lr=3e-4, batch_size=24, micro_batch_size=24, epochs=1000, max_steps=100),
         grpo=dict(trainable="full", lr=3e-4, batch_size=24, micro_batch_size=24, epochs=100, max_steps=updates),
     ) | how)  # fmt: skip

@@ -5,14 +5,14 @@
 """
 from dataclasses import dataclass, field
 
-from minixmd.config import Evaluate, Label, Report, Switch, Train
+from minixmd.config import SFT, Distill, Evaluate, Label, Report, Switch
 
 OTHER = {"audio": "video", "video": "audio"}
 SWITCHED = dict(gate="learned")  # by the switch; where it is open the student keeps its own answers
 ABLATION = {  # row, as the paper's Table 2 calls it where it has it -> name of its stage, and how it differs
     "KL on teacher's logits": ("kl", dict(teacher_loss="kl", **SWITCHED)),
     "KL on teacher's logits + labels": ("kl_ce", dict(teacher_loss="kl+ce", **SWITCHED)),
-    "Ground-truth labels (upper bound)": ("truth", dict(objective="sft")),
+    "Ground-truth labels (upper bound)": ("truth", None),  # None: SFT on the true labels
     "Teacher's labels (default)": ("distilled", SWITCHED),
     "Teacher's labels without anti-forgetting loss": ("forgetting", dict(student_labels=None, **SWITCHED)),
     "Switch by the true class (oracle)": ("oracle", dict(gate="oracle")),
@@ -52,21 +52,30 @@ class XMD:
         return [Switch(name=name, teacher=f"@{OTHER[learner]}_analysis", student=f"@{learner}_analysis",
                        manifest=self.splits["analysis"], train_manifest=self.truth, **self.switching)]
 
-    def distilled(self, learner, name="distilled", switch="@switch", **how):
-        """`name` and `{name}_{split}`: `learner` taught by the other model; how: fields of Train."""
-        fields = dict(objective="distill", teacher_labels=f"@{OTHER[learner]}_labels",
-                      student_labels=f"@{learner}_labels") | SWITCHED | how
-        manifest = self.train
-        if fields["objective"] == "sft":
-            fields, manifest = {"objective": "sft"}, self.truth
-        elif fields["gate"] in ("learned", "oracle"):
+    def distilled(self, learner, name="distilled", switch="@switch", **changes):
+        """`name` and `{name}_{split}`: `learner` taught by the other model. changes: fields of Distill."""
+        fields = dict(teacher_labels=f"@{OTHER[learner]}_labels", student_labels=f"@{learner}_labels")
+        fields |= SWITCHED | changes
+        if fields["gate"] in ("learned", "oracle"):
             fields["switch"] = switch
-        return [Train(name=name, model=self.models[learner], manifest=manifest, **fields, **self.asking[learner],
-                      **self.learning), *self.evaluated(name, f"@{name}", learner)]
+        stage = Distill(name=name, model=self.models[learner], manifest=self.train, **fields, **self.asking[learner],
+                        **self.learning)
+        return [stage, *self.evaluated(name, f"@{name}", learner)]
+
+    def supervised(self, learner, name="truth"):
+        """`name` and `{name}_{split}`: `learner` trained on the true labels, an upper bound."""
+        stage = SFT(name=name, model=self.models[learner], manifest=self.truth, **self.asking[learner], **self.learning)
+        return [stage, *self.evaluated(name, f"@{name}", learner)]
 
     def ablation(self, learner):
         """Every row of ABLATION; the one named "distilled" is what `distilled` gives."""
-        return [stage for name, how in ABLATION.values() for stage in self.distilled(learner, name, **how)]
+        stages = []
+        for name, changes in ABLATION.values():
+            if changes is None:
+                stages += self.supervised(learner, name)
+            else:
+                stages += self.distilled(learner, name, **changes)
+        return stages
 
     def cells(self, name):
         """A row of a report's table: the results of `evaluated`."""
@@ -117,6 +126,6 @@ def vggsound(*, audio="Qwen/Qwen2-Audio-7B-Instruct", video="Qwen/Qwen2-VL-7B-In
         evaluating=dict(answer="generate"),
         # not stated: alpha, the adapted layers (here every projection of the decoder), weight decay, clipping
         learning=dict(epochs=1, batch_size=8, micro_batch_size=4, lr=1e-4, warmup_ratio=0.1, lora_rank=16, lora_alpha=32.0,
-                      weight_decay=0.0, clip=1.0, save_every=500) | learning,
+                      weight_decay=0.0, max_grad_norm=1.0, save_every=500) | learning,
         switching=dict(weights=cnn14, epochs=30, batch_size=32, lr=1e-4, warmup_ratio=0.1, device="cuda"),
     )  # fmt: skip

@@ -15,7 +15,7 @@ survive.
 from minixmd.papers.sightsound import LADDER, TEACHER, avqa
 
 remote = dict(checker="endpoint", endpoint="https://api.openai.com/v1", served="gpt-4o-audio-preview")
-sound = avqa(checking=remote, sampling=dict(n=8, temperature=1.0),
+sound = avqa(checking=remote, sampling=dict(num_samples=8, temperature=1.0),
              serving=dict(endpoint="http://localhost:8000/v1", served=TEACHER, api_key_env="TEACHER_API_KEY"))
 rows = {title: name for title, name in LADDER.items() if name in ("before", "first", "checked_first", "sft", "grpo")}
 stages = sound.traces() + sound.test_traces() + sound.ladder(*rows.values()) + sound.report(rows)

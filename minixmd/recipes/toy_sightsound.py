@@ -11,5 +11,5 @@ from minixmd.papers.sightsound import toy
 
 sound = toy(updates=50)
 stages = [Toy(name="toy", thinking=True)] + sound.traces() + sound.labels() + sound.ladder("before", "sft", "grpo")
-stages += sound.test_traces(n=1)
+stages += sound.test_traces(num_samples=1)
 stages += sound.report({"before": "before", "SFT": "sft", "SFT, then GRPO": "grpo"})

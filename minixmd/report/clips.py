@@ -6,7 +6,7 @@ from pathlib import Path
 from minixmd.inputs.examples import read_manifest
 from minixmd.report.cards import MIME
 from minixmd.report.charts import ROLES
-from minixmd.stages.multiple_choice import answers_beside, read_records, read_traces
+from minixmd.runs.records import answers_beside, read_jsonl, read_traces
 from minixmd.tasks.statistics import digest
 
 CLIPS = 4  # shown of a kind
@@ -82,7 +82,7 @@ def judged(stage):
 
 def read_verdicts(stage, traces):
     """Adds the verdicts to `traces`, {clip: {sample: trace}}."""
-    for number, verdict in enumerate(read_records(Path(stage.verdicts)), 1):
+    for number, verdict in enumerate(read_jsonl(Path(stage.verdicts)), 1):
         if not isinstance(verdict, dict) or not any({"id", "sample", *keys} <= set(verdict)
                                                     for keys in (("bad",), ("score", "accepted"))):
             raise ValueError(f"{stage.verdicts}: not the verdicts of a FactCheck stage: record {number} needs 'id', "

@@ -11,7 +11,7 @@ from minixmd.report.page import WHO, columns_of, figure, heads, page, remarks, s
 from minixmd.report.published import BESIDE, PAPERS
 from minixmd.report.sightsound import breakdowns, funnel
 from minixmd.runs.files import read_json, write_json, write_text
-from minixmd.stages.multiple_choice import answers_beside, read_records
+from minixmd.runs.records import answers_beside, read_jsonl
 from minixmd.stages.switch import tally
 from minixmd.tasks.statistics import compare, groups, leads, pairs
 
@@ -134,7 +134,7 @@ def classes(stage, results, paper):
 def switch(path, paper):
     """Where the clips went, and tallies of the learned switch against the classes' table: those that the stage Switch
     left in results.json, and for clips whose true class it knew ("oracle") this one."""
-    decided = [record for record in read_records(path) if "p_teacher" in record]
+    decided = [record for record in read_jsonl(path) if "p_teacher" in record]
     if not decided:
         raise ValueError(f"{path}: not the decisions of a Switch stage: no record has 'p_teacher'")
     left = read_json(path.parent / "results.json") if (path.parent / "results.json").exists() else {}
@@ -156,7 +156,7 @@ def panels(logs):
 
     A line of more than POINTS values becomes the means of runs of as many, each drawn at its last step.
     """
-    records = {title: read_records(Path(path)) for title, path in logs.items()}
+    records = {title: read_jsonl(Path(path)) for title, path in logs.items()}
     found = []
     for key, what in DRAWN.items():
         drawn = {title: [line for line in log if key in line] for title, log in records.items()}

@@ -1,79 +1,71 @@
-"""What a stage leaves in its directory, how a finished one is recognised, and the state a stopped one resumes from.
+"""A stage's directory: what is in it, how a finished stage is recognised, and when a directory is refused.
 
     config.json    the stage as resolved           inputs.json        a fingerprint of each file that it reads
-    config.py      the config file as given        state.safetensors  Train: where to resume
+    config.py      the config file as given        state.safetensors  training: where to resume (state.py)
     versions.json  what it last ran with           done.json          written last: the stage is finished
-    log.jsonl      a line a `log_line`             completions.jsonl  Train, GRPO: some completions as text
+    log.jsonl      one line a step or event        completions.jsonl  GRPO: some completions as text
 
-A file's fingerprint is the SHA-256 of its content, or above 64 MiB of its size and of 256 blocks spread evenly over it:
-the whole of a 15 GB checkpoint would take a minute on every start, and a time stamp changes when a folder is copied. A
-folder's is that of its files' names and fingerprints. A model's that is on the hub is its name with the commit. The
-clips that a manifest lists are not looked at.
+A file's fingerprint is the SHA-256 of its content. Above 64 MiB it is that of the size and of 256 blocks spread evenly
+over the file: the whole of a 15 GB checkpoint would take a minute on every start, and a time stamp changes when a folder
+is copied. A folder's is that of its files' names and fingerprints. A model on the hub is known by its name and commit.
+The clips that a manifest lists are not looked at.
 """
 import hashlib
 import json
-import os
 import platform
 import subprocess
-import sys
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
-from minixmd.models.hub import pinned
-from minixmd.runs.files import write_bytes, write_json, write_safetensors
+from minixmd.runs.files import write_bytes, write_json
+from minixmd.runs.records import drop_torn_line
+from minixmd.runs.state import LOGS
 
 WHOLE_BYTES = 64 << 20  # up to here a file is read whole
 SAMPLES, SAMPLE_BYTES = 256, 64 << 10  # beyond it, so many blocks of so many bytes
-STATE = "state.safetensors"
-LOGS = ("log.jsonl", "completions.jsonl")  # they grow line by line
-# fields that may change under a stage: when it gives up, and how an endpoint is asked. With a model here in the
-# endpoint's place or the other way round, `model` and `served` change too
-FREE = ("max_bad", "endpoint", "api_key_env", "concurrency", "timeout_s", "attempts", "retry_backoff_s", "logprobs")
+# fields that may change between two starts of an unfinished stage: when it gives up, and how an endpoint is asked. A
+# local model in the endpoint's place, or the reverse, changes `model` and `served` too and is refused
+MAY_CHANGE = ("max_bad", "endpoint", "api_key_env", "concurrency", "timeout_s", "attempts", "retry_backoff_s",
+              "logprobs")
 
 
-def begin(run_dir, stage, inputs, source):
-    """Opens a stage's directory for a first run or for going on with an interrupted one, where FREE fields may differ
-    from those that it began with.
+def begin(run_dir, stage, inputs, source, hub_names=None):
+    """Opens a stage's directory, new or of an interrupted run.
 
     Args:
         run_dir: directory of the run; the stage's is run_dir/stage.name.
         stage: a stage dataclass.
         inputs: field -> path of every file or folder that the stage reads (references.input_paths).
         source: the config file.
+        hub_names: field -> "owner/name@commit" of inputs that are on the hub.
     Returns:
         The stage's directory, or None if the stage is finished.
     Raises:
-        ValueError: the directory belongs to another config or other inputs, or an input is missing; one line.
+        ValueError: the directory belongs to another config (MAY_CHANGE aside) or to other inputs, or an input is
+            missing; one line.
         OSError: it cannot be written.
     """
     folder = Path(run_dir) / stage.name
-    config = json.loads(json.dumps({"stage": type(stage).__name__.lower(), **asdict(stage)}))  # tuples to lists
-    prints = {field: pinned(path) if field == "model" and not path.exists() else fingerprint(path)
-              for field, path in inputs.items()}
+    config = json.loads(json.dumps({"stage": type(stage).__name__.lower(), **asdict(stage)}))  # tuples become lists
+    fingerprints = {}
+    for field, path in inputs.items():
+        fingerprints[field] = (hub_names or {}).get(field) or fingerprint(path)
     if (folder / "config.json").exists():
-        old_config, old_prints = _read(folder / "config.json"), _read(folder / "inputs.json")
-        differences = _differences(old_config, config)
-        if differences:
-            _refuse(folder, "another config", differences)
-        changed = [f"{field} {inputs[field]} changed" for field in inputs if prints[field] != old_prints.get(field)]
-        if changed:
-            _refuse(folder, "other inputs", changed)
+        _check_same(folder, config, inputs, fingerprints)
         if (folder / "done.json").exists():
             return None
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.rglob(".*.tmp"):  # of a write that a kill cut short
         leftover.unlink()
     for name in LOGS:
-        _drop_torn_line(folder / name)
+        drop_torn_line(folder / name)
     write_json(folder / "versions.json", versions())
     if not (folder / "config.json").exists():
         write_bytes(folder / "config.py", Path(source).read_bytes())
-        write_json(folder / "inputs.json", prints)
+        write_json(folder / "inputs.json", fingerprints)
     write_json(folder / "config.json", config)  # last: with it the directory is complete
     return folder
 
@@ -84,14 +76,18 @@ def finish(folder):
     write_json(Path(folder) / "done.json", marks)
 
 
-def log_line(folder, record, name="log.jsonl"):
-    """Appends a dict to one of the stage's LOGS."""
-    path = Path(folder) / name
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:  # a full disk's own error names no file
-        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+def _check_same(folder, config, inputs, fingerprints):
+    """Raises ValueError if the directory was made by another config or from other inputs."""
+    old_config, old_fingerprints = _read(folder / "config.json"), _read(folder / "inputs.json")
+    differences = _differences(old_config, config)
+    if differences:
+        _refuse(folder, "another config", differences)
+    changed = []
+    for field, path in inputs.items():
+        if fingerprints[field] != old_fingerprints.get(field):
+            changed.append(f"{field} {path} changed")
+    if changed:
+        _refuse(folder, "other inputs", changed)
 
 
 def fingerprint(path):
@@ -129,23 +125,6 @@ def versions():
     return {**found, "commit": commit, "dirty": dirty, "gpu": gpu, "machine": platform.platform()}
 
 
-def save_state(folder, tensors, meta):
-    """Replaces the training state, named tensors and a JSON-able `meta`. A kill leaves the old one or the new one."""
-    write_safetensors(Path(folder) / STATE, tensors, {"meta": json.dumps(meta)})
-
-
-def load_state(folder):
-    """(tensors on the CPU, meta) as last saved, bit for bit; None before the first save."""
-    path = Path(folder) / STATE
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["meta"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a training state ({error}); delete it to start the stage anew") from error
-
-
 def _read(path):
     try:
         return json.loads(path.read_text())
@@ -157,21 +136,12 @@ def _differences(old, new):
     def shown(config, field):
         return json.dumps(config[field]) if field in config else "(no such field)"
 
-    fields = [field for field in {**old, **new} if field not in FREE and shown(old, field) != shown(new, field)]
+    fields = [field for field in {**old, **new} if field not in MAY_CHANGE and shown(old, field) != shown(new, field)]
     return [f"{field} {shown(old, field)} -> {shown(new, field)}" for field in fields]
 
 
 def _refuse(folder, what, differences):
     raise ValueError(f"{folder} was made by {what}: {', '.join(differences)}; set another run_dir or delete {folder}")
-
-
-def _drop_torn_line(log):
-    """A kill may have cut the last line short, and the next one would be glued to it. stderr says so."""
-    data = log.read_bytes() if log.exists() else b""
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(log, whole)
-        tqdm.write(f"{log}: dropped the last line, cut short after {len(data) - whole} bytes", file=sys.stderr)
 
 
 def _git(root):

@@ -1,46 +1,75 @@
-"""Several processes of one run, as torchrun starts them: they share the clips of the stages that ask a model.
+"""Several processes of one run, as torchrun starts them, and the shards that they divide among themselves.
 
-Shards are fixed by the manifest, so who computes which changes no result. The first process does all the rest.
+Shards are fixed by the manifest, so who computes which changes no result.
 """
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from minixmd.runs.records import read_jsonl, write_jsonl
 
-class Elsewhere(Exception):
-    """This process has done its shards of a stage; the first one goes on."""
+SHARD = 512  # items; a killed stage recomputes at most one shard
 
 
-def join(environment):
-    """Meet the run's other processes, if `environment` names any, and take a GPU of one's own. Returns the rank."""
+def init(environment):
+    """Joins the run's other processes, if `environment` names any, and takes a GPU of its own. Returns the rank."""
     if int(environment.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=30))  # the others wait while one trains
         if torch.cuda.is_available():
             torch.cuda.set_device(int(environment["LOCAL_RANK"]))
-    return ranks()[0]
+    return rank_and_world_size()[0]
 
 
-def ranks():
-    """(rank, how many)"""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+def rank_and_world_size():
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
-def wait():
-    """Until all processes are here."""
-    if ranks()[1] > 1:
+def barrier():
+    """Waits until all processes are here."""
+    if rank_and_world_size()[1] > 1:
         dist.barrier()
 
 
-def told(value):
-    """What the first process gives, to all."""
-    if ranks()[1] == 1:
+def broadcast(value):
+    """The first process's value, on all of them."""
+    if rank_and_world_size()[1] == 1:
         return value
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
 
 
-def leave():
-    if ranks()[1] > 1:
+def destroy():
+    if rank_and_world_size()[1] > 1:
         dist.destroy_process_group()
+
+
+def compute_shards(compute, items, folder, on_progress, shard_size=SHARD, first_process_only=False):
+    """The first of a stage's two phases: the records of all items, computed shard by shard on every process.
+
+    A shard's file is written whole; one that is there already is read back.
+
+    Args:
+        compute: function(items of a shard) -> records.
+        folder: of the shards' files.
+        on_progress: called with the number of items that are done.
+        first_process_only: the other processes do not take part in this stage.
+    Returns:
+        The records in the items' order on the first process, which collects them; None on the others.
+    """
+    rank, world_size = (0, 1) if first_process_only else rank_and_world_size()
+    shards = []
+    for start in range(0, len(items), shard_size):
+        shards.append((items[start:start + shard_size], folder / f"{start:07d}.jsonl"))
+    for part, path in shards[rank::world_size]:
+        if not path.exists():
+            write_jsonl(path, compute(part))
+        on_progress(len(part))
+    if world_size > 1:
+        barrier()
+    if rank:
+        return None
+    return [record for _, path in shards for record in read_jsonl(path)]

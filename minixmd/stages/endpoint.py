@@ -10,12 +10,10 @@ Any other status means a wrong key, model or URL and stops the stage at once.
 """
 import base64
 import io
-import json
 import math
 import os
 import queue
 import re
-import sys
 import threading
 from functools import lru_cache
 
@@ -24,10 +22,10 @@ import numpy as np
 import soundfile
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HTTPError  # that of requests below version 1, then of httpx
-from tqdm import tqdm
 
 from minixmd.inputs.audio import SAMPLE_RATE
 from minixmd.inputs.media import AV_ERRORS, MediaError, read_audio, read_frames
+from minixmd.runs.records import append_jsonl, read_endpoint_answers
 
 TOP_LOGPROBS = 20  # of the first token; OpenAI and vLLM give no more
 MAX_RETRY_AFTER_S = 60.0  # an endpoint that wants to be left alone for longer is asked again after so long
@@ -63,7 +61,7 @@ def ask_endpoint(stage, asked, path, progress, *, api_key, max_tokens, temperatu
             or for any reason if it has never given one.
         OSError: an answer could not be written down.
     """
-    answers, bad, in_a_row = _read_answers(path), {}, 0
+    answers, bad, in_a_row = read_endpoint_answers(path), {}, 0
     todo, done, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
     for request in asked:
         if request[0] not in answers:
@@ -100,7 +98,7 @@ def ask_endpoint(stage, asked, path, progress, *, api_key, max_tokens, temperatu
             if isinstance(record, BaseException):
                 raise record
             if "bad" not in record:
-                _append(path, record)
+                append_jsonl(path, record, sync=True)
                 answers[record["key"]], in_a_row = record, 0
             else:
                 bad[record["key"]] = record
@@ -227,38 +225,6 @@ def _failure(error, stage, api_key, logprobs):
     if logprobs and STATUSES.get(status) == "rejected" and "logprob" in said.lower():
         detail += " (if the server gives no log-probs, set logprobs=False)"
     return _Failed(STATUSES.get(status, "server error"), detail, float(pause) if pause.isdecimal() else 0.0)
-
-
-def _read_answers(path):
-    """{key: record} of a file of answers. A last line without its end is dropped, and stderr says so."""
-    data, answers = path.read_bytes() if path.exists() else b"", {}
-    whole = data.rfind(b"\n") + 1
-    for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
-        try:
-            record = json.loads(line.decode())
-        except ValueError as error:  # not JSON, or not UTF-8
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from None
-        kinds = {"key": str, "text": str, "finished": bool}
-        if not isinstance(record, dict) or any(type(record.get(name)) is not kind for name, kind in kinds.items()):
-            raise ValueError(f"{path}:{number}: not an answer with 'key', 'text' and 'finished'")
-        if record["key"] in answers:
-            raise ValueError(f"{path}:{number}: {record['key']!r} is answered for the second time")
-        answers[record["key"]] = record
-    if whole < len(data):
-        os.truncate(path, whole)
-        tqdm.write(f"{path}: dropped the last line, cut short after {len(data) - whole} bytes; it is asked again",
-                   file=sys.stderr)
-    return answers
-
-
-def _append(path, record):
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:  # a full disk's own error names no file
-        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
 
 
 def _base64(buffer):

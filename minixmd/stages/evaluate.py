@@ -7,95 +7,94 @@ from functools import partial
 from tqdm import tqdm
 
 from minixmd import load
-from minixmd.inputs.examples import read_manifest
-from minixmd.learning.targets import TAG
-from minixmd.models.lora import set_backend
+from minixmd.inputs.examples import check_media, read_manifest
+from minixmd.learning.targets import SPECIAL_TOKEN
+from minixmd.runs.device import runtime_of
+from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
-from minixmd.stages.multiple_choice import (
-    check_media,
-    count_bad,
-    device_of,
-    dtype_of,
-    impl_of,
-    read_traces,
-    score_in_shards,
-    score_letters,
-    write_records,
-)
+from minixmd.runs.records import count_bad, read_traces, write_jsonl
+from minixmd.stages.multiple_choice import Writing, score_letters, write_answers
 from minixmd.tasks.benchmarks import WAYS, benchmark_of, mmau_table, music_table, same
 from minixmd.tasks.statistics import digest, summary, tabulate
 
-SHOWN = {  # tables of a benchmark that are printed, and as what
+PRINTED_TABLES = {  # tables of a benchmark that are printed, and as what
     "mmau": {"task": "task", "difficulty": "difficulty"},
     "music_avqa": {"audio": "audio, audio-visual", "every": "all modalities"},
 }
 
 
-def score(stage, folder, ask):
-    """Load the stage's model and put its manifest to it, shard by shard; finished ones are read back.
-
-    Args:
-        ask: function(model, processor, examples=…) -> records.
-    Returns:
-        (examples, records, processor).
-    """
-    examples = read_manifest(stage.manifest)
-    check_media(stage.name, stage.manifest, examples, stage.media)
-    model, processor = load(stage.model, device=device_of(stage), dtype=dtype_of(stage))
-    set_backend(model, impl_of(stage))
-    with tqdm(total=len(examples), desc=stage.name, unit="clip", smoothing=0.1) as bar:
-        records = score_in_shards(lambda part: ask(model, processor, examples=part), examples, folder / "shards",
-                                  bar.update)
-    return examples, records, processor
-
-
 def run(stage, folder, log):
-    """Writes answers.jsonl (a record a clip, with a digest of what was asked and whether it is right) and results.json.
-    """
     examples = read_manifest(stage.manifest)
-    if missing := next((e for e in examples if e.answer is None), None):
-        raise ValueError(f"{stage.manifest}: example {missing.id!r} has no answer to evaluate against")
-    ask = partial(score_letters, stage=stage, batch_tokens=stage.batch_tokens)
-    results = {"model": str(stage.model), "manifest": str(stage.manifest), "media": stage.media}
-    benchmark = describe(stage, examples)
-    without = {}
+    for example in examples:
+        if example.answer is None:
+            raise ValueError(f"{stage.manifest}: example {example.id!r} has no answer to evaluate against")
+    check_media(stage.name, stage.manifest, examples, stage.media)
+    benchmark = describe_benchmark(stage, examples)
+    traces, without_trace = {}, {}
     if stage.traces is not None:
-        shown, without = first_traces(stage, examples)
-        ask = partial(ask, traces=shown)
-        results |= {"traces": str(stage.traces), "without_trace": dict(Counter(without.values()).most_common())}
-    written = stage.answer == "generate"
-    if written:
-        ask = partial(ask, max_new_tokens=stage.max_new_tokens, n=stage.n, temperature=stage.temperature,
-                      rule=stage.rule, stop=stage.stop)
-    _, records, _ = score(stage, folder, ask)
-    results |= {"bad": count_bad(records, stage), **tabulate(examples, records, stage.rule)}
-    if written:
-        how = ["answer", "max_new_tokens", *["rule"] * (stage.rule != "option"), *["stop"] * (stage.stop != ()),
-               *["n", "temperature", "seed"] * (stage.temperature > 0)]
-        results |= {name: getattr(stage, name) for name in how} | letters_beside(examples, records, stage.rule)
+        traces, without_trace = first_traces(stage, examples)
+    runtime = runtime_of(stage)
+    model, processor = load(stage.model, device=runtime.device, dtype=runtime.dtype, backend=runtime.backend)
+    options = dict(prompt_format=stage.prompt_format, batch_tokens=stage.batch_tokens, traces=traces)
+    if stage.answer == "letters":
+        compute = partial(score_letters, model, processor, **options)
+    else:
+        writing = Writing(stage.max_new_tokens, stage.num_samples, stage.temperature, stage.stop, stage.rule, stage.seed)
+        compute = partial(write_answers, model, processor, writing=writing, **options)
+    with tqdm(total=len(examples), desc=stage.name, unit="clip", smoothing=0.1) as bar:
+        records = compute_shards(compute, examples, folder / "shards", bar.update)
+    if records is not None:
+        collect(stage, folder, log, examples, records, without_trace, benchmark)
+
+
+def collect(stage, folder, log, examples, records, without_trace, benchmark):
+    """Writes answers.jsonl (a record a clip, with a digest of the question and whether it is right) and results.json."""
+    results = {"model": str(stage.model), "manifest": str(stage.manifest), "media": stage.media}
+    if stage.traces is not None:
+        reasons = dict(Counter(without_trace.values()).most_common())
+        results |= {"traces": str(stage.traces), "without_trace": reasons}
+    results |= {"bad": count_bad(records, stage.name, stage.max_bad), **tabulate(examples, records, stage.rule)}
+    if stage.answer == "generate":
+        results |= writing_fields(stage) | letters_beside(examples, records, stage.rule)
     for example, record in zip(examples, records, strict=True):
         record["question"] = digest(example)
-        if example.id in without:
-            record["without_trace"] = without[example.id]
+        if example.id in without_trace:
+            record["without_trace"] = without_trace[example.id]
         if "bad" not in record:
             record["right"] = same(example.options, record["answer"], example.answer, stage.rule)
     if benchmark:
         results["benchmark"] = benchmark | breakdown(benchmark["name"], examples, records)
-    write_records(folder / "answers.jsonl", records)
+    write_jsonl(folder / "answers.jsonl", records)
     write_json(folder / "results.json", results)
-    log({name: results[name] for name in ("count", "correct", "accuracy", "interval", "bad")}
-        | {name: results[name] for name in ("without_trace", "how", "unfinished", "disagreement") if name in results})
-    tell(stage, results)
+    logged = ("count", "correct", "accuracy", "interval", "bad", "without_trace", "how", "unfinished", "disagreement")
+    log({name: results[name] for name in logged if name in results})
+    print_results(stage, results)
+
+
+def writing_fields(stage):
+    """How answers were written, for results.json: what is at its default is left out."""
+    names = ["answer", "max_new_tokens"]
+    if stage.rule != "option":
+        names.append("rule")
+    if stage.stop:
+        names.append("stop")
+    if stage.temperature > 0:
+        names += ["num_samples", "temperature", "seed"]
+    return {name: getattr(stage, name) for name in names}
 
 
 def letters_beside(examples, records, rule="option"):
-    """What stands beside the accuracy of written answers: how each was read ("none" counts as wrong), how many had no
-    end within max_new_tokens, the share of which another letter had the largest logit, and those letters' accuracy."""
+    """What stands beside the accuracy of written answers.
+
+    "how" each was read ("none" counts as wrong), how many were "unfinished" at max_new_tokens, "disagreement": the share
+    of which another letter had the largest logit, and those "letters"' accuracy.
+    """
     pairs = [(e, record) for e, record in zip(examples, records, strict=True) if "bad" not in record]
     how = Counter(record["how"] for _, record in pairs)
     differ = sum(not same(e.options, record["answer"], record["by_letters"], rule) for e, record in pairs)
     scored = [record if "bad" in record else {"answer": record["by_letters"]} for record in records]
-    return {"how": {way: how[way] for way in WAYS[rule]}, "unfinished": sum(not one["finished"] for _, one in pairs),
+    return {"how": {way: how[way] for way in WAYS[rule]},
+            "unfinished": sum(not record["finished"] for _, record in pairs),
             "disagreement": differ / len(pairs), "letters": tabulate(examples, scored, rule)}
 
 
@@ -114,7 +113,7 @@ def first_traces(stage, examples):
     for e in examples:
         if e.id not in first:
             without[e.id] = "no trace"
-        elif TAG.search(first[e.id]):  # the processor would refuse it, or the turn would end there
+        elif SPECIAL_TOKEN.search(first[e.id]):  # the processor would refuse it, or the turn would end there
             without[e.id] = "special token"
     if len(without) == len(examples):
         raise ValueError(f"{stage.name}: {stage.traces} holds no trace of a clip in {stage.manifest} that can be shown")
@@ -124,7 +123,7 @@ def first_traces(stage, examples):
 # ---- MMAU and MUSIC-AVQA ----
 
 
-def describe(stage, examples):
+def describe_benchmark(stage, examples):
     """{"name", and of MMAU its "version" and "sha256"} of the benchmark that a manifest is, or None.
 
     Raises:
@@ -153,11 +152,11 @@ def breakdown(name, examples, records):
             for name, part in tables.items()}
 
 
-def tell(stage, results):
+def print_results(stage, results):
     """The result on the screen: a line, and a short table of a benchmark."""
     low, high = results["interval"]
     line = f"{stage.name}: {100 * results['accuracy']:.1f} % of {results['count']} right"
-    line += f" by the majority of {stage.n}" if stage.answer == "generate" and stage.n > 1 else ""
+    line += f" by the majority of {stage.num_samples}" if stage.answer == "generate" and stage.num_samples > 1 else ""
     line += f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
     if stage.answer == "generate":
         line += (f"; by the letters' logits {100 * results['letters']['accuracy']:.1f} %, which differ on "
@@ -172,7 +171,7 @@ def tell(stage, results):
 def rows_of(benchmark):
     """A benchmark's name and its rows, as text; those without a question are left out."""
     rows = [" ".join(benchmark[key] for key in ("name", "version") if key in benchmark)]
-    for table, title in SHOWN[benchmark["name"]].items():
+    for table, title in PRINTED_TABLES[benchmark["name"]].items():
         for name, one in benchmark[table].items():
             if one["count"]:
                 low, high = one["interval"]

@@ -10,33 +10,22 @@ import os
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from minixmd import load, pack
-from minixmd.inputs.examples import build_conversation, read_manifest
+from minixmd.inputs.examples import build_conversation, check_media, read_manifest
 from minixmd.inputs.media import MediaError
-from minixmd.models.lora import hash_seed, set_backend
+from minixmd.inputs.prompts import batch_by_tokens, prefetch
+from minixmd.models.lora import hash_seed
+from minixmd.runs.device import runtime_of
+from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import read_json, write_json
+from minixmd.runs.records import bad_record, count_bad, read_traces, read_verdicts, write_jsonl
 from minixmd.stages import verifier as small
 from minixmd.stages.endpoint import ask_endpoint, audio_part, key_from, log_odds, yes_no
-from minixmd.stages.multiple_choice import (
-    bad_record,
-    check_media,
-    count_bad,
-    device_of,
-    dtype_of,
-    impl_of,
-    packs,
-    prefetch,
-    read_records,
-    read_traces,
-    score_in_shards,
-    write_records,
-)
-from minixmd.stages.switch import hear
+from minixmd.stages.switch import load_logmel
 from minixmd.stages.traces import refuse_many
 from minixmd.tasks.answers import thoughts
 
@@ -51,7 +40,12 @@ def run(stage, folder, log):
     beside = {}
     verdicts = {"model": by_model, "endpoint": by_endpoint, "verifier": by_verifier, "verdicts": by_verdicts}[
         stage.checker](stage, folder, traces, beside, log)
-    bad = count_bad(verdicts, stage)
+    if verdicts is not None:
+        collect(stage, folder, log, traces, verdicts, beside)
+
+
+def collect(stage, folder, log, traces, verdicts, beside):
+    bad = count_bad(verdicts, stage.name, stage.max_bad)
     for verdict in verdicts:
         if "bad" not in verdict:
             verdict["accepted"] = verdict["score"] > stage.threshold
@@ -63,8 +57,8 @@ def run(stage, folder, log):
                "clips_with_accepted": len({trace["id"] for trace in accepted}), **beside}
     for name, belongs in (("first", lambda one: one["sample"] == 0), ("unanimous", lambda one: one["unanimous"])):
         results[name] = {"judged": sum(belongs(trace) for _, trace in traces), "accepted": sum(map(belongs, accepted))}
-    write_records(folder / "verdicts.jsonl", verdicts)
-    write_records(folder / "traces.jsonl", accepted)
+    write_jsonl(folder / "verdicts.jsonl", verdicts)
+    write_jsonl(folder / "traces.jsonl", accepted)
     write_json(folder / "results.json", results)
     log(results)
     tqdm.write(f"{stage.name}: {len(accepted):,} of {len(traces):,} traces accepted, of "
@@ -126,43 +120,45 @@ def conversation(stage, example, text):
 
 
 def by_model(stage, folder, traces, beside, log):
-    model, processor = load(stage.model, device=device_of(stage), dtype=dtype_of(stage))
-    set_backend(model, impl_of(stage))
+    runtime = runtime_of(stage)
+    model, processor = load(stage.model, device=runtime.device, dtype=runtime.dtype, backend=runtime.backend)
     yes, no = ({processor.encode(word)[0] for word in words} for words in WORDS)
     yes, no = sorted(yes - no), sorted(no - yes)  # a blank that is a token of its own tells nothing
     if not yes or not no:
         raise ValueError(f"{stage.name}: in the tokenizer of {stage.model}, yes and no start with the same tokens")
     with tqdm(total=len(traces), desc=stage.name, unit="trace", smoothing=0.1) as bar:
-        return score_in_shards(partial(listen, stage, model, processor, yes, no), traces, folder / "shards", bar.update)
+        return compute_shards(partial(listen, stage, model, processor, yes, no), traces, folder / "shards", bar.update)
 
 
 @torch.inference_mode()
 def listen(stage, model, processor, yes, no, part):
     """Verdicts on (example, trace)s: the log-odds of the tokens with which yes begins against those of no."""
-    device, found, clips = model.lm_head.weight.device, {}, {}
+    device, found, clips = model.device, {}, {}
 
     def prompt(item):
         example, trace = item
         try:
             return item, processor(conversation(stage, example, trace["text"]))
-        except (MediaError, ValueError) as error:
-            return item, error
+        except MediaError:
+            raise
+        except ValueError as error:  # too long, or with a placeholder in its text
+            found[id(trace)] = bad_verdict(trace, "no prompt", str(error))
+
+    def on_bad(item, error):
+        found[id(item[1])] = bad_verdict(item[1], error.reason, str(error))
 
     def good():
-        for (example, trace), asked in prefetch(prompt, part):
-            if isinstance(asked, MediaError):
-                found[id(trace)] = bad_verdict(trace, asked.reason, str(asked))
-            elif isinstance(asked, ValueError):  # too long, or with a placeholder in its text
-                found[id(trace)] = bad_verdict(trace, "no prompt", str(asked))
-            else:
+        for pair in prefetch(prompt, part, on_bad):
+            if pair is not None:
+                (example, trace), asked = pair
                 if example.id not in clips:  # the tower hears a clip once, however many traces it has
                     clips.clear()
-                    clips[example.id] = model.encode_ahead(asked).media
+                    clips[example.id] = model.encode_media(asked).media
                 media = tuple(replace(heard, rows_P=m.rows_P)
                               for heard, m in zip(clips[example.id], asked.media, strict=True))
                 yield trace, replace(asked, media=media)
 
-    for run in packs(good(), stage.batch_tokens):
+    for run in batch_by_tokens(good(), stage.batch_tokens):
         batch = pack([asked for _, asked in run]).to(device)
         last_B = torch.tensor([end - 1 for _, end in batch.spans], device=device)
         logits_BV = model.logits(model(batch)[last_B]).cpu()
@@ -207,17 +203,21 @@ def remote_score(said):
 
 def by_verifier(stage, folder, traces, beside, log):
     """Trained on the traces that `verdicts` judges, it judges all; frames are held in memory shard by shard."""
-    given = given_verdicts(stage)
-    model, processor = load(stage.model, device=device_of(stage), dtype=dtype_of(stage))
-    set_backend(model, impl_of(stage))
+    given = read_verdicts(stage.verdicts, needs_accepted=stage.checker == "verifier")
+    runtime = runtime_of(stage)
+    model, processor = load(stage.model, device=runtime.device, dtype=runtime.dtype, backend=runtime.backend)
     judged = [(e, trace) for e, trace in traces if "score" in given.get((trace["id"], trace["sample"]), {})]
     if not judged:
         raise ValueError(f"{stage.name}: {stage.verdicts} judges none of the traces in {stage.traces}")
 
     def read(part):  # what of it could be heard, its frames, and its traces' vectors; and the others' records
-        frames = list(prefetch(lambda item: hear(stage, item[0]), part))
-        bad = [{**bad_record(e, heard), "sample": trace["sample"]} if isinstance(heard, MediaError) else None
-               for (e, trace), heard in zip(part, frames, strict=True)]
+        bad = [None] * len(part)
+
+        def on_bad(indexed, error):
+            i, (example, trace) = indexed
+            bad[i] = {**bad_record(example.id, error), "sample": trace["sample"]}
+
+        frames = list(prefetch(lambda indexed: load_logmel(indexed[1][0].audio, stage.clip_s), enumerate(part), on_bad))
         good = [i for i, record in enumerate(bad) if record is None]
         said = [thoughts(part[i][1]["text"]) for i in good]
         text_BD = small.trace_vectors(model, processor, said, stage.batch_tokens)
@@ -225,14 +225,14 @@ def by_verifier(stage, folder, traces, beside, log):
 
     kept, tally = folder / "verifier.safetensors", folder / "calibration.json"
     if tally.exists():  # written last
-        verifier = small.restore(stage, model.config.text.hidden_size, kept, device_of(stage))
+        verifier = small.restore(stage, model.config.text.hidden_size, kept, runtime_of(stage).device)
         beside["calibration"] = read_json(tally)
     else:
         good, frames, text_BD, _ = read(judged)
         verifier, used = small.make_verifier(stage, text_BD.shape[1]), [judged[i][1] for i in good]
         beside["calibration"] = small.fit(
             stage, verifier, frames, text_BD, [given[trace["id"], trace["sample"]]["accepted"] for trace in used],
-            [trace.get("option", trace["text"]) for trace in used], log, device_of(stage))
+            [trace.get("option", trace["text"]) for trace in used], log, runtime_of(stage).device)
         small.save(verifier, kept)
         write_json(tally, beside["calibration"])
     one = beside["calibration"]
@@ -245,27 +245,14 @@ def by_verifier(stage, folder, traces, beside, log):
         return [bad[i] or verdict(trace, score[i]) for i, (_, trace) in enumerate(part)]
 
     with tqdm(total=len(traces), desc=stage.name, unit="trace", smoothing=0.1) as bar:
-        return score_in_shards(judge, traces, folder / "shards", bar.update, alone=True)
+        return compute_shards(judge, traces, folder / "shards", bar.update, first_process_only=True)
 
 
 # ---- verdicts given already ----
 
 
-def given_verdicts(stage):
-    """{(clip, sample): record}. Raises ValueError for a record that is no verdict."""
-    found, judged = {}, {"score": (float, int)} | ({"accepted": (bool,)} if stage.checker == "verifier" else {})
-    for number, record in enumerate(read_records(Path(stage.verdicts)), 1):
-        record = record if isinstance(record, dict) else {}
-        kinds = {"id": (str,), "sample": (int,)} | ({"bad": (str,), "detail": (str,)} if "bad" in record else judged)
-        if wrong := next((name for name, wanted in kinds.items() if type(record.get(name)) not in wanted), None):
-            raise ValueError(f"{stage.verdicts}: not the verdicts of a FactCheck stage: record {number} needs "
-                             f"{wrong!r}, {kinds[wrong][0].__name__}, got {record.get(wrong)!r}")
-        found[record["id"], record["sample"]] = record
-    return found
-
-
 def by_verdicts(stage, folder, traces, beside, log):
-    given = given_verdicts(stage)
+    given = read_verdicts(stage.verdicts, needs_accepted=stage.checker == "verifier")
     missing = next((trace for _, trace in traces if (trace["id"], trace["sample"]) not in given), None)
     if missing:
         raise ValueError(f"{stage.name}: {stage.verdicts}: no verdict on sample {missing['sample']} of "

@@ -1,23 +1,36 @@
 """Stage Label: a model's predicted letters for a split, with the letters' logits, as labels.jsonl."""
-import json
 import shutil
 from functools import partial
 
 from tqdm import tqdm
 
-from minixmd.runs.files import write_text
-from minixmd.stages.evaluate import score
-from minixmd.stages.multiple_choice import count_bad, score_letters
+from minixmd import load
+from minixmd.inputs.examples import check_media, read_manifest
+from minixmd.runs.device import runtime_of
+from minixmd.runs.distributed import compute_shards
+from minixmd.runs.records import count_bad, write_jsonl
+from minixmd.stages.multiple_choice import score_letters
 
 
 def run(stage, folder, log):
     """The manifest's true answers are not read: a record depends on the clip, the question and the model alone."""
-    ask = partial(score_letters, stage=stage, batch_tokens=stage.batch_tokens, top_k=stage.top_k,
-                  top_temperature=stage.temperature)
-    _, records, processor = score(stage, folder, ask)
-    bad = count_bad(records, stage)
-    if stage.top_k:  # what the stored ids mean
+    examples = read_manifest(stage.manifest)
+    check_media(stage.name, stage.manifest, examples, stage.media)
+    runtime = runtime_of(stage)
+    model, processor = load(stage.model, device=runtime.device, dtype=runtime.dtype, backend=runtime.backend)
+    compute = partial(score_letters, model, processor, prompt_format=stage.prompt_format,
+                      batch_tokens=stage.batch_tokens, top_k=stage.top_k, top_temperature=stage.temperature)
+    with tqdm(total=len(examples), desc=stage.name, unit="clip", smoothing=0.1) as bar:
+        records = compute_shards(compute, examples, folder / "shards", bar.update)
+    if records is not None:
+        collect(stage, folder, log, records, processor)
+
+
+def collect(stage, folder, log, records, processor):
+    """Writes labels.jsonl, and with top_k the tokenizer.json that says what the stored ids mean."""
+    bad = count_bad(records, stage.name, stage.max_bad)
+    if stage.top_k:
         shutil.copyfile(processor.folder / "tokenizer.json", folder / "tokenizer.json")
-    write_text(folder / "labels.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_jsonl(folder / "labels.jsonl", records)
     log({"count": len(records), "bad": bad})
     tqdm.write(f"{stage.name}: {len(records) - sum(bad.values())} clips labelled" + (f", bad: {bad}" if bad else ""))

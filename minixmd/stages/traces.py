@@ -12,25 +12,15 @@ from functools import partial
 from tqdm import tqdm
 
 from minixmd import generate, load
-from minixmd.inputs.examples import build_conversation, read_manifest
-from minixmd.inputs.media import MediaError
-from minixmd.learning.targets import TAG
-from minixmd.models.lora import hash_seed, set_backend
+from minixmd.inputs.examples import build_conversation, check_media, read_manifest
+from minixmd.inputs.prompts import build_prompt, check_length, prefetch
+from minixmd.learning.targets import SPECIAL_TOKEN
+from minixmd.models.lora import hash_seed
+from minixmd.runs.device import runtime_of
+from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
+from minixmd.runs.records import bad_record, count_bad, write_jsonl
 from minixmd.stages.endpoint import ask_endpoint, audio_part, key_from, silent_video_part
-from minixmd.stages.multiple_choice import (
-    ask,
-    bad_record,
-    check_media,
-    check_room,
-    count_bad,
-    device_of,
-    dtype_of,
-    impl_of,
-    prefetch,
-    score_in_shards,
-    write_records,
-)
 from minixmd.tasks.rewards import FORMAT, parse_answer
 
 CLIPS = 64  # of a shard: their frames are held in memory, 13 MB a clip of 10 frames
@@ -41,14 +31,19 @@ def run(stage, folder, log):
     examples = read_manifest(stage.manifest)
     check_media(stage.name, stage.manifest, examples, stage.media)
     records = (sample_here if stage.endpoint is None else sample_there)(stage, folder, examples)
+    if records is not None:
+        collect(stage, folder, log, examples, records)
+
+
+def collect(stage, folder, log, examples, records):
     for example, record in zip(examples, records, strict=True):
         for sample in record.get("samples", ()):
             sample["answer"] = parse_answer(sample["text"], example.options)
             sample["use"] = sample.get("bad") or use(sample)
-    traces, labels, results = sort(examples, records, count_bad(records, stage))
-    write_records(folder / "samples.jsonl", records)
-    write_records(folder / "traces.jsonl", traces)
-    write_records(folder / "labels.jsonl", labels)
+    traces, labels, results = sort(examples, records, count_bad(records, stage.name, stage.max_bad))
+    write_jsonl(folder / "samples.jsonl", records)
+    write_jsonl(folder / "traces.jsonl", traces)
+    write_jsonl(folder / "labels.jsonl", labels)
     write_json(folder / "results.json", results)
     log(results)
     tqdm.write(f"{stage.name}: {results['samples']:,} samples of {results['clips']:,} clips, {results['usable']:,} "
@@ -60,7 +55,7 @@ def use(sample):
     """ "ok", or why a sample is of no use to a student."""
     if not sample["finished"]:
         return "too long"
-    if TAG.search(sample["text"]):
+    if SPECIAL_TOKEN.search(sample["text"]):
         return "special token"
     return "unparsable" if sample["answer"] is None or not FORMAT.fullmatch(sample["text"]) else "ok"
 
@@ -95,36 +90,44 @@ def sort(examples, records, bad):
 
 def sample_here(stage, folder, examples):
     """By the stage's model, shard by shard."""
-    model, processor = load(stage.model, device=device_of(stage), dtype=dtype_of(stage))
-    set_backend(model, impl_of(stage))
+    runtime = runtime_of(stage)
+    model, processor = load(stage.model, device=runtime.device, dtype=runtime.dtype, backend=runtime.backend)
 
-    def sample(part):
-        asked = list(prefetch(partial(ask, stage, processor), part))
-        bad = {e.id: bad_record(e, prompt) for e, prompt in zip(part, asked, strict=True)
-               if isinstance(prompt, MediaError)}
-        good = [(e, prompt) for e, prompt in zip(part, asked, strict=True) if e.id not in bad]
-        for e, prompt in good:
-            check_room(processor, e, prompt, stage.max_new_tokens)
-        said = generate(model, processor, [prompt for _, prompt in good], n=stage.n, temperature=stage.temperature,
-                        max_new_tokens=stage.max_new_tokens, seed=stage.seed, keys=[e.id for e, _ in good],
-                        decode_slots=stage.decode_slots or 8 * stage.n, backend=impl_of(stage)) if good else []
-        found = {e.id: {"id": e.id, "samples": [{"text": c.text.strip(), "finished": c.finished} for c in group]}
-                 for (e, _), group in zip(good, said, strict=True)}
-        return [bad.get(e.id) or found[e.id] for e in part]
+    def compute(part):
+        records = {}
+
+        def on_bad(example, error):
+            records[example.id] = bad_record(example.id, error)
+
+        def build(example):
+            return example, build_prompt(processor, example, stage.prompt_format)
+
+        good = [pair for pair in prefetch(build, part, on_bad) if pair is not None]
+        for example, prompt in good:
+            check_length(processor, example, prompt, stage.max_new_tokens)
+        if good:
+            completions = generate(
+                model, processor, [prompt for _, prompt in good], num_samples=stage.num_samples,
+                temperature=stage.temperature, max_new_tokens=stage.max_new_tokens, seed=stage.seed,
+                keys=[example.id for example, _ in good], decode_slots=stage.decode_slots or 8 * stage.num_samples)
+            for (example, _), group in zip(good, completions, strict=True):
+                samples = [{"text": c.text.strip(), "finished": c.finished} for c in group]
+                records[example.id] = {"id": example.id, "samples": samples}
+        return [records[example.id] for example in part]
 
     with tqdm(total=len(examples), desc=stage.name, unit="clip", smoothing=0.1) as bar:
-        return score_in_shards(sample, examples, folder / "shards", bar.update, CLIPS)
+        return compute_shards(compute, examples, folder / "shards", bar.update, CLIPS)
 
 
 def sample_there(stage, folder, examples):
     """By the stage's endpoint, sample by sample; what it has answered stands in endpoint.jsonl."""
     asked = [(f"{e.id}/{i}", partial(messages, stage, e), hash_seed(stage.seed, e.id, i) % 2**31)
-             for e in examples for i in range(stage.n)]
+             for e in examples for i in range(stage.num_samples)]
     with tqdm(total=len(asked), desc=stage.name, unit="sample", smoothing=0.1) as bar:
         said = ask_endpoint(stage, asked, folder / "endpoint.jsonl", bar.update, api_key=key_from(os.environ, stage),
                             max_tokens=stage.max_new_tokens, temperature=stage.temperature)
     refuse_many([one for one in said.values() if "bad" in one], len(said), stage)
-    return [clip_record(e, [said[f"{e.id}/{i}"] for i in range(stage.n)]) for e in examples]
+    return [clip_record(e, [said[f"{e.id}/{i}"] for i in range(stage.num_samples)]) for e in examples]
 
 
 def refuse_many(bad, count, stage):

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from minixmd.inputs.batch import Prompt, pack
 from minixmd.inputs.positions import positions_of
+from minixmd.inputs.prompts import batch_by_tokens
 from minixmd.learning.optim import learning_rate
 from minixmd.models.cnn14 import load_weights, make_cnn14, spec_augment
 from minixmd.models.lora import hash_seed
 from minixmd.runs.files import write_safetensors
-from minixmd.stages.multiple_choice import packs
 
 WIDTH = 128  # in which a clip and a trace meet
 HELD = 5  # one judged trace in so many is not trained on
@@ -77,8 +77,8 @@ def trace_vectors(model, processor, texts, batch_tokens):
                                  f"{processor.max_positions}")
             yield text, Prompt(torch.tensor(ids), positions_of(len(ids), []))
 
-    for run in packs(prompts(), batch_tokens):
-        batch = pack([prompt for _, prompt in run]).to(model.lm_head.weight.device)
+    for run in batch_by_tokens(prompts(), batch_tokens):
+        batch = pack([prompt for _, prompt in run]).to(model.device)
         hidden_ND = model(batch).float()
         found += [hidden_ND[start:end].mean(0, keepdim=True).cpu() for start, end in batch.spans]
     return torch.cat(found)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from minixmd import load
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import read_manifest
-from minixmd.models.head import CrossEntropy, head_loss
+from minixmd.models.head import CrossEntropy
 from minixmd.models.weights import save_model
 from minixmd.toy.lessons import batches, descend, lesson_prompt, show
 from minixmd.toy.world import CHECK_PROMPT
@@ -42,7 +42,7 @@ def teach_checker(folder, seed, thought, log):
             batch = pack(prompts)
             weight_T = batch.target_weight_T / len(batch.target_id_T)
             objective = CrossEntropy(batch.target_id_T, weight_T, "torch")
-            loss, columns = head_loss(model(batch), model.lm_head.weight, batch.target_row_T, objective)
+            loss, columns = model.head_loss(model(batch), batch.target_row_T, objective)
             rate = LR * min(1.0, (step + 1) / 40) * min(1.0, 2 * (1 - step / STEPS))  # the second half fades
             descend(optimizer, loss, rate)
             first = [batch.target_segment_T.tolist().index(segment) for segment in range(len(prompts))]

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from minixmd.inputs.batch import Prompt, pack
 from minixmd.inputs.examples import build_conversation
 from minixmd.inputs.positions import grid_offsets, positions_of
-from minixmd.models.head import CrossEntropy, head_loss
+from minixmd.models.head import CrossEntropy
 from minixmd.toy.world import OPTIONS, QUESTION
 
 PIXELS = dict(min_pixels=3_136, max_pixels=3_136)  # of a frame, which has 56 x 56
@@ -66,7 +66,7 @@ def lesson_loss(model, lessons):
     row_T = torch.cat([batch.target_row_T, hints[:, 0]])
     objective = CrossEntropy(torch.cat([batch.target_id_T, hints[:, 1]]),
                              torch.cat([batch.target_weight_T, torch.full((len(hints),), HINT)]), "torch")
-    loss, columns = head_loss(model(batch), model.lm_head.weight, row_T, objective)
+    loss, columns = model.head_loss(model(batch), row_T, objective)
     return loss / len(lessons), columns["nll"][letters].tolist()
 
 

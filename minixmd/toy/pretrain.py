@@ -151,7 +151,7 @@ def teach_naming(model, processor, shown, examples, name, rng, log):
     seen = sorted({example.label for example in examples})
     right_B = torch.tensor([seen.index(example.label) for example in examples])
     ids = torch.tensor([processor.encode(" " + label)[0] for label in seen])
-    names_BD = model.model.embed_tokens.weight[ids].detach()
+    names_BD = model.token_embeddings(ids).detach()
     decoder = decoder_parameters(model)
     tower = [p for n, p in model.named_parameters() if n not in decoder and "embed_positions" not in n]
     optimizer = torch.optim.AdamW(tower, betas=(0.9, 0.98), weight_decay=0.05)

@@ -1,0 +1,45 @@
+"""Log-probabilities of tokens under a model, as the sampler defines them: at its temperature, without suppressed ids."""
+from dataclasses import dataclass
+
+import torch
+
+from minixmd.inputs.batch import pack
+from minixmd.kernels.logprob import split_suppressed
+from minixmd.models.head import TokenLogprob
+
+
+@dataclass(frozen=True)
+class SampledVocabulary:
+    """The ids that a policy can sample, and the temperature at which it does."""
+
+    temperature: float
+    suppressed_Z: torch.Tensor | None  # ids below vocab_limit that are never sampled, on the model's device
+    vocab_limit: int  # ids from here on are never sampled either
+
+    @classmethod
+    def of(cls, model, processor, temperature):
+        limit, listed = split_suppressed(processor.suppressed_ids, model.config.text.vocab_size)
+        suppressed_Z = torch.tensor(listed, dtype=torch.long, device=model.device) if listed else None
+        return cls(temperature, suppressed_Z, limit)
+
+
+@torch.no_grad()
+def token_logprobs(model, hidden_ND, batch, vocabulary):
+    """(T,) log-probabilities of a batch's targets, in nats, on the CPU.
+
+    Args:
+        hidden_ND: what the model gave for the batch. vocabulary: SampledVocabulary.
+    """
+    row_loss = TokenLogprob(batch.target_id_T, vocabulary.temperature, vocabulary.suppressed_Z, vocabulary.vocab_limit,
+                            model.backend)
+    return model.head_loss(hidden_ND, batch.target_row_T, row_loss)[1]["logp"].cpu()
+
+
+@torch.no_grad()
+def reference_logprobs(reference, groups, micro_batch_size, vocabulary):
+    """(T,) log-probabilities of a rollout's tokens under the reference policy, log pi_ref."""
+    parts = []
+    for start in range(0, len(groups), micro_batch_size):
+        batch = pack(groups[start:start + micro_batch_size]).to(reference.device)
+        parts.append(token_logprobs(reference, reference(batch), batch, vocabulary))
+    return torch.cat(parts)

@@ -1,0 +1,113 @@
+"""What GRPO learns from a rollout: advantages, which completions count, and the weight of every token."""
+from dataclasses import dataclass
+
+import torch
+
+from minixmd.inputs.batch import Group
+from minixmd.tasks.rewards import parse_answer
+
+EPS = 1e-4  # keeps the advantage finite where all rewards are equal
+
+
+@dataclass
+class Rollout:
+    """A step's completions as the update reads them: T tokens, in the order in which `pack` makes them targets."""
+
+    groups: list[Group]  # without what the switches leave out
+    advantage_T: torch.Tensor
+    weight_T: torch.Tensor
+    sampled_T: torch.Tensor  # the log-probabilities with which the tokens were drawn
+    ref_T: torch.Tensor | None = None  # those under the reference
+    old_T: torch.Tensor | None = None  # those under the policy before the rollout's first update
+
+
+def advantages(reward_G, scale):
+    """(reward - mean) / (std + 1e-4) of one prompt's completions, with the unbiased std.
+
+    Args:
+        reward_G: (G,) fp32, G > 1. scale: "std"; "none" leaves the divisor out (Dr. GRPO).
+    Returns:
+        (G,) fp32; all 0 where the rewards are equal.
+    """
+    centred_G = reward_G - reward_G.mean()
+    return centred_G / (reward_G.std() + EPS) if scale == "std" else centred_G
+
+
+def no_variance(reward_G):
+    """Whether all rewards of a group are equal: nothing in it is better than the rest."""
+    return bool(torch.all(reward_G == reward_G[0]))
+
+
+def token_weights(lengths, aggregation, constant=None):
+    """The weights of a policy loss, for completions of `lengths` tokens.
+
+    They are all those of an optimizer step, so that the gradient does not depend on the micro-batch size. A completion
+    that is masked counts as one of length 0.
+
+    Args:
+        aggregation: "sequence", the mean over completions of each one's mean (GRPO); "token", the mean over all tokens;
+            "constant", the sum over `constant` tokens a completion (Dr. GRPO: the longest that is allowed).
+    Returns:
+        (T,) fp32.
+    """
+    count = torch.tensor(lengths)
+    if aggregation == "sequence":
+        weight = 1 / (len(count) * count)
+    elif aggregation == "token":
+        weight = (1 / count.sum()).expand(len(count))
+    elif aggregation == "constant" and constant:
+        weight = torch.tensor(1 / (len(count) * constant)).expand(len(count))
+    else:
+        raise ValueError(f"aggregation must be 'sequence', 'token' or 'constant' with a constant, got {aggregation!r} "
+                         f"and {constant!r}")
+    return weight.repeat_interleave(count)
+
+
+def make_rollout(stage, prompts, completions, reward_PG):
+    """The Rollout of a step, by the switches of a GRPO stage; None where nothing is left to learn.
+
+    A masked completion (truncated="mask") counts in the denominators, as one without tokens. A skipped group
+    (zero_variance="skip") does not: it is as if its prompt had not been drawn.
+
+    Args:
+        stage: GRPO: zero_variance, truncated, scale_rewards, aggregation, max_new_tokens.
+        prompts: P Prompts. completions: P lists of G Completions. reward_PG: (P, G) fp32.
+    """
+    groups, lengths, advantage, sampled = [], [], [], []
+    for prompt, group, reward_G in zip(prompts, completions, reward_PG, strict=True):
+        if stage.zero_variance == "skip" and no_variance(reward_G):
+            continue
+        advantage += advantages(reward_G, stage.scale_rewards).tolist()
+        kept = []
+        for completion in group:
+            keep = completion.finished or stage.truncated == "keep"
+            lengths.append(len(completion.ids) if keep else 0)
+            if keep:
+                kept.append(torch.tensor(completion.ids))
+                sampled += completion.logprobs
+        if kept:
+            groups.append(Group(prompt, tuple(kept)))
+    if not groups:
+        return None
+    advantage_T = torch.tensor(advantage).repeat_interleave(torch.tensor(lengths))
+    weight_T = token_weights(lengths, stage.aggregation, stage.max_new_tokens)
+    return Rollout(groups, advantage_T, weight_T, torch.tensor(sampled))
+
+
+def rollout_metrics(examples, completions, rewards):
+    """What a step's completions are like, for the log.
+
+    Args:
+        examples: P Examples. completions: P lists of G Completions. rewards: {name: (P, G)}, "reward" their sum.
+    """
+    metrics = {name: part_PG.mean().item() for name, part_PG in rewards.items()}
+    unparsed = tokens = truncated = count = 0
+    for example, group in zip(examples, completions, strict=True):
+        for completion in group:
+            unparsed += parse_answer(completion.text, example.options) is None
+            tokens += len(completion.ids)
+            truncated += not completion.finished
+            count += 1
+    equal = sum(no_variance(reward_G) for reward_G in rewards["reward"])
+    return {**metrics, "unparsed": unparsed / count, "zero_variance": equal / len(examples),  # shares
+            "completion_tokens": tokens / count, "truncated": truncated / count}

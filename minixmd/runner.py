@@ -1,0 +1,127 @@
+"""Runs a config's stages in order: python -m minixmd.train config.py [stage.field=value …]
+
+Every stage has its own directory in the run directory. A finished stage is skipped, an interrupted one goes on where it
+stopped. Under torchrun every process computes its share of a stage's shards; the first does all the rest.
+"""
+import argparse
+import os
+import sys
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from minixmd.config import (
+    GRPO,
+    SFT,
+    Distill,
+    Evaluate,
+    FactCheck,
+    Label,
+    Report,
+    Switch,
+    Toy,
+    Traces,
+)
+from minixmd.config.load import load_config
+from minixmd.config.references import check_files, input_paths, resolve
+from minixmd.dryrun.plan import dry_run
+from minixmd.models.hub import pinned
+from minixmd.report import gather as report
+from minixmd.runs.device import describe_device
+from minixmd.runs.directory import begin, finish
+from minixmd.runs.distributed import barrier, broadcast, destroy, init
+from minixmd.runs.records import append_jsonl
+from minixmd.stages import evaluate, factcheck, label, switch, traces
+from minixmd.toy import pretrain
+from minixmd.train import train
+
+RUN = {Toy: pretrain.run, Evaluate: evaluate.run, Label: label.run, Traces: traces.run, FactCheck: factcheck.run,
+       Switch: switch.run, Distill: train, SFT: train, GRPO: train, Report: report.run}
+
+
+def main(argv=None):
+    """Returns the exit status; what is wrong with the input is one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m minixmd.train",
+                                     description="Run the stages of a config, or of a bundled recipe.")
+    parser.add_argument("config", help="a Python file that defines stages = […], or the name of a bundled recipe")
+    parser.add_argument("overrides", nargs="*", metavar="stage.field=value",
+                        help="also field=value (every stage that has the field) and run_dir=path")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="only check the config and print its prompts, shapes and memory; needs no weights or data")
+    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
+    args = parser.parse_args(argv)
+    torch.backends.cudnn.allow_tf32 = False  # float32 convolutions would multiply with 10 bits
+    try:
+        rank = init(os.environ)
+        config = load_config(args.config, args.overrides)
+        if args.dry_run:
+            return dry_run(config)
+        check_before_work(config.stages)
+        for stage in config.stages:
+            run_stage(stage, config, rank)
+        destroy()
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        if args.traceback:
+            raise
+        print(f"minixmd: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("minixmd: interrupted; the same command goes on from where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def check_before_work(stages):
+    """Raises ValueError for what is missing here, on the hub or on the device, before the first hour of work."""
+    check_files(stages)
+    for stage in stages:
+        describe_device(stage)
+        model = getattr(stage, "model", None)
+        if model is not None and not model.startswith("@"):
+            pinned(model)
+
+
+def run_stage(stage, config, rank):
+    """Runs a stage in its directory, if it is not finished. All processes call this together."""
+    paths = input_paths(stage, config.run_dir, config.stages)
+    folder = None
+    if rank == 0:
+        hub_names = {field: pinned(path) for field, path in paths.items() if field == "model" and not path.exists()}
+        folder = begin(config.run_dir, stage, paths, config.source, hub_names)
+    folder = broadcast(folder)
+    if folder is None and rank == 0:
+        print(f"{stage.name}: finished before, skipped", flush=True)
+    elif folder is not None and (rank == 0 or runs_on_all_ranks(stage)):
+        print(f"{stage.name}: runs in {folder}{describe_device(stage)}", flush=True)
+        RUN[type(stage)](with_paths(stage, config), folder, partial(append_jsonl, folder / "log.jsonl"))
+        if rank == 0:
+            finish(folder)
+    barrier()
+
+
+def runs_on_all_ranks(stage):
+    """Whether the processes that torchrun started divide a stage's clips among themselves."""
+    local_model = isinstance(stage, (Evaluate, Label, Traces)) or getattr(stage, "checker", None) == "model"
+    return local_model and getattr(stage, "endpoint", None) is None
+
+
+def with_paths(stage, config):
+    """The stage with every "@name" replaced by the path it stands for."""
+    def path(value):
+        return str(resolve(value, config.run_dir, config.stages))
+
+    changes = {}
+    for field in input_paths(stage, config.run_dir, config.stages):
+        name = field.partition(".")[0]  # a table's fields read "tables.row.column"
+        value = getattr(stage, name)
+        if isinstance(value, dict):
+            changes[name] = {row: {column: path(cell) for column, cell in cells.items()}
+                             for row, cells in value.items()}
+        else:
+            changes[name] = path(value)
+    return replace(stage, **changes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Where a stage runs: its device, dtype and kernel backend, resolved once and printed. Nothing is chosen silently."""
+from dataclasses import dataclass
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Runtime:
+    device: str  # "cpu" | "cuda"
+    dtype: torch.dtype
+    backend: str  # "triton" | "torch"
+
+
+def resolve_device(name, device):
+    """ "auto" is CUDA where there is one. name: of the stage, for the message."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"config: {name}: device 'cuda' was asked for, but torch sees no GPU")
+    return device
+
+
+def resolve_runtime(name, device, dtype, backend):
+    """The Runtime of a stage's fields of these names; backend "auto" is Triton on a GPU and PyTorch elsewhere."""
+    device = resolve_device(name, device)
+    if backend == "auto":
+        backend = "triton" if device == "cuda" else "torch"
+    elif backend == "triton" and device == "cpu" and not triton.knobs.runtime.interpret:
+        raise ValueError(f"config: {name}: backend 'triton' needs a GPU (or TRITON_INTERPRET=1, which is very slow), "
+                         "but the device is 'cpu'")
+    return Runtime(device, getattr(torch, dtype), backend)
+
+
+def runtime_of(stage):
+    """The Runtime of a stage that runs a model on this machine."""
+    return resolve_runtime(stage.name, stage.device, stage.dtype, stage.backend)
+
+
+def describe_device(stage):
+    """" on cuda, bfloat16, kernels in triton" of a stage that computes on this machine, else nothing."""
+    if not hasattr(stage, "device") or getattr(stage, "endpoint", None) or getattr(stage, "checker", "") == "verdicts":
+        return ""
+    device = resolve_device(stage.name, stage.device)
+    text = f" on {device}"
+    if hasattr(stage, "backend"):
+        text += f", {stage.dtype}, kernels in {runtime_of(stage).backend}"
+    if device == "cpu":
+        text += f", {torch.get_num_threads()} threads"
+    return text

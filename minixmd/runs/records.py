@@ -1,0 +1,146 @@
+"""Every JSONL file of a run: how its lines are written, read back and checked.
+
+    labels.jsonl       Label      {"id", "answer", "option", "logits", "top"?}
+    answers.jsonl      Evaluate   {"id", "answer", "right", "question", …}
+    samples.jsonl      Traces     {"id", "samples": [{"text", "finished", "answer", "use"}]}
+    traces.jsonl       Traces, FactCheck   {"id", "sample", "text", "answer", "option", "unanimous"}
+    verdicts.jsonl     FactCheck  {"id", "sample", "score", "accepted"}
+    switch.jsonl       Switch     {"id", "p_teacher", "oracle"?}
+    endpoint.jsonl     what a server answered   {"key", "text", "finished", "top"?}
+    log.jsonl, completions.jsonl   training
+
+A clip that cannot be used has the record {"id", "bad": reason, "detail"} in any of the first six.
+"""
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minixmd.runs.files import write_text
+
+
+def write_jsonl(path, records):
+    """Replaces a file by one JSON object a line, atomically."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def append_jsonl(path, record, sync=False):
+    """Appends one line. sync: wait until it is on disk."""
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:  # a full disk's own error names no file
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+
+
+def read_jsonl(path):
+    """The lines of a JSONL file. Raises ValueError with file and line for one that is not a JSON object."""
+    records = []
+    # not splitlines, which would also cut at U+2028 and the like, inside a string
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error.msg}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}:{number}: must be a JSON object, got {type(record).__name__}")
+        records.append(record)
+    return records
+
+
+def drop_torn_line(path, consequence=""):
+    """Cuts off a last line without its end, which a kill left behind. stderr says so, with the consequence."""
+    path = Path(path)
+    data = path.read_bytes() if path.exists() else b""
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+        tqdm.write(f"{path}: dropped the last line, cut short after {len(data) - whole} bytes{consequence}",
+                   file=sys.stderr)
+
+
+def check_record(record, kinds, where):
+    """Raises ValueError for a record that lacks a field or has one of another type. kinds: {field: types}."""
+    for name, types in kinds.items():
+        if type(record.get(name)) not in types:
+            wanted = " or ".join(kind.__name__ for kind in types)
+            raise ValueError(f"{where} needs {name!r}, {wanted}, got {record.get(name)!r}")
+
+
+def read_by_id(path):
+    """{id: record} of labels or a switch's decisions."""
+    found = {}
+    for number, record in enumerate(read_jsonl(path), 1):
+        check_record(record, {"id": (str,)}, f"{path}:{number}:")
+        found[record["id"]] = record
+    return found
+
+
+def read_traces(path):
+    """The lines of a file of traces, {"id", "text", …}."""
+    records = read_jsonl(path)
+    for number, record in enumerate(records, 1):
+        check_record(record, {"id": (str,), "text": (str,)}, f"{path}: trace {number}")
+    return records
+
+
+def read_verdicts(path, needs_accepted=False):
+    """{(clip id, sample): record} of a FactCheck stage's verdicts."""
+    found = {}
+    for number, record in enumerate(read_jsonl(path), 1):
+        kinds = {"id": (str,), "sample": (int,)}
+        if "bad" in record:
+            kinds |= {"bad": (str,), "detail": (str,)}
+        else:
+            kinds |= {"score": (float, int)} | ({"accepted": (bool,)} if needs_accepted else {})
+        check_record(record, kinds, f"{path}: not the verdicts of a FactCheck stage: record {number}")
+        found[record["id"], record["sample"]] = record
+    return found
+
+
+def read_endpoint_answers(path):
+    """{key: record} of endpoint.jsonl; empty if there is none. A torn last line is dropped."""
+    path = Path(path)
+    drop_torn_line(path, "; it is asked again")
+    found = {}
+    for number, record in enumerate(read_jsonl(path) if path.exists() else [], 1):
+        kinds = {"key": (str,), "text": (str,), "finished": (bool,)}
+        check_record(record, kinds, f"{path}:{number}: not an answer of an endpoint: it")
+        if record["key"] in found:
+            raise ValueError(f"{path}:{number}: {record['key']!r} is answered for the second time")
+        found[record["key"]] = record
+    return found
+
+
+def answers_beside(results):
+    """The records of the answers.jsonl that Evaluate wrote beside this results.json."""
+    return read_jsonl(Path(results).with_name("answers.jsonl"))
+
+
+# ---- clips that cannot be used ----
+
+
+def bad_record(example_id, error):
+    """The record of a clip that raised this MediaError."""
+    return {"id": example_id, "bad": error.reason, "detail": str(error)}
+
+
+def count_bad(records, name, max_bad):
+    """{reason: count} of the bad records. Raises ValueError when all are, or more than the share max_bad.
+
+    name: of the stage, for the message.
+    """
+    bad = [record for record in records if "bad" in record]
+    reasons = dict(Counter(record["bad"] for record in bad).most_common())
+    if len(bad) > max_bad * len(records) or len(bad) == len(records):
+        raise ValueError(f"{name}: {len(bad)} of {len(records)} clips are bad ({reasons}), with max_bad {max_bad}; "
+                         f"the first: {bad[0]['detail']}")
+    return reasons
