@@ -40,7 +40,8 @@ from minixmd.runs.files import write_safetensors
 from minixmd.runs.records import append_jsonl, count_bad
 from minixmd.runs.state import load_state, rewind_logs, save_state
 from minixmd.stages.multiple_choice import Writing, score_letters, write_answers
-from minixmd.tasks.rewards import REWARDS, parse_answer
+from minixmd.tasks.answers import parse_answer
+from minixmd.tasks.rewards import REWARDS
 from minixmd.tasks.statistics import tabulate
 
 GRPO_NOTE = ("the GRPO loss is about 0 while the ratio is 1, as it is in the first update after a rollout: what is left "

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import torch
 
 from minixmd.inputs.batch import Group
-from minixmd.tasks.rewards import parse_answer
+from minixmd.tasks.answers import parse_answer
 
 EPS = 1e-4  # keeps the advantage finite where all rewards are equal
 

@@ -1,5 +1,7 @@
-"""Which option a written answer means: what it says in the end (final_answer), by the first of these that tells; what
-none tells is no answer:
+"""Reading a written answer: which option does a text mean?
+
+`extract` is the lenient reader of evaluations. It looks at what the text says in the end (final_answer) and takes the
+first of these that tells:
 
 letter   The text states one letter and no other, and an option has it. A letter is stated by a capital that stands
          alone where neither an article ("A dog") nor a pronoun ("I hear") can stand: at the end of a line, before
@@ -10,11 +12,14 @@ option   The words of exactly one option stand in the text, in a row. Those of a
 similar  One option is more like the text than all others: the largest difflib ratio between the option and any run
          of as many words of the text is at least CUTOFF.
 
+`parse_answer` is the strict reader of rewards and traces: the option in the only <answer>…</answer>, or nothing.
+
 Words are runs of letters and digits, compared without case and apostrophes.
 """
 import re
 import unicodedata
 from difflib import SequenceMatcher
+from string import ascii_lowercase
 
 WAYS = ("letter", "option", "similar", "none")
 CUTOFF = 0.7  # at difflib's own 0.6, one refusal to answer in nine is "like" one of ten VGGSound labels; here, 1 in 300
@@ -27,58 +32,108 @@ ANSWER = re.compile(rf"<answer>({INSIDE})</answer>", re.DOTALL)
 FIRST = re.compile(r"\A\W*[a-z](?=[.:)\]]|\W*$)")
 
 
-def thoughts(text):
-    """What stands between a trace's <think> and </think>; all of a text in which nothing does."""
-    found = THOUGHTS.search(text)
-    return found[1].strip() if found and found[1].strip() else text
-
-
-def final_answer(text):
-    """What a completion gives as its answer, or None: what stands in its only <answer> after the thinking, or, without
-    that tag, all that follows the thinking. Thinking that has no end and no whole <answer>, several answers, and no
-    words are no answer."""
-    said = (text or "").rpartition("</think>")[2]
-    before, opened, inside = said.partition("<answer>")
-    answer, closed, _ = inside.partition("</answer>")
-    if "<answer>" in inside or ("<think>" in before and not closed):
-        return None
-    said = answer if opened else said
-    return said if words_of(said) else None
-
-
-def extract(text, options):
-    """(index of the option that the completion `text`, or None for none, means or None, one of WAYS)."""
-    text = final_answer(text)
-    if text is None:
-        return None, "none"
-    text = FIRST.sub(lambda found: found[0].upper(), unicodedata.normalize("NFKC", text))
-    letters = set(STATED.findall(text))
-    if len(letters) == 1 and (index := ord(letters.pop()) - ord("A")) < len(options):
-        return index, "letter"
-    said, choices = words_of(text), [words_of(option) for option in options]
-    named = [i for i, choice in enumerate(choices) if _holds(said, choice)]
-    named = [i for i in named if not any(choices[j] != choices[i] and _holds(choices[j], choices[i]) for j in named)]
-    if len(named) == 1:
-        return named[0], "option"
-    alike = [_likeness(said, choice) for choice in choices]
-    best = max(alike)
-    if best >= CUTOFF and alike.count(best) == 1:  # options that are named tie, at 1
-        return alike.index(best), "similar"
-    return None, "none"
-
-
 def words_of(text):
     """Runs of letters and digits, without case and apostrophes."""
     text = re.sub("['’]", "", unicodedata.normalize("NFKC", text))
     return re.findall(r"[^\W_]+", text.casefold())
 
 
+def thoughts(text):
+    """What stands between a trace's <think> and </think>; the whole text if nothing does."""
+    match = THOUGHTS.search(text)
+    if match and match[1].strip():
+        return match[1].strip()
+    return text
+
+
+def final_answer(text):
+    """What a completion gives as its answer, or None.
+
+    It is what stands in the only <answer> after the thinking or, without that tag, all that follows the thinking.
+    Thinking that has no end and no whole <answer>, several answers, and no words are no answer.
+    """
+    said = (text or "").rpartition("</think>")[2]
+    before, opened, inside = said.partition("<answer>")
+    answer, closed, _ = inside.partition("</answer>")
+    if "<answer>" in inside or ("<think>" in before and not closed):
+        return None
+    if opened:
+        said = answer
+    return said if words_of(said) else None
+
+
+def parse_answer(completion, options):
+    """Index of the option in the completion's only <answer>…</answer>, or None.
+
+    The answer is an option's letter, its words, or both, as in "B. dog". There is no similarity to fall back on, and
+    several answers are none.
+    """
+    answers = ANSWER.findall(completion)
+    if len(answers) != 1 or completion.count("<answer>") != 1:
+        return None
+    said = words_of(answers[0])
+    letters = list(ascii_lowercase[:len(options)])
+    if len(said) == 1 and said[0] in letters:
+        return letters.index(said[0])
+    named = []
+    for i, option in enumerate(options):
+        words = words_of(option)
+        if words and said in (words, [letters[i], *words]):
+            named.append(i)
+    return named[0] if len(named) == 1 else None
+
+
+def extract(text, options):
+    """(index of the option that a completion means or None, one of WAYS). text: None is no answer."""
+    text = final_answer(text)
+    if text is None:
+        return None, "none"
+    letter = _stated_letter(text, len(options))
+    if letter is not None:
+        return letter, "letter"
+    said, choices = words_of(text), [words_of(option) for option in options]
+    named = _named_options(said, choices)
+    if len(named) == 1:
+        return named[0], "option"
+    similarity = [_similarity(said, choice) for choice in choices]
+    best = max(similarity)
+    if best >= CUTOFF and similarity.count(best) == 1:  # options that are named tie, at 1
+        return similarity.index(best), "similar"
+    return None, "none"
+
+
+def _stated_letter(text, num_options):
+    """Index of the only letter that a text states, or None."""
+    text = unicodedata.normalize("NFKC", text)
+    text = FIRST.sub(lambda match: match[0].upper(), text)
+    letters = set(STATED.findall(text))
+    if len(letters) != 1:
+        return None
+    index = ord(letters.pop()) - ord("A")
+    return index if index < num_options else None
+
+
+def _named_options(said, choices):
+    """Indices of the options whose words stand in the text, without those inside a longer one that does."""
+    named = [i for i, choice in enumerate(choices) if _holds(said, choice)]
+    longest = []
+    for i in named:
+        inside_another = any(choices[j] != choices[i] and _holds(choices[j], choices[i]) for j in named)
+        if not inside_another:
+            longest.append(i)
+    return longest
+
+
 def _holds(words, part):
     return bool(part) and f" {' '.join(part)} " in f" {' '.join(words)} "
 
 
-def _likeness(words, part):
+def _similarity(words, part):
     """The largest ratio between `part` and a run of as many of the words (of all of them, where they are fewer)."""
-    runs = [words[i:i + len(part)] for i in range(max(1, len(words) - len(part) + 1))]
-    ratios = (SequenceMatcher(None, " ".join(run), " ".join(part), autojunk=False).ratio() for run in runs)
-    return max(ratios) if part else 0.0
+    if not part:
+        return 0.0
+    ratios = []
+    for start in range(max(1, len(words) - len(part) + 1)):
+        run = " ".join(words[start:start + len(part)])
+        ratios.append(SequenceMatcher(None, run, " ".join(part), autojunk=False).ratio())
+    return max(ratios)

@@ -1,7 +1,7 @@
 """How the benchmarks of SightSound-R1 read a written answer, and what their accuracies are broken down by.
 
-A rule says which option an answer means, and how that was read. No answer is a wrong one, with how "none", so that it
-can be counted.
+A rule says which option an answer means, and how it was read. No answer is a wrong one, read as "none", so that it can
+be counted.
 
 option   AVQA, MUSIC-AVQA: by answers.extract, the letter, else the words, else the option that is most similar to them.
          MUSIC-AVQA has no official rule for text; this is ours.
@@ -17,6 +17,8 @@ from minixmd.tasks.answers import extract, final_answer
 WAYS = {"option": answers.WAYS, "mmau": ("letter", "text", "none")}
 TYPES = ("Temporal", "Comparative", "Counting", "Existential", "Location")  # of MUSIC-AVQA; the paper's table has four
 FIELDS = {"mmau": ("task", "difficulty", "sub_category"), "music_avqa": ("modality", "type")}  # of the Examples' meta
+
+# ---- which option an answer means ----
 
 
 def meant(text, options, rule):
@@ -34,36 +36,57 @@ def meant(text, options, rule):
     said = final_answer(text)
     if said is None:
         return None, "none"
-    if (letter := _lettered(said, options)) is not None:
+    letter = _mmau_letter(said, options)
+    if letter is not None:
         return letter, "letter"
     fits = [i for i, option in enumerate(options) if mmau_rule(said, options, option)]
-    return min(fits, key=lambda i: _plain(options[i]) != _plain(said), default=None), "text"
+    exact = [i for i in fits if _plain(options[i]) == _plain(said)]
+    return next(iter(exact or fits), None), "text"
 
 
 def same(options, i, j, rule):
-    """Whether the options of these indices are one answer: the same text, or by MMAU's rule the same words. None is no
-    answer, and the same as nothing."""
+    """Whether the options of these indices are one answer: the same text, or by MMAU's rule the same words.
+
+    None is no answer, and the same as nothing.
+    """
     if i is None or j is None:
         return False
-    return options[i] == options[j] if rule == "option" else mmau_rule(options[i], options, options[j])
+    if rule == "option":
+        return options[i] == options[j]
+    return mmau_rule(options[i], options, options[j])
 
 
 def vote(texts, options, rule):
-    """What most of a question's completions mean; one that means no option has no vote, and a tie is the option's that
-    was said first. Options that are the same answer share their votes, under the first's text.
+    """What most of a question's completions mean; one that means no option has no vote.
+
+    A tie goes to the option that was said first. Options that are the same answer share their votes, under the first's
+    text.
 
     Returns:
         (number of the first text that means the winner, or 0; its index and how, as `meant`; {option: votes}).
     """
     read = [meant(text, options, rule) for text in texts]
-    said = [next((option for i, option in enumerate(options) if same(options, i, index, rule)), None)
-            for index, _ in read]
-    votes = Counter(option for option in said if option is not None)
-    at = said.index(votes.most_common(1)[0][0]) if votes else 0  # of equals, the one that was counted first
-    return at, *read[at], dict(votes)
+    voted = []
+    for index, _ in read:
+        equal = [option for i, option in enumerate(options) if same(options, i, index, rule)]
+        voted.append(equal[0] if equal else None)
+    votes = Counter(option for option in voted if option is not None)
+    winner = voted.index(votes.most_common(1)[0][0]) if votes else 0  # of equals, the one that was counted first
+    return winner, *read[winner], dict(votes)
 
 
-def _lettered(said, options):
+def mmau_rule(text, options, right):
+    """MMAU's own rule: every word of the right option's text is said, and none that only other options have.
+
+    Order and number of the words do not count. Source: evaluation.py of Sakshi113/MMAU, re-implemented; it does not
+    know letters, and leaves a question without an answer out of the count.
+    """
+    said, words = _tokens(text), _tokens(right)
+    others = set().union(*map(_tokens, options)) - words
+    return words <= said and not said & others
+
+
+def _mmau_letter(said, options):
     """Index of the option for which a letter stands in `said`, or None where there is no letter to replace."""
     plain, texts = _plain(said), [_plain(option) for option in options]
     if plain in texts:
@@ -74,8 +97,12 @@ def _lettered(said, options):
     index, how = extract(said, options)
     if how != "letter":
         return None
-    others = (_tokens(option) for option in options if _tokens(option) != _tokens(options[index]))
-    return None if any(other and other <= _tokens(said) for other in others) else index
+    chosen_words = _tokens(options[index])
+    for option in options:
+        words = _tokens(option)
+        if words and words != chosen_words and words <= _tokens(said):
+            return None
+    return index
 
 
 def _plain(text):
@@ -86,20 +113,15 @@ def _tokens(text):
     return set(re.findall(r"\b\w+\b", text.lower()))
 
 
-def mmau_rule(text, options, right):
-    """MMAU's own rule: every word of the right option's text is said, and none that only other options have.
-
-    Order and number of the words do not count. Source: evaluation.py of Sakshi113/MMAU, re-implemented; it does not
-    know letters, and leaves a question without an answer out of the count.
-    """
-    said, words = _tokens(text), _tokens(right)
-    return words <= said and not said & (set().union(*map(_tokens, options)) - words)
+# ---- what accuracies are broken down by ----
 
 
 def benchmark_of(examples):
     """"mmau" or "music_avqa", where the meta of all Examples has what its accuracies are broken down by; else None."""
-    return next((name for name, needed in FIELDS.items()
-                 if all(isinstance(e.meta.get(field), str) for e in examples for field in needed)), None)
+    for name, fields in FIELDS.items():
+        if all(isinstance(example.meta.get(field), str) for example in examples for field in fields):
+            return name
+    return None
 
 
 def mmau_table(metas, rights):
@@ -108,25 +130,31 @@ def mmau_table(metas, rights):
     Args:
         metas: the Examples' meta. rights: a boolean each.
     """
-    return {"all": list(rights), **{field: _by([meta[field] for meta in metas], rights) for field in FIELDS["mmau"]}}
+    table = {"all": list(rights)}
+    for field in FIELDS["mmau"]:
+        table[field] = _group([meta[field] for meta in metas], rights)
+    return table
 
 
 def music_table(metas, rights):
-    """The right and wrong answers of MUSIC-AVQA: {"audio": {type: rights, "all": rights}, "every": the same over all
-    modalities, "pair": {"Audio Counting": rights, ...}}.
+    """The right and wrong answers of MUSIC-AVQA.
 
+    {"audio": {type: rights, "all": rights}, "every": the same over all modalities, "pair": {"Audio Counting": rights}}.
     "audio" is over audio and audio-visual questions: the test split's 6,707 of 9,129, our reading of the paper's "7k".
     """
-    pairs = list(zip(metas, rights, strict=True))
-    heard = [(meta, right) for meta, right in pairs if meta["modality"] != "Visual"]
-    return {name: {**{kind: [right for meta, right in part if meta["type"] == kind] for kind in TYPES},
-                   "all": [right for _, right in part]}
-            for name, part in (("audio", heard), ("every", pairs))} | {
-        "pair": _by([f"{meta['modality']} {meta['type']}" for meta in metas], rights)}
+    asked = list(zip(metas, rights, strict=True))
+    heard = [(meta, right) for meta, right in asked if meta["modality"] != "Visual"]
+    table = {}
+    for name, part in (("audio", heard), ("every", asked)):
+        table[name] = {kind: [right for meta, right in part if meta["type"] == kind] for kind in TYPES}
+        table[name]["all"] = [right for _, right in part]
+    table["pair"] = _group([f"{meta['modality']} {meta['type']}" for meta in metas], rights)
+    return table
 
 
-def _by(names, rights):
-    found = {name: [] for name in sorted(set(names))}
+def _group(names, rights):
+    """{name: its rights}, sorted by name."""
+    groups = {name: [] for name in sorted(set(names))}
     for name, right in zip(names, rights, strict=True):
-        found[name].append(right)
-    return found
+        groups[name].append(right)
+    return groups

@@ -6,13 +6,16 @@ from math import sqrt
 
 from minixmd.tasks.benchmarks import same
 
+# ---- one model ----
+
 
 def wilson(correct, count, z=1.959964):
     """95 % interval of a share; (0, 1) for no observation."""
     if count == 0:
         return 0.0, 1.0
     p = correct / count
-    middle, half = p + z * z / (2 * count), z * sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    middle = p + z * z / (2 * count)
+    half = z * sqrt(p * (1 - p) / count + z * z / (4 * count * count))
     return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
 
 
@@ -20,8 +23,8 @@ def summary(hits):
     """{"count", "correct", "accuracy", "interval"} of a list of booleans."""
     correct = sum(hits)
     low, high = wilson(correct, len(hits))
-    return {"count": len(hits), "correct": correct, "accuracy": correct / len(hits) if hits else None,
-            "interval": [low, high]}
+    accuracy = correct / len(hits) if hits else None
+    return {"count": len(hits), "correct": correct, "accuracy": accuracy, "interval": [low, high]}
 
 
 def tabulate(examples, records, rule="option"):
@@ -39,14 +42,18 @@ def tabulate(examples, records, rule="option"):
             classes[example.label].append(hit)
         if "group" in example.meta:
             groups[example.meta["group"]].append(hit)
-    return {**summary(hits), "groups": {name: summary(hits) for name, hits in sorted(groups.items())},
-            "classes": {name: summary(hits) for name, hits in sorted(classes.items())}}
+    return {**summary(hits),
+            "groups": {name: summary(of_group) for name, of_group in sorted(groups.items())},
+            "classes": {name: summary(of_class) for name, of_class in sorted(classes.items())}}
 
 
 def digest(example):
     """16 hex digits of what was asked: the question, the options in their order and the right one."""
     asked = json.dumps([example.question, example.options, example.answer])
     return hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()
+
+
+# ---- two models ----
 
 
 def paired_interval(both, only_a, only_b, neither):
@@ -60,16 +67,18 @@ def paired_interval(both, only_a, only_b, neither):
         return -1.0, 1.0
     a, b = both + only_a, both + only_b
     (low_a, high_a), (low_b, high_b) = wilson(a, n), wilson(b, n)
-    together = both * neither - only_a * only_b
-    together = max(together - n / 2, 0) if together > 0 else together
+    covariance = both * neither - only_a * only_b
+    if covariance > 0:
+        covariance = max(covariance - n / 2, 0)
     spread = sqrt(a * (n - a) * b * (n - b))
-    correlation = together / spread if spread else 0.0
+    correlation = covariance / spread if spread else 0.0
 
     def joined(x, y):
         return sqrt(max(x * x - 2 * correlation * x * y + y * y, 0))
 
-    return ((a - b) / n - joined(a / n - low_a, high_b - b / n),
-            (a - b) / n + joined(high_a - a / n, b / n - low_b))
+    below = joined(a / n - low_a, high_b - b / n)
+    above = joined(high_a - a / n, b / n - low_b)
+    return (a - b) / n - below, (a - b) / n + above
 
 
 def pairs(a, b):
@@ -79,20 +88,20 @@ def pairs(a, b):
         ValueError: names the first clip that only one was asked about, or with another question, other options or
             another right answer; or a record without those, as Label's are.
     """
-    others, found = {record["id"]: record for record in b}, []
+    rest, matched = {record["id"]: record for record in b}, []
     for record in a:
-        other = others.pop(record["id"], None)
+        clip = f"clip {record['id']!r}"
+        other = rest.pop(record["id"], None)
         if other is None:
-            raise ValueError(f"clip {record['id']!r}: only the first of the two has it")
+            raise ValueError(f"{clip}: only the first of the two has it")
         if "question" not in record or "question" not in other:
-            raise ValueError(f"clip {record['id']!r}: its record does not say what was asked: not an Evaluate stage's")
+            raise ValueError(f"{clip}: its record does not say what was asked: not an Evaluate stage's")
         if record["question"] != other["question"]:
-            raise ValueError(f"clip {record['id']!r}: the two are different questions: other words, options or right "
-                             "answer")
-        found.append((record, other))
-    if others:
-        raise ValueError(f"clip {next(iter(others))!r}: only the second of the two has it")
-    return found
+            raise ValueError(f"{clip}: the two are different questions: other words, options or right answer")
+        matched.append((record, other))
+    if rest:
+        raise ValueError(f"clip {next(iter(rest))!r}: only the second of the two has it")
+    return matched
 
 
 def compare(a, b):
@@ -106,13 +115,24 @@ def compare(a, b):
     Raises:
         ValueError: they do not belong together (pairs).
     """
-    who = Counter("left_out" if "bad" in record or "bad" in other else (record["right"], other["right"])
-                  for record, other in pairs(a, b))
-    both, only_a, only_b, neither = (who[pair] for pair in ((True, True), (True, False), (False, True), (False, False)))
+    who = Counter()
+    for record, other in pairs(a, b):
+        if "bad" in record or "bad" in other:
+            who["left_out"] += 1
+        else:
+            who[record["right"], other["right"]] += 1
+    both, only_a, only_b, neither = who[True, True], who[True, False], who[False, True], who[False, False]
     count = len(a) - who["left_out"]
-    return {"count": count, "left_out": who["left_out"], "both": both, "only_a": only_a, "only_b": only_b,
-            "neither": neither, "difference": (only_a - only_b) / count if count else None,
-            "interval": list(paired_interval(both, only_a, only_b, neither))}
+    return {
+        "count": count,
+        "left_out": who["left_out"],
+        "both": both,
+        "only_a": only_a,
+        "only_b": only_b,
+        "neither": neither,
+        "difference": (only_a - only_b) / count if count else None,
+        "interval": list(paired_interval(both, only_a, only_b, neither)),
+    }
 
 
 def leads(a, b):
@@ -127,8 +147,10 @@ def groups(lead, most=10):
     in the paper's Figures 1 and 3) and a third of all. A tie is broken by name.
     """
     size = min(most, -(-len(lead) // 3))
-    names = sorted(lead, key=lambda name: (-lead[name], name))
-    ahead = [name for name in names if lead[name] > 0][:size]
-    behind = sorted((name for name in names if lead[name] < 0), key=lambda name: (lead[name], name))[:size]
-    rest = sorted(set(names) - {*ahead, *behind}, key=lambda name: (abs(lead[name]), name))[:size]
-    return {"The teacher is ahead": ahead, "The student is ahead": behind, "The smallest gaps among the others": rest}
+    by_name = sorted(lead)
+    ahead = [name for name in sorted(by_name, key=lambda name: -lead[name]) if lead[name] > 0][:size]
+    behind = [name for name in sorted(by_name, key=lambda name: lead[name]) if lead[name] < 0][:size]
+    others = [name for name in by_name if name not in ahead and name not in behind]
+    closest = sorted(others, key=lambda name: abs(lead[name]))[:size]
+    return {"The teacher is ahead": ahead, "The student is ahead": behind,
+            "The smallest gaps among the others": closest}
