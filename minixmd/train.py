@@ -12,7 +12,7 @@ weights, bit for bit on the CPU. The command line, and the other stages of a con
 import math
 import runpy
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
@@ -44,8 +44,8 @@ from minixmd.tasks.answers import parse_answer
 from minixmd.tasks.rewards import REWARDS
 from minixmd.tasks.statistics import tabulate
 
-GRPO_NOTE = ("the GRPO loss is about 0 while the ratio is 1, as it is in the first update after a rollout: what is left "
-             "is the KL and the mean of the advantages. Its gradient is not 0; watch the reward")
+GRPO_NOTE = ("the GRPO loss is about 0 while the ratio is 1, as it is in the first update after a rollout: what is "
+             "left is the KL and the mean of the advantages. Its gradient is not 0; watch the reward")
 SHOWN_COMPLETIONS = 4  # of a step, written as text
 MAX_START_KL = 1e-6  # to the reference, before the first update
 
@@ -79,14 +79,27 @@ class Trainer:
     # ---- setup ----
 
     def __init__(self, stage, num_items, folder=None, log=None, load=load):
-        self.stage, self.num_items, self.folder, self.log = stage, num_items, folder, log
+        self.stage = stage
+        self.num_items = num_items
+        self.folder = folder
+        self.log = log
         runtime = runtime_of(stage)
-        self.model, self.processor = load(stage.model, device=runtime.device, dtype=runtime.dtype,
-                                          backend=runtime.backend)
+        self.model, self.processor = load(
+            stage.model,
+            device=runtime.device,
+            dtype=runtime.dtype,
+            backend=runtime.backend,
+        )
         self.choose_parameters()
-        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = adamw(self.parameters, lr=stage.lr, betas=stage.betas, eps=stage.eps,
-                               weight_decay=stage.weight_decay)
+        named = self.model.named_parameters()
+        self.parameters = {name: p for name, p in named if p.requires_grad}
+        self.optimizer = adamw(
+            self.parameters,
+            lr=stage.lr,
+            betas=stage.betas,
+            eps=stage.eps,
+            weight_decay=stage.weight_decay,
+        )
         self.steps = stage.epochs * self.steps_per_epoch()
         if stage.max_steps is not None:
             self.steps = min(self.steps, stage.max_steps)
@@ -109,7 +122,13 @@ class Trainer:
         if stage.trainable == "lora":
             if adapted(model):
                 raise ValueError(f"{stage.name}: {stage.model} carries an adapter already; merge it first")
-            add_lora(model, rank=stage.lora_rank, alpha=stage.lora_alpha, targets=stage.lora_targets, seed=stage.seed)
+            add_lora(
+                model,
+                rank=stage.lora_rank,
+                alpha=stage.lora_alpha,
+                targets=stage.lora_targets,
+                seed=stage.seed,
+            )
         else:
             merge_lora(model)
             model.set_trainable(stage.trainable)
@@ -120,18 +139,24 @@ class Trainer:
     def batch_indices(self, step):
         """Indices of a step's items: a pure function of seed and step, each epoch a permutation of its own."""
         epoch, batch = divmod(step, self.steps_per_epoch())
-        generator = torch.Generator().manual_seed(hash_seed(self.stage.seed, "order", epoch))
+        seed = hash_seed(self.stage.seed, "order", epoch)
+        generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(self.num_items, generator=generator)
-        return order[batch * self.stage.batch_size:(batch + 1) * self.stage.batch_size].tolist()
+        start = batch * self.stage.batch_size
+        return order[start:start + self.stage.batch_size].tolist()
 
     # ---- the loop ----
 
     def fit(self, items, counts, validation=()):
         """Trains to the last step. counts: {reason: count} of what the items are, for the log."""
         stage = self.stage
-        take_step = {Distill: self.distill_step, SFT: self.sft_step, GRPO: self.grpo_step}[type(stage)]
+        take_step = {
+            Distill: self.distill_step,
+            SFT: self.sft_step,
+            GRPO: self.grpo_step,
+        }[type(stage)]
         self.announce(counts)
-        upcoming = (items[i] for step in range(self.step, self.steps) for i in self.batch_indices(step))
+        upcoming = self.upcoming_items(items)
         samples = prefetch(self.build_sample, upcoming, self.count_bad_clip, ahead=2 * stage.batch_size)
         with tqdm(total=self.steps, initial=self.step, desc=stage.name, unit="step") as bar:
             while True:
@@ -148,27 +173,41 @@ class Trainer:
                 shown = "reward" if isinstance(stage, GRPO) else "loss"
                 bar.set_postfix_str(f"{shown} {metrics.get(shown, 0):.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
                 bar.update()
-                if self.validation_due() or (stage.save_every and self.step % stage.save_every == 0):
+                save_due = stage.save_every and self.step % stage.save_every == 0
+                if save_due or self.validation_due():
                     self.save()
         if not any(self.optimizer.state.values()):
             raise ValueError(f"{stage.name}: no step had anything to learn: its clips were bad, or its groups left out")
 
+    def upcoming_items(self, items):
+        for step in range(self.step, self.steps):
+            for i in self.batch_indices(step):
+                yield items[i]
+
     def announce(self, counts):
         """Says what will be learnt, on the screen and at a run's start in the log."""
-        stage, is_grpo = self.stage, isinstance(self.stage, GRPO)
+        stage = self.stage
+        line = {
+            "step": 0,
+            "learns_from": counts,
+            "steps": self.steps,
+            "trainable_parameters": sum(p.numel() for p in self.parameters.values()),
+        }
+        text = f"{stage.name}: {self.steps} steps of {stage.batch_size} on {self.num_items} clips ({counts})"
+        if self.step:
+            text += f", from step {self.step}"
+        if isinstance(stage, GRPO):
+            line["note"] = GRPO_NOTE
+            text += f"\n{stage.name}: {GRPO_NOTE}"
         if self.step == 0:
-            count = sum(p.numel() for p in self.parameters.values())
-            note = {"note": GRPO_NOTE} if is_grpo else {}
-            self.log({"step": 0, "learns_from": counts, "steps": self.steps, "trainable_parameters": count, **note})
-        resumed = f", from step {self.step}" if self.step else ""
-        tqdm.write(f"{stage.name}: {self.steps} steps of {stage.batch_size} on {self.num_items} clips ({counts}){resumed}")
-        if is_grpo:
-            tqdm.write(f"{stage.name}: {GRPO_NOTE}")
+            self.log(line)
+        tqdm.write(text)
 
     def build_sample(self, item):
         """(Prompt, Item); the Prompt ends with the target, but not in GRPO, where the model writes its own."""
-        target = None if isinstance(self.stage, GRPO) else item.target
-        return build_prompt(self.processor, item.example, self.stage.prompt_format, answer=target), item
+        answer = None if isinstance(self.stage, GRPO) else item.target
+        prompt = build_prompt(self.processor, item.example, self.stage.prompt_format, answer)
+        return prompt, item
 
     def count_bad_clip(self, item, error):
         """Logs a clip that cannot be used. Raises ValueError when there are too many."""
@@ -187,7 +226,8 @@ class Trainer:
         stage = self.stage
         if not math.isfinite(loss):
             raise ValueError(f"{stage.name}: the loss at step {self.step + 1} is {loss}; stopped")
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), stage.max_grad_norm or math.inf).item()
+        max_norm = stage.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), max_norm).item()
         if not math.isfinite(grad_norm):
             raise ValueError(f"{stage.name}: the gradient's norm at step {self.step + 1} is {grad_norm}; stopped")
         lr = learning_rate(self.step, self.steps, stage.lr, stage.warmup_ratio)
@@ -201,6 +241,10 @@ class Trainer:
         """A step's items in runs of micro_batch_size."""
         size = self.stage.micro_batch_size
         return [items[start:start + size] for start in range(0, len(items), size)]
+
+    def pack_samples(self, samples):
+        """The Batch of [(Prompt, Item)], on the model's device."""
+        return pack([prompt for prompt, _ in samples]).to(self.model.device)
 
     def cross_entropy(self, hidden_ND, batch, denominator, chosen_T=None):
         """The sum of -log p(target) / denominator over a batch's targets, or over those of a mask."""
@@ -218,13 +262,13 @@ class Trainer:
         The denominator is the whole step's, so the gradient does not depend on the micro-batch size.
         """
         loss = self.sft_gradients(samples)
-        return {"loss": loss, **self.update(loss), "tokens": sum(len(prompt) for prompt, _ in samples)}
+        return {"loss": loss, **self.update(loss), "tokens": count_tokens(samples)}
 
     def sft_gradients(self, samples):
-        denominator = sum(int(prompt.target_N.sum()) for prompt, _ in samples)
+        denominator = count_targets(samples)
         total = 0.0
         for part in self.micro_batches(samples):
-            batch = pack([prompt for prompt, _ in part]).to(self.model.device)
+            batch = self.pack_samples(part)
             loss = self.cross_entropy(self.model(batch), batch, denominator)
             loss.backward()
             total += loss.item()
@@ -240,18 +284,21 @@ class Trainer:
         """
         metrics = self.distill_gradients(samples)
         from_teacher = sum(item.source == "teacher" for _, item in samples)
-        return {**metrics, **self.update(metrics["loss"]), "to_teacher": from_teacher,
-                "tokens": sum(len(prompt) for prompt, _ in samples)}
+        update = self.update(metrics["loss"])
+        return {**metrics, **update, "to_teacher": from_teacher, "tokens": count_tokens(samples)}
 
     def distill_gradients(self, samples):
         """Gradients of a step: cross-entropy is a mean over its target tokens, the KL one over its clips."""
-        denominator = sum(int(prompt.target_N.sum()) for prompt, _ in samples)
+        denominator = count_targets(samples)
         metrics = Counter(loss=0.0)
         for part in self.micro_batches(samples):
-            batch = pack([prompt for prompt, _ in part]).to(self.model.device)
-            hidden_ND, losses = self.model(batch), []
-            # packed without completions, so that item i of the micro-batch is segment i
-            topk = {i: item.teacher_topk for i, (_, item) in enumerate(part) if item.teacher_topk is not None}
+            batch = self.pack_samples(part)
+            hidden_ND = self.model(batch)
+            topk = {}  # number of a clip in the micro-batch, which is its segment's -> the teacher's best ids
+            for i, (_, item) in enumerate(part):
+                if item.teacher_topk is not None:
+                    topk[i] = item.teacher_topk
+            losses = []
             learnt_T = torch.ones_like(batch.target_id_T, dtype=torch.bool)
             if topk:
                 losses.append(self.teacher_kl(hidden_ND, batch, topk, len(samples), metrics))
@@ -271,15 +318,23 @@ class Trainer:
         The KL is over the ids that both vocabularies share, less the suppressed ones. What the teacher holds elsewhere
         is left out of its distribution and logged, as is what the student holds there.
         """
-        stage, device = self.stage, hidden_ND.device
+        device = hidden_ND.device
         owners = batch.target_segment_T.tolist()
         first_K = torch.tensor([owners.index(segment) for segment in topk])  # the letter is a turn's first token
         stored = stored_rows(list(topk.values()), self.common_vocab, self.suppressed_Z.cpu())
         id_KJ, logq_KJ, tail_K, dropped_K = stored
-        weight_K = torch.full((len(topk),), 1 / num_clips, device=device)
-        row_loss = DistillTopK(id_KJ.to(device), logq_KJ.to(device), tail_K.to(device), weight_K, self.common_vocab,
-                               self.suppressed_Z, stage.temperature, self.model.backend)
-        loss, columns = self.model.head_loss(hidden_ND, batch.target_row_T[first_K.to(device)], row_loss)
+        row_loss = DistillTopK(
+            id_KJ.to(device),
+            logq_KJ.to(device),
+            tail_K.to(device),
+            torch.full((len(topk),), 1 / num_clips, device=device),
+            self.common_vocab,
+            self.suppressed_Z,
+            self.stage.temperature,
+            self.model.backend,
+        )
+        row_K = batch.target_row_T[first_K.to(device)]
+        loss, columns = self.model.head_loss(hidden_ND, row_K, row_loss)
         metrics["kl"] += columns["kl"].sum().item() / num_clips
         metrics["teacher_dropped"] += dropped_K.sum().item() / num_clips
         metrics["student_dropped"] += columns["student_dropped"].sum().item() / num_clips
@@ -291,47 +346,67 @@ class Trainer:
         """One rollout of [(Prompt, Item)] and the optimizer steps on it."""
         if not samples:
             return {"loss": 0.0, "tokens": 0}
-        stage, times = self.stage, [time.perf_counter()]
-        prompts, items = [prompt for prompt, _ in samples], [item for _, item in samples]
+        stage = self.stage
+        prompts = [prompt for prompt, _ in samples]
+        items = [item for _, item in samples]
         for prompt, item in samples:
             check_length(self.processor, item.example, prompt, stage.max_new_tokens)
+
+        started = time.perf_counter()
         if self.model.encoders_frozen():  # sampling, scoring and learning then share the encoders' output
             prompts = [self.model.encode_media(prompt) for prompt in prompts]
         completions = generate(
-            self.model, self.processor, prompts, num_samples=stage.group_size, max_new_tokens=stage.max_new_tokens,
-            temperature=stage.temperature, seed=stage.seed, stop=stage.stop, step=self.step,
-            keys=[item.example.id for item in items], decode_slots=stage.decode_slots)
+            self.model,
+            self.processor,
+            prompts,
+            num_samples=stage.group_size,
+            max_new_tokens=stage.max_new_tokens,
+            temperature=stage.temperature,
+            seed=stage.seed,
+            step=self.step,
+            keys=[item.example.id for item in items],
+            stop=stage.stop,
+            decode_slots=stage.decode_slots,
+        )
         rewards = score_completions(completions, items)
         self.show_completions(completions[0], items[0], rewards)
         rollout = make_rollout(stage, prompts, completions, rewards["reward"])
-        times.append(time.perf_counter())
+
+        sampled = time.perf_counter()
         if rollout and self.reference is not None:
-            rollout.ref_T = reference_logprobs(self.reference, rollout.groups, stage.micro_batch_size, self.vocabulary)
-        times.append(time.perf_counter())
+            rollout.ref_T = reference_logprobs(
+                self.reference, rollout.groups, stage.micro_batch_size, self.vocabulary)
+
+        scored = time.perf_counter()
         metrics = Counter(loss=0.0)
         for _ in range(stage.num_iterations if rollout else 0):
             for name, value in self.policy_update(rollout).items():
                 metrics[name] += value / stage.num_iterations
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()  # the optimizer's kernels too belong to the update's time
-        times.append(time.perf_counter())
-        metrics = {**metrics, **rollout_metrics([item.example for item in items], completions, rewards),
-                   "learned": len(rollout.groups) if rollout else 0}  # groups
+        updated = time.perf_counter()
+
+        metrics = dict(metrics)
+        metrics |= rollout_metrics([item.example for item in items], completions, rewards)
+        metrics["learned"] = len(rollout.groups) if rollout else 0  # groups
         if rollout:  # what the sampler said of its tokens against the training pass: 0 but for rounding
             gap_T = (rollout.sampled_T - rollout.old_T).abs()
-            metrics |= {"logp_gap_mean": gap_T.mean().item(), "logp_gap_max": gap_T.max().item()}
-        for i, name in enumerate(("rollout_s", "scoring_s", "update_s")):
-            metrics[name] = round(times[i + 1] - times[i], 3)
-        sampled = sum(len(completion.ids) for group in completions for completion in group)
-        return metrics | {"tokens": sum(map(len, prompts)) + sampled}
+            metrics["logp_gap_mean"] = gap_T.mean().item()
+            metrics["logp_gap_max"] = gap_T.max().item()
+        metrics["rollout_s"] = round(sampled - started, 3)
+        metrics["scoring_s"] = round(scored - sampled, 3)
+        metrics["update_s"] = round(updated - scored, 3)
+        new_tokens = sum(len(completion.ids) for group in completions for completion in group)
+        return metrics | {"tokens": count_tokens(samples) + new_tokens}
 
     def policy_update(self, rollout):
         """One optimizer step on a rollout."""
         loss, columns = self.policy_gradient(rollout)
         if self.reference is not None and not any(self.optimizer.state.values()):
             self.check_reference(rollout)  # no update yet, in this process or an earlier one
-        metrics = {"loss": loss, **self.update(loss), "entropy": columns["entropy"].mean().item(),
-                   "clip_fraction": columns["clipped"].mean().item()}
+        metrics = {"loss": loss, **self.update(loss)}
+        metrics["entropy"] = columns["entropy"].mean().item()
+        metrics["clip_fraction"] = columns["clipped"].mean().item()
         if self.reference is not None:
             metrics["kl"] = columns["kl"].mean().item()
         return metrics
@@ -349,7 +424,7 @@ class Trainer:
         """
         stage, device, vocabulary = self.stage, self.model.device, self.vocabulary
         clip_config = ClipConfig(stage.clip_low, stage.clip_high, stage.beta, stage.kl)
-        total, columns, end = 0.0, [], 0
+        total, columns, end = 0.0, defaultdict(list), 0
         first_update = rollout.old_T is None
         if first_update:
             rollout.old_T = torch.empty_like(rollout.sampled_T)
@@ -360,19 +435,29 @@ class Trainer:
             hidden_ND = self.model(batch)
             if first_update:  # the policy is the old one, and a product with the head costs less than a forward pass
                 rollout.old_T[rows] = token_logprobs(self.model, hidden_ND, batch, vocabulary)
+            ref_T = None if rollout.ref_T is None else rollout.ref_T[rows].to(device)
             lengths = None
             if stage.ratio == "sequence":
                 lengths = tuple(len(ids_T) for group in groups for ids_T in group.completions)
             row_loss = PolicyLoss(
-                batch.target_id_T, rollout.old_T[rows].to(device),
-                None if rollout.ref_T is None else rollout.ref_T[rows].to(device),
-                rollout.advantage_T[rows].to(device), rollout.weight_T[rows].to(device), clip_config,
-                self.model.backend, vocabulary.temperature, vocabulary.suppressed_Z, vocabulary.vocab_limit, lengths)
-            loss, found = self.model.head_loss(hidden_ND, batch.target_row_T, row_loss)
+                batch.target_id_T,
+                rollout.old_T[rows].to(device),
+                ref_T,
+                rollout.advantage_T[rows].to(device),
+                rollout.weight_T[rows].to(device),
+                clip_config,
+                self.model.backend,
+                vocabulary.temperature,
+                vocabulary.suppressed_Z,
+                vocabulary.vocab_limit,
+                lengths,
+            )
+            loss, part = self.model.head_loss(hidden_ND, batch.target_row_T, row_loss)
             loss.backward()
             total += loss.item()
-            columns.append({name: column_T.cpu() for name, column_T in found.items()})
-        return total, {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
+            for name, column_T in part.items():
+                columns[name].append(column_T.cpu())
+        return total, {name: torch.cat(parts) for name, parts in columns.items()}
 
     def check_reference(self, rollout):
         """Before the first update the policy is the reference; one of other weights would pull it away for good."""
@@ -388,10 +473,11 @@ class Trainer:
         if not every or self.step % every:
             return
         for i, completion in enumerate(group[:SHOWN_COMPLETIONS]):
-            earned = {name: reward_PG[0, i].item() for name, reward_PG in rewards.items()}
-            append_jsonl(self.folder / "completions.jsonl",
-                         {"step": self.step + 1, "id": item.example.id, **earned, "finished": completion.finished,
-                          "text": completion.text})
+            line = {"step": self.step + 1, "id": item.example.id}
+            for name, reward_PG in rewards.items():
+                line[name] = reward_PG[0, i].item()
+            line |= {"finished": completion.finished, "text": completion.text}
+            append_jsonl(self.folder / "completions.jsonl", line)
 
     # ---- validation, saving, resuming ----
 
@@ -410,8 +496,9 @@ class Trainer:
         if isinstance(stage, GRPO) or getattr(stage, "traces", None):
             writing = Writing(stage.max_new_tokens, stop=getattr(stage, "stop", ()))
             records = write_answers(self.model, self.processor, examples, stage.prompt_format, writing)
-            for example, record in zip(examples, records, strict=True):  # read as the reward reads it, strictly
-                record["answer"] = None if "bad" in record else parse_answer(record["text"], example.options)
+            for example, record in zip(examples, records, strict=True):
+                if "bad" not in record:  # read as the reward reads it, strictly
+                    record["answer"] = parse_answer(record["text"], example.options)
         else:
             records = score_letters(self.model, self.processor, examples, stage.prompt_format)
         bad = count_bad(records, stage.name, stage.max_bad)
@@ -427,8 +514,10 @@ class Trainer:
     def save(self):
         """Replaces the resumable state."""
         tensors = optimizer_tensors(self.optimizer, self.parameters)
-        tensors.update({f"{name}.weight": p for name, p in self.parameters.items()})
-        save_state(self.folder, tensors, {"step": self.step, "best": self.best_accuracy, "bad": self.num_bad})
+        for name, p in self.parameters.items():
+            tensors[f"{name}.weight"] = p
+        meta = {"step": self.step, "best": self.best_accuracy, "bad": self.num_bad}
+        save_state(self.folder, tensors, meta)
 
     def resume(self):
         """Goes on from the stage's last state, if there is one; log lines of steps that will be redone are dropped."""
@@ -439,7 +528,9 @@ class Trainer:
                 for name, p in self.parameters.items():
                     p.copy_(tensors[f"{name}.weight"])
             restore_optimizer(self.optimizer, self.parameters, tensors)
-            self.step, self.best_accuracy, self.num_bad = meta["step"], meta["best"], meta["bad"]
+            self.step = meta["step"]
+            self.best_accuracy = meta["best"]
+            self.num_bad = meta["bad"]
         for line in rewind_logs(self.folder, self.step):
             if "val_accuracy" in line:
                 self.validated_step = max(self.validated_step, line["step"])
@@ -461,27 +552,44 @@ def score_completions(completions, items):
     """{name of a reward: (P, G)} of P prompts' completions, and "reward", their sum."""
     rewards = {}
     for name, reward in REWARDS.items():
-        rewards[name] = torch.tensor([[reward(completion.text, item.example.options, item.target)
-                                       for completion in group]
-                                      for group, item in zip(completions, items, strict=True)])
+        rows = []
+        for group, item in zip(completions, items, strict=True):
+            options, right = item.example.options, item.target
+            rows.append([reward(completion.text, options, right) for completion in group])
+        rewards[name] = torch.tensor(rows)
     rewards["reward"] = sum(rewards.values())
     return rewards
+
+
+def count_tokens(samples):
+    """Tokens of the Prompts of [(Prompt, Item)]."""
+    return sum(len(prompt) for prompt, _ in samples)
+
+
+def count_targets(samples):
+    """Tokens that are learnt."""
+    return sum(int(prompt.target_N.sum()) for prompt, _ in samples)
 
 
 def stored_rows(topk, common_vocab, suppressed_Z):
     """The teacher's best ids of K clips as kernels/distill_topk.py takes them: (id_KJ, logq_KJ, tail_K, dropped_K).
 
-    Ids outside the common vocabulary are taken out and the rest is normalised again. What lies outside among the ids that
-    were not stored cannot be told from the tail, which it is part of.
+    Ids outside the common vocabulary are taken out and the rest is normalised again. What lies outside among the ids
+    that were not stored cannot be told from the tail, which it is part of.
     """
-    id_KJ = torch.tensor([stored["ids"] for stored in topk], dtype=torch.int32)
-    logq_KJ = torch.tensor([[z / stored["temperature"] - stored["logsumexp"] for z in stored["logits"]]
-                            for stored in topk])
+    ids, logq = [], []
+    for stored in topk:
+        temperature, logsumexp = stored["temperature"], stored["logsumexp"]
+        ids.append(stored["ids"])
+        logq.append([z / temperature - logsumexp for z in stored["logits"]])
+    id_KJ, logq_KJ = torch.tensor(ids, dtype=torch.int32), torch.tensor(logq)
     tail_K = (1 - logq_KJ.exp().sum(-1)).clamp(min=0)
     outside_KJ = (id_KJ >= common_vocab) | torch.isin(id_KJ, suppressed_Z)
     dropped_K = logq_KJ.exp().where(outside_KJ, 0).sum(-1)
     kept_K = 1 - dropped_K
-    return id_KJ.masked_fill(outside_KJ, -1), logq_KJ - kept_K.log()[:, None], tail_K / kept_K, dropped_K
+    id_KJ = id_KJ.masked_fill(outside_KJ, -1)
+    logq_KJ = logq_KJ - kept_K.log()[:, None]
+    return id_KJ, logq_KJ, tail_K / kept_K, dropped_K
 
 
 if __name__ == "__main__":  # the command line is the runner's, which imports this module
