@@ -13,11 +13,8 @@ import math
 import runpy
 import time
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from minixmd import generate, load, pack
@@ -26,23 +23,17 @@ from minixmd.inputs.examples import check_media, read_manifest
 from minixmd.inputs.prompts import build_prompt, check_length, prefetch
 from minixmd.inputs.tokenizer import common_vocab_size
 from minixmd.kernels.grpo import ClipConfig
+from minixmd.learning import checkpoint
 from minixmd.learning.logprobs import SampledVocabulary, reference_logprobs, token_logprobs
-from minixmd.learning.optim import adamw, learning_rate, optimizer_tensors, restore_optimizer
-from minixmd.learning.policy import make_rollout, rollout_metrics
-from minixmd.learning.targets import resolve_targets
+from minixmd.learning.optim import adamw, learning_rate
+from minixmd.learning.policy import make_rollout, rollout_metrics, score_completions
+from minixmd.learning.targets import resolve_targets, stored_rows
 from minixmd.models.head import CrossEntropy, DistillTopK, PolicyLoss
-from minixmd.models.hub import pinned
-from minixmd.models.lora import add_lora, hash_seed, merge_lora
+from minixmd.models.lora import hash_seed, make_trainable
 from minixmd.models.multimodal import frozen_copy
-from minixmd.models.weights import adapted, save_adapter, save_model
 from minixmd.runs.device import runtime_of
-from minixmd.runs.files import write_safetensors
-from minixmd.runs.records import append_jsonl, count_bad
-from minixmd.runs.state import load_state, rewind_logs, save_state
-from minixmd.stages.multiple_choice import Writing, score_letters, write_answers
-from minixmd.tasks.answers import parse_answer
-from minixmd.tasks.rewards import REWARDS
-from minixmd.tasks.statistics import tabulate
+from minixmd.runs.records import append_jsonl
+from minixmd.stages.multiple_choice import validation_accuracy
 
 GRPO_NOTE = ("the GRPO loss is about 0 while the ratio is 1, as it is in the first update after a rollout: what is "
              "left is the KL and the mean of the advantages. Its gradient is not 0; watch the reward")
@@ -90,7 +81,15 @@ class Trainer:
             dtype=runtime.dtype,
             backend=runtime.backend,
         )
-        self.choose_parameters()
+        make_trainable(
+            self.model,
+            stage.trainable,
+            name=f"{stage.name}: {stage.model}",
+            rank=stage.lora_rank,
+            alpha=stage.lora_alpha,
+            targets=stage.lora_targets,
+            seed=stage.seed,
+        )
         named = self.model.named_parameters()
         self.parameters = {name: p for name, p in named if p.requires_grad}
         self.optimizer = adamw(
@@ -109,29 +108,11 @@ class Trainer:
         self.validated_step = 0  # the last one after which validation was finished
         self.num_bad = 0  # clips that could not be read, over all epochs so far
         if isinstance(stage, Distill) and stage.teacher_loss != "ce":
-            teacher_tokenizer = Tokenizer.from_file(str(Path(stage.teacher_labels).parent / "tokenizer.json"))
-            self.common_vocab = common_vocab_size(self.processor.tokenizer, teacher_tokenizer)
+            self.common_vocab = common_vocab_size(self.processor, stage.teacher_labels)
             self.suppressed_Z = torch.tensor(self.processor.suppressed_ids, device=self.model.device)
         if isinstance(stage, GRPO):
             self.vocabulary = SampledVocabulary.of(self.model, self.processor, stage.temperature)
             self.reference = frozen_copy(self.model) if stage.beta else None
-
-    def choose_parameters(self):
-        """Adds the adapter, or unfreezes what trains."""
-        stage, model = self.stage, self.model
-        if stage.trainable == "lora":
-            if adapted(model):
-                raise ValueError(f"{stage.name}: {stage.model} carries an adapter already; merge it first")
-            add_lora(
-                model,
-                rank=stage.lora_rank,
-                alpha=stage.lora_alpha,
-                targets=stage.lora_targets,
-                seed=stage.seed,
-            )
-        else:
-            merge_lora(model)
-            model.set_trainable(stage.trainable)
 
     def steps_per_epoch(self):
         return math.ceil(self.num_items / self.stage.batch_size)
@@ -493,19 +474,10 @@ class Trainer:
         The best weights so far (the earliest, in a tie) are kept.
         """
         stage = self.stage
-        if isinstance(stage, GRPO) or getattr(stage, "traces", None):
-            writing = Writing(stage.max_new_tokens, stop=getattr(stage, "stop", ()))
-            records = write_answers(self.model, self.processor, examples, stage.prompt_format, writing)
-            for example, record in zip(examples, records, strict=True):
-                if "bad" not in record:  # read as the reward reads it, strictly
-                    record["answer"] = parse_answer(record["text"], example.options)
-        else:
-            records = score_letters(self.model, self.processor, examples, stage.prompt_format)
-        bad = count_bad(records, stage.name, stage.max_bad)
-        accuracy = tabulate(examples, records)["accuracy"]
+        accuracy, bad = validation_accuracy(self.model, self.processor, examples, stage)
         if accuracy > self.best_accuracy:
             self.best_accuracy = accuracy
-            write_safetensors(self.folder / "best.safetensors", self.parameters)
+            checkpoint.save_best(self.folder, self.parameters)
             self.save()
         self.log({"step": self.step, "val_accuracy": accuracy, "val_bad": bad})  # last: it marks the validation as done
         self.validated_step = self.step
@@ -513,52 +485,23 @@ class Trainer:
 
     def save(self):
         """Replaces the resumable state."""
-        tensors = optimizer_tensors(self.optimizer, self.parameters)
-        for name, p in self.parameters.items():
-            tensors[f"{name}.weight"] = p
-        meta = {"step": self.step, "best": self.best_accuracy, "bad": self.num_bad}
-        save_state(self.folder, tensors, meta)
+        progress = {"step": self.step, "best": self.best_accuracy, "bad": self.num_bad}
+        checkpoint.save(self.folder, self.parameters, self.optimizer, progress)
 
     def resume(self):
         """Goes on from the stage's last state, if there is one; log lines of steps that will be redone are dropped."""
-        state = load_state(self.folder)
-        if state is not None:
-            tensors, meta = state
-            with torch.no_grad():
-                for name, p in self.parameters.items():
-                    p.copy_(tensors[f"{name}.weight"])
-            restore_optimizer(self.optimizer, self.parameters, tensors)
-            self.step = meta["step"]
-            self.best_accuracy = meta["best"]
-            self.num_bad = meta["bad"]
-        for line in rewind_logs(self.folder, self.step):
+        progress, log_lines = checkpoint.restore(self.folder, self.parameters, self.optimizer)
+        if progress is not None:
+            self.step = progress["step"]
+            self.best_accuracy = progress["best"]
+            self.num_bad = progress["bad"]
+        for line in log_lines:
             if "val_accuracy" in line:
                 self.validated_step = max(self.validated_step, line["step"])
 
     def publish(self):
         """Writes best/: the best weights in validation (the last ones without it), as `load` and others read them."""
-        best = self.folder / "best.safetensors"
-        if best.exists():
-            with torch.no_grad():
-                for name, tensor in load_file(best).items():
-                    self.parameters[name].copy_(tensor)
-        if self.stage.trainable == "lora":
-            save_adapter(self.model, pinned(self.stage.model), self.folder / "best")
-        else:
-            save_model(self.model, self.processor.folder, self.folder / "best")
-
-
-def score_completions(completions, items):
-    """{name of a reward: (P, G)} of P prompts' completions, and "reward", their sum."""
-    rewards = {}
-    for name, reward in REWARDS.items():
-        rows = []
-        for group, item in zip(completions, items, strict=True):
-            options, right = item.example.options, item.target
-            rows.append([reward(completion.text, options, right) for completion in group])
-        rewards[name] = torch.tensor(rows)
-    rewards["reward"] = sum(rewards.values())
-    return rewards
+        checkpoint.publish(self.folder, self.model, self.processor, self.parameters, self.stage.model)
 
 
 def count_tokens(samples):
@@ -569,27 +512,6 @@ def count_tokens(samples):
 def count_targets(samples):
     """Tokens that are learnt."""
     return sum(int(prompt.target_N.sum()) for prompt, _ in samples)
-
-
-def stored_rows(topk, common_vocab, suppressed_Z):
-    """The teacher's best ids of K clips as kernels/distill_topk.py takes them: (id_KJ, logq_KJ, tail_K, dropped_K).
-
-    Ids outside the common vocabulary are taken out and the rest is normalised again. What lies outside among the ids
-    that were not stored cannot be told from the tail, which it is part of.
-    """
-    ids, logq = [], []
-    for stored in topk:
-        temperature, logsumexp = stored["temperature"], stored["logsumexp"]
-        ids.append(stored["ids"])
-        logq.append([z / temperature - logsumexp for z in stored["logits"]])
-    id_KJ, logq_KJ = torch.tensor(ids, dtype=torch.int32), torch.tensor(logq)
-    tail_K = (1 - logq_KJ.exp().sum(-1)).clamp(min=0)
-    outside_KJ = (id_KJ >= common_vocab) | torch.isin(id_KJ, suppressed_Z)
-    dropped_K = logq_KJ.exp().where(outside_KJ, 0).sum(-1)
-    kept_K = 1 - dropped_K
-    id_KJ = id_KJ.masked_fill(outside_KJ, -1)
-    logq_KJ = logq_KJ - kept_K.log()[:, None]
-    return id_KJ, logq_KJ, tail_K / kept_K, dropped_K
 
 
 if __name__ == "__main__":  # the command line is the runner's, which imports this module

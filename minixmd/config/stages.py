@@ -33,8 +33,8 @@ class Toy:
 
     name: str = "toy"
     seed: NonNegativeInt = 0  # of the world, the models and their training
-    thinking: bool = False  # also trains the teacher to write chains of thought, about 30 % of which name a sound that is
-    # absent, pretrains the student on such text, and makes a third model, the checker, that hears what is true
+    thinking: bool = False  # also trains the teacher to write chains of thought, about 30 % of which name a sound that
+    # is absent, pretrains the student on such text, and makes a third model, the checker, that hears what is true
 
     def __post_init__(self):
         check_types(self)
@@ -79,10 +79,11 @@ class Evaluate(_Prompted):
 
     batch_tokens: Count = 8192  # tokens packed into a forward pass
     # how it answers
-    answer: Literal["letters", "generate"] = "letters"  # "letters": the letter with the largest logit | "generate": what
-    # the model writes, with the letters' accuracy beside it
+    answer: Literal["letters", "generate"] = "letters"  # "letters": the letter with the largest logit | "generate":
+    # what the model writes, with the letters' accuracy beside it
     max_new_tokens: Annotated[int, ">= 2"] = 32  # tokens of a written answer: at least a letter and the end of turn
-    rule: Literal["option", "mmau"] = "option"  # how it is read: "option", the letter or the most similar option | "mmau"
+    rule: Literal["option", "mmau"] = "option"  # how it is read: "option", the letter or the most similar option |
+    # "mmau", MMAU's own rule
     num_samples: Count = 1  # answers sampled, of which the most frequent counts; 1 = one
     temperature: NonNegative = 0.0  # of the sampling; 0 = greedy
     stop: tuple[str, ...] = ()  # strings that end an answer, beside the end of turn
@@ -317,9 +318,9 @@ class SFT(_Training):
     """Trains a model on the right letters of a manifest, or on a teacher's traces."""
 
     prompt: str | None = None  # as in Evaluate; None = PROMPT, with traces THINK_PROMPT
-    traces: str | None = None  # JSONL of {"id", "text"}: what is learnt to be written of a clip; None = the right letter
-    trace_filter: Literal["all", "first", "unanimous"] = "all"  # "first", the first sample of a clip | "unanimous", those
-    # of clips on which all samples agree
+    traces: str | None = None  # JSONL of {"id", "text"}: the text to learn for each clip; None = the right letter
+    trace_filter: Literal["all", "first", "unanimous"] = "all"  # "first", the first sample of a clip | "unanimous",
+    # those of clips on which all samples agree
     max_new_tokens: Count = 512  # with traces: tokens of an answer in validation, the end of turn included
 
     def __post_init__(self):
@@ -381,7 +382,7 @@ class Report:
     name: str = "report"
     tables: dict[str, dict[str, str]]  # row title -> {column title: "@evaluate"}
     ablation: dict[str, dict[str, str]] | None = None  # a second table of the same form; None = none
-    published: Literal["xmd", "sightsound"] | None = None  # a paper, whose figures stand beside rows of its titles
+    published: Literal["xmd", "sightsound"] | None = None  # a paper whose figures stand beside rows of its titles
     # class by class and clip by clip
     roles: tuple[str, str, str] | None = None  # rows of tables: teacher, student before, student after; None = off
     gap: str = "analysis"  # column on which the teacher's lead over the student before chooses the classes

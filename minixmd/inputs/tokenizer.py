@@ -15,11 +15,21 @@ END = "<|im_end|>"
 VIDEO_OPTIONS = ("fps", "min_pixels", "max_pixels", "nframes", "use_audio")
 
 
-def common_vocab_size(ours, theirs):
-    """How many ids, from 0 on, stand for the same string in two tokenizers."""
-    tables = [{i: token for token, i in t.get_vocab(with_added_tokens=True).items()} for t in (ours, theirs)]
+def common_vocab_size(processor, labels_path):
+    """How many ids, from 0 on, stand for the same string to a model and to the teacher of some labels.
+
+    labels_path: labels.jsonl of stage Label, beside which the teacher's tokenizer.json lies.
+    """
+    teacher = Tokenizer.from_file(str(Path(labels_path).parent / "tokenizer.json"))
+    tables = []
+    for tokenizer in (processor.tokenizer, teacher):
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        tables.append({i: token for token, i in vocabulary.items()})
     count = min(max(table) + 1 for table in tables)
-    return next((i for i in range(count) if tables[0].get(i) != tables[1].get(i)), count)
+    for i in range(count):
+        if tables[0].get(i) != tables[1].get(i):
+            return i
+    return count
 
 
 class Processor:

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens under a model, as the sampler defines them: at its temperature, without suppressed ids."""
+"""Log-probabilities of tokens as the sampler defines them: at its temperature and without suppressed ids."""
 from dataclasses import dataclass
 
 import torch

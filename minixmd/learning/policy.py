@@ -5,6 +5,7 @@ import torch
 
 from minixmd.inputs.batch import Group
 from minixmd.tasks.answers import parse_answer
+from minixmd.tasks.rewards import REWARDS
 
 EPS = 1e-4  # keeps the advantage finite where all rewards are equal
 
@@ -19,6 +20,19 @@ class Rollout:
     sampled_T: torch.Tensor  # the log-probabilities with which the tokens were drawn
     ref_T: torch.Tensor | None = None  # those under the reference
     old_T: torch.Tensor | None = None  # those under the policy before the rollout's first update
+
+
+def score_completions(completions, items):
+    """{name of a reward: (P, G)} of P prompts' completions, and "reward", their sum."""
+    rewards = {}
+    for name, reward in REWARDS.items():
+        rows = []
+        for group, item in zip(completions, items, strict=True):
+            options, right = item.example.options, item.target
+            rows.append([reward(completion.text, options, right) for completion in group])
+        rewards[name] = torch.tensor(rows)
+    rewards["reward"] = sum(rewards.values())
+    return rewards
 
 
 def advantages(reward_G, scale):

@@ -1,11 +1,11 @@
-"""generate: several completions of each prompt. A prompt's keys and values are computed and stored once for all of them.
+"""generate: several completions of each prompt, whose keys and values are computed and stored once for all of them.
 
-Prompts take prompt slots and completions decode slots: prompt slot g has the decode slots n g ... n g + n - 1, where n is
-the number of samples a prompt. When all completions of a prompt slot are finished, the next prompt gets it. A step
-decodes one token in every slot; it is tensor code that never looks at a value, so on a GPU it is captured once as a CUDA
-graph and replayed. Finished slots keep decoding until their prompt slot is refilled or the batch drains; their output is
-ignored, which keeps the graph static. Randomness is a pure function of (seed, step, key, sample, position), and which
-completions share a step follows from the list of prompts alone.
+Prompts take prompt slots and completions decode slots: prompt slot g has the decode slots n g ... n g + n - 1, where n
+is the number of samples a prompt. When all completions of a prompt slot are finished, the next prompt gets it. A step
+decodes one token in every slot; it is tensor code that never looks at a value, so on a GPU it is captured once as a
+CUDA graph and replayed. Finished slots keep decoding until their prompt slot is refilled or the batch drains; their
+output is ignored, which keeps the graph static. Randomness is a pure function of (seed, step, key, sample, position),
+and which completions share a step follows from the list of prompts alone.
 """
 import hashlib
 import math
@@ -40,18 +40,21 @@ def prompt_key(prompt):
     """A digest of a Prompt's ids and media: the same question about the same clip draws the same randomness."""
     digest = hashlib.blake2b(prompt.ids_N.cpu().numpy().tobytes(), digest_size=16)
     for m in prompt.media:
-        digest.update(m.features.contiguous().cpu().view(torch.uint8).numpy().tobytes())  # numpy has no bf16
+        as_bytes = m.features.contiguous().cpu().view(torch.uint8)  # numpy has no bf16
+        digest.update(as_bytes.numpy().tobytes())
     return digest.hexdigest()
 
 
 def uniforms(seed, step, key, sample, count):
     """(count,) fp64 in [0, 1): number t depends on (seed, step, key, sample, t) alone.
 
-    It is bytes 8 t ... 8 t + 7 of what SHAKE-128 makes of the other four, shifted to 53 bits; a larger count changes none
-    of the first ones.
+    It is bytes 8 t ... 8 t + 7 of what SHAKE-128 makes of the other four, shifted to 53 bits; a larger count changes
+    none of the first ones.
     """
-    stream = hashlib.shake_128(repr((seed, step, key, sample)).encode()).digest(8 * count)
-    return torch.from_numpy((np.frombuffer(stream, ">u8") >> 11) / 2**53)
+    source = repr((seed, step, key, sample)).encode()
+    stream = hashlib.shake_128(source).digest(8 * count)
+    integers = np.frombuffer(stream, ">u8")
+    return torch.from_numpy((integers >> 11) / 2**53)
 
 
 def sample(logits_BV, uniform_B, temperature, suppressed_ids):
@@ -105,17 +108,19 @@ class Cache:
     """
 
     def __init__(self, shapes, device, dtype, backend):
-        self.pools = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
-        (self.prompt_k, self.prompt_v), (self.k, self.v) = self.pools
-        self.prompt_length_G = torch.ones(self.prompt_k.shape[1], dtype=torch.int64, device=device)
-        self.length_B = torch.zeros(self.k.shape[1], dtype=torch.int64, device=device)
+        self.prompt_pool, self.pool = (torch.empty(shape, device=device, dtype=dtype) for shape in shapes)
+        self.prompt_k, self.prompt_v = self.prompt_pool
+        self.k, self.v = self.pool
+        counts = dict(dtype=torch.int64, device=device)
+        self.prompt_length_G = torch.ones(self.prompt_k.shape[1], **counts)
+        self.length_B = torch.zeros(self.k.shape[1], **counts)
         self.backend = backend
         self.rows_in_use = self.k.shape[3]  # rows of C beyond which no unfinished slot has any
 
     def clear(self, prompt_slot_G, decode_slot_B):
         """Zeroes slots that get new sequences: a weight of 0 hides a stale value, but not a NaN."""
-        self.pools[0][:, :, prompt_slot_G] = 0
-        self.pools[1][:, :, decode_slot_B] = 0
+        self.prompt_pool[:, :, prompt_slot_G] = 0
+        self.pool[:, :, decode_slot_B] = 0
         self.length_B[decode_slot_B] = 0
 
     def prefill(self, segments, slot_N, row_N, layer, q_NHK, k_NJK, v_NJK):
@@ -129,9 +134,16 @@ class Cache:
         slot_B = torch.arange(len(q_BHK), device=q_BHK.device)
         self.k[layer][slot_B, :, self.length_B] = k_BJK
         self.v[layer][slot_B, :, self.length_B] = v_BJK
-        k, v = self.k[layer, :, :, :self.rows_in_use], self.v[layer, :, :, :self.rows_in_use]
-        return decode_attention(q_BHK, self.prompt_k[layer], self.prompt_v[layer], self.prompt_length_G, k, v,
-                                self.length_B + 1, self.backend)
+        return decode_attention(
+            q_BHK,
+            self.prompt_k[layer],
+            self.prompt_v[layer],
+            self.prompt_length_G,
+            self.k[layer, :, :, :self.rows_in_use],
+            self.v[layer, :, :, :self.rows_in_use],
+            self.length_B + 1,
+            self.backend,
+        )
 
 
 # ---- the device's side ----
@@ -142,18 +154,24 @@ class Decoder:
 
     def __init__(self, model, prompt_slots, longest_prompt, num_samples, *, max_new_tokens, temperature, suppressed_ids,
                  end_id, backend):
-        self.model, self.num_samples, self.temperature, self.end_id = model, num_samples, temperature, end_id
-        self.device, B = model.device, prompt_slots * num_samples
+        self.model = model
+        self.num_samples = num_samples
+        self.temperature = temperature
+        self.end_id = end_id
+        self.device = device = model.device
+        B = prompt_slots * num_samples
         shapes = pool_shapes(model.config.text, prompt_slots, longest_prompt, B, max_new_tokens)
-        self.cache = Cache(shapes, self.device, model.dtype, backend)
-        self.suppressed_ids = torch.as_tensor(suppressed_ids, dtype=torch.int64, device=self.device)
-        # each slot's last id, and the position of its first token
-        self.token_B, self.start_B = torch.zeros(2, B, dtype=torch.int64, device=self.device)
-        self.uniform_BT = torch.zeros(B, self.cache.k.shape[3] + 1, dtype=torch.float64, device=self.device)
-        self.ids_SB = torch.zeros(STEPS_PER_SYNC, B, dtype=torch.int64, device=self.device)
-        self.logp_SB = torch.zeros(STEPS_PER_SYNC, B, device=self.device)
-        self.next_row_1 = torch.zeros(1, dtype=torch.int64, device=self.device)  # row of these two that a step writes
-        self.captured = backend == "triton" and self.device.type == "cuda"
+        self.cache = Cache(shapes, device, model.dtype, backend)
+        self.rows = self.cache.k.shape[3]  # of a decode slot in the cache
+        integers = dict(dtype=torch.int64, device=device)
+        self.suppressed_ids = torch.as_tensor(suppressed_ids, **integers)
+        self.token_B = torch.zeros(B, **integers)  # each slot's last id
+        self.start_B = torch.zeros(B, **integers)  # the position of its first token
+        self.uniform_BT = torch.zeros(B, self.rows + 1, dtype=torch.float64, device=device)
+        self.ids_SB = torch.zeros(STEPS_PER_SYNC, B, **integers)
+        self.logp_SB = torch.zeros(STEPS_PER_SYNC, B, device=device)
+        self.next_row_1 = torch.zeros(1, **integers)  # row of these two that a step writes
+        self.captured = backend == "triton" and device.type == "cuda"
         self.replay = capture(self.step) if self.captured else None  # not self.step: a cycle would keep the pools alive
 
     def fill(self, prompts, prompt_slots, uniform_BT):
@@ -168,18 +186,25 @@ class Decoder:
         batch = pack(prompts).to(device)
         lengths_G = torch.tensor([len(prompt) for prompt in prompts], device=device)
         slot_G = torch.tensor(prompt_slots, device=device)
-        slot_B = (n * slot_G[:, None] + torch.arange(n, device=device)).flatten()
+        first_B = n * slot_G[:, None]
+        slot_B = (first_B + torch.arange(n, device=device)).flatten()
         row_N = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
         slot_N = slot_G.repeat_interleave(lengths_G, output_size=len(row_N))
         self.cache.clear(slot_G, slot_B)
-        hidden_ND = self.model(batch, partial(self.cache.prefill, batch.segments, slot_N, row_N))
+        attend = partial(self.cache.prefill, batch.segments, slot_N, row_N)
+        hidden_ND = self.model(batch, attend)
         last_G = torch.tensor([end - 1 for _, end in batch.spans], device=device)
         logits_GV = self.model.logits(hidden_ND[last_G])
         self.cache.prompt_length_G[slot_G] = lengths_G
-        self.start_B[slot_B] = (batch.positions_3N[:, last_G].amax(0) + 1).repeat_interleave(n)
+        next_position_G = batch.positions_3N[:, last_G].amax(0) + 1
+        self.start_B[slot_B] = next_position_G.repeat_interleave(n)
         self.uniform_BT[slot_B, :uniform_BT.shape[1]] = uniform_BT.to(device)
-        ids_B, logp_B = sample(logits_GV.repeat_interleave(n, 0), self.uniform_BT[slot_B, 0], self.temperature,
-                               self.suppressed_ids)
+        ids_B, logp_B = sample(
+            logits_GV.repeat_interleave(n, 0),
+            self.uniform_BT[slot_B, 0],
+            self.temperature,
+            self.suppressed_ids,
+        )
         self.token_B[slot_B] = ids_B
         return logits_GV, ids_B.tolist(), logp_B.tolist()
 
@@ -190,15 +215,17 @@ class Decoder:
         and few rows are read for it.
         """
         length_B = self.cache.length_B
-        batch = Batch(self.token_B, (self.start_B + length_B).expand(3, -1))
-        hidden_BD = self.model(batch, self.cache.decode)
+        positions_3B = (self.start_B + length_B).expand(3, -1)
+        hidden_BD = self.model(Batch(self.token_B, positions_3B), self.cache.decode)
+        logits_BV = self.model.logits(hidden_BD)
         uniform_B = self.uniform_BT.gather(1, length_B[:, None] + 1).squeeze(1)
-        ids_B, logp_B = sample(self.model.logits(hidden_BD), uniform_B, self.temperature, self.suppressed_ids)
+        ids_B, logp_B = sample(logits_BV, uniform_B, self.temperature, self.suppressed_ids)
         self.ids_SB.index_copy_(0, self.next_row_1, ids_B[None])
         self.logp_SB.index_copy_(0, self.next_row_1, logp_B[None])
         self.next_row_1.add_(1)
         self.token_B.copy_(ids_B)
-        self.cache.length_B.copy_(((length_B + 1) % self.cache.k.shape[3]).where(ids_B != self.end_id, 0))
+        next_length_B = (length_B + 1) % self.rows
+        length_B.copy_(next_length_B.where(ids_B != self.end_id, 0))
 
     def run(self, steps):
         """`steps` <= STEPS_PER_SYNC steps: lists of every slot's ids and log-probabilities, (steps, slots)."""
@@ -252,6 +279,17 @@ class _Progress:
         if self.finished[i] or len(self.ids[i]) == self.max_new_tokens:
             self.completion_in[slot] = None
 
+    def completions(self, processor):
+        finished = []
+        for i, ids in enumerate(self.ids):
+            text = processor.decode(ids)
+            finished.append(Completion(text, tuple(ids), tuple(self.logprobs[i]), self.finished[i]))
+        return finished
+
+    def all_finished(self, first, end):
+        """Whether no decode slot in [first, end) is writing a completion."""
+        return all(i is None for i in self.completion_in[first:end])
+
     def lengths(self):
         """Tokens so far of the completions that are being written."""
         return [len(self.ids[i]) for i in self.completion_in if i is not None]
@@ -268,8 +306,22 @@ def _ends(processor, stop, ids):
 
 
 @torch.inference_mode()
-def decode(model, processor, prompts, uniform_BT, *, num_samples=1, max_new_tokens, temperature, suppressed_ids, stop=(),
-           decode_slots=None, backend=None, on_token=None, on_prompts=None):
+def decode(
+    model,
+    processor,
+    prompts,
+    uniform_BT,
+    *,
+    num_samples=1,
+    max_new_tokens,
+    temperature,
+    suppressed_ids,
+    stop=(),
+    decode_slots=None,
+    backend=None,
+    on_token=None,
+    on_prompts=None,
+):
     """num_samples Completions of each Prompt, in order, in one list; arguments as generate, and
 
         uniform_BT: (num_samples len(prompts), max_new_tokens) fp64, the numbers that choose the tokens; None at
@@ -278,22 +330,34 @@ def decode(model, processor, prompts, uniform_BT, *, num_samples=1, max_new_toke
         on_prompts: called as on_prompts(logits_GV) with the logits that follow the next G prompts.
     """
     n, num_completions = num_samples, num_samples * len(prompts)
-    prompt_slots = len(prompts) if decode_slots is None else min(decode_slots // n, len(prompts))
-    decoder = Decoder(model, prompt_slots, max(map(len, prompts)), n, max_new_tokens=max_new_tokens,
-                      temperature=temperature, suppressed_ids=suppressed_ids, end_id=processor.end_id,
-                      backend=backend or model.backend)
+    prompt_slots = len(prompts)
+    if decode_slots is not None:
+        prompt_slots = min(decode_slots // n, len(prompts))
+    decoder = Decoder(
+        model,
+        prompt_slots,
+        max(map(len, prompts)),
+        n,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        suppressed_ids=suppressed_ids,
+        end_id=processor.end_id,
+        backend=backend or model.backend,
+    )
     if uniform_BT is None:
         uniform_BT = torch.zeros(num_completions, max_new_tokens, dtype=torch.float64)
-    progress = _Progress(num_completions, prompt_slots * n, partial(_ends, processor, stop), max_new_tokens, on_token)
+    is_finished = partial(_ends, processor, stop)
+    progress = _Progress(num_completions, prompt_slots * n, is_finished, max_new_tokens, on_token)
     waiting = deque(range(len(prompts)))
     while True:
-        free = [g for g in range(prompt_slots) if progress.completion_in[n * g:n * g + n] == [None] * n]
+        free = [g for g in range(prompt_slots) if progress.all_finished(n * g, n * g + n)]
         if free and waiting:
             free = free[:len(waiting)]
             new = [waiting.popleft() for _ in free]
             completions = [n * i + j for i in new for j in range(n)]
             slots = [n * g + j for g in free for j in range(n)]
-            logits_GV, ids, logps = decoder.fill([prompts[i] for i in new], free, uniform_BT[completions])
+            new_prompts = [prompts[i] for i in new]
+            logits_GV, ids, logps = decoder.fill(new_prompts, free, uniform_BT[completions])
             if on_prompts is not None:
                 on_prompts(logits_GV)
             for slot, i in zip(slots, completions, strict=True):
@@ -311,12 +375,25 @@ def decode(model, processor, prompts, uniform_BT, *, num_samples=1, max_new_toke
             for ids, logps in zip(*decoder.run(steps), strict=True):
                 for slot, (token, logp) in enumerate(zip(ids, logps, strict=True)):
                     progress.accept(slot, token, logp)
-    return [Completion(processor.decode(ids), tuple(ids), tuple(logps), finished)
-            for ids, logps, finished in zip(progress.ids, progress.logprobs, progress.finished, strict=True)]
+    return progress.completions(processor)
 
 
-def generate(model, processor, conversations, *, num_samples=1, max_new_tokens, temperature, seed, stop=(), step=0,
-             keys=None, on_token=None, decode_slots=None, backend=None):
+def generate(
+    model,
+    processor,
+    conversations,
+    *,
+    num_samples=1,
+    max_new_tokens,
+    temperature,
+    seed,
+    stop=(),
+    step=0,
+    keys=None,
+    on_token=None,
+    decode_slots=None,
+    backend=None,
+):
     """num_samples continuations of each conversation.
 
     Args:
@@ -357,9 +434,21 @@ def generate(model, processor, conversations, *, num_samples=1, max_new_tokens, 
     if longest > processor.max_positions:
         raise ValueError(f"prompt and max_new_tokens make {longest} tokens, over the model's limit of "
                          f"{processor.max_positions}")
-    keys = [prompt_key(prompt) for prompt in prompts] if keys is None else keys
-    uniform_BT = torch.stack([uniforms(seed, step, key, i, max_new_tokens) for key in keys for i in range(num_samples)])
-    flat = decode(model, processor, prompts, uniform_BT, num_samples=num_samples, max_new_tokens=max_new_tokens,
-                  temperature=temperature, suppressed_ids=processor.suppressed_ids, stop=stop,
-                  decode_slots=decode_slots, backend=backend, on_token=on_token)
-    return [flat[num_samples * i:num_samples * (i + 1)] for i in range(len(prompts))]
+    if keys is None:
+        keys = [prompt_key(prompt) for prompt in prompts]
+    rows = [uniforms(seed, step, key, i, max_new_tokens) for key in keys for i in range(num_samples)]
+    completions = decode(
+        model,
+        processor,
+        prompts,
+        torch.stack(rows),
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        suppressed_ids=processor.suppressed_ids,
+        stop=stop,
+        decode_slots=decode_slots,
+        backend=backend,
+        on_token=on_token,
+    )
+    return [completions[start:start + num_samples] for start in range(0, len(completions), num_samples)]

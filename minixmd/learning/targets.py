@@ -3,6 +3,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
+
 from minixmd.config import GRPO, SFT
 from minixmd.inputs.examples import Example
 from minixmd.runs.records import read_by_id, read_traces
@@ -109,8 +111,8 @@ def gated_items(stage, examples):
 def trace_items(examples, manifest, traces_path, trace_filter):
     """A teacher's traces: an example of n of them stands n times, in their order; one without is left out.
 
-    First traces are those with "sample" 0, unanimous ones those with "unanimous" true. A trace need not have the form of
-    a thought and an answer, but holds no special token and no second answer.
+    First traces are those with "sample" 0, unanimous ones those with "unanimous" true. A trace need not have the form
+    of a thought and an answer, but holds no special token and no second answer.
     """
     field, wanted = {"all": (None, None), "first": ("sample", 0), "unanimous": ("unanimous", True)}[trace_filter]
     by_id = {example.id: example for example in examples}
@@ -148,8 +150,8 @@ def _option_index(record, example, source, manifest):
     """The label's option in this manifest's order."""
     option = record.get("option")
     if option not in example.options:
-        raise ValueError(f"the {source}'s label of {example.id!r} is {option!r}, not among its options: the labels were "
-                         f"made from another manifest than {manifest}")
+        raise ValueError(f"the {source}'s label of {example.id!r} is {option!r}, not among its options: the labels "
+                         f"were made from another manifest than {manifest}")
     return example.options.index(option)
 
 
@@ -160,3 +162,24 @@ def _stored_topk(stage, record):
         raise ValueError(f"{stage.name}: teacher_loss {stage.teacher_loss!r} at temperature {stage.temperature} needs "
                          f"labels made with top_k, at that temperature: {stage.teacher_labels}")
     return topk
+
+
+def stored_rows(topk, common_vocab, suppressed_Z):
+    """The teacher's best ids of K clips as kernels/distill_topk.py takes them: (id_KJ, logq_KJ, tail_K, dropped_K).
+
+    Ids outside the common vocabulary are taken out and the rest is normalised again. What lies outside among the ids
+    that were not stored cannot be told from the tail, which it is part of.
+    """
+    ids, logq = [], []
+    for stored in topk:
+        temperature, logsumexp = stored["temperature"], stored["logsumexp"]
+        ids.append(stored["ids"])
+        logq.append([z / temperature - logsumexp for z in stored["logits"]])
+    id_KJ, logq_KJ = torch.tensor(ids, dtype=torch.int32), torch.tensor(logq)
+    tail_K = (1 - logq_KJ.exp().sum(-1)).clamp(min=0)
+    outside_KJ = (id_KJ >= common_vocab) | torch.isin(id_KJ, suppressed_Z)
+    dropped_K = logq_KJ.exp().where(outside_KJ, 0).sum(-1)
+    kept_K = 1 - dropped_K
+    id_KJ = id_KJ.masked_fill(outside_KJ, -1)
+    logq_KJ = logq_KJ - kept_K.log()[:, None]
+    return id_KJ, logq_KJ, tail_K / kept_K, dropped_K

@@ -74,6 +74,25 @@ def add_lora(model, *, rank, alpha, targets, seed):
     return names
 
 
+def make_trainable(model, what, *, name, **adapter):
+    """Chooses what trains.
+
+    Args:
+        what: "lora": a new adapter, of add_lora's options; "decoder" | "full": the weights themselves, into which an
+            adapter that the model carries is merged.
+        name: of the model, for the message.
+    Raises:
+        ValueError: a new adapter on a model that carries one.
+    """
+    if what != "lora":
+        merge_lora(model)
+        model.set_trainable(what)
+        return
+    if any(isinstance(module, Linear) and module.lora_A is not None for module in model.modules()):
+        raise ValueError(f"{name} carries an adapter already; merge it first")
+    add_lora(model, **adapter)
+
+
 def merge_lora(model):
     """Fold every adapter into its weight (in fp32, then rounded to the storage dtype) and drop it."""
     for module in model.modules():

@@ -8,11 +8,14 @@ from functools import partial
 
 import torch
 
+from minixmd.config import GRPO
 from minixmd.inputs.batch import pack
 from minixmd.inputs.prompts import batch_by_tokens, build_prompt, check_length, prefetch
 from minixmd.learning.rollout import decode, uniforms
-from minixmd.runs.records import bad_record
+from minixmd.runs.records import bad_record, count_bad
+from minixmd.tasks.answers import parse_answer
 from minixmd.tasks.benchmarks import vote
+from minixmd.tasks.statistics import tabulate
 
 BATCH_TOKENS = 8192  # packed into a forward pass
 SAMPLED_TOKENS = 4  # times batch_tokens: tokens of the answers sampled at once; by default 64 answers of 512 tokens
@@ -153,3 +156,21 @@ def _read_first_logits(asked, pairs, logits_GV):
     for logits_V in logits_GV.cpu():
         example, _ = next(pairs)
         asked.read_letters(example, logits_V)
+
+
+def validation_accuracy(model, processor, examples, stage):
+    """(accuracy, {reason: number of bad clips}) on a training stage's validation examples.
+
+    By letters, or in GRPO and with traces by greedily written answers, read as strictly as the reward reads them.
+    """
+    prompt_format = stage.prompt_format
+    if isinstance(stage, GRPO) or getattr(stage, "traces", None):
+        writing = Writing(stage.max_new_tokens, stop=getattr(stage, "stop", ()))
+        records = write_answers(model, processor, examples, prompt_format, writing)
+        for example, record in zip(examples, records, strict=True):
+            if "bad" not in record:
+                record["answer"] = parse_answer(record["text"], example.options)
+    else:
+        records = score_letters(model, processor, examples, prompt_format)
+    bad = count_bad(records, stage.name, stage.max_bad)
+    return tabulate(examples, records)["accuracy"], bad
