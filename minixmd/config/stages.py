@@ -371,8 +371,8 @@ class GRPO(_Training):
 def Train(*, objective=None, **_):
     """What Distill, SFT and GRPO were once: refuses, and names the class to write now."""
     now = {"distill": "Distill", "sft": "SFT", "grpo": "GRPO"}.get(objective, "Distill, SFT or GRPO")
-    raise ConfigError(f"config: Train(objective={objective!r}, …) is now {now}(…), without objective; each has only its "
-                      "own fields")
+    raise ConfigError(f"config: Train(objective={objective!r}, …) is now {now}(…), without objective; each has only "
+                      "its own fields")
 
 
 @stage
