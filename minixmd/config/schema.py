@@ -70,10 +70,9 @@ def hint(name, known):
     """What an unknown field was probably meant to be; empty if nothing is like it."""
     if RENAMED.get(name) in known:
         return f"; it is now called {RENAMED[name]!r}"
-    close = nearest(name, known)
-    if not close and name in _owners:
+    if name in _owners:
         return f"; it is a field of {', '.join(_owners[name])}"
-    return close
+    return nearest(name, known)
 
 
 def nearest(name, known):
