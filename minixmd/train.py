@@ -76,29 +76,14 @@ class Trainer:
         self.log = log
         runtime = runtime_of(stage)
         self.model, self.processor = load(
-            stage.model,
-            device=runtime.device,
-            dtype=runtime.dtype,
-            backend=runtime.backend,
-        )
+            stage.model, device=runtime.device, dtype=runtime.dtype, backend=runtime.backend)
         make_trainable(
-            self.model,
-            stage.trainable,
-            name=f"{stage.name}: {stage.model}",
-            rank=stage.lora_rank,
-            alpha=stage.lora_alpha,
-            targets=stage.lora_targets,
-            seed=stage.seed,
-        )
+            self.model, stage.trainable, name=f"{stage.name}: {stage.model}", rank=stage.lora_rank,
+            alpha=stage.lora_alpha, targets=stage.lora_targets, seed=stage.seed)
         named = self.model.named_parameters()
         self.parameters = {name: p for name, p in named if p.requires_grad}
         self.optimizer = adamw(
-            self.parameters,
-            lr=stage.lr,
-            betas=stage.betas,
-            eps=stage.eps,
-            weight_decay=stage.weight_decay,
-        )
+            self.parameters, lr=stage.lr, betas=stage.betas, eps=stage.eps, weight_decay=stage.weight_decay)
         self.steps = stage.epochs * self.steps_per_epoch()
         if stage.max_steps is not None:
             self.steps = min(self.steps, stage.max_steps)
@@ -337,18 +322,9 @@ class Trainer:
         if self.model.encoders_frozen():  # sampling, scoring and learning then share the encoders' output
             prompts = [self.model.encode_media(prompt) for prompt in prompts]
         completions = generate(
-            self.model,
-            self.processor,
-            prompts,
-            num_samples=stage.group_size,
-            max_new_tokens=stage.max_new_tokens,
-            temperature=stage.temperature,
-            seed=stage.seed,
-            step=self.step,
-            keys=[item.example.id for item in items],
-            stop=stage.stop,
-            decode_slots=stage.decode_slots,
-        )
+            self.model, self.processor, prompts, num_samples=stage.group_size, max_new_tokens=stage.max_new_tokens,
+            temperature=stage.temperature, seed=stage.seed, step=self.step, stop=stage.stop,
+            keys=[item.example.id for item in items], decode_slots=stage.decode_slots)
         rewards = score_completions(completions, items)
         self.show_completions(completions[0], items[0], rewards)
         rollout = make_rollout(stage, prompts, completions, rewards["reward"])

@@ -134,16 +134,9 @@ class Cache:
         slot_B = torch.arange(len(q_BHK), device=q_BHK.device)
         self.k[layer][slot_B, :, self.length_B] = k_BJK
         self.v[layer][slot_B, :, self.length_B] = v_BJK
-        return decode_attention(
-            q_BHK,
-            self.prompt_k[layer],
-            self.prompt_v[layer],
-            self.prompt_length_G,
-            self.k[layer, :, :, :self.rows_in_use],
-            self.v[layer, :, :, :self.rows_in_use],
-            self.length_B + 1,
-            self.backend,
-        )
+        rows = slice(self.rows_in_use)
+        return decode_attention(q_BHK, self.prompt_k[layer], self.prompt_v[layer], self.prompt_length_G,
+                                self.k[layer][:, :, rows], self.v[layer][:, :, rows], self.length_B + 1, self.backend)
 
 
 # ---- the device's side ----
@@ -199,12 +192,8 @@ class Decoder:
         next_position_G = batch.positions_3N[:, last_G].amax(0) + 1
         self.start_B[slot_B] = next_position_G.repeat_interleave(n)
         self.uniform_BT[slot_B, :uniform_BT.shape[1]] = uniform_BT.to(device)
-        ids_B, logp_B = sample(
-            logits_GV.repeat_interleave(n, 0),
-            self.uniform_BT[slot_B, 0],
-            self.temperature,
-            self.suppressed_ids,
-        )
+        logits_BV, uniform_B = logits_GV.repeat_interleave(n, 0), self.uniform_BT[slot_B, 0]
+        ids_B, logp_B = sample(logits_BV, uniform_B, self.temperature, self.suppressed_ids)
         self.token_B[slot_B] = ids_B
         return logits_GV, ids_B.tolist(), logp_B.tolist()
 
@@ -306,22 +295,8 @@ def _ends(processor, stop, ids):
 
 
 @torch.inference_mode()
-def decode(
-    model,
-    processor,
-    prompts,
-    uniform_BT,
-    *,
-    num_samples=1,
-    max_new_tokens,
-    temperature,
-    suppressed_ids,
-    stop=(),
-    decode_slots=None,
-    backend=None,
-    on_token=None,
-    on_prompts=None,
-):
+def decode(model, processor, prompts, uniform_BT, *, num_samples=1, max_new_tokens, temperature, suppressed_ids,
+           stop=(), decode_slots=None, backend=None, on_token=None, on_prompts=None):
     """num_samples Completions of each Prompt, in order, in one list; arguments as generate, and
 
         uniform_BT: (num_samples len(prompts), max_new_tokens) fp64, the numbers that choose the tokens; None at
@@ -334,16 +309,8 @@ def decode(
     if decode_slots is not None:
         prompt_slots = min(decode_slots // n, len(prompts))
     decoder = Decoder(
-        model,
-        prompt_slots,
-        max(map(len, prompts)),
-        n,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        suppressed_ids=suppressed_ids,
-        end_id=processor.end_id,
-        backend=backend or model.backend,
-    )
+        model, prompt_slots, max(map(len, prompts)), n, max_new_tokens=max_new_tokens, temperature=temperature,
+        suppressed_ids=suppressed_ids, end_id=processor.end_id, backend=backend or model.backend)
     if uniform_BT is None:
         uniform_BT = torch.zeros(num_completions, max_new_tokens, dtype=torch.float64)
     is_finished = partial(_ends, processor, stop)
@@ -378,22 +345,8 @@ def decode(
     return progress.completions(processor)
 
 
-def generate(
-    model,
-    processor,
-    conversations,
-    *,
-    num_samples=1,
-    max_new_tokens,
-    temperature,
-    seed,
-    stop=(),
-    step=0,
-    keys=None,
-    on_token=None,
-    decode_slots=None,
-    backend=None,
-):
+def generate(model, processor, conversations, *, num_samples=1, max_new_tokens, temperature, seed, stop=(), step=0,
+             keys=None, on_token=None, decode_slots=None, backend=None):
     """num_samples continuations of each conversation.
 
     Args:
@@ -438,17 +391,7 @@ def generate(
         keys = [prompt_key(prompt) for prompt in prompts]
     rows = [uniforms(seed, step, key, i, max_new_tokens) for key in keys for i in range(num_samples)]
     completions = decode(
-        model,
-        processor,
-        prompts,
-        torch.stack(rows),
-        num_samples=num_samples,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        suppressed_ids=processor.suppressed_ids,
-        stop=stop,
-        decode_slots=decode_slots,
-        backend=backend,
-        on_token=on_token,
-    )
+        model, processor, prompts, torch.stack(rows), num_samples=num_samples, max_new_tokens=max_new_tokens,
+        temperature=temperature, suppressed_ids=processor.suppressed_ids, stop=stop, decode_slots=decode_slots,
+        backend=backend, on_token=on_token)
     return [completions[start:start + num_samples] for start in range(0, len(completions), num_samples)]
