@@ -2,23 +2,22 @@
 files it reads are written by the stages themselves; only what models would say is made up."""
 import json
 import re
-from collections import Counter
 
 import pytest
-from test_report import TAGS, Page, evaluated, manifest, pct, shown, write_lines
+from test_report import Page, check_escaping, data_uris, evaluated, manifest, pct, plain, shown, write_lines
 
 from minixmd.config import Evaluate, FactCheck, Report, Traces
 from minixmd.config.schema import ConfigError
 from minixmd.inputs.examples import read_manifest
 from minixmd.papers.sightsound import LADDER, MODES
 from minixmd.report import gather as report
-from minixmd.report.page import page
 from minixmd.report.published import PAPERS
+from minixmd.report.render import page
 from minixmd.stages import evaluate, factcheck, traces
 from minixmd.stages.verifier import agreement
 from minixmd.tasks.benchmarks import TYPES
 from minixmd.tasks.statistics import wilson
-from minixmd.train import main
+from minixmd.runner import main
 
 ODD = "</script><i>'\"&|"
 MMAU_META = {"version": "v05.15.25 of 2025-08-09", "sha256": "9f18fda99f8d0000"}
@@ -192,9 +191,9 @@ def test_every_figure_of_a_benchmark_stands_in_page_and_markdown(whole):
                 text += [shown(cell, " (") + ")", *beside]
             assert line == [row, *expected]
             assert re.search(r"\| " + r" +\| ".join(map(re.escape, [row, *text])) + r" +\|", marked)
-        assert f"{column}: {one['name']}" in "".join(html.text) and f"### {column}: {one['name']}" in marked
-    assert tables[2][0] == ["", "Sound  4 clips", "Speech  4 clips", "Music  4 clips", "Average  12 clips",
-                            "medium  12 clips"]
+        assert f"{column}: {one['name']}" in html.text and f"### {column}: {one['name']}" in marked
+    assert tables[2][0] == ["", "Sound 4 clips", "Speech 4 clips", "Music 4 clips", "Average 12 clips",
+                            "medium 12 clips"]
     assert tables[2][1][1:] == ["ours", "paper"] * 4 + ["ours"]
     assert tables[3][1][1:] == ["ours", "paper"] * 4 + ["ours"] + ["ours", "paper"] + ["ours"], "no figure of Location"
 
@@ -264,7 +263,7 @@ def test_what_is_our_reading_is_said(whole):
     for words in ("n = 8", "epsilon 0.2", "512 new tokens", "weight decay 0", "LoRA on every", "6,707",
                   "by which the best weights of SFT and GRPO are chosen"):
         assert any(words in line for line in said), words
-    text = "".join(html.text)
+    text = html.text
     assert all(line in text and line in marked for line in said)
     assert "average are over audio and audio-visual questions, our reading of the paper's 7k" in text + marked
 
@@ -278,7 +277,7 @@ def test_figures_stand_beside_the_papers_rows_and_columns_only(world, whole, tmp
             "Qwen2.5-Omni-3B, direct": {"val": path["avqa"]}}
     found, html, _ = made(tmp_path, dict(published="sightsound", tables=rows))
     assert '"paper": ' not in json.dumps([found["tables"], found["benchmarks"]])
-    assert "No row here is an experiment of the paper's" in "".join(html.text)
+    assert "No row here is an experiment of the paper's" in html.text
     assert list(found["benchmarks"]["tables"]) == ["test", "other", "mmau"], "but all are broken down"
     found, _, _ = made(tmp_path, dict(tables={"Direct inference": {"mmau": path["mmau"]}}))  # nothing is published
     assert '"paper": ' not in json.dumps(found["benchmarks"])
@@ -295,8 +294,8 @@ def test_a_figure_of_mmau_stands_beside_the_papers_version_only(version, beside,
     one = found["benchmarks"]["tables"]["mmau"]
     assert [one["rows"]["SFT"][part].get("paper") for part in ("Sound", "Average", "easy")] == (
         [61.3, 52.3, None] if beside else [None] * 3)
-    text = "".join(html.text)
-    for said in (one["words"], f"MMAU {version} (sha256 121212121212…)"):
+    text = html.text
+    for said in (one["words"], plain(f"MMAU {version} (sha256 121212121212…)")):
         assert said in text and said in marked
     assert ("of other questions, stand at the end alone" in text) != beside
     assert ("No row here is an experiment of the paper's" in text) != beside
@@ -346,7 +345,7 @@ def test_the_verifiers_price_is_told_in_hundreds(whole):
              f"threshold 0, of 100 traces that the checker accepts it would lose 17 (95 % interval {interval(4, 24)}), "
              f"of 100 that it accepts itself the checker would reject 13 (95 % interval {interval(3, 23)}), and the "
              "checker would be asked for 200 verdicts, to train it, instead of 82.")
-    assert one["words"] == words and words in "".join(html.text) and words in marked
+    assert one["words"] == words and words in html.text and words in marked
     [chart] = [svg for svg in html.svgs if any("held-out" in str(data) for _, data in svg)]
     chance, line = [attrs["points"].split() for tag, attrs in chart if tag == "polyline"]
     assert chance == ["50.0,284.0", "310.0,24.0"]
@@ -387,7 +386,7 @@ def test_kinds_of_the_gallery_are_told_from_answers_and_verdicts(whole):
     assert [clip["id"] for clip in rejected["clips"]] == ["test8", "test6", "test7"], "those shown before come last"
     assert [clip["id"] for clip in wrong["clips"]] == ["test5", "test4"] and wrong["count"] == 2
     for kind in found["gallery"]["kinds"]:
-        assert f"{kind['title']} ({len(kind['clips'])} of {kind['count']} shown)" in "".join(html.text)
+        assert f"{kind['title']} ({len(kind['clips'])} of {kind['count']} shown)" in html.text
         assert re.search(rf"\| {re.escape(kind['title'])} +\| {kind['count']} +\|", marked)
 
 
@@ -400,7 +399,7 @@ def test_a_card_holds_question_traces_verdicts_and_thoughts(whole):
     assert clip["traces"][1]["text"] == f"<think>{ODD} test7 1</think><answer>B</answer>"
     assert {row: answer["right"] for row, answer in clip["answers"].items()} == dict(
         zip(GALLERY, (False, False, True), strict=True))
-    text = "".join(html.text)
+    text = html.text
     for said in ("The teacher's traces: 1 could not be judged: no <b>prompt, 2 rejected, 1 accepted",
                  f"Sample 1, rejected, score -1.50; ✓ right: b<think>{ODD} test7 1</think><answer>B</answer>",
                  f"TTS + AGFV + SFT wrote:<think>I hear {ODD}.</think><answer>"):
@@ -424,7 +423,7 @@ def test_traces_without_verdicts_or_from_elsewhere_are_shown(world, tmp_path):
     clip = found["gallery"]["kinds"][0]["clips"][0]
     assert [(t["sample"], t["verdict"], t["right"]) for t in clip["traces"]] == [(0, "not judged", None),
                                                                                (1, "not judged", None)]
-    assert "The teacher's traces: 2 not judged" in "".join(html.text)
+    assert "The teacher's traces: 2 not judged" in html.text
     verdicts = [dict(id="test1", sample=1, score=-1.0, accepted=False), dict(id="test4", sample=0, score=1.0,
                                                                              accepted=True)]
     given |= dict(verdicts=str(write_lines(tmp_path / "v.jsonl", verdicts)))
@@ -435,26 +434,14 @@ def test_traces_without_verdicts_or_from_elsewhere_are_shown(world, tmp_path):
 # ---- the page, and inputs that do not belong together ----
 
 
-def test_the_page_is_made_from_report_json_alone_and_is_safe(whole):
+def test_the_page_is_made_from_report_json_alone(whole):
     folder, found, html, _ = whole
-    files = {file["path"]: (folder / file["path"]).read_bytes() for kind in found["gallery"]["kinds"]
-             for clip in kind["clips"] for file in clip["media"]}
-    text = (folder / "report.html").read_text()
-    assert page(found, files) == text
-    assert {tag for tag, _ in html.tags} <= TAGS and ODD not in text and "http" not in text.lower()
-    assert all(not name.startswith("on") for _, attrs in html.tags for name in attrs)
-    assert "".join(html.text).count(ODD) > 20
-    titles = Counter(tag for tag, _ in html.tags)
-    assert titles["section"] == 7 and [tag for tag, _ in html.tags].count("h1") == 1
+    assert page(found, data_uris(folder, found["gallery"])) == (folder / "report.html").read_text()
+    assert [tag for tag, _ in html.tags].count("section") == 7
 
 
-def test_titles_from_a_config_are_never_markup(world, tmp_path):
-    mmau = f"{world}/0_mmau/results.json"
-    given = fields(world, published=None, tables={ODD: {"avqa": f"{world}/0_avqa/results.json", ODD: mmau}},
-                   ablation=None, gallery=(ODD,), funnel={ODD: fields(world)["funnel"]["of the train split"]})
-    _, html, _ = made(tmp_path, given)
-    assert {tag for tag, _ in html.tags} <= TAGS and ODD not in (tmp_path / "report.html").read_text()
-    assert f"{ODD}: MMAU v05.15.25" in "".join(html.text)
+def test_every_string_of_the_report_is_escaped(whole):
+    check_escaping(whole[1], in_page=600, in_markdown=216)
 
 
 def test_inputs_that_are_not_what_they_should_be_are_one_clear_line(world, tmp_path, capsys):

@@ -134,9 +134,11 @@ class Cache:
         slot_B = torch.arange(len(q_BHK), device=q_BHK.device)
         self.k[layer][slot_B, :, self.length_B] = k_BJK
         self.v[layer][slot_B, :, self.length_B] = v_BJK
-        rows = slice(self.rows_in_use)
-        return decode_attention(q_BHK, self.prompt_k[layer], self.prompt_v[layer], self.prompt_length_G,
-                                self.k[layer][:, :, rows], self.v[layer][:, :, rows], self.length_B + 1, self.backend)
+        k = self.k[layer, :, :, :self.rows_in_use]
+        v = self.v[layer, :, :, :self.rows_in_use]
+        prompt_k, prompt_v = self.prompt_k[layer], self.prompt_v[layer]
+        lengths_B = self.length_B + 1
+        return decode_attention(q_BHK, prompt_k, prompt_v, self.prompt_length_G, k, v, lengths_B, self.backend)
 
 
 # ---- the device's side ----
@@ -192,7 +194,8 @@ class Decoder:
         next_position_G = batch.positions_3N[:, last_G].amax(0) + 1
         self.start_B[slot_B] = next_position_G.repeat_interleave(n)
         self.uniform_BT[slot_B, :uniform_BT.shape[1]] = uniform_BT.to(device)
-        logits_BV, uniform_B = logits_GV.repeat_interleave(n, 0), self.uniform_BT[slot_B, 0]
+        logits_BV = logits_GV.repeat_interleave(n, 0)
+        uniform_B = self.uniform_BT[slot_B, 0]
         ids_B, logp_B = sample(logits_BV, uniform_B, self.temperature, self.suppressed_ids)
         self.token_B[slot_B] = ids_B
         return logits_GV, ids_B.tolist(), logp_B.tolist()

@@ -1,150 +1,166 @@
-"""The clips that stage Report shows: which of them, what was said of each, and their media."""
+"""The clips that a report shows: which ones, what was answered on each, the teacher's traces, and their media."""
 import os
+from base64 import b64encode
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
-from minixmd.inputs.examples import read_manifest
-from minixmd.report.cards import MIME
-from minixmd.report.charts import ROLES
-from minixmd.runs.records import answers_beside, read_jsonl, read_traces
+from minixmd.runs.records import read_traces, read_verdicts
 from minixmd.tasks.statistics import digest
 
-CLIPS = 4  # shown of a kind
-KINDS = {  # title of a kind of clip -> who was right: the teacher (None: no matter), the student before, after
-    "Learnt from the teacher: the teacher was right, the student wrong before and right after": (True, False, True),
-    "Forgotten: the student was right before and is wrong after": (None, True, False),
-    "Not learnt: the student was wrong before and is wrong after": (None, False, False),
+MIME_TYPES = {  # of the media files that a page can hold and play
+    ".wav": "audio/wav",
+    ".flac": "audio/flac",
+    ".mp3": "audio/mpeg",
+    ".ogg": "audio/ogg",
+    ".m4a": "audio/mp4",
+    ".mp4": "video/mp4",
+    ".webm": "video/webm",
+    ".mkv": "video/webm",
 }
+CLIPS_PER_KIND = 4
 
 
-def clips(stage, folder, answers):
-    """`chosen` of KINDS; answers: {role: records}."""
-    def of(wanted):
-        return lambda example, records: all(want in (None, records[role]["right"])
-                                            for role, want in zip(ROLES, wanted, strict=True))
-
-    return chosen(stage, folder, answers, {title: of(wanted) for title, wanted in KINDS.items()})
+class Kind(NamedTuple):
+    """A kind of clip: on which rows are right and wrong, and which have a trace like this one."""
+    title: str
+    rights: dict  # row or role -> whether it is right; a row that is not here may be either
+    trace: dict = {}  # what one of the clip's traces must hold; {} = nothing
 
 
-def gallery(stage, folder):
-    """`chosen` by the answers of the rows in stage.gallery and by the verdicts on the teacher's traces, which stand in
-    "traces" of each clip. Of what sounded nothing is known here: a wrong trace can only be told by its answer."""
-    cells = {**stage.tables, **(stage.ablation or {})}
-    answers = {row: answers_beside(cells[row][stage.clips_of]) for row in stage.gallery}
-    traces = judged(stage) if stage.traces else {}
-    first, last, kinds = stage.gallery[0], stage.gallery[-1], {}
+ROLE_KINDS = [
+    Kind("Learnt from the teacher: the teacher was right, the student wrong before and right after",
+         {"teacher": True, "before": False, "after": True}),
+    Kind("Forgotten: the student was right before and is wrong after", {"before": True, "after": False}),
+    Kind("Not learnt: the student was wrong before and is wrong after", {"before": False, "after": False}),
+]
 
-    def changed(before):
-        return lambda example, records: records[first]["right"] is before and records[last]["right"] is not before
 
-    def told(verdict, rights=(True, False, None)):
-        return lambda example, records: any(
-            trace["verdict"] == verdict and is_right(trace, example.options[example.answer]) in rights
-            for trace in traces.get(example.id, ()))
-
+def gallery_kinds(first, last, judged):
+    """Kinds by the answers of two rows, unless they are one row, and, if `judged`, by the verdicts on traces."""
+    kinds = []
     if first != last:
-        kinds = {f"Learnt: {first} is wrong, {last} is right": changed(False),
-                 f"Lost: {first} is right, {last} is wrong": changed(True)}
-    if stage.verdicts:
-        kinds |= {"A trace was rejected": told("rejected"),
-                  "A trace was accepted that gives a wrong answer": told("accepted", (False,))}
-    found, embedded = chosen(stage, folder, answers, kinds)
-    for kind in found["kinds"]:
-        for clip in kind["clips"]:
-            clip["traces"] = [{**trace, "right": is_right(trace, clip["right"])}
-                              for trace in traces.get(clip["id"], ())]
-    return found, embedded
+        kinds += [Kind(f"Learnt: {first} is wrong, {last} is right", {first: False, last: True}),
+                  Kind(f"Lost: {first} is right, {last} is wrong", {first: True, last: False})]
+    if judged:  # what really sounded is not known, so a trace is wrong only where its answer is
+        kinds += [Kind("A trace was rejected", {}, {"verdict": "rejected"}),
+                  Kind("A trace was accepted that gives a wrong answer", {}, {"verdict": "accepted", "right": False})]
+    return kinds
 
 
-def is_right(trace, right):
-    """Whether a trace ends in the right option; None where the file does not say in which."""
-    return None if trace["option"] is None else trace["option"] == right
+class Media:
+    """The media files of the clips shown: data URIs while they fit into the page's limit_mib, after that links."""
+
+    def __init__(self, folder, limit_mib):
+        self.folder = folder  # of the page
+        self.bytes_left = int(limit_mib * 2**20)
+        self.data_uris = {}  # path as the page writes it -> the file
+
+    def add(self, example):
+        """[{"kind": "video" | "audio" | "both", "path", "bytes": size or None, "embedded"}] of an Example's files."""
+        kinds = {"video": example.video, "audio": example.audio}
+        if example.audio == example.video:
+            kinds = {"both": example.video}
+        files = []
+        for kind, file in kinds.items():
+            if file is None:
+                continue
+            path = Path(os.path.relpath(file, self.folder)).as_posix()
+            size = os.path.getsize(file) if os.path.isfile(file) else None
+            mime_type = MIME_TYPES.get(Path(file).suffix.lower())
+            if path not in self.data_uris and mime_type and size is not None and size <= self.bytes_left:
+                self.data_uris[path] = f"data:{mime_type};base64,{b64encode(Path(file).read_bytes()).decode()}"
+                self.bytes_left -= size
+            files.append({"kind": kind, "path": path, "bytes": size, "embedded": path in self.data_uris})
+        return files
 
 
-def judged(stage):
-    """{clip: its traces in the file's order, each with the "verdict" on it: "accepted", "rejected", "not judged" or why
-    it could not be, and the score}.
+def answered_clips(examples, answers, traces, manifest, column):
+    """[(example, what report.json holds of it but for its media)] of the manifest's examples that all rows could read.
 
-    Raises:
-        ValueError: no trace is of a clip in the manifest; no verdicts of a FactCheck stage, or on other traces.
+    answers: {row: records of its answers.jsonl}, of `column`. traces: of `read_judged_traces`; None = none. Raises
+    ValueError if a row did not answer one of the examples, or another question about it.
     """
-    found = {}
-    for trace in read_traces(stage.traces):
-        clip = found.setdefault(trace["id"], {})
-        sample = trace.get("sample", len(clip))  # as FactCheck numbers them where the file does not
-        clip[sample] = {"sample": sample, "text": trace["text"], "option": trace.get("option"), "verdict": "not judged"}
-    if not any(example.id in found for example in read_manifest(stage.clips)):
-        raise ValueError(f"{stage.name}: {stage.traces} holds no trace of a clip in {stage.clips}")
-    if stage.verdicts:
-        read_verdicts(stage, found)
-    return {clip: list(traces.values()) for clip, traces in found.items()}
+    by_id = {row: {record["id"]: record for record in records} for row, records in answers.items()}
+    clips = []
+    for example in examples:
+        right = example.options[example.answer]
+        clip = {"id": example.id, "question": example.question,
+                "options": example.options, "right": right,
+                "media": [], "answers": {}}
+        for row, records in by_id.items():
+            record = records.get(example.id)
+            if record is None or record["question"] != digest(example):
+                raise ValueError(f"{manifest}: clip {example.id!r} was not asked so in column {column!r}")
+            if "bad" not in record:
+                clip["answers"][row] = {name: record[name] for name in ("option", "right", "text") if name in record}
+        if traces is not None:
+            clip["traces"] = []
+            for trace in traces.get(example.id, ()):
+                is_right = None if trace["option"] is None else trace["option"] == right
+                clip["traces"].append({**trace, "right": is_right})
+        if len(clip["answers"]) == len(answers):
+            clips.append((example, clip))
+    return clips
 
 
-def read_verdicts(stage, traces):
-    """Adds the verdicts to `traces`, {clip: {sample: trace}}."""
-    for number, verdict in enumerate(read_jsonl(Path(stage.verdicts)), 1):
-        if not isinstance(verdict, dict) or not any({"id", "sample", *keys} <= set(verdict)
-                                                    for keys in (("bad",), ("score", "accepted"))):
-            raise ValueError(f"{stage.verdicts}: not the verdicts of a FactCheck stage: record {number} needs 'id', "
-                             "'sample' and either 'score' and 'accepted' or 'bad'")
-        trace = traces.get(verdict["id"], {}).get(verdict["sample"])
+def is_of(kind, clip):
+    if any(clip["answers"][row]["right"] != right for row, right in kind.rights.items()):
+        return False
+    return not kind.trace or any(kind.trace.items() <= trace.items() for trace in clip["traces"])
+
+
+def show(kinds, answered, media):
+    """Of each kind up to CLIPS_PER_KIND clips, with their media: the first of each class, then the second of each, …,
+    and those that an earlier kind shows last. answered: of `answered_clips`."""
+    shown_before, sections = set(), []
+    for kind in kinds:
+        clips = [(example, clip) for example, clip in answered if is_of(kind, clip)]
+        number_in_class, order = Counter(), []
+        for place, (example, _) in enumerate(clips):
+            order.append((example.id in shown_before, number_in_class[example.label], place))
+            number_in_class[example.label] += 1
+        shown = []
+        for _, _, place in sorted(order)[:CLIPS_PER_KIND]:
+            example, clip = clips[place]
+            shown.append({**clip, "media": media.add(example)})
+        shown_before.update(clip["id"] for clip in shown)
+        sections.append({"title": kind.title, "count": len(clips), "clips": shown})
+    return sections
+
+
+def read_judged_traces(traces_path, verdicts_path):
+    """{clip: [{"sample", "text", "option", "verdict"} and, if judged, "score"]} of a file of traces.
+
+    verdict: what a FactCheck stage decided: "accepted", "rejected", "not judged", or why it could not be judged. Raises
+    ValueError if the verdicts are none of a FactCheck stage, or are on other traces.
+    """
+    traces = {}
+    for trace in read_traces(traces_path):
+        samples = traces.setdefault(trace["id"], {})
+        sample = trace.get("sample", len(samples))  # FactCheck numbers them so where the file does not
+        samples[sample] = {"sample": sample, "text": trace["text"], "option": trace.get("option"),
+                           "verdict": "not judged"}
+    if verdicts_path is not None:
+        _add_verdicts(traces, traces_path, Path(verdicts_path))
+    return {clip: list(samples.values()) for clip, samples in traces.items()}
+
+
+def _add_verdicts(traces, traces_path, verdicts_path):
+    """Writes the verdicts into traces, {clip: {sample: trace}}."""
+    for (clip, sample), verdict in read_verdicts(verdicts_path, needs_accepted=True).items():
+        trace = traces.get(clip, {}).get(sample)
         if trace is None:
-            raise ValueError(f"{stage.verdicts}: judges sample {verdict['sample']} of {verdict['id']!r}, which is not "
-                             f"in {stage.traces}")
+            raise ValueError(f"{verdicts_path}: judges sample {sample} of {clip!r}, which is not "
+                             f"in {traces_path}")
         if "bad" in verdict:
             trace["verdict"] = f"could not be judged: {verdict['bad']}"
         else:
-            trace |= {"verdict": "accepted" if verdict["accepted"] else "rejected", "score": verdict["score"]}
-    accepted = Path(stage.verdicts).with_name("traces.jsonl")  # FactCheck left there what it accepted, word for word
-    for trace in read_traces(accepted) if accepted.exists() else ():
-        if traces.get(trace["id"], {}).get(trace.get("sample"), trace)["text"] != trace["text"]:
-            raise ValueError(f"{stage.verdicts}: sample {trace['sample']} of {trace['id']!r} was judged with other "
-                             f"words than it has in {stage.traces}")
-
-
-def chosen(stage, folder, answers, kinds):
-    """({"kinds", …}, {path as the page writes it: bytes}): up to CLIPS clips of each kind, the first of each class in
-    the manifest's order, then the second of each, …, one that stands in an earlier kind last; and the media that fit
-    into embed_mib, in the page's order.
-
-    Args:
-        answers: {row: the records of its answers.jsonl}. kinds: {title: function(example, {row: record}) -> bool}.
-    """
-    examples = read_manifest(stage.clips)
-    by_id = {row: {record["id"]: record for record in records} for row, records in answers.items()}
-    read, embedded, found, taken = [], {}, [], set()
-    for example in examples:
-        records = {row: by_id[row].get(example.id) for row in by_id}
-        if any(record is None or record["question"] != digest(example) for record in records.values()):
-            raise ValueError(f"{stage.clips}: clip {example.id!r} was not asked so in column {stage.clips_of!r}")
-        if not any("bad" in record for record in records.values()):
-            read.append((example, records))
-    for title, belongs in kinds.items():
-        fit, seen = [], Counter()
-        for example, records in read:
-            if belongs(example, records):
-                fit.append((example.id in taken, seen[example.label], len(fit), example, records))
-                seen[example.label] += 1
-        shown = [{"id": example.id, "question": example.question, "options": example.options,
-                  "right": example.options[example.answer], "media": media(stage, folder, example, embedded),
-                  "answers": {row: {name: record[name] for name in ("option", "right", "text") if name in record}
-                              for row, record in records.items()}}
-                 for *_, example, records in sorted(fit, key=lambda each: each[:3])[:CLIPS]]
-        taken |= {clip["id"] for clip in shown}
-        found.append({"title": title, "count": len(fit), "clips": shown})
-    return {"column": stage.clips_of, "of": len(examples), "kinds": found, "embed_mib": stage.embed_mib}, embedded
-
-
-def media(stage, folder, example, embedded):
-    """A clip's files as the page names them; those that still fit are added to `embedded`."""
-    found, files = [], {"video": example.video, "audio": example.audio}
-    for kind, file in ({"both": example.video} if example.audio == example.video else files).items():
-        if file is None:
-            continue
-        path = Path(os.path.relpath(file, folder)).as_posix()
-        size = os.path.getsize(file) if os.path.isfile(file) else None
-        left = int(stage.embed_mib * 2**20) - sum(map(len, embedded.values()))
-        if path not in embedded and size is not None and size <= left and Path(file).suffix.lower() in MIME:
-            embedded[path] = Path(file).read_bytes()
-        found.append({"kind": kind, "path": path, "bytes": size, "embedded": path in embedded})
-    return found
+            trace["verdict"] = "accepted" if verdict["accepted"] else "rejected"
+            trace["score"] = verdict["score"]
+    accepted_path = verdicts_path.with_name("traces.jsonl")  # what FactCheck accepted, word for word
+    for judged in read_traces(accepted_path) if accepted_path.exists() else ():
+        trace = traces.get(judged["id"], {}).get(judged.get("sample"), judged)
+        if trace["text"] != judged["text"]:
+            raise ValueError(f"{verdicts_path}: sample {judged['sample']} of {judged['id']!r} was judged with other "
+                             f"words than it has in {traces_path}")

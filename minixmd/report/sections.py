@@ -1,0 +1,226 @@
+"""Sections of a report: benchmarks, classes, the switch, the teacher's traces, curves, as report.json holds them."""
+from collections import Counter
+from math import ceil
+from pathlib import Path
+
+from minixmd.report.published import MMAU_VERSION
+from minixmd.report.render import ROLES, words
+from minixmd.runs.files import read_json
+from minixmd.runs.records import read_jsonl
+from minixmd.stages.switch import tally
+from minixmd.tasks.benchmarks import TYPES
+from minixmd.tasks.statistics import groups, leads
+
+BENCHMARK_NAMES = {"mmau": "MMAU", "music_avqa": "MUSIC-AVQA"}
+FUNNEL_SOURCES = {  # key of Report.funnel -> what only that stage's results.json holds, and the stage's name
+    "traces": ("traces_of_unanimous", "a Traces"),
+    "checked": ("clips_with_accepted", "a FactCheck"),
+    "verifier": ("calibration", "a FactCheck, with checker 'verifier',"),
+}
+LINE_POINTS = 150  # at most, of a line in a figure
+PANELS = {  # key of a log.jsonl -> title of the panel that draws it
+    "reward": "mean reward",
+    "completion_tokens": "completion length, tokens",
+    "loss": "training loss",
+    "kl": "KL to the teacher, in GRPO to the policy before",
+    "val_accuracy": "validation accuracy, %",
+    "train_accuracy": "training accuracy, %",
+}
+
+
+def cells_of(table):
+    """(row, column, cell) of {row: {column: cell}}."""
+    for row, cells in table.items():
+        for column, cell in cells.items():
+            yield row, column, cell
+
+
+def summary_of(results):
+    """What a table shows of a results.json, or of a part of it."""
+    return {name: results[name] for name in ("count", "correct", "accuracy", "interval")}
+
+
+def benchmark_title(benchmark):
+    """What an accuracy is on: a benchmark, MMAU with version and hash. benchmark: of results.json, {} for none."""
+    if not benchmark:
+        return "no benchmark"
+    if benchmark["name"] == "mmau":
+        return f"MMAU {benchmark['version']} (sha256 {benchmark['sha256'][:12]}…)"
+    return BENCHMARK_NAMES[benchmark["name"]]
+
+
+def breakdowns(results, figures):
+    """{column: {"name", "words", "rows": {row: {part: summary}}}} of the columns that are a benchmark.
+
+    A summary has the paper's figure, "paper", where row and part are the paper's and the benchmark's version may be.
+    results: {row: {column: results.json}}. figures: {column: {row: {part: the paper's figure}}}.
+    """
+    found = {}
+    for row, column, result in cells_of(results):
+        benchmark = result.get("benchmark")
+        if not benchmark:
+            continue
+        published = figures.get(column, {})
+        same = benchmark["name"] != "mmau" or f"{benchmark['version']} ".startswith(f"{MMAU_VERSION} ")
+        if column not in found:
+            remark = words("benchmark", benchmark["name"], bool(published), same, MMAU_VERSION)
+            found[column] = {"name": benchmark_title(benchmark), "words": remark, "rows": {}}
+        found[column]["rows"][row] = parts = {}
+        for part, summary in parts_of(benchmark).items():
+            parts[part] = summary_of(summary)
+            if same and part in published.get(row, {}):
+                parts[part]["paper"] = published[row][part]
+    return found
+
+
+def parts_of(benchmark):
+    """{title: summary} of a "benchmark" of results.json, in the order of the paper's Table 2."""
+    if benchmark["name"] == "music_avqa":
+        heard = benchmark["audio"]
+        return {kind: heard[kind] for kind in TYPES} | {"Average": heard["all"], "All": benchmark["every"]["all"]}
+    tasks, difficulties, parts = benchmark["task"], benchmark["difficulty"], {}
+    for name in ("sound", "speech", "music", *tasks):
+        if name in tasks:
+            parts[name.capitalize()] = tasks[name]
+    parts["Average"] = benchmark["all"]
+    for name in ("easy", "medium", "hard", *difficulties):
+        if name in difficulties:
+            parts[name] = difficulties[name]
+    return parts
+
+
+def classes(by_role, gap, bars, published):
+    """Who wins how many classes of column `gap`; for each column of `bars` its classes, and groups of them to draw.
+
+    A column that shares no class with `gap` (unseen classes) is grouped by the teacher's lead on that column itself.
+    by_role: {role: {column: results.json}}. published: the paper's counts, {"won", "of"}, or None.
+    """
+    lead = leads(by_role["teacher"][gap]["classes"], by_role["before"][gap]["classes"])
+    signs = Counter((x > 0) - (x < 0) for x in lead.values())
+    section = {"chosen_on": gap, "won": signs[1], "tied": signs[0], "lost": signs[-1], "bars": {}}
+    section["words"] = words("classes", section, published)
+    for column in bars:
+        of_role = {role: by_role[role][column]["classes"] for role in ROLES}
+        shared = [name for name in of_role["teacher"] if name in of_role["before"] and name in of_role["after"]]
+        chosen_on, chosen_by = gap, lead
+        if lead.keys().isdisjoint(shared):
+            chosen_on, chosen_by = column, leads(of_role["teacher"], of_role["before"])
+        section["bars"][column] = {
+            "chosen_on": chosen_on,
+            "groups": groups({name: chosen_by[name] for name in shared if name in chosen_by}),
+            "classes": {name: {role: of_role[role][name] for role in ROLES} for name in shared},
+        }
+    return section
+
+
+def switch(path, published):
+    """Where the clips of a switch.jsonl went, and tallies of its decisions against the table of classes.
+
+    The tallies are those in the results.json beside it; that of the training clips is made here if it is not there and
+    records hold the right decision, "oracle". published: {"validation" | "training": the paper's accuracy in %}. Raises
+    ValueError if no record is a decision of stage Switch.
+    """
+    decided = [record for record in read_jsonl(path) if "p_teacher" in record]
+    if not decided:
+        raise ValueError(f"{path}: not the decisions of a Switch stage: no record has 'p_teacher'")
+    results_path = path.with_name("results.json")
+    results = read_json(results_path) if results_path.exists() else {}
+    tallies = {part: results[part] for part in ("validation", "training") if part in results}
+    known = [record for record in decided if "oracle" in record]
+    if known and "training" not in tallies:
+        tallies["training"] = tally([record["p_teacher"] for record in known],
+                                    [record["oracle"] for record in known])
+    return {
+        "clips": len(decided),
+        "to_teacher": sum(record["p_teacher"] >= 0.5 for record in decided),
+        "tallies": tallies,
+        "words": {part: words("switch", tallies[part], published.get(part)) for part in tallies},
+    }
+
+
+def funnel(paths):
+    """{"steps", "verifier"} from clips to accepted traces. paths: {"traces" | "checked" | "verifier": a results.json}.
+
+    A step is {"step", "count", "of", "left_out": {reason: count}}: `count` of `of` were kept, and the reasons add up to
+    the others; `of` is None where a step starts from nothing before it. "verifier" is the verifier's "calibration" on
+    held-out verdicts, with "words" on what it would cost to use it, or None. Raises ValueError if a file is another
+    stage's, or the stages did not judge the same traces.
+    """
+    results = dict.fromkeys(FUNNEL_SOURCES)
+    for source, path in paths.items():
+        results[source] = read_json(path)
+        key, stage = FUNNEL_SOURCES[source]
+        if key not in results[source]:
+            raise ValueError(f"{path}: not the results of {stage} stage: it holds no {key!r}")
+    traces, checked, verifier = results.values()
+    steps = sampling_steps(traces) if traces else []
+    for source, judge in (("checked", "checker"), ("verifier", "verifier")):
+        judged = results[source]
+        if judged and traces and judged["unanimous"]["judged"] != traces["traces_of_unanimous"]:
+            raise ValueError(f"{paths[source]}: of another stage's traces than {paths['traces']}: it judged "
+                             f"{judged['unanimous']['judged']} of unanimous clips, and there are "
+                             f"{traces['traces_of_unanimous']}")
+        if judged:
+            steps += judging_steps(judged, judge)
+    if checked and verifier and checked["traces"] != verifier["traces"]:
+        raise ValueError(f"{paths['verifier']}: judged {verifier['traces']} traces, and {paths['checked']} "
+                         f"{checked['traces']}: not the same ones")
+    if verifier:
+        verifier = {**verifier["calibration"], "words": words("verifier", verifier)}
+    return {"steps": steps, "verifier": verifier}
+
+
+def sampling_steps(traces):
+    """From clips to traces of clips on which all samples agree. traces: results.json of stage Traces."""
+    clips_read = traces["clips"] - sum(traces["bad"].values())
+    clips_by = dict(traces["clips_by"])  # what became of a clip's samples -> clips
+    unanimous = clips_by.pop("unanimous", 0)
+    return [
+        step("clips read", clips_read, traces["clips"], traces["bad"]),
+        step("unanimous clips", unanimous, clips_read, clips_by),
+        step("samples", traces["samples"], None, {}),
+        step("usable samples: traces", traces["usable"], traces["samples"], traces["unusable"]),
+        step("traces of unanimous clips", traces["traces_of_unanimous"], traces["usable"], "not unanimous"),
+    ]
+
+
+def judging_steps(judged, judge):
+    """What came of the traces that were judged. judged: results.json of stage FactCheck. judge: what to call it."""
+    left_out = {"rejected": judged["rejected"]} if judged["rejected"] else {}
+    reason = "rejected or could not be judged" if judged["bad"] else "rejected"
+    first, unanimous = judged["first"], judged["unanimous"]
+    return [
+        step(f"accepted by the {judge}", judged["accepted"], judged["traces"], left_out | judged["bad"]),
+        step(f"{judge}: of first traces", first["accepted"], first["judged"], reason),
+        step(f"{judge}: of those of unanimous clips", unanimous["accepted"], unanimous["judged"], reason),
+        step(f"{judge}: clips with one", judged["clips_with_accepted"], judged["clips"], "without one"),
+    ]
+
+
+def step(title, kept, total, left_out):
+    """left_out: {reason: count}, or the one reason why the others were left out."""
+    if isinstance(left_out, str):
+        left_out = {left_out: total - kept} if total > kept else {}
+    return {"step": title, "count": kept, "of": total, "left_out": left_out}
+
+
+def curves(logs):
+    """[{"what", "x": "step" | "epoch", "lines": {line title: [[x, y], …]}}]: a panel for each of PANELS that a log has.
+
+    A line of more than LINE_POINTS values becomes the means of runs of as many, each at its last x. logs: {line title:
+    path of a log.jsonl}.
+    """
+    records = {title: read_jsonl(Path(path)) for title, path in logs.items()}
+    panels = []
+    for key, what in PANELS.items():
+        has_steps = any(key in line and "step" in line for log in records.values() for line in log)
+        axis, lines = "step" if has_steps else "epoch", {}
+        for title, log in records.items():
+            points = [(line[axis], line[key]) for line in log if key in line and axis in line]
+            length = ceil(len(points) / LINE_POINTS)
+            while points:
+                run, points = points[:length], points[length:]
+                lines.setdefault(title, []).append([run[-1][0], sum(y for _, y in run) / len(run)])
+        if lines:
+            panels.append({"what": what, "x": axis, "lines": lines})
+    return panels
