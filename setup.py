@@ -20,7 +20,7 @@ setup(
         "jinja2>=3.1",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.9", "transformers>=5", "peft>=0.18"],  # the last two: parity tests only
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "transformers>=5", "peft>=0.18"],  # the last two: parity tests only
     },
     packages=[  # explicit: find_packages() would also see tools/, tests/, bench/
         "minixmd",

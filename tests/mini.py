@@ -85,6 +85,5 @@ def write_clips(folder, count=12, answers=True):
 
 def write_config(path, stages):
     """A config file with the given stages (source text of a list)."""
-    path.write_text(f"from minixmd.config import *\nfrom minixmd.config import Evaluate, Label, Report, Switch, Train\n"
-                    f"stages = {stages}\n")
+    path.write_text(f"from minixmd.config import *\nstages = {stages}\n")
     return path

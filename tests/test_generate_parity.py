@@ -10,7 +10,7 @@ from minixmd.models.weights import load_model
 
 pytest.importorskip("transformers")
 
-NEW, BANNED = 24, [3, 40, 41, *range(86, 97)]
+NEW, SUPPRESSED = 24, [3, 40, 41, *range(86, 97)]
 START, STOP = 93, 94  # around a video, from which the reference finds its positions
 
 
@@ -41,7 +41,7 @@ def theirs(kind, reference, p, end):
         inputs.update(pixel_values_videos=torch.cat([m.features for m in p.media]),
                       video_grid_thw=torch.tensor([m.grid_thw for m in p.media]),
                       mm_token_type_ids=2 * (p.ids_N == 91).long()[None])
-    said = reference.generate(**inputs, do_sample=False, max_new_tokens=NEW, suppress_tokens=BANNED, eos_token_id=end,
+    said = reference.generate(**inputs, do_sample=False, max_new_tokens=NEW, suppress_tokens=SUPPRESSED, eos_token_id=end,
                               pad_token_id=0)
     return said[0, len(p):].tolist()
 
@@ -53,7 +53,7 @@ def test_greedy_tokens_equal_transformers_generate(kind, kv, tmp_path):
         reference.lm_head.weight.mul_(3)  # no two logits nearly equal
     reference.save_pretrained(tmp_path)
     model, cases = load_model(tmp_path), cases_of(kind)
-    options = dict(max_new_tokens=NEW, temperature=0, suppressed_ids=BANNED)
+    options = dict(max_new_tokens=NEW, temperature=0, suppressed_ids=SUPPRESSED)
     free = decode(model, SimpleNamespace(end_id=-1, decode=str), cases, None, **options)
     end = free[1].ids[NEW // 2]  # a token that ends some turns early
     wanted = [theirs(kind, reference, p, end) for p in cases]

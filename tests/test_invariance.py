@@ -1,16 +1,16 @@
 """What shares a call changes no number (fp32): packing, order, micro-batches, shared prompts, the key-value cache."""
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from mini import AUDIO, OMNI, VISION, write_tokenizer
-from tiny import Largest, audio_media, cross_entropy, processor_of, prompt, tiny_model, video_media
+from tiny import Largest, audio_media, cross_entropy, processor_of, prompt, tiny_model, trainer_of, video_media
 
 from minixmd import Group, Prompt, generate, pack
-from minixmd.models.multimodal import attend
-from minixmd.train import accumulate
+from minixmd.config import SFT
+from minixmd.models.attention import packed_attention
+from minixmd.train import Trainer
 
 KINDS = ("audio", "vision", "windowed", "omni")  # an Omni prompt mixes both media
 
@@ -77,16 +77,18 @@ def test_a_prompt_in_a_pack_gets_the_hidden_states_logits_and_loss_that_it_gets_
     assert at == len(nll_T)
 
 
-def check_micro_batches(kind, accumulate):
+def check_micro_batches(kind, sft_gradients):
     """Raises AssertionError unless a step's gradient is the same, to 5e-6 of its norm, however it is cut."""
-    model, prompts = tiny_model(kind), prompts_of(kind)
+    model, samples = tiny_model(kind), [(prompt, None) for prompt in prompts_of(kind)]
     found = {}
     for size in (6, 1, 2, 4):  # 4 leaves a last one of two
         model.zero_grad(set_to_none=True)
-        run, stage = SimpleNamespace(model=model, backend="torch"), SimpleNamespace(micro_batch_size=size)
-        loss = accumulate(run, stage, prompts)["loss"]
+        stage = SFT(name="s", model="m", manifest="d", trainable="full", device="cpu", batch_size=24,
+                    micro_batch_size=size)
+        loss = sft_gradients(trainer_of(stage, model), samples)
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        assert len(grads) == len(list(model.parameters())) - (kind == "omni")  # see test_models on audio_bos_eos_token
+        never_trained = kind in ("audio", "omni")  # a position table, and vectors that nothing reads
+        assert len(grads) == len(list(model.parameters())) - never_trained
         found[size] = grads, torch.tensor(loss)
     for grads, loss in found.values():
         assert_same_gradients(grads, found[6][0])
@@ -95,17 +97,16 @@ def check_micro_batches(kind, accumulate):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_micro_batch_size_changes_no_gradient(kind):
-    check_micro_batches(kind, accumulate)
+    check_micro_batches(kind, Trainer.sft_gradients)
 
 
 def test_dividing_by_the_number_of_micro_batches_would_be_caught():
-    def mean_of_means(run, stage, prompts):
-        size = stage.micro_batch_size
-        parts = [prompts[start:start + size] for start in range(0, len(prompts), size)]
-        loss = sum(accumulate(run, stage, part)["loss"] for part in parts) / len(parts)
-        for p in run.model.parameters():
+    def mean_of_means(trainer, samples):
+        parts = trainer.micro_batches(samples)
+        loss = sum(trainer.sft_gradients(part) for part in parts) / len(parts)
+        for p in trainer.parameters.values():
             p.grad /= len(parts)
-        return {"loss": loss}
+        return loss
 
     with pytest.raises(AssertionError, match="error"):
         check_micro_batches("audio", mean_of_means)
@@ -162,7 +163,7 @@ def test_a_shared_prompt_gives_the_values_and_gradients_of_separate_sequences(ca
     assert_same_gradients(ours, theirs)
 
 
-def dense_attend(q_NHK, k_NJK, v_NJK, segments, causal=True):
+def dense_attention(q_NHK, k_NJK, v_NJK, segments, causal=True):
     """The attention that minixmd must not use: one call under one N x N mask. It is also the plainest statement of what
     segments mean."""
     owner_N = torch.cat([torch.full((s.length,), i) for i, s in enumerate(segments)])
@@ -194,7 +195,7 @@ def test_no_tensor_has_as_many_elements_as_rows_squared(case):
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_under_a_dense_mask_gives_the_same_gradients_and_would_be_caught(kind, monkeypatch):
     _, _, ours = largest_tensor(kind, [])
-    monkeypatch.setattr("minixmd.models.multimodal.attend", dense_attend)
+    monkeypatch.setattr("minixmd.models.multimodal.packed_attention", dense_attention)
     largest, square, dense = largest_tensor(kind, [])
     assert largest >= square
     assert_same_gradients(ours, dense)
@@ -202,13 +203,14 @@ def test_attention_under_a_dense_mask_gives_the_same_gradients_and_would_be_caug
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("J", [1, 2, 6])
-def test_attend_equals_one_masked_call_for_any_mix_of_segments(J, causal):
+def test_packed_attention_equals_one_masked_call_for_any_mix_of_segments(J, causal):
     lengths = [(3, -1), (3, -1), (1, -1), (5, -1)] + ([(2, 3), (2, 3), (4, 3), (2, 0), (1, 0)] if causal else [])
     batch = pack([prompt([length]) for length, _ in lengths])
     segments = tuple(replace(s, parent=parent) for s, (_, parent) in zip(batch.segments, lengths, strict=True))
     N = len(batch.ids_N)
     q_NHK, k_NJK, v_NJK = torch.randn(N, 6, 8), torch.randn(N, J, 8), torch.randn(N, J, 8)
-    assert_close(attend(q_NHK, k_NJK, v_NJK, segments, causal), dense_attend(q_NHK, k_NJK, v_NJK, segments, causal))
+    assert_close(packed_attention(q_NHK, k_NJK, v_NJK, segments, causal),
+                 dense_attention(q_NHK, k_NJK, v_NJK, segments, causal))
 
 
 # ---- the key-value cache ----
@@ -244,7 +246,7 @@ def speaker(request, tmp_path_factory):
 
 def test_log_probabilities_while_generating_equal_those_of_scoring_the_whole_sequence(speaker):
     model, processor, conversations = speaker
-    answers = generate(model, processor, conversations, n=2, max_new_tokens=70, temperature=0.7, seed=3)
+    answers = generate(model, processor, conversations, num_samples=2, max_new_tokens=70, temperature=0.7, seed=3)
     suppressed_ids = torch.tensor(processor.suppressed_ids)
     lengths = []
     for conversation, completions in zip(conversations, answers, strict=True):

@@ -1,4 +1,4 @@
-"""The head with each objective against plain PyTorch on all logits at once, in fp64, with both implementations."""
+"""The head with each row loss against plain PyTorch on all logits at once, in fp64, with both backends."""
 from dataclasses import replace
 
 import pytest
@@ -7,17 +7,18 @@ from tiny import Largest
 from torch.utils.flop_counter import FlopCounterMode
 
 from minixmd.kernels import distill, distill_topk, grpo, logprob
-from minixmd.models.head import CrossEntropy, DistillKL, DistillTopK, PolicyLoss, head_loss, token_weights
+from minixmd.learning.policy import token_weights
+from minixmd.models.head import CrossEntropy, DistillKL, DistillTopK, PolicyLoss, TokenLogprob, head_loss
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
 T, V, W, D, E = 37, 203, 211, 16, 12  # the teacher has W columns, of which the first 190 mean the same
-SHARED, BANNED, TEMPERATURE = 190, [3, 50, 189, 195], 2.0
+COMMON, SUPPRESSED, TEMPERATURE = 190, [3, 50, 189, 195], 2.0
 LENGTHS = (7, 1, 12, 17)
 
 
 def problem(kind, backend="torch", dtype=torch.float32):
-    """hidden_ND, head_VD, row_T and the objective; uneven weights, some of them zero."""
+    """hidden_ND, head_VD, row_T and the row loss; uneven weights, some of them zero."""
     g = torch.Generator(torch.get_default_device()).manual_seed(5)
 
     def randn(*shape):
@@ -31,33 +32,33 @@ def problem(kind, backend="torch", dtype=torch.float32):
     if kind == "ce":
         return hidden_ND, head_VD, row_T, CrossEntropy(id_T, weight_T, backend)
     if kind == "kl":
-        return hidden_ND, head_VD, row_T, DistillKL(randn(T, E).to(dtype), randn(W, E).to(dtype), weight_T, SHARED,
-                                                  torch.tensor(BANNED), TEMPERATURE, backend)
+        return hidden_ND, head_VD, row_T, DistillKL(randn(T, E).to(dtype), randn(W, E).to(dtype), weight_T, COMMON,
+                                                    torch.tensor(SUPPRESSED), TEMPERATURE, backend)
     if kind == "topk":
-        allowed = torch.tensor([v for v in range(SHARED) if v not in BANNED])
+        allowed = torch.tensor([v for v in range(COMMON) if v not in SUPPRESSED])
         logq_TK = (2 * randn(T, len(allowed))).log_softmax(-1)
         best_TJ = logq_TK.topk(9, -1).indices
         tail_T = 1 - logq_TK.gather(1, best_TJ).exp().sum(-1)
         id_TJ, order_TJ = allowed[best_TJ].sort(-1)
         logq_TJ = logq_TK.gather(1, best_TJ).gather(1, order_TJ)
-        return hidden_ND, head_VD, row_T, DistillTopK(id_TJ.int(), logq_TJ, tail_T, weight_T, SHARED,
-                                                      torch.tensor(BANNED), TEMPERATURE, backend)
+        return hidden_ND, head_VD, row_T, DistillTopK(id_TJ.int(), logq_TJ, tail_T, weight_T, COMMON,
+                                                      torch.tensor(SUPPRESSED), TEMPERATURE, backend)
     logp_T = (hidden_ND[row_T].float() @ head_VD.float().T / 0.8).log_softmax(-1).gather(1, id_T[:, None]).squeeze(1)
     old_T, ref_T = logp_T + 0.4 * randn(T), logp_T + 0.4 * randn(T)  # far enough for both bounds to act
-    objective = grpo.ClipConfig(0.2, 0.28, 0.04, "k3")
-    return hidden_ND, head_VD, row_T, PolicyLoss(id_T, old_T, ref_T, randn(T), weight_T, objective, backend, 0.8,
-                                           torch.tensor(BANNED), 200, LENGTHS if kind == "gspo" else None)
+    clip_config = grpo.ClipConfig(0.2, 0.28, 0.04, "k3")
+    return hidden_ND, head_VD, row_T, PolicyLoss(id_T, old_T, ref_T, randn(T), weight_T, clip_config, backend, 0.8,
+                                                 torch.tensor(SUPPRESSED), 200, LENGTHS if kind == "gspo" else None)
 
 
-def plain(hidden_ND, head_VD, row_T, objective, dtype=torch.float64):
+def plain(hidden_ND, head_VD, row_T, row_loss, dtype=torch.float64):
     """(loss, its values before the weight) from all logits at once, by autograd."""
-    o = objective
+    o = row_loss
     z_TV = hidden_ND[row_T].to(dtype) @ head_VD.to(dtype).T
     if isinstance(o, PolicyLoss):
         sequence_T = None if o.lengths is None else torch.arange(len(o.lengths)).repeat_interleave(
             torch.tensor(o.lengths))
         vectors = [x.to(dtype) for x in (o.old_T, o.ref_T, o.advantage_T, o.weight_T)]
-        loss, logp_T, entropy_T, terms = grpo.grpo_loss_ref(z_TV, o.id_T, *vectors, o.objective, o.temperature,
+        loss, logp_T, entropy_T, terms = grpo.grpo_loss_ref(z_TV, o.id_T, *vectors, o.clip_config, o.temperature,
                                                             o.suppressed_Z, o.vocab_limit, sequence_T)
         return loss, (*terms, logp_T, entropy_T)
     if isinstance(o, CrossEntropy):
@@ -71,10 +72,10 @@ def plain(hidden_ND, head_VD, row_T, objective, dtype=torch.float64):
     return (columns[0] * o.weight_T).sum(), columns
 
 
-def gradients(function, hidden_ND, head_VD, row_T, objective, train_head=True, **options):
+def gradients(function, hidden_ND, head_VD, row_T, row_loss, train_head=True, **options):
     """Loss, columns and the gradients of the hidden states and (if it trains) of the head, incoming gradient 1.7."""
     hidden_ND, head_VD = hidden_ND.clone().requires_grad_(), head_VD.clone().requires_grad_(train_head)
-    loss, columns = function(hidden_ND, head_VD, row_T, objective, **options)
+    loss, columns = function(hidden_ND, head_VD, row_T, row_loss, **options)
     (1.7 * loss).backward()
     columns = columns.values() if isinstance(columns, dict) else columns
     return [loss.detach(), *(c.detach() for c in columns), hidden_ND.grad, *([head_VD.grad] if train_head else [])]
@@ -93,9 +94,9 @@ def test_loss_columns_and_gradients_equal_plain_pytorchs(kind, chunk, train_head
 
 @pytest.mark.parametrize("kind", ["ce", "kl", "topk", "grpo", "gspo"])
 def test_triton_kernels_give_what_pytorch_gives(kind):
-    hidden_ND, head_VD, row_T, objective = problem(kind, "triton")
-    ours = gradients(head_loss, hidden_ND, head_VD, row_T, objective, chunk=16)
-    twin = gradients(head_loss, hidden_ND, head_VD, row_T, replace(objective, backend="torch"), chunk=16)
+    hidden_ND, head_VD, row_T, row_loss = problem(kind, "triton")
+    ours = gradients(head_loss, hidden_ND, head_VD, row_T, row_loss, chunk=16)
+    twin = gradients(head_loss, hidden_ND, head_VD, row_T, replace(row_loss, backend="torch"), chunk=16)
     for a, b in zip(ours, twin, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(1, b.abs().max().item()))
 
@@ -114,11 +115,11 @@ def test_bf16_weights_give_fp32_losses_and_gradients_to_two_roundings(kind, back
 
 @pytest.mark.parametrize("kind", ["ce", "kl", "topk", "grpo", "gspo"])
 def test_scoring_without_gradients_takes_one_product_and_gives_the_same_columns(kind):
-    hidden_ND, head_VD, row_T, objective = problem(kind)
-    expected = gradients(head_loss, hidden_ND, head_VD, row_T, objective, chunk=8)
+    hidden_ND, head_VD, row_T, row_loss = problem(kind)
+    expected = gradients(head_loss, hidden_ND, head_VD, row_T, row_loss, chunk=8)
     in_place = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}  # unknown to the counter
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        loss, columns = head_loss(hidden_ND.requires_grad_(), head_VD.requires_grad_(), row_T, objective, chunk=8)
+        loss, columns = head_loss(hidden_ND.requires_grad_(), head_VD.requires_grad_(), row_T, row_loss, chunk=8)
     teacher = 2 * T * W * E if kind == "kl" else 0
     assert counter.get_total_flops() == 2 * T * V * D + teacher and not loss.requires_grad
     for a, b in zip([loss, *columns.values()], expected, strict=False):
@@ -127,9 +128,9 @@ def test_scoring_without_gradients_takes_one_product_and_gives_the_same_columns(
 
 @pytest.mark.parametrize("kind", ["ce", "kl", "topk", "grpo", "gspo"])
 def test_no_tensor_outgrows_a_chunk_of_logits(kind):
-    hidden_ND, head_VD, row_T, objective = problem(kind)
+    hidden_ND, head_VD, row_T, row_loss = problem(kind)
     with Largest() as largest:
-        gradients(head_loss, hidden_ND, head_VD, row_T, objective, chunk=17)
+        gradients(head_loss, hidden_ND, head_VD, row_T, row_loss, chunk=17)
     assert largest.numel <= 17 * (W if kind == "kl" else V)
 
 
@@ -141,10 +142,10 @@ def test_a_sequence_longer_than_the_chunk_is_not_cut():
 
 
 def test_a_masked_sequence_changes_nothing_for_the_others():
-    hidden_ND, head_VD, row_T, objective = problem("gspo")
-    weight_T = objective.weight_T.clone()
+    hidden_ND, head_VD, row_T, row_loss = problem("gspo")
+    weight_T = row_loss.weight_T.clone()
     weight_T[8:20] = 0  # the third sequence
-    spoilt = replace(objective, weight_T=weight_T, old_T=objective.old_T.clone(), ref_T=objective.ref_T.clone())
+    spoilt = replace(row_loss, weight_T=weight_T, old_T=row_loss.old_T.clone(), ref_T=row_loss.ref_T.clone())
     spoilt.old_T[8:20] = spoilt.ref_T[8:20] = torch.nan
     left_out = torch.cat([torch.arange(8), torch.arange(20, T)])
     fewer = replace(spoilt, **{name: getattr(spoilt, name)[left_out] for name in (
@@ -153,6 +154,20 @@ def test_a_masked_sequence_changes_nothing_for_the_others():
     b = gradients(head_loss, hidden_ND, head_VD, row_T[left_out], fewer)
     for i in (0, -1, -2):
         torch.testing.assert_close(a[i], b[i], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [5, 1024])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_log_probabilities_alone_are_those_of_the_policy_loss_to_the_bit(backend, chunk):
+    hidden_ND, head_VD, row_T, policy_loss = problem("grpo", backend)
+    p = policy_loss
+    alone = TokenLogprob(p.id_T, p.temperature, p.suppressed_Z, p.vocab_limit, backend)
+    with torch.no_grad():
+        loss, columns = head_loss(hidden_ND, head_VD, row_T, alone, chunk)
+    logp_T = head_loss(hidden_ND.requires_grad_(), head_VD, row_T, policy_loss, chunk)[1]["logp"]
+    assert torch.equal(columns["logp"], logp_T) and loss == 0 and columns.keys() == {"loss", "logp"}
+    truth = plain(hidden_ND, head_VD, row_T, policy_loss)[1][-2]  # of the policy loss's columns: logp, entropy
+    torch.testing.assert_close(columns["logp"].double(), truth.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_token_weights_by_hand():
@@ -165,11 +180,11 @@ def test_token_weights_by_hand():
             token_weights([2, 1], *wrong)
 
 
-def test_targets_and_objective_must_be_as_many():
-    hidden_ND, head_VD, row_T, objective = problem("gspo")
+def test_targets_and_row_loss_must_be_as_many():
+    hidden_ND, head_VD, row_T, row_loss = problem("gspo")
     with pytest.raises(ValueError, match="no target"):
-        head_loss(hidden_ND, head_VD, row_T[:0], objective)
+        head_loss(hidden_ND, head_VD, row_T[:0], row_loss)
     with pytest.raises(ValueError, match="36 targets, but 37 weights"):
-        head_loss(hidden_ND, head_VD, row_T[:36], objective)
+        head_loss(hidden_ND, head_VD, row_T[:36], row_loss)
     with pytest.raises(ValueError, match="37 targets, but 37 weights and sequences of"):
-        head_loss(hidden_ND, head_VD, row_T, replace(objective, lengths=(7, 1, 12)))
+        head_loss(hidden_ND, head_VD, row_T, replace(row_loss, lengths=(7, 1, 12)))

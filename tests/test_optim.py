@@ -1,12 +1,10 @@
 """The optimizer in bf16: its fp32 masters, and that they are what a stopped run goes on from."""
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from minixmd.learning.optim import MasterAdamW, adamw, optimizer_tensors, restore_optimizer
 
-STAGE = SimpleNamespace(lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+OPTIONS = dict(lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
 SHAPES = {"matrix": (5, 6), "vector": (7,)}
 
 
@@ -34,9 +32,9 @@ def farthest(parameters, truth):
 def test_500_steps_at_lr_1e_6_are_those_of_fp32_which_plain_bf16_loses():
     truth, ours, plain = (parameters_of(dtype) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16))
     start = {name: p.detach().clone() for name, p in truth.items()}
-    optimizer = adamw(ours, STAGE)
-    assert type(optimizer) is MasterAdamW and type(adamw(truth, STAGE)) is torch.optim.AdamW
-    walk(adamw(truth, STAGE), truth, range(500))
+    optimizer = adamw(ours, **OPTIONS)
+    assert type(optimizer) is MasterAdamW and type(adamw(truth, **OPTIONS)) is torch.optim.AdamW
+    walk(adamw(truth, **OPTIONS), truth, range(500))
     walk(optimizer, ours, range(500))
     walk(torch.optim.AdamW(plain.values(), lr=1e-6, weight_decay=0.1), plain, range(500))
     masters = {name: optimizer.state[p]["master"] for name, p in ours.items()}
@@ -49,10 +47,10 @@ def test_500_steps_at_lr_1e_6_are_those_of_fp32_which_plain_bf16_loses():
 
 @pytest.mark.parametrize("lr, decay", [(1e-2, 0.0), (3e-3, 0.5)])
 def test_a_master_takes_torchs_own_steps(lr, decay):
-    stage = SimpleNamespace(**{**vars(STAGE), "lr": lr, "weight_decay": decay})
+    options = {**OPTIONS, "lr": lr, "weight_decay": decay}
     truth, ours = parameters_of(torch.float32), parameters_of(torch.bfloat16)
-    optimizer = adamw(ours, stage)
-    walk(adamw(truth, stage), truth, range(20))
+    optimizer = adamw(ours, **options)
+    walk(adamw(truth, **options), truth, range(20))
     walk(optimizer, ours, range(20))
     for name, p in truth.items():
         master = optimizer.state[ours[name]]["master"]
@@ -62,12 +60,12 @@ def test_a_master_takes_torchs_own_steps(lr, decay):
 
 def test_a_restored_master_goes_on_bit_for_bit():
     whole, half = parameters_of(torch.bfloat16), parameters_of(torch.bfloat16)
-    walk(adamw(whole, STAGE), whole, range(60))
-    first = adamw(half, STAGE)
+    walk(adamw(whole, **OPTIONS), whole, range(60))
+    first = adamw(half, **OPTIONS)
     walk(first, half, range(30))
     tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(first, half).items()}
     assert "matrix.master" in tensors and tensors["matrix.step"] == 30
-    again = adamw(half, STAGE)
+    again = adamw(half, **OPTIONS)
     restore_optimizer(again, half, tensors)
     walk(again, half, range(30, 60))
     assert all(torch.equal(p, whole[name]) for name, p in half.items())
@@ -75,7 +73,7 @@ def test_a_restored_master_goes_on_bit_for_bit():
 
 def test_a_parameter_without_a_gradient_is_left_alone():
     ours = parameters_of(torch.bfloat16)
-    before, optimizer = {name: p.detach().clone() for name, p in ours.items()}, adamw(ours, STAGE)
+    before, optimizer = {name: p.detach().clone() for name, p in ours.items()}, adamw(ours, **OPTIONS)
     ours["matrix"].grad = torch.ones_like(ours["matrix"])
     for group in optimizer.param_groups:
         group["lr"] = 0.1

@@ -1,5 +1,5 @@
-"""Rollouts: what the draws depend on, where a completion ends, places and decode_slots, the captured step, and agreement with
-training. The same for models of every family: tests/test_invariance.py."""
+"""Rollouts: what the draws depend on, where a completion ends, prompt and decode slots, the captured step, and agreement
+with training. The same for models of every family: tests/test_invariance.py."""
 import copy
 import gc
 import hashlib
@@ -106,19 +106,19 @@ def counted(monkeypatch, name, counter, key):
 
 def test_a_rollout_does_not_depend_on_the_other_rows_of_the_call(speaker):
     a, b, c = ask("What is this?", 1), ask("Is it a dog, a cat or an owl that we hear in this?"), ask("Hm", 2)
-    together = say(speaker, [a, b, c], n=3)
+    together = say(speaker, [a, b, c], num_samples=3)
     for conversation, answers in zip((a, b, c), together, strict=True):
-        alone = say(speaker, [conversation], n=3)[0]
+        alone = say(speaker, [conversation], num_samples=3)[0]
         assert [x.ids for x in alone] == [x.ids for x in answers]
         assert torch.allclose(*(torch.tensor(sum((x.logprobs for x in xs), ())) for xs in (alone, answers)), atol=2e-5)
-    assert ids_of([together[2], together[0]]) == ids_of(say(speaker, [c, a], n=3))
-    assert ids_of(say(speaker, [b], n=1))[0] == ids_of(together)[1][:1]  # sample 0 is the same whatever n is
+    assert ids_of([together[2], together[0]]) == ids_of(say(speaker, [c, a], num_samples=3))
+    assert ids_of(say(speaker, [b], num_samples=1))[0] == ids_of(together)[1][:1]  # sample 0 is the same whatever num_samples is
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_seed_step_key_or_sample_others(speaker):
     conversation = ask("What is this?", 1)
     first, again, seed, step, key = (
-        ids_of(say(speaker, [conversation], n=2, **options))[0]
+        ids_of(say(speaker, [conversation], num_samples=2, **options))[0]
         for options in ({}, {}, {"seed": 1}, {"step": 1}, {"keys": ["another"]})
     )
     assert first == again
@@ -154,7 +154,7 @@ def test_uniforms_lie_in_0_to_1_are_spread_evenly_and_do_not_depend_on_how_many_
 # ---- one draw ----
 
 
-def test_draws_have_the_models_probabilities_without_the_banned_ids():
+def test_draws_have_the_models_probabilities_without_the_suppressed_ids():
     logits_V, suppressed_ids = torch.tensor([1.0, -2.0, 3.0, 0.5, 2.0, -torch.inf, 9.0]), torch.tensor([0, 6])
     allowed = logits_V.index_fill(0, suppressed_ids, -torch.inf)
     u_B = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
@@ -167,7 +167,7 @@ def test_draws_have_the_models_probabilities_without_the_banned_ids():
 
 
 @pytest.mark.parametrize("u, expected", [(0.0, 1), (1 - 2**-53, 2)])
-def test_the_ends_of_the_unit_interval_never_draw_a_banned_or_impossible_id(u, expected):
+def test_the_ends_of_the_unit_interval_never_draw_a_suppressed_or_impossible_id(u, expected):
     logits_BV = torch.tensor([[5.0, 0.0, 0.0, -200.0, 5.0]])
     ids_B, _ = sample(logits_BV, torch.tensor([u], dtype=torch.float64), 1.0, torch.tensor([0, 4]))
     assert ids_B.item() == expected
@@ -197,7 +197,8 @@ def test_temperature_0_takes_the_largest_allowed_logit_at_every_position(speaker
         start = processor(conversation)
         ids_N = torch.cat([start.ids_N, torch.tensor(answer.ids)])
         hidden_ND = model(pack([Prompt(ids_N, positions(len(ids_N), start.media), start.media)]))
-        logits_TV = model.logits(hidden_ND[len(start) - 1:-1]).index_fill(1, torch.tensor(processor.suppressed_ids), -torch.inf)
+        logits_TV = model.logits(hidden_ND[len(start) - 1:-1])
+        logits_TV = logits_TV.index_fill(1, torch.tensor(processor.suppressed_ids), -torch.inf)
         assert logits_TV.argmax(-1).tolist() == list(answer.ids)
         logp_TV = logits_TV.log_softmax(-1)  # at temperature 1
         assert torch.allclose(torch.tensor(answer.logprobs), logp_TV.amax(-1), atol=2e-5)
@@ -208,7 +209,7 @@ def test_temperature_0_takes_the_largest_allowed_logit_at_every_position(speaker
 
 def test_a_completion_ends_with_the_end_of_turn_or_at_max_new_tokens_and_says_which(speaker):
     processor = speaker[1]
-    answers = sum(say(speaker, [ask("What is this?"), ask("Hm", 1)], n=40), [])
+    answers = sum(say(speaker, [ask("What is this?"), ask("Hm", 1)], num_samples=40), [])
     for completion in answers:
         assert processor.end_id not in completion.ids[:-1]
         assert completion.finished == (completion.ids[-1] == processor.end_id)
@@ -221,11 +222,11 @@ def test_a_completion_ends_with_the_end_of_turn_or_at_max_new_tokens_and_says_wh
 def test_a_stop_string_ends_a_completion_and_leaves_the_others_and_what_came_before_alone(speaker):
     decode = speaker[1].decode
     conversations = [ask("What is this?"), ask("Hm", 1)]
-    free, ended = sum(say(speaker, conversations, n=5), []), 0
+    free, ended = sum(say(speaker, conversations, num_samples=5), []), 0
     pairs = [decode(c.ids[i:i + 2]) for c in free for i in range(2, len(c.ids) - 3)]
     pairs = [pair for pair in pairs if pair.isascii() and pair.isprintable() and len(pair) == 2]  # of two tokens each
     stop = (pairs[0], pairs[-1], "no such text")
-    for before, after in zip(free, sum(say(speaker, conversations, n=5, stop=stop), []), strict=True):
+    for before, after in zip(free, sum(say(speaker, conversations, num_samples=5, stop=stop), []), strict=True):
         cut = next((i for i in range(1, len(before.ids)) if any(s in decode(before.ids[:i]) for s in stop)), None)
         assert after.ids == before.ids[:cut]
         assert after.logprobs == pytest.approx(before.logprobs[:cut], abs=2e-5)
@@ -240,13 +241,13 @@ def test_one_new_token_is_enough(speaker):
     assert len(completion.ids) == 1
 
 
-# ---- places and refills ----
+# ---- slots and refills ----
 
 
 @pytest.mark.parametrize("decode_slots", [4, 7, 10])
 def test_completions_that_share_slots_in_turn_are_those_of_all_at_once(speaker, decode_slots, monkeypatch):
     conversations, count = [heard(i) for i in range(6)], Counter()
-    options = dict(n=3, max_new_tokens=30, stop=("e", "o"))  # most end early, at different times
+    options = dict(num_samples=3, max_new_tokens=30, stop=("e", "o"))  # most end early, at different times
     at_once = flat(speaker, conversations, **options)
     counted(monkeypatch, "fill", count, lambda *_: 1)
     counted(monkeypatch, "step", count, lambda: 1)
@@ -261,17 +262,17 @@ def test_completions_that_share_slots_in_turn_are_those_of_all_at_once(speaker, 
 
 
 def test_a_shard_gives_the_same_bits_again(speaker):
-    runs = [flat(speaker, [heard(i) for i in range(5)], n=2, decode_slots=4, stop=("a",)) for _ in range(2)]
+    runs = [flat(speaker, [heard(i) for i in range(5)], num_samples=2, decode_slots=4, stop=("a",)) for _ in range(2)]
     assert runs[0] == runs[1]
 
 
 def test_a_row_gives_the_same_tokens_alone_and_in_any_batch(speaker):
     """At least 99 of 100 rows: rounding may turn a draw that falls on an edge. Which, is said."""
     conversations = [heard(i) for i in range(20)]
-    together = flat(speaker, conversations, n=5, max_new_tokens=16)
-    back = flat(speaker, conversations[::-1], n=5, max_new_tokens=16, decode_slots=15)
+    together = flat(speaker, conversations, num_samples=5, max_new_tokens=16)
+    back = flat(speaker, conversations[::-1], num_samples=5, max_new_tokens=16, decode_slots=15)
     back = [c for i in range(20) for c in back[5 * (19 - i):5 * (20 - i)]]
-    alone = [c for conversation in conversations for c in flat(speaker, [conversation], n=5, max_new_tokens=16)]
+    alone = [c for conversation in conversations for c in flat(speaker, [conversation], num_samples=5, max_new_tokens=16)]
     for name, others in (("alone", alone), ("backwards, in 15 decode_slots", back)):
         flipped = [i for i, (a, b) in enumerate(zip(together, others, strict=True)) if a.ids != b.ids]
         print(f"rows with other tokens {name}: {flipped}")
@@ -287,7 +288,7 @@ def test_a_clip_is_encoded_once_however_many_completions_and_steps_follow(kind, 
     conversations = [[{"role": "user", "content": [{"type": part, part: clip}]}] for clip in clips]
     seen, encode = [], model.encode
     monkeypatch.setattr(model, "encode", lambda kind, media: seen.extend(media) or encode(kind, media))
-    generate(model, processor, conversations, n=4, max_new_tokens=5, temperature=1.0, seed=0, decode_slots=4)
+    generate(model, processor, conversations, num_samples=4, max_new_tokens=5, temperature=1.0, seed=0, decode_slots=4)
     assert len(seen) == 3 == len({m.features.data_ptr() for m in seen})
 
 
@@ -296,7 +297,7 @@ def test_prompts_pass_the_decoder_once_and_completions_a_token_at_a_time(plain):
     widths, hook = [], model.model.register_forward_hook(lambda module, inputs, out: widths.append(len(out)))
     prompts = [processor(heard(i)) for i in range(3)]
     try:
-        flat(plain, [heard(i) for i in range(3)], n=4, max_new_tokens=6)
+        flat(plain, [heard(i) for i in range(3)], num_samples=4, max_new_tokens=6)
     finally:
         hook.remove()
     assert widths == [sum(map(len, prompts))] + [12] * 5
@@ -307,7 +308,7 @@ def test_prompts_pass_the_decoder_once_and_completions_a_token_at_a_time(plain):
 
 def test_64_rollouts_of_850_and_512_tokens_of_qwen2_audio_take_at_most_20_gib():
     sizes = read_config(json.loads(QWEN2_AUDIO.read_text())).text, 8, 850, 64, 512
-    cache = Cache(*sizes, device="meta", dtype=torch.bfloat16, backend="torch")
+    cache = Cache(pool_shapes(*sizes), device="meta", dtype=torch.bfloat16, backend="torch")
     assert sum(pool.nbytes for pool in cache.pools) == pool_bytes(*sizes, torch.bfloat16) <= 20 * 2**30
     assert pool_bytes(*sizes, torch.bfloat16) == (8 * 850 + 64 * 511) * 2 * 32 * 32 * 128 * 2  # by hand
     assert [pool.shape for pool in cache.pools] == list(pool_shapes(*sizes))
@@ -317,7 +318,7 @@ def test_a_rollouts_pools_hold_a_prompt_once_and_no_more_slots_than_asked(speake
     made, Whole = [], Cache
     monkeypatch.setattr(rollout, "Cache", lambda *args: made.append(Whole(*args)) or made[-1])
     longest = max(len(speaker[1](heard(i))) for i in range(4))
-    flat(speaker, [heard(i) for i in range(4)], n=3, decode_slots=7)
+    flat(speaker, [heard(i) for i in range(4)], num_samples=3, decode_slots=7)
     assert [tuple(pool.shape[2:]) for pool in made[0].pools] == [(2, 2, longest, 12), (6, 2, LENGTH - 1, 12)]
 
 
@@ -347,8 +348,8 @@ def test_a_step_looks_at_no_value(speaker):
 def test_a_step_keeps_every_tensor_where_it_is(speaker):
     model, processor = speaker
     prompts = [processor(heard(i)) for i in range(2)]
-    d = Decoder(model, 2, max(map(len, prompts)), 3, max_new_tokens=8, temperature=0.7, suppressed_ids=processor.suppressed_ids,
-                end_id=processor.end_id, backend="torch")  # fmt: skip
+    d = Decoder(model, 2, max(map(len, prompts)), 3, max_new_tokens=8, temperature=0.7,
+                suppressed_ids=processor.suppressed_ids, end_id=processor.end_id, backend="torch")
     with torch.inference_mode():
         d.fill(prompts, [1, 0], torch.rand(6, 8, dtype=torch.float64))
         before = {f"{type(o).__name__}.{name}": (x, x.data_ptr()) for o in (d, d.cache) for name, x in vars(o).items()
@@ -364,13 +365,14 @@ def test_a_step_keeps_every_tensor_where_it_is(speaker):
 @pytest.mark.parametrize("length", [1, 2, 8])
 def test_a_step_can_be_taken_before_there_is_a_prompt(plain, length):
     """As capture does, with whatever the pools' memory holds."""
-    d = Decoder(plain[0], 2, 30, 3, max_new_tokens=length, temperature=0.7, suppressed_ids=[1], end_id=-1, backend="torch")
+    d = Decoder(plain[0], 2, 30, 3, max_new_tokens=length, temperature=0.7, suppressed_ids=[1], end_id=-1,
+                backend="torch")
     with torch.inference_mode():
         d.step()
 
 
 def as_if_captured(monkeypatch):
-    """Steps in runs of SYNC, over whole pools, as when a graph is replayed."""
+    """Steps in runs of STEPS_PER_SYNC, over whole pools, as when a graph is replayed."""
     inner = Decoder.__init__
 
     def outer(self, *args, **options):
@@ -383,7 +385,7 @@ def as_if_captured(monkeypatch):
 @pytest.mark.parametrize("length", [1, 2, 9, 30])
 def test_looking_every_few_steps_changes_nothing(speaker, length, monkeypatch):
     conversations = [heard(i) for i in range(5)]
-    options = dict(n=2, max_new_tokens=length, stop=("e",), decode_slots=4)
+    options = dict(num_samples=2, max_new_tokens=length, stop=("e",), decode_slots=4)
     wanted = flat(speaker, conversations, **options)
     as_if_captured(monkeypatch)
     assert_same(flat(speaker, conversations, **options), wanted)
@@ -393,8 +395,18 @@ def test_looking_every_few_steps_changes_nothing(speaker, length, monkeypatch):
 def test_the_kernel_gives_the_tokens_of_its_twin(kind, tmp_path):
     speaker, conversations = build(tmp_path, kind, 3), [heard(1), heard(2)] if kind == "audio" else [
         [{"role": "user", "content": text}] for text in ("Hm", "What is it that we see here?")]  # fmt: skip
-    options = dict(n=2, max_new_tokens=4, decode_slots=2)
+    options = dict(num_samples=2, max_new_tokens=4, decode_slots=2)
     assert_same(flat(speaker, conversations, backend="triton", **options), flat(speaker, conversations, **options))
+
+
+def test_the_backend_is_the_models_unless_another_is_named(speaker, monkeypatch):
+    used, attention = [], rollout.decode_attention
+    monkeypatch.setattr(rollout, "decode_attention", lambda *args: used.append(args[-1]) or attention(*args))
+    monkeypatch.setattr(speaker[0], "backend", "triton")
+    for options, backend in (({}, "triton"), (dict(backend="torch"), "torch")):
+        say(speaker, [ask("Hm")], max_new_tokens=2, **options)
+        assert set(used) == {backend}
+        used.clear()
 
 
 @pytest.mark.gpu
@@ -402,7 +414,7 @@ def test_the_kernel_gives_the_tokens_of_its_twin(kind, tmp_path):
 def test_captured_steps_give_what_eager_ones_do(speaker, temperature):
     model, processor = copy.deepcopy(speaker[0]).cuda(), speaker[1]
     conversations = [heard(i) for i in range(6)]
-    options = dict(n=2, max_new_tokens=30, stop=("e",), decode_slots=4, temperature=temperature)
+    options = dict(num_samples=2, max_new_tokens=30, stop=("e",), decode_slots=4, temperature=temperature)
     assert_same(flat((model, processor), conversations, backend="triton", **options),
                 flat((model, processor), conversations, backend="torch", **options))
 
@@ -415,7 +427,7 @@ def test_64_rollouts_of_64_tokens_have_the_log_probabilities_that_training_compu
     model, processor = plain
     conversations = [heard(i) for i in range(8)]
     options = dict(max_new_tokens=64, temperature=temperature, seed=5, decode_slots=24)
-    answers = generate(model, processor, conversations, n=8, **options)
+    answers = generate(model, processor, conversations, num_samples=8, **options)
     suppressed_Z = torch.tensor(processor.suppressed_ids)
     for conversation, completions in zip(conversations, answers, strict=True):
         batch = pack([Group(processor(conversation), tuple(torch.tensor(c.ids) for c in completions))])
@@ -431,13 +443,13 @@ def test_sampled_frequencies_are_the_softmax(speaker, temperature):
     """Chi-square of the first token, and of the second after the most frequent first, at a fixed seed."""
     model, processor = speaker[0], copy.copy(speaker[1])
     processor.end_id, start = -1, processor(heard(1))
-    said = [c.ids for c in flat((model, processor), [heard(1)], n=4000, max_new_tokens=2, temperature=temperature)]
+    said = [c.ids for c in flat((model, processor), [heard(1)], num_samples=4000, max_new_tokens=2, temperature=temperature)]
     common = Counter(a for a, _ in said).most_common(1)[0][0]
     for drawn, more in (([a for a, _ in said], []), ([b for a, b in said if a == common], [common])):
         positions_3N = torch.cat([start.positions_3N, start.positions_3N[:, -1:] + 1], 1)[:, :len(start) + len(more)]
         batch = pack([Prompt(torch.cat([start.ids_N, torch.tensor(more).long()]), positions_3N, start.media)])
-        z_V = model.logits(model(batch)[-1:])[0].index_fill(0, torch.tensor(processor.suppressed_ids), -torch.inf) / temperature
-        expected_V, found_V = len(drawn) * z_V.double().softmax(0), torch.bincount(torch.tensor(drawn), minlength=340)
+        z_V = model.logits(model(batch)[-1:])[0].index_fill(0, torch.tensor(processor.suppressed_ids), -torch.inf)
+        expected_V, found_V = len(drawn) * (z_V / temperature).double().softmax(0), torch.bincount(torch.tensor(drawn), minlength=340)
         often = expected_V >= 5  # the others count as one
         expected, found = (torch.cat([x[often], x[~often].sum()[None]]) for x in (expected_V, found_V))
         freedom, chi2 = len(expected) - 1, ((found - expected) ** 2 / expected).sum().item()
@@ -449,15 +461,16 @@ def test_sampled_frequencies_are_the_softmax(speaker, temperature):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(n=0), "n must be at least 1, got 0"), (dict(n=-1), "n must be at least 1, got -1"),
+    (dict(num_samples=0), "num_samples must be at least 1, got 0"), (dict(num_samples=-1), "num_samples must be at least 1, got -1"),
     (dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
     *((dict(temperature=t), f"temperature must be 0 (greedy) or from 1e-06 to 1e+06, got {t}")
       for t in (-1.0, 1e-39, 1e39, float("nan"), float("inf"))),
     (dict(stop="</answer>"), "stop must be a list of strings, none of them empty, got '</answer>'"),
     (dict(stop=("x", "")), "stop must be a list of strings, none of them empty, got ('x', '')"),
     (dict(stop=[7]), "stop must be a list of strings, none of them empty, got [7]"),
-    (dict(n=3, decode_slots=2), "decode_slots must be at least n = 3, the completions of a prompt, got 2"),
-    (dict(decode_slots=0), "decode_slots must be at least n = 1, the completions of a prompt, got 0"),
+    (dict(num_samples=3, decode_slots=2),
+     "decode_slots must be at least num_samples = 3, the completions of a prompt, got 2"),
+    (dict(decode_slots=0), "decode_slots must be at least num_samples = 1, the completions of a prompt, got 0"),
     (dict(keys=["a"]), "keys must be one for each of the 2 conversations, got 1"),
     (dict(keys=["a", "b", "c"]), "keys must be one for each of the 2 conversations, got 3"),
     (dict(conversations=[]), "generate needs at least one conversation, got none"),
@@ -492,8 +505,8 @@ def test_decode_hands_out_the_logits_after_each_prompt_in_order(speaker):
     model, processor = speaker
     prompts, seen = [processor(heard(i)) for i in range(5)], []
     uniform_BT = torch.stack([uniforms(0, 0, str(i), 0, 6) for i in range(5)])
-    decode(model, processor, prompts, uniform_BT, max_new_tokens=6, temperature=1.0, suppressed_ids=processor.suppressed_ids, decode_slots=2,
-           on_prompts=seen.append)
+    decode(model, processor, prompts, uniform_BT, max_new_tokens=6, temperature=1.0,
+           suppressed_ids=processor.suppressed_ids, decode_slots=2, on_prompts=seen.append)
     batch = pack(prompts)
     wanted_BV = model.logits(model(batch)[[end - 1 for _, end in batch.spans]])
     torch.testing.assert_close(torch.cat(seen), wanted_BV, atol=2e-5, rtol=0)

@@ -1,5 +1,6 @@
 """Tiny models, ours and the reference's, every parameter re-randomised, and the same inputs for both sides."""
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,7 +11,9 @@ from minixmd.inputs.batch import Media, Prompt
 from minixmd.inputs.positions import grid_offsets, positions_of
 from minixmd.models.families import read_config
 from minixmd.models.head import CHUNK, CrossEntropy, head_loss
+from minixmd.models.lora import set_backend
 from minixmd.models.multimodal import MultimodalLM
+from minixmd.train import Trainer
 
 AUDIO_ID, VIDEO_ID = 90, 91  # placeholders inside a vocabulary of 97
 
@@ -28,8 +31,8 @@ def randomise(model, seed=0):
 
 def cross_entropy(hidden_ND, head_VD, batch, chunk=CHUNK, backend="torch"):
     """(loss, nll_T) of the batch's targets, by the head."""
-    objective = CrossEntropy(batch.target_id_T, batch.target_weight_T, backend)
-    loss, columns = head_loss(hidden_ND, head_VD, batch.target_row_T, objective, chunk)
+    row_loss = CrossEntropy(batch.target_id_T, batch.target_weight_T, backend)
+    loss, columns = head_loss(hidden_ND, head_VD, batch.target_row_T, row_loss, chunk)
     return loss, columns["nll"]
 
 
@@ -72,6 +75,16 @@ OMNI_AUDIO = dict(num_mel_bins=128, encoder_layers=2, d_model=36, encoder_attent
 def tiny_model(kind, kv=2, tie=False, seed=0, **more):
     """Our own model, all of whose parameters train."""
     return randomise(MultimodalLM(read_config(published_config(kind, kv, tie, **more))), seed)
+
+
+def trainer_of(stage, model, suppressed_ids=(), num_items=1, folder=None, log=None):
+    """A Trainer around a model that is there already. Of the processor it has only the suppressed ids."""
+
+    def load(path, *, device, dtype, backend):
+        set_backend(model, backend)
+        return model, SimpleNamespace(suppressed_ids=list(suppressed_ids))
+
+    return Trainer(stage, num_items, folder, log, load=load)
 
 
 def processor_of(folder, config, limit=4096):
