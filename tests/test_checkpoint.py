@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minixmd.config import Evaluate, Traces, Train
-from minixmd.runs import directory as checkpoint
-from minixmd.runs.directory import begin, fingerprint, finish, load_state, log_line, save_state, versions
+from minixmd.config import SFT, Evaluate, Traces
+from minixmd.runs import directory
+from minixmd.runs.directory import begin, fingerprint, finish, versions
 from minixmd.runs.files import write_json, write_safetensors, write_text
+from minixmd.runs.records import append_jsonl
+from minixmd.runs.state import load_state, save_state
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITERS = [(write_text, "new"), (write_json, {"new": 1}), (write_safetensors, {"new": torch.ones(3)})]
@@ -59,12 +61,12 @@ LIMITED = """
 import resource, sys, torch
 from pathlib import Path
 from minixmd.runs.files import write_text, write_safetensors
-from minixmd.runs.directory import log_line
+from minixmd.runs.records import append_jsonl
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # the system refuses to let a file grow, also for root
 folder = Path(sys.argv[1])
 for write in (lambda: write_text(folder / "text", "x" * 9999),
               lambda: write_safetensors(folder / "tensors", {"w": torch.zeros(9999)}),
-              lambda: log_line(folder, {"x": "x" * 9999})):
+              lambda: append_jsonl(folder / "log.jsonl", {"x": "x" * 9999})):
     try:
         write()
     except OSError as error:
@@ -72,6 +74,7 @@ for write in (lambda: write_text(folder / "text", "x" * 9999),
 """
 
 
+@pytest.mark.slow
 def test_a_write_that_the_system_cuts_short_names_the_path_and_leaves_no_part(tmp_path):
     done = subprocess.run([sys.executable, "-c", LIMITED, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -150,7 +153,7 @@ def test_a_file_of_another_origin_is_no_state(tmp_path):
 
 SAVING = """
 import sys, torch
-from minixmd.runs.directory import save_state
+from minixmd.runs.state import save_state
 step = 0
 while True:
     step += 1
@@ -159,6 +162,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_a_whole_state(tmp_path):
     moments = random.Random(0)
     for _ in range(3):
@@ -185,7 +189,7 @@ def world(tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text("{}")
     (tmp_path / "m" / "model.safetensors").write_bytes(b"weights")
-    stage = Train(name="student", objective="sft", model="m", manifest="d.jsonl")
+    stage = SFT(name="student", model="m", manifest="d.jsonl")
     return tmp_path / "runs", stage, {"model": tmp_path / "m", "manifest": tmp_path / "d.jsonl"}, tmp_path / "my.py"
 
 
@@ -201,7 +205,7 @@ def test_a_directory_records_what_made_it(world):
     folder = begin(*world)
     assert folder == run_dir / "student"
     config = json.loads((folder / "config.json").read_text())
-    assert (config["stage"], config["lr"], config["betas"]) == ("train", 1e-4, [0.9, 0.999])
+    assert (config["stage"], config["lr"], config["betas"]) == ("sft", 1e-4, [0.9, 0.999])
     assert (folder / "config.py").read_bytes() == source.read_bytes()
     assert json.loads((folder / "inputs.json").read_text()) == {n: fingerprint(p) for n, p in inputs.items()}
     found = json.loads((folder / "versions.json").read_text())
@@ -219,10 +223,10 @@ def test_a_finished_stage_is_skipped(world):
 
 def test_an_unfinished_stage_goes_on_with_what_it_wrote(world):
     folder = begin(*world)
-    log_line(folder, {"step": 1})
+    append_jsonl(folder / "log.jsonl", {"step": 1})
     save_state(folder, {"w": torch.ones(2)}, {"step": 1})
     assert begin(*world) == folder
-    log_line(folder, {"step": 2})
+    append_jsonl(folder / "log.jsonl", {"step": 2})
     assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [1, 2]
     assert load_state(folder)[1] == {"step": 1}
 
@@ -266,7 +270,7 @@ def test_a_stage_of_another_kind_shows_fields_that_only_one_has(world):
     run_dir, _, inputs, source = world
     begin(*world)
     said = refusal(run_dir, Evaluate(name="student", model="m", manifest="d.jsonl"), inputs, source)
-    assert 'stage "train" -> "evaluate"' in said and "batch_tokens (no such field) -> 8192" in said
+    assert 'stage "sft" -> "evaluate"' in said and "batch_tokens (no such field) -> 8192" in said
     assert "lr 0.0001 -> (no such field)" in said and "seed" not in said
 
 
@@ -325,7 +329,7 @@ def test_a_start_that_was_killed_starts_again(world, monkeypatch, last):
 
 def test_what_a_kill_left_behind_is_cleared_away(world, capsys):
     folder = begin(*world)
-    log_line(folder, {"step": 1})
+    append_jsonl(folder / "log.jsonl", {"step": 1})
     with open(folder / "log.jsonl", "a") as file:
         file.write('{"step": ')  # a line that a kill cut short
     (folder / "best").mkdir()
@@ -333,7 +337,7 @@ def test_what_a_kill_left_behind_is_cleared_away(world, capsys):
     capsys.readouterr()
     begin(*world)
     assert capsys.readouterr().err == f"{folder / 'log.jsonl'}: dropped the last line, cut short after 9 bytes\n"
-    log_line(folder, {"step": 2})
+    append_jsonl(folder / "log.jsonl", {"step": 2})
     assert (folder / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
     begin(*world)
     assert capsys.readouterr().err == ""
@@ -356,9 +360,9 @@ def test_a_small_file_is_read_whole(tmp_path):
 
 
 def test_a_large_file_is_known_by_its_size_and_by_blocks_from_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "WHOLE_BYTES", 1000)
-    monkeypatch.setattr(checkpoint, "SAMPLES", 5)
-    monkeypatch.setattr(checkpoint, "SAMPLE_BYTES", 10)
+    monkeypatch.setattr(directory, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(directory, "SAMPLES", 5)
+    monkeypatch.setattr(directory, "SAMPLE_BYTES", 10)
     data = bytes(random.Random(0).randbytes(2000))
     path = tmp_path / "a"
 
@@ -394,16 +398,16 @@ def test_versions_tell_a_changed_checkout_from_a_clean_one(tmp_path, monkeypatch
         subprocess.run(["git", "-C", tmp_path, "-c", "user.name=t", "-c", "user.email=t@t", *command], check=True,
                        capture_output=True)
 
-    assert checkpoint._git(tmp_path) == (None, None)
+    assert directory._git(tmp_path) == (None, None)
     git("init")
     (tmp_path / "a").write_text("1")
     git("add", ".")
     git("commit", "-m", "first")
-    commit, dirty = checkpoint._git(tmp_path)
+    commit, dirty = directory._git(tmp_path)
     assert len(commit) == 40 and dirty is False
     (tmp_path / "a").write_text("2")
-    assert checkpoint._git(tmp_path) == (commit, True)
+    assert directory._git(tmp_path) == (commit, True)
     (tmp_path / "venv").mkdir()
-    assert checkpoint._git(tmp_path / "venv") == (None, None)  # inside another project's checkout
+    assert directory._git(tmp_path / "venv") == (None, None)  # inside another project's checkout
     monkeypatch.setenv("PATH", "")
-    assert checkpoint._git(tmp_path) == (None, None)
+    assert directory._git(tmp_path) == (None, None)
