@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 
 from minixmd import config
-from minixmd.config import Evaluate, Label, Report, Switch, Toy, Train
-from minixmd.config import load as configfile
+from minixmd.config import GRPO, SFT, TRAINING, Distill, Evaluate, FactCheck, Label, Report, Switch, Toy, Traces, Train
+from minixmd.config import load
 from minixmd.config.load import load_config
 from minixmd.config.prompts import PROMPT, THINK_PROMPT
 from minixmd.config.references import check_files, input_paths, references, resolve
 from minixmd.config.schema import ConfigError, check_types, parse_field, stage
 
 EVALUATE = dict(name="before", model="m", manifest="d.jsonl")
-TRAIN = dict(name="student", objective="sft", model="m", manifest="d.jsonl")
-DISTILL = {**TRAIN, "objective": "distill", "teacher_labels": "t.jsonl"}
-GRPO = {**TRAIN, "objective": "grpo"}
+TRAIN = dict(name="student", model="m", manifest="d.jsonl")
+DISTILL = {**TRAIN, "teacher_labels": "t.jsonl"}
+GIVEN = {Distill: DISTILL, SFT: TRAIN, GRPO: TRAIN}  # what each cannot do without
 
 
 @pytest.fixture
@@ -43,10 +43,10 @@ def message(build, *args, **kwargs):
 
 
 def test_a_stage_is_frozen_and_survives_json():
-    train = Train(**TRAIN)
+    stage = SFT(**TRAIN)
     with pytest.raises(FrozenInstanceError):
-        train.lr = 1.0
-    assert json.loads(json.dumps(asdict(train)))["betas"] == [0.9, 0.999]
+        stage.lr = 1.0
+    assert json.loads(json.dumps(asdict(stage)))["betas"] == [0.9, 0.999]
 
 
 def test_every_field_carries_a_comment_or_is_named_by_its_stage():
@@ -59,8 +59,8 @@ def test_every_field_carries_a_comment_or_is_named_by_its_stage():
 
 
 def test_an_unknown_field_is_answered_with_the_nearest():
-    said = message(Train, **TRAIN, batch_sise=4)
-    assert said == "config: train 'student' has no field 'batch_sise'; did you mean 'batch_size'?"
+    said = message(SFT, **TRAIN, batch_sise=4)
+    assert said == "config: sft 'student' has no field 'batch_sise'; did you mean 'batch_size'?"
 
 
 def test_an_unknown_field_like_no_other_is_named_alone():
@@ -72,6 +72,69 @@ def test_a_field_that_is_not_given_is_named():
     assert message(Evaluate, model="m", manifest="d") == "config: evaluate needs 'name'"
 
 
+FACTCHECK = dict(name="f", traces="t", manifest="d", model="m")
+SWITCH = dict(name="w", teacher="t", student="s", manifest="m", train_manifest="t")
+OLD_NAMES = [
+    (SFT, TRAIN, "impl", "backend", "torch"), (Label, EVALUATE, "impl", "backend", "torch"),
+    (Evaluate, EVALUATE, "n", "num_samples", "3"), (Traces, EVALUATE, "n", "num_samples", "3"),
+    (SFT, TRAIN, "which", "trace_filter", "first"),
+    (FactCheck, FACTCHECK, "which", "trace_filter", "all"),
+    (GRPO, TRAIN, "slots", "decode_slots", "64"), (Traces, EVALUATE, "slots", "decode_slots", "64"),
+    (Distill, DISTILL, "warmup", "warmup_ratio", "0.5"),
+    (Switch, SWITCH, "warmup", "warmup_ratio", "0.5"),
+    (SFT, TRAIN, "clip", "max_grad_norm", "2.0"), (Traces, EVALUATE, "key_variable", "api_key_env", "KEY"),
+    (FactCheck, FACTCHECK, "wait_s", "retry_backoff_s", "2.0"),
+]
+
+
+@pytest.mark.parametrize("cls, base, old, new, text", OLD_NAMES, ids=lambda x: getattr(x, "__name__", None))
+def test_a_field_of_older_configs_is_answered_with_its_new_name(write, cls, base, old, new, text):
+    kind = cls.__name__.lower()
+    said = f"has no field {old!r}; it is now called {new!r}"
+    assert message(cls, **base, **{old: text}) == f"config: {kind} {base['name']!r} {said}"
+    path = write(f"stages = [{cls.__name__}(**{base})]")
+    assert message(load_config, path, [f"{base['name']}.{old}={text}"]) == f"config: {kind} {base['name']!r} {said}"
+    assert message(load_config, path, [f"{old}={text}"]) == (
+        f"config: no stage has a field {old!r}; it is now called {new!r}")
+
+
+@pytest.mark.parametrize("objective, now", [("distill", "Distill"), ("sft", "SFT"), ("grpo", "GRPO"),
+                                            ("sfd", "Distill, SFT or GRPO"), (None, "Distill, SFT or GRPO")])
+def test_the_stage_that_was_all_three_is_answered_with_the_class_of_its_objective(write, objective, now):
+    said = (f"config: Train(objective={objective!r}, …) is now {now}(…), without objective; each has only its own "
+            "fields")
+    assert message(Train, **TRAIN, objective=objective, teacher_labels="t", impl="torch") == said
+    path = write(f"stages = [\n    Train(name='s', objective={objective!r}, model='m', manifest='d', slots=3)]")
+    assert message(load_config, path) == f"{said} ({path}:3)"
+
+
+@pytest.mark.parametrize("cls, field, value, owners", [
+    (SFT, "beta", 0.1, "GRPO"),  # and not betas, which is spelt like it
+    (SFT, "group_size", 4, "GRPO"), (SFT, "decode_slots", 64, "Traces, GRPO"),
+    (SFT, "teacher_labels", "@t", "Distill, GRPO"), (SFT, "student_labels", "@s", "Distill"),
+    (SFT, "switch", "@w", "Distill, Report"), (SFT, "gate", "never", "Distill"), (SFT, "teacher_loss", "kl", "Distill"),
+    (SFT, "temperature", 2.0, "Evaluate, Label, Traces, Distill, GRPO"),
+    (Distill, "traces", "t.jsonl", "Evaluate, FactCheck, SFT, Report"), (Distill, "beta", 0.0, "GRPO"),
+    (Distill, "truncated", "mask", "GRPO"), (GRPO, "student_labels", "@s", "Distill"),
+    (GRPO, "switch", "@w", "Distill, Report"), (GRPO, "teacher_loss", "kl", "Distill"),
+    (Label, "answer", "generate", "Evaluate"),
+])
+def test_a_field_of_another_stage_is_answered_with_the_stages_that_have_it(cls, field, value, owners):
+    base = GIVEN.get(cls, EVALUATE)
+    assert message(cls, **base, **{field: value}) == (
+        f"config: {cls.__name__.lower()} {base['name']!r} has no field {field!r}; it is a field of {owners}")
+
+
+@pytest.mark.parametrize("cls", TRAINING)
+def test_a_way_to_train_refuses_every_field_that_only_the_others_have(cls):
+    own = {field.name for field in fields(cls)}
+    others = {field.name: other for other in TRAINING for field in fields(other) if field.name not in own}
+    assert len(others) > 5
+    for name, other in others.items():
+        said = message(cls, **GIVEN[cls], **{name: getattr(other(**GIVEN[other]), name)})
+        assert f"has no field {name!r}; it is a field of " in said and other.__name__ in said
+
+
 @pytest.mark.parametrize("given, said", [
     (dict(lr="fast"), "lr must be a float, got 'fast'"),
     (dict(lr=True), "lr must be a float, got True"),
@@ -81,7 +144,7 @@ def test_a_field_that_is_not_given_is_named():
     (dict(epochs=1.0), "epochs must be an int, got 1.0"),
     (dict(epochs=True), "epochs must be an int, got True"),
     (dict(max_steps="5"), "max_steps must be an int or None, got '5'"),
-    (dict(switch=3), "switch must be a str or None, got 3"),
+    (dict(traces=3), "traces must be a str or None, got 3"),
     (dict(manifest=Path("d.jsonl")), f"manifest must be a str, got {Path('d.jsonl')!r}"),
     (dict(betas=0.9), "betas must be 2 floats, got 0.9"),
     (dict(betas=(0.9,)), "betas must be 2 floats, got (0.9,)"),
@@ -91,12 +154,12 @@ def test_a_field_that_is_not_given_is_named():
     (dict(name=".."), "name must be letters, digits, '_' and '-', got '..'"),
 ])
 def test_a_value_of_the_wrong_type_is_refused(given, said):
-    assert message(Train, **{**TRAIN, **given}) == f"config: {said}"
+    assert message(SFT, **{**TRAIN, **given}) == f"config: {said}"
 
 
 def test_an_int_stands_for_a_float_and_a_list_for_a_tuple():
-    train = Train(**TRAIN, lr=1, betas=[0, 0.5])
-    assert (train.lr, type(train.lr), train.betas) == (1.0, float, (0.0, 0.5))
+    stage = SFT(**TRAIN, lr=1, betas=[0, 0.5])
+    assert (stage.lr, type(stage.lr), stage.betas) == (1.0, float, (0.0, 0.5))
 
 
 def test_report_tables_are_dicts_of_dicts_of_str():
@@ -104,133 +167,123 @@ def test_report_tables_are_dicts_of_dicts_of_str():
         assert message(Report, tables=wrong) == f"config: tables must be a dict of dicts of str, got {wrong!r}"
 
 
-@pytest.mark.parametrize("given, said", [
-    (dict(objective="sfd"), "objective must be 'sft', 'distill' or 'grpo', got 'sfd'"),
-    (dict(media="text"), "media must be 'audio', 'video', 'both' or 'sounded', got 'text'"),
-    (dict(device="gpu"), "device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
-    (dict(dtype="fp32"), "dtype must be 'float32', 'bfloat16' or 'float16', got 'fp32'"),
-    (dict(trainable="all"), "trainable must be 'lora', 'decoder' or 'full', got 'all'"),
-    (dict(lr=0.0), "lr must be > 0, got 0.0"),
-    (dict(epochs=0), "epochs must be >= 1, got 0"),
-    (dict(max_steps=0), "max_steps must be >= 1, got 0"),
-    (dict(lora_rank=0), "lora_rank must be >= 1, got 0"),
-    (dict(lora_alpha=0), "lora_alpha must be > 0, got 0.0"),
-    (dict(batch_size=0), "batch_size must be >= 1, got 0"),
-    (dict(micro_batch_size=0), "micro_batch_size must be >= 1, got 0"),
-    (dict(warmup_ratio=1.5), "warmup_ratio must be <= 1, got 1.5"),
-    (dict(warmup_ratio=-0.1), "warmup_ratio must be >= 0, got -0.1"),
-    (dict(weight_decay=-1.0), "weight_decay must be >= 0, got -1.0"),
-    (dict(clip=-1.0), "clip must be >= 0, got -1.0"),
-    (dict(eps=0.0), "eps must be > 0, got 0.0"),
-    (dict(betas=(0.9, 1.0)), "betas must be >= 0 and < 1, got (0.9, 1.0)"),
-    (dict(save_every=-1), "save_every must be >= 0, got -1"),
-    (dict(eval_every=-1), "eval_every must be >= 0, got -1"),
-    (dict(fps=0.0), "fps must be > 0, got 0.0"),
-    (dict(nframes=1), "nframes must be >= 2, got 1"),
-    (dict(max_bad=1.1), "max_bad must be <= 1, got 1.1"),
-    (dict(max_bad=-0.1), "max_bad must be >= 0, got -0.1"),
-    (dict(min_pixels=0), "min_pixels must be >= 1, got 0"),
-    (dict(seed=-1), "seed must be >= 0, got -1"),
-    ({**DISTILL, "temperature": 0.0}, "temperature must be > 0, got 0.0"),
-    ({**GRPO, "temperature": 0.0}, "temperature must be > 0, got 0.0"),
-    ({**GRPO, "group_size": 1}, "group_size must be >= 2, got 1"),
-    ({**GRPO, "max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
-    ({**GRPO, "beta": -0.1}, "beta must be >= 0, got -0.1"),
-    ({**GRPO, "kl": "k2"}, "kl must be 'k3' or 'k1', got 'k2'"),
-    ({**GRPO, "clip_low": 1.1}, "clip_low must be <= 1, got 1.1"),
-    ({**GRPO, "clip_low": -0.1}, "clip_low must be >= 0, got -0.1"),
-    ({**GRPO, "clip_high": -0.1}, "clip_high must be >= 0, got -0.1"),
-    ({**GRPO, "ratio": "word"}, "ratio must be 'token' or 'sequence', got 'word'"),
-    ({**GRPO, "aggregation": "mean"}, "aggregation must be 'sequence', 'token' or 'constant', got 'mean'"),
-    ({**GRPO, "scale_rewards": "batch"}, "scale_rewards must be 'std' or 'none', got 'batch'"),
-    ({**GRPO, "truncated": "drop"}, "truncated must be 'keep' or 'mask', got 'drop'"),
-    ({**GRPO, "zero_variance": "drop"}, "zero_variance must be 'keep' or 'skip', got 'drop'"),
-    ({**GRPO, "num_iterations": 0}, "num_iterations must be >= 1, got 0"),
-    ({**GRPO, "completions_every": -1}, "completions_every must be >= 0, got -1"),
+@pytest.mark.parametrize("cls, given, said", [
+    (SFT, dict(media="text"), "media must be 'audio', 'video', 'both' or 'sounded', got 'text'"),
+    (SFT, dict(device="gpu"), "device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
+    (SFT, dict(dtype="fp32"), "dtype must be 'float32', 'bfloat16' or 'float16', got 'fp32'"),
+    (SFT, dict(trainable="all"), "trainable must be 'lora', 'decoder' or 'full', got 'all'"),
+    (SFT, dict(lr=0.0), "lr must be > 0, got 0.0"),
+    (SFT, dict(epochs=0), "epochs must be >= 1, got 0"),
+    (SFT, dict(max_steps=0), "max_steps must be >= 1, got 0"),
+    (SFT, dict(lora_rank=0), "lora_rank must be >= 1, got 0"),
+    (SFT, dict(lora_alpha=0), "lora_alpha must be > 0, got 0.0"),
+    (SFT, dict(batch_size=0), "batch_size must be >= 1, got 0"),
+    (SFT, dict(micro_batch_size=0), "micro_batch_size must be >= 1, got 0"),
+    (SFT, dict(warmup_ratio=1.5), "warmup_ratio must be <= 1, got 1.5"),
+    (SFT, dict(warmup_ratio=-0.1), "warmup_ratio must be >= 0, got -0.1"),
+    (SFT, dict(weight_decay=-1.0), "weight_decay must be >= 0, got -1.0"),
+    (SFT, dict(max_grad_norm=-1.0), "max_grad_norm must be >= 0, got -1.0"),
+    (SFT, dict(eps=0.0), "eps must be > 0, got 0.0"),
+    (SFT, dict(betas=(0.9, 1.0)), "betas must be >= 0 and < 1, got (0.9, 1.0)"),
+    (SFT, dict(save_every=-1), "save_every must be >= 0, got -1"),
+    (SFT, dict(eval_every=-1), "eval_every must be >= 0, got -1"),
+    (SFT, dict(fps=0.0), "fps must be > 0, got 0.0"),
+    (SFT, dict(nframes=1), "nframes must be >= 2, got 1"),
+    (SFT, dict(max_bad=1.1), "max_bad must be <= 1, got 1.1"),
+    (SFT, dict(max_bad=-0.1), "max_bad must be >= 0, got -0.1"),
+    (SFT, dict(min_pixels=0), "min_pixels must be >= 1, got 0"),
+    (SFT, dict(seed=-1), "seed must be >= 0, got -1"),
+    (Distill, {"temperature": 0.0}, "temperature must be > 0, got 0.0"),
+    (GRPO, {"temperature": 0.0}, "temperature must be > 0, got 0.0"),
+    (GRPO, {"group_size": 1}, "group_size must be >= 2, got 1"),
+    (GRPO, {"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
+    (GRPO, {"beta": -0.1}, "beta must be >= 0, got -0.1"),
+    (GRPO, {"kl": "k2"}, "kl must be 'k3' or 'k1', got 'k2'"),
+    (GRPO, {"clip_low": 1.1}, "clip_low must be <= 1, got 1.1"),
+    (GRPO, {"clip_low": -0.1}, "clip_low must be >= 0, got -0.1"),
+    (GRPO, {"clip_high": -0.1}, "clip_high must be >= 0, got -0.1"),
+    (GRPO, {"ratio": "word"}, "ratio must be 'token' or 'sequence', got 'word'"),
+    (GRPO, {"aggregation": "mean"}, "aggregation must be 'sequence', 'token' or 'constant', got 'mean'"),
+    (GRPO, {"scale_rewards": "batch"}, "scale_rewards must be 'std' or 'none', got 'batch'"),
+    (GRPO, {"truncated": "drop"}, "truncated must be 'keep' or 'mask', got 'drop'"),
+    (GRPO, {"zero_variance": "drop"}, "zero_variance must be 'keep' or 'skip', got 'drop'"),
+    (GRPO, {"num_iterations": 0}, "num_iterations must be >= 1, got 0"),
+    (GRPO, {"completions_every": -1}, "completions_every must be >= 0, got -1"),
 ])
-def test_a_value_out_of_range_is_refused(given, said):
-    assert message(Train, **{**TRAIN, **given}) == f"config: {said}"
+def test_a_value_out_of_range_is_refused(cls, given, said):
+    assert message(cls, **{**GIVEN[cls], **given}) == f"config: {said}"
 
 
-@pytest.mark.parametrize("given, said", [
-    (dict(objective="distill"), "objective 'distill' needs teacher_labels, got None"),
-    (dict(teacher_labels="@t"), "objective 'sft' does not use teacher_labels, got '@t'"),
-    (dict(student_labels="@s"), "objective 'sft' does not use student_labels, got '@s'"),
-    (dict(switch="@w"), "objective 'sft' does not use switch, got '@w'"),
-    (dict(gate="never"), "objective 'sft' does not use gate, got 'never'"),
-    (dict(teacher_loss="kl"), "objective 'sft' does not use teacher_loss, got 'kl'"),
-    (dict(temperature=2.0), "objective 'sft' does not use temperature, got 2.0"),
-    (dict(group_size=4), "objective 'sft' does not use group_size, got 4"),
-    (dict(max_new_tokens=64), "objective 'sft' without traces does not use max_new_tokens, got 64"),
-    ({**DISTILL, "traces": "t.jsonl"}, "objective 'distill' does not use traces, got 't.jsonl'"),
-    ({**DISTILL, "beta": 0.0}, "objective 'distill' does not use beta, got 0.0"),
-    ({**DISTILL, "truncated": "mask"}, "objective 'distill' does not use truncated, got 'mask'"),
-    ({**GRPO, "student_labels": "@s"}, "objective 'grpo' does not use student_labels, got '@s'"),
-    ({**GRPO, "gate": "learned", "switch": "@w"}, "objective 'grpo' does not use switch, got '@w'"),
-    ({**GRPO, "teacher_loss": "kl"}, "objective 'grpo' does not use teacher_loss, got 'kl'"),
-    ({**GRPO, "decode_slots": 7}, "decode_slots 7 is below group_size 8"),
-    ({**GRPO, "stop": ("",)}, "a stop string must not be empty, got ''"),
-    (dict(decode_slots=64), "objective 'sft' does not use decode_slots, got 64"),
-    ({**GRPO, "beta": 0, "kl": "k1"}, "beta 0.0 does not use kl, got 'k1'"),
-    ({**GRPO, "batch_size": 6, "micro_batch_size": 4}, "batch_size 6 is not a multiple of micro_batch_size 4"),
-    ({**DISTILL, "student_labels": "@s"}, "gate 'always' does not use student_labels, got '@s'"),
-    ({**DISTILL, "gate": "never"}, "gate 'never' needs student_labels, got None"),
-    ({**DISTILL, "gate": "never", "student_labels": "@s"}, "gate 'never' does not use teacher_labels, got 't.jsonl'"),
-    ({**DISTILL, "gate": "never", "student_labels": "@s", "teacher_labels": None, "teacher_loss": "kl"},
+@pytest.mark.parametrize("cls, given, said", [
+    (Distill, {"teacher_labels": None}, "distill needs teacher_labels, got None"),
+    (SFT, dict(max_new_tokens=64), "sft without traces does not use max_new_tokens, got 64"),
+    (SFT, dict(trace_filter="first"), "sft without traces does not use trace_filter, got 'first'"),
+    (GRPO, {"decode_slots": 7}, "decode_slots 7 is below group_size 8"),
+    (GRPO, {"stop": ("",)}, "a stop string must not be empty, got ''"),
+    (GRPO, {"beta": 0, "kl": "k1"}, "beta 0.0 does not use kl, got 'k1'"),
+    (GRPO, {"batch_size": 6, "micro_batch_size": 4}, "batch_size 6 is not a multiple of micro_batch_size 4"),
+    (Distill, {"student_labels": "@s"}, "gate 'always' does not use student_labels, got '@s'"),
+    (Distill, {"gate": "never"}, "gate 'never' needs student_labels, got None"),
+    (Distill, {"gate": "never", "student_labels": "@s"}, "gate 'never' does not use teacher_labels, got 't.jsonl'"),
+    (Distill, {"gate": "never", "student_labels": "@s", "teacher_labels": None, "teacher_loss": "kl"},
      "gate 'never' does not use teacher_loss, got 'kl'"),
-    ({**DISTILL, "gate": "oracle"}, "gate 'oracle' with switch None: 'learned' and 'oracle' need a switch, 'always' "
-                                    "and 'never' none"),
-    ({**DISTILL, "switch": "@w"}, "gate 'always' with switch '@w': 'learned' and 'oracle' need a switch, 'always' "
-                                  "and 'never' none"),
-    (dict(trainable="full", dtype="float16"), "trainable 'full' needs dtype 'float32' or 'bfloat16', got 'float16'"),
-    (dict(trainable="decoder", dtype="float16"), "trainable 'decoder' needs dtype 'float32' or 'bfloat16', got "
-                                                 "'float16'"),
-    ({**GRPO, "dtype": "float16"}, "objective 'grpo' needs dtype 'float32' or 'bfloat16', got 'float16'"),
-    (dict(batch_size=32, micro_batch_size=5), "batch_size 32 is not a multiple of micro_batch_size 5"),
-    (dict(min_pixels=9, max_pixels=8), "min_pixels 9 is more than max_pixels 8"),
-    (dict(eval_every=10), "eval_every 10 needs val_manifest, got None"),
-    (dict(lora_targets="("), "lora_targets '(' is no regular expression: "
-                             "missing ), unterminated subpattern at position 0"),
+    (Distill, {"gate": "oracle"},
+     "gate 'oracle' with switch None: 'learned' and 'oracle' need a switch, 'always' and 'never' none"),
+    (Distill, {"switch": "@w"},
+     "gate 'always' with switch '@w': 'learned' and 'oracle' need a switch, 'always' and 'never' none"),
+    (SFT, dict(trainable="full", dtype="float16"),
+     "trainable 'full' needs dtype 'float32' or 'bfloat16', got 'float16'"),
+    (SFT, dict(trainable="decoder", dtype="float16"),
+     "trainable 'decoder' needs dtype 'float32' or 'bfloat16', got 'float16'"),
+    (GRPO, {"dtype": "float16"}, "grpo needs dtype 'float32' or 'bfloat16', got 'float16'"),
+    (SFT, dict(batch_size=32, micro_batch_size=5), "batch_size 32 is not a multiple of micro_batch_size 5"),
+    (SFT, dict(min_pixels=9, max_pixels=8), "min_pixels 9 is more than max_pixels 8"),
+    (SFT, dict(eval_every=10), "eval_every 10 needs val_manifest, got None"),
+    (SFT, dict(lora_targets="("),
+     "lora_targets '(' is no regular expression: missing ), unterminated subpattern at position 0"),
 ])
-def test_a_contradiction_names_both_values(given, said):
-    assert message(Train, **{**TRAIN, **given}) == f"config: {said}"
+def test_a_contradiction_names_both_values(cls, given, said):
+    assert message(cls, **{**GIVEN[cls], **given}) == f"config: {said}"
 
 
 def test_the_ends_of_a_range_are_allowed():
-    Train(**TRAIN, warmup_ratio=1.0, max_bad=1.0, clip=0.0, weight_decay=0.0, epochs=1, min_pixels=9, max_pixels=9, nframes=2)
-    Train(**TRAIN, warmup_ratio=0.0, max_bad=0.0, max_steps=1, batch_size=1, micro_batch_size=1, save_every=0, betas=(0, 0))
+    SFT(**TRAIN, warmup_ratio=1.0, max_bad=1.0, max_grad_norm=0.0, weight_decay=0.0, epochs=1, min_pixels=9,
+        max_pixels=9, nframes=2)
+    SFT(**TRAIN, warmup_ratio=0.0, max_bad=0.0, max_steps=1, batch_size=1, micro_batch_size=1, save_every=0,
+        betas=(0, 0))
 
 
 def test_a_switch_without_student_labels_is_allowed():
-    assert Train(**DISTILL, switch="@w", gate="learned").student_labels is None
+    assert Distill(**DISTILL, switch="@w", gate="learned").student_labels is None
 
 
 def test_a_gate_that_never_follows_the_teacher_needs_no_teacher():
-    assert Train(name="t", objective="distill", model="m", manifest="d", gate="never",
-                 student_labels="@s").teacher_labels is None
+    assert Distill(**TRAIN, gate="never", student_labels="@s").teacher_labels is None
 
 
 @pytest.mark.parametrize("trainable, dtypes", [("lora", "float32 bfloat16 float16"), ("decoder", "float32 bfloat16"),
                                                ("full", "float32 bfloat16")])
 def test_adapters_train_beside_any_weights_and_the_others_in_float32_or_bfloat16(trainable, dtypes):
     for dtype in dtypes.split():
-        assert Train(**TRAIN, trainable=trainable, dtype=dtype).trainable == trainable
+        assert SFT(**TRAIN, trainable=trainable, dtype=dtype).trainable == trainable
 
 
-def test_prompt_and_temperature_default_by_objective_and_survive_a_copy():
-    for base, prompt, temperature in ((TRAIN, PROMPT, None), (DISTILL, PROMPT, 2.0), (GRPO, THINK_PROMPT, 1.0)):
-        for made in (Train(**base), replace(Train(**base), seed=3)):
-            assert (made.prompt, made.temperature) == (prompt, temperature)
-        assert Train(**base, prompt="{options}").prompt == "{options}"
+def test_prompt_and_temperature_default_by_stage_and_survive_a_copy():
+    for cls, more, prompt, temperature in ((SFT, {}, PROMPT, None), (SFT, {"traces": "t.jsonl"}, THINK_PROMPT, None),
+                                           (Distill, {}, PROMPT, 2.0), (GRPO, {}, THINK_PROMPT, 1.0)):
+        stage = cls(**GIVEN[cls], **more)
+        for made in (stage, replace(stage, seed=3)):
+            assert (made.prompt, getattr(made, "temperature", None)) == (prompt, temperature)
+        assert cls(**GIVEN[cls], **more, prompt="{options}").prompt == "{options}"
 
 
 def test_grpo_has_the_papers_defaults():
-    grpo = Train(**GRPO)
+    grpo = GRPO(**TRAIN)
     assert (grpo.group_size, grpo.beta, grpo.temperature, grpo.kl, grpo.ratio) == (8, 0.04, 1.0, "k3", "token")
     assert (grpo.aggregation, grpo.scale_rewards, grpo.truncated, grpo.zero_variance) == ("sequence", "std", "keep",
                                                                                           "keep")
     assert grpo.clip_low == grpo.clip_high == 0.2 and grpo.num_iterations == 1
-    assert Train(**GRPO, teacher_labels="@t", beta=0.0, clip_low=1.0, group_size=2).kl == "k3"
+    assert GRPO(**TRAIN, teacher_labels="@t", beta=0.0, clip_low=1.0, group_size=2).kl == "k3"
 
 
 @pytest.mark.parametrize("prompt, said", [
@@ -242,7 +295,7 @@ def test_grpo_has_the_papers_defaults():
     ("{options:d}", "prompt '{options:d}' is no format string: Unknown format code 'd' for object of type 'str'"),
     ("{options:{width}}", "prompt '{options:{width}}' is no format string: 'width'"),
 ])
-@pytest.mark.parametrize("cls, base", [(Evaluate, EVALUATE), (Label, EVALUATE), (Train, TRAIN)])
+@pytest.mark.parametrize("cls, base", [(Evaluate, EVALUATE), (Label, EVALUATE), (SFT, TRAIN), (GRPO, TRAIN)])
 def test_a_wrong_prompt_is_refused(cls, base, prompt, said):
     assert message(cls, **base, prompt=prompt) == f"config: {said}"
 
@@ -254,11 +307,10 @@ def test_the_default_prompt_and_doubled_braces_are_allowed():
 
 def test_label_asks_with_the_fields_and_defaults_of_evaluate_but_scores_letters_only():
     evaluate, label = ({f.name: (f.type, f.default) for f in fields(cls)} for cls in (Evaluate, Label))
-    own = {"answer", "max_new_tokens", "rule", "n", "stop", "traces"}, {"top_k"}
+    own = {"answer", "max_new_tokens", "rule", "num_samples", "stop", "traces"}, {"top_k"}
     assert (evaluate.keys() - label.keys(), label.keys() - evaluate.keys()) == own
     shared = evaluate.keys() & label.keys() - {"temperature"}  # of the sampling; of what is stored for distillation
     assert all(evaluate[name] == label[name] for name in shared)
-    assert message(Label, **EVALUATE, answer="generate") == "config: label 'before' has no field 'answer'"
 
 
 # files
@@ -274,7 +326,7 @@ def test_a_config_file_gives_stages_and_a_run_directory(write):
 
 def test_a_bundled_recipe_is_found_by_its_bare_name(write, monkeypatch, tmp_path):
     (tmp_path / "recipes").mkdir()
-    monkeypatch.setattr(configfile, "__file__", str(tmp_path / "configfile.py"))
+    monkeypatch.setattr(load, "__file__", str(tmp_path / "config" / "load.py"))
     recipe = write("stages = [Toy(seed=5)]", "recipes/little.py")
     write("", "recipes/big.py")
     write("", "recipes/__init__.py")
@@ -319,7 +371,7 @@ def test_a_file_that_is_no_text_is_one_line(tmp_path):
 # overrides
 
 TWO = """
-stages = [Train(name='a', objective='sft', model='m', manifest='d'), Evaluate(name='b', model='@a', manifest='d')]
+stages = [SFT(name='a', model='m', manifest='d'), Evaluate(name='b', model='@a', manifest='d')]
 """
 
 
@@ -350,7 +402,9 @@ def test_overrides_of_one_stage_are_checked_together(write):
 
 
 @pytest.mark.parametrize("override, said", [
-    ("a.batch_sise=4", "train 'a' has no field 'batch_sise'; did you mean 'batch_size'?"),
+    ("a.batch_sise=4", "sft 'a' has no field 'batch_sise'; did you mean 'batch_size'?"),
+    ("a.beta=0.1", "sft 'a' has no field 'beta'; it is a field of GRPO"),
+    ("beta=0.1", "no stage has a field 'beta'; it is a field of GRPO"),
     ("sede=1", "no stage has a field 'sede'; did you mean 'seed'?"),
     ("aa.seed=1", "no stage 'aa'; did you mean 'a'?"),
     (".seed=1", "no stage ''"),
@@ -412,8 +466,8 @@ CHAIN = (
     Label(name="seen", model="@toy/teacher", manifest="@toy/train.jsonl", media="video"),
     Switch(name="gate", teacher="@teacher", student="@before", manifest="@toy/analysis.jsonl",
            train_manifest="@toy/train.jsonl"),
-    Train(name="student", objective="distill", model="@toy/student", manifest="@toy/train.jsonl",
-          teacher_labels="@seen", student_labels="@own", switch="@gate", gate="learned"),
+    Distill(name="student", model="@toy/student", manifest="@toy/train.jsonl", teacher_labels="@seen",
+            student_labels="@own", switch="@gate", gate="learned"),
     Evaluate(name="after", model="@student", manifest="@toy/test.jsonl"),
     Report(tables={"student": {"before": "@before", "after": "@after"}}),
 )
@@ -445,13 +499,13 @@ def test_input_paths_resolve_every_file_of_a_stage():
 @pytest.mark.parametrize("stages, said", [
     ("Evaluate(name='e', model='@toy/m', manifest='@toi/d')",
      "evaluate 'e' manifest '@toi/d' names no stage; did you mean '@toy'?"),
-    ("Evaluate(name='e', model='@x', manifest='d'), Train(name='x', objective='sft', model='m', manifest='d')",
+    ("Evaluate(name='e', model='@x', manifest='d'), SFT(name='x', model='m', manifest='d')",
      "evaluate 'e' model '@x' names a stage that does not run before it"),
     ("Evaluate(name='e', model='@toy', manifest='d')", "evaluate 'e' model '@toy' names no file; write '@toy/FILE'"),
     ("Evaluate(name='e', model='@toy/', manifest='d')", "evaluate 'e' model '@toy/' names no file; write '@toy/FILE'"),
     ("Evaluate(name='e', model='@', manifest='d')", "evaluate 'e' model '@' names no stage"),
     ("Label(name='l', model='m', manifest='d'), Evaluate(name='e', model='@l', manifest='d')",
-     "evaluate 'e' model '@l' is the output of a label stage, not the output of a train stage"),
+     "evaluate 'e' model '@l' is the output of a label stage, not the output of a distill or sft or grpo stage"),
     ("Label(name='l', model='m', manifest='d'), Evaluate(name='e', model='m', manifest='@l')",
      "evaluate 'e' manifest '@l' is the output of a label stage, not a manifest"),
     ("Report(tables={'row': {'column': '@x'}})", "report 'report' tables.row.column '@x' names no stage"),

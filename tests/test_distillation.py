@@ -79,8 +79,8 @@ def problem(teacher_loss, micro_batch_size=5):
         topk = top_of(3 * torch.randn(97), 6, 2.0, suppressed_ids=[4]) if i in (1, 3, 4) else None
         item = Item(EXAMPLES[0], 0, "student" if topk is None else "teacher", topk)
         samples.append((prompt([3 + i], seed=i, targets=2), item))
-    stage = Distill(name="s", model="m", manifest="d", teacher_labels="t", trainable="full", device="cpu", batch_size=10,
-                    micro_batch_size=micro_batch_size)
+    stage = Distill(name="s", model="m", manifest="d", teacher_labels="t", trainable="full", device="cpu",
+                    batch_size=10, micro_batch_size=micro_batch_size)
     trainer = trainer_of(stage, tiny_model("audio"))
     trainer.stage = replace(stage, teacher_loss=teacher_loss)  # only now: it would read the teacher's tokenizer
     trainer.common_vocab, trainer.suppressed_Z = COMMON, SUPPRESSED

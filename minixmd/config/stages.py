@@ -192,7 +192,7 @@ class FactCheck(_Endpoint):
     max_bad: Share = 0.01  # share of traces that could not be judged above which the stage fails; 1 = never
     device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" is CUDA where there is one
     backend: Literal["auto", "triton", "torch"] = "auto"  # of the kernels; "auto" is Triton on a GPU, else PyTorch
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights
     seed: NonNegativeInt = 0  # of the calibration set and the verifier
 
     def __post_init__(self):
