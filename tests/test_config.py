@@ -7,8 +7,21 @@ from pathlib import Path
 import pytest
 
 from minixmd import config
-from minixmd.config import GRPO, SFT, TRAINING, Distill, Evaluate, FactCheck, Label, Report, Switch, Toy, Traces, Train
-from minixmd.config import load
+from minixmd.config import (
+    GRPO,
+    SFT,
+    TRAINING,
+    Distill,
+    Evaluate,
+    FactCheck,
+    Label,
+    Report,
+    Switch,
+    Toy,
+    Traces,
+    Train,
+    load,
+)
 from minixmd.config.load import load_config
 from minixmd.config.prompts import PROMPT, THINK_PROMPT
 from minixmd.config.references import check_files, input_paths, references, resolve

@@ -8,24 +8,25 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from mini import CLASSES, write_clips, write_config, write_model
 from safetensors.torch import load_file, save_file
+from tiny import tiny_model, trainer_of
 
 import minixmd
 import minixmd.models.lora
-import minixmd.train as trainer
-from minixmd.config import FactCheck, Label, Traces, Train
+import minixmd.train as training
+from minixmd.config import GRPO, SFT, Distill, FactCheck, Label, Traces
 from minixmd.inputs.examples import Example, read_manifest
+from minixmd.inputs.prompts import build_prompt
 from minixmd.kernels import logprob
 from minixmd.learning.optim import adamw, optimizer_tensors, restore_optimizer
-from minixmd.learning.targets import sources
+from minixmd.learning.targets import Item, resolve_targets
+from minixmd.runner import main
+from minixmd.runs.device import describe_device
 from minixmd.runs.files import UMASK
-from minixmd.stages.multiple_choice import ask
-from minixmd.train import main, order, where
 
 FRAMES = "min_pixels=3136, max_pixels=3136"
 
@@ -41,10 +42,10 @@ def world(tmp_path_factory):
     return folder
 
 
-def train(world, **more):
-    fields = dict(name="student", objective="sft", model=f"{world}/ears", manifest=f"{world}/clips/manifest.jsonl",
-                  batch_size=4, micro_batch_size=2, lr=1e-2, device="cpu")
-    return f"Train({', '.join(f'{key}={value!r}' for key, value in {**fields, **more}.items())})"
+def train(world, kind="SFT", **more):
+    fields = dict(name="student", model=f"{world}/ears", manifest=f"{world}/clips/manifest.jsonl", batch_size=4,
+                  micro_batch_size=2, lr=1e-2, device="cpu")
+    return f"{kind}({', '.join(f'{key}={value!r}' for key, value in {**fields, **more}.items())})"
 
 
 def run(tmp_path, stages, *overrides):
@@ -59,6 +60,7 @@ def log_of(folder):
 # ---- what it does ----
 
 
+@pytest.mark.slow
 def test_sft_learns_what_it_has_seen_and_evaluates_as_it_validated(world, tmp_path):
     seen = f"{world}/clips/manifest.jsonl"
     more = dict(epochs=60, val_manifest=seen, eval_every=30, trainable="full", lr=3e-3)
@@ -128,22 +130,23 @@ def test_the_whole_distillation_line_runs_without_an_answer_in_the_training_mani
         Label(name='taught', model='{world}/eyes', manifest='{blind}', media='video', {FRAMES}),
         Switch(name='switch', teacher='@eyes', student='@ears', manifest='{seen}', train_manifest='{blind}',
                width=1/32, clip_s=0.5, epochs=1),
-        {train(world, objective='distill', manifest=blind, teacher_labels='@taught', student_labels='@own',
+        {train(world, 'Distill', manifest=blind, teacher_labels='@taught', student_labels='@own',
                switch='@switch', gate='learned')},
         Evaluate(name='after', model='@student', manifest='{seen}'),
         Report(tables={{'before': {{'seen': '@ears'}}, 'after': {{'seen': '@after'}}}})"""
     assert run(tmp_path, stages) == 0
     out = capsys.readouterr().out
     assert "| before" in out and "| after" in out
-    learns = log_of(tmp_path / "run" / "student")[0]["learns_from"]
+    start, *steps = log_of(tmp_path / "run" / "student")
     switch = (tmp_path / "run/switch/switch.jsonl").read_text().splitlines()
-    closed = sum(json.loads(line)["p_teacher"] >= 0.5 for line in switch)
-    assert learns.get("teacher", 0) == closed and sum(learns.values()) == 12
+    to_teacher = sum(json.loads(line)["p_teacher"] >= 0.5 for line in switch)
+    assert start["learns_from"].get("teacher", 0) == to_teacher and sum(start["learns_from"].values()) == 12
+    assert sum(line["to_teacher"] for line in steps) == to_teacher and len(steps) == 3  # one epoch
     assert run(tmp_path, stages) == 0
     assert capsys.readouterr().out.count("finished before, skipped") == 8
 
 
-def test_a_closed_switch_takes_the_teachers_letter_an_open_one_the_students(tmp_path):
+def test_where_the_switch_says_so_the_teachers_letter_is_learnt_and_elsewhere_the_students(tmp_path):
     examples = [Example(id=i, audio="a.wav", video=None, question="?", options=CLASSES, answer=2) for i in "abcd"]
 
     def write(name, records):
@@ -154,11 +157,11 @@ def test_a_closed_switch_takes_the_teachers_letter_an_open_one_the_students(tmp_
     student = write("student", [dict(id=i, option="cat") for i in "abcd"])
     switch = write("switch", [dict(id="a", p_teacher=1.0), dict(id="b", p_teacher=0.0), dict(id="c", bad="missing"),
                               dict(id="d", p_teacher=1.0)])
-    base = dict(objective="distill", manifest="m", model="m", name="s", teacher_labels=teacher)
+    base = dict(manifest="m", model="m", name="s", teacher_labels=teacher)
 
     def learnt(**more):
-        chosen, counts = sources(Train(**base | more), examples)
-        return {e.id: answer for e, answer, _ in chosen}, counts
+        items, counts = resolve_targets(Distill(**base | more), examples)
+        return {item.example.id: item.target for item in items}, counts
 
     assert learnt() == ({"a": 0, "b": 0, "c": 0}, {"teacher": 3, "left out: missing": 1})
     assert learnt(gate="learned", switch=switch) == (
@@ -182,16 +185,16 @@ def test_sft_learns_every_trace_of_a_clip_and_leaves_out_clips_without_one(tmp_p
 
     def learnt(*records):
         path.write_text("".join(json.dumps(r) + "\n" for r in records))
-        chosen, counts = sources(Train(name="s", objective="sft", model="m", manifest="m", traces=str(path)), examples)
-        return [(e.id, text) for e, text, _ in chosen], counts
+        items, counts = resolve_targets(SFT(name="s", model="m", manifest="m", traces=str(path)), examples)
+        assert all(item.source == "trace" and item.teacher_topk is None for item in items)
+        return [(item.example.id, item.target) for item in items], counts
 
-    told = [dict(id="c", text="<think>x</think><answer>A</answer>", score=1.5), dict(id="a", text="B"),
-            dict(id="c", text="C")]  # fmt: skip
-    assert learnt(*told) == ([(r["id"], r["text"]) for r in told], {"traces": 3, "left out: no trace": 1})
-    for wrong, message in (([dict(id="z", text="B")], "trace 1 is of 'z', which is not in m"),
-                           ([told[0], dict(id="a", text=None)], "trace 2 needs an 'id' and a 'text', both strings"),
-                           ([told[0], "B"], "trace 2 needs an 'id' and a 'text', both strings"),
-                           ([], "s: .*traces.jsonl holds no trace")):  # fmt: skip
+    traces = [dict(id="c", text="<think>x</think><answer>A</answer>", score=1.5), dict(id="a", text="B"),
+              dict(id="c", text="C")]  # fmt: skip
+    assert learnt(*traces) == ([(r["id"], r["text"]) for r in traces], {"traces": 3, "left out: no trace": 1})
+    for wrong, message in (([dict(id="z", text="B")], "traces.jsonl: trace 1 is of 'z', which is not in m"),
+                           ([traces[0], dict(id="a", text=None)], "traces.jsonl: trace 2 needs 'text', str, got None"),
+                           ([], "traces.jsonl holds no trace")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             learnt(*wrong)
 
@@ -206,21 +209,21 @@ def test_sft_learns_every_trace_of_a_clip_and_leaves_out_clips_without_one(tmp_p
 def test_a_trace_that_cannot_be_learnt_is_left_out_and_counted(tmp_path, text, why):
     examples = [Example(id=i, audio="a.wav", video=None, question="?", options=CLASSES) for i in "ab"]
     path = tmp_path / "traces.jsonl"
-    stage = Train(name="s", objective="sft", model="m", manifest="m", traces=str(path), trace_filter="first")
+    stage = SFT(name="s", model="m", manifest="m", traces=str(path), trace_filter="first")
     records = [dict(id="a", sample=0, text="It barks: A"), dict(id="b", sample=0, text=text),
                dict(id="a", sample=1, text=text)]  # fmt: skip
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    chosen, counts = sources(stage, examples)
-    assert [(e.id, said) for e, said, _ in chosen] == [("a", "It barks: A")]
+    items, counts = resolve_targets(stage, examples)
+    assert items == [Item(examples[0], "It barks: A", "trace")]
     assert counts == {"traces": 1, "left out: no trace": 1, why: 1, "traces that are not first": 1}
     path.write_text(json.dumps(records[1]) + "\n")
-    with pytest.raises(ValueError, match=rf"s: .*traces.jsonl holds no trace to learn from \({{'{why}': 1}}\)"):
-        sources(stage, examples)
+    with pytest.raises(ValueError, match=rf"traces.jsonl holds no trace to learn from \({{'{why}': 1}}\)"):
+        resolve_targets(stage, examples)
 
 
 @pytest.mark.parametrize("record, says", [
-    ({"clip": 1}, "labels:2: needs an 'id', a string"), (7, "labels:2: needs an 'id', a string"),
-    ({"id": ["b"], "option": "dog"}, "labels:2: needs an 'id', a string"),
+    ({"clip": 1}, "labels:2: needs 'id', str, got None"), (7, "labels:2: must be a JSON object, got int"),
+    ({"id": ["b"], "option": "dog"}, "labels:2: needs 'id', str, got \\['b'\\]"),
     ({"id": "b"}, "the teacher's label of 'b' is None, not among its options"),
 ])
 def test_labels_that_are_none_are_one_line(tmp_path, record, says):
@@ -228,34 +231,37 @@ def test_labels_that_are_none_are_one_line(tmp_path, record, says):
     path = tmp_path / "labels"
     path.write_text("".join(json.dumps(r) + "\n" for r in (dict(id="a", option="dog"), record)))
     with pytest.raises(ValueError, match=says):
-        sources(Train(name="g", objective="grpo", model="m", manifest="m", teacher_labels=str(path)), examples)
+        resolve_targets(GRPO(name="g", model="m", manifest="m", teacher_labels=str(path)), examples)
 
 
 def test_what_a_trace_says_is_the_turn_that_is_learnt(tmp_path):
-    stage = Train(name="s", objective="sft", model="m", manifest="m", traces="t", prompt="{options}")
+    stage = SFT(name="s", model="m", manifest="m", traces="t", prompt="{options}")
     example = Example(id="a", audio=str(tmp_path), video=None, question="?", options=CLASSES)
     seen = []
-    ask(stage, lambda conversation: seen.append(conversation), example, "<think>hm</think>")
+    build_prompt(seen.append, example, stage.prompt_format, answer="<think>hm</think>")
     assert seen[0][1] == {"role": "assistant", "content": "<think>hm</think>"}
 
 
 def test_every_epoch_is_a_new_permutation_of_all_examples():
-    stage = SimpleNamespace(seed=3, batch_size=4)
-    epochs = [[i for step in range(3 * epoch, 3 * epoch + 3) for i in order(stage, 10, step)] for epoch in range(2)]
+    stage = SFT(name="s", model="m", manifest="m", seed=3, batch_size=4, micro_batch_size=4, device="cpu")
+    trainer = trainer_of(stage, tiny_model("audio"), num_items=10)
+    epochs = [[i for step in (3 * epoch, 3 * epoch + 1, 3 * epoch + 2) for i in trainer.batch_indices(step)]
+              for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10)) and epochs[0] != epochs[1]
 
 
 def test_a_device_is_named_and_looked_for_only_where_a_model_runs_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     common = dict(name="s", manifest="m.jsonl", device="cuda")
-    assert where(Traces(**common, endpoint="http://localhost:8000/v1", served="x")) == ""
-    assert where(FactCheck(**common, traces="t", checker="endpoint", endpoint="http://localhost:8000/v1",
-                           served="x")) == ""
-    assert where(FactCheck(**common, traces="t", checker="verdicts", verdicts="v.jsonl")) == ""
+    assert describe_device(Traces(**common, endpoint="http://localhost:8000/v1", served="x")) == ""
+    assert describe_device(FactCheck(**common, traces="t", checker="endpoint", endpoint="http://localhost:8000/v1",
+                                     served="x")) == ""
+    assert describe_device(FactCheck(**common, traces="t", checker="verdicts", verdicts="v.jsonl")) == ""
     for stage in (Traces(**common, model="m"), FactCheck(**common, traces="t", model="m"), Label(**common, model="m")):
         with pytest.raises(ValueError, match="s: device 'cuda' was asked for, but torch sees no GPU"):
-            where(stage)
-    assert where(Label(**common | dict(device="cpu"), model="m")).startswith(" on cpu, float32, kernels in torch, ")
+            describe_device(stage)
+    said = describe_device(Label(**common | dict(device="cpu"), model="m"))
+    assert said.startswith(" on cpu, float32, kernels in torch, ")
 
 
 # ---- exact resume ----
@@ -267,6 +273,7 @@ def start(config, run_dir):
                             cwd=Path(__file__).resolve().parents[1])
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_uninterrupted_one(world, tmp_path):
     stages = train(world, epochs=40, batch_size=3, micro_batch_size=3, eval_every=10, save_every=7,
                    val_manifest=f"{world}/clips/manifest.jsonl")
@@ -295,13 +302,13 @@ def test_a_validation_that_fails_costs_no_step_and_is_done_by_the_next_run_once(
     stages = train(world, epochs=2, max_steps=5, eval_every=2, val_manifest=f"{world}/clips/manifest.jsonl")
     (tmp_path / "whole").mkdir()
     assert run(tmp_path / "whole", stages) == 0
-    seen, step, score = [], trainer.supervised_step, trainer.score_letters
+    seen, step, score = [], training.Trainer.sft_step, training.score_letters
 
-    def stepping(state, *given):
-        seen.append(state.step + 1)
-        if seen.count(3) == 1 and state.step == 2:
+    def stepping(trainer, samples):
+        seen.append(trainer.step + 1)
+        if seen.count(3) == 1 and trainer.step == 2:
             raise KeyboardInterrupt
-        return step(state, *given)
+        return step(trainer, samples)
 
     def scoring(*given, **more):
         seen.append("validation")
@@ -309,8 +316,8 @@ def test_a_validation_that_fails_costs_no_step_and_is_done_by_the_next_run_once(
             raise ValueError("the logits are not finite")
         return score(*given, **more)
 
-    monkeypatch.setattr(trainer, "supervised_step", stepping)
-    monkeypatch.setattr(trainer, "score_letters", scoring)
+    monkeypatch.setattr(training.Trainer, "sft_step", stepping)
+    monkeypatch.setattr(training, "score_letters", scoring)
     assert [run(tmp_path, stages) for _ in range(5)] == [1, 130, 1, 1, 0]
     twice = ["validation"] * 2
     assert seen == [1, 2, *twice, 3, 3, 4, *twice, 5, *twice]
@@ -386,17 +393,17 @@ def test_a_file_without_the_needed_track_is_refused(world, tmp_path, capsys):
     assert "silent.mp4: no audio track" in line
 
 
-@pytest.mark.parametrize("stage", ["Evaluate", "Label", "Train", "Train val"])
+@pytest.mark.parametrize("stage", ["Evaluate", "Label", "SFT", "SFT val"])
 def test_a_clip_without_what_a_stage_shows_stops_it_before_the_first_clip(world, tmp_path, capsys, monkeypatch, stage):
     manifest = broken_clip(world, tmp_path, "gone.wav", None)
     *lines, last = manifest.read_text().splitlines()
     manifest.write_text("\n".join([*lines, json.dumps(json.loads(last) | {"video": None})]))
-    monkeypatch.setattr("minixmd.stages.multiple_choice.build_conversation", lambda *args, **more: pytest.fail("asked"))
+    monkeypatch.setattr("minixmd.inputs.prompts.build_conversation", lambda *args, **more: pytest.fail("asked"))
     manifests = dict(manifest=str(manifest))
-    if stage == "Train val":
+    if stage == "SFT val":
         manifests = dict(manifest=f"{world}/clips/manifest.jsonl", val_manifest=str(manifest))
     fields = dict(model=f"{world}/eyes", media="video", **manifests)
-    line = refused(tmp_path, capsys, train(world, **fields) if "Train" in stage else
+    line = refused(tmp_path, capsys, train(world, **fields) if "SFT" in stage else
                    f"{stage}(name='student', {', '.join(f'{key}={value!r}' for key, value in fields.items())})")
     assert line == f"minixmd: student: {manifest}: example 'clip11' has no video"
 
@@ -436,7 +443,7 @@ def test_a_checkpoint_with_a_wrong_tensor_is_refused(world, tmp_path, capsys, fa
 
 
 @pytest.mark.parametrize("override, message", [
-    ("student.batch_sise=2", "config: train 'student' has no field 'batch_sise'; did you mean 'batch_size'?"),
+    ("student.batch_sise=2", "config: sft 'student' has no field 'batch_sise'; did you mean 'batch_size'?"),
     ("lr=fast", "config: lr must be a float, got 'fast'"),
     ("batch_size=5", "config: batch_size 5 is not a multiple of micro_batch_size 2"),
 ])  # fmt: skip
@@ -494,7 +501,7 @@ def test_a_manifest_line_that_is_no_example_is_named_by_file_line_and_field(tmp_
 
 
 def test_the_stage_that_trains_accepts_its_own_defaults():
-    assert Train(name="t", objective="sft", model="m", manifest="x").lr == 1e-4
+    assert SFT(name="t", model="m", manifest="x").lr == 1e-4
 
 
 # ---- what must not pass in silence ----
@@ -558,13 +565,13 @@ def test_a_switch_that_could_decide_nothing_is_refused(world, tmp_path, capsys, 
 
 
 def test_a_parameter_that_has_had_no_gradient_yet_is_restored_as_such():
-    stage = SimpleNamespace(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    options = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in ("heard", "seen")}
-    optimizer = adamw(parameters, stage)
+    optimizer = adamw(parameters, **options)
     parameters["heard"].grad = torch.ones(2)
     optimizer.step()
     tensors = optimizer_tensors(optimizer, parameters)
-    restored = adamw(parameters, stage)
+    restored = adamw(parameters, **options)
     restore_optimizer(restored, parameters, tensors)
     assert set(tensors) == {"heard.step", "heard.exp_avg", "heard.exp_avg_sq"}
     parameters["seen"].grad = torch.ones(2)
