@@ -4,8 +4,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from minixmd.runs.files import write_safetensors
-from minixmd.runs.records import read_jsonl, write_jsonl
+from minixmd.runs.files import write_safetensors, write_text
+from minixmd.runs.records import read_jsonl
 
 STATE = "state.safetensors"
 LOGS = ("log.jsonl", "completions.jsonl")  # they grow line by line
@@ -36,5 +36,6 @@ def rewind_logs(folder, step):
         path = Path(folder) / name
         if path.exists():
             kept[name] = [line for line in read_jsonl(path) if line["step"] <= step and step > 0]
-            write_jsonl(path, kept[name])
+            # as append_jsonl wrote them: a resumed run's logs are the same bytes
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept[name]))
     return kept.get("log.jsonl", [])
