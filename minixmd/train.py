@@ -36,7 +36,8 @@ from minixmd.runs.records import append_jsonl
 from minixmd.stages.multiple_choice import validation_accuracy
 
 GRPO_NOTE = ("the GRPO loss is about 0 while the ratio is 1, as it is in the first update after a rollout: what is "
-             "left is the KL and the mean of the advantages. Its gradient is not 0; watch the reward")
+             "left is the KL and the mean of the advantages, 0 where all completions weigh the same. Its gradient is "
+             "not 0; watch the reward")
 SHOWN_COMPLETIONS = 4  # of a step, written as text
 MAX_START_KL = 1e-6  # to the reference, before the first update
 
