@@ -1,6 +1,7 @@
 """Distillation: which clip learns what, and the loss of every teacher_loss against plain PyTorch."""
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from minixmd.config import Distill
 from minixmd.inputs.examples import Example
 from minixmd.inputs.tokenizer import common_vocab_size
 from minixmd.kernels import distill, distill_topk
-from minixmd.learning.targets import Item, resolve_targets
+from minixmd.learning.targets import Item, resolve_targets, stored_rows
 from minixmd.runner import main
-from minixmd.train import Trainer, stored_rows
+from minixmd.train import Trainer
 
 COMMON, SUPPRESSED = 80, torch.tensor([4, 33, 85])
 
@@ -63,9 +64,11 @@ def test_few_ids_stored_leave_the_rest_in_the_tail_and_bound_the_full_kl_from_be
 def test_common_ids_end_where_the_tables_first_differ(tmp_path):
     audio = write_tokenizer(tmp_path / "a", AUDIO)
     vision = write_tokenizer(tmp_path / "b", VISION)
-    count = common_vocab_size(audio, vision)
+    ours = SimpleNamespace(tokenizer=audio)
+    count = common_vocab_size(ours, tmp_path / "b" / "labels.jsonl")  # the teacher's tokenizer lies beside its labels
     assert count == audio.token_to_id("<|im_end|>") + 1 == audio.token_to_id("<|AUDIO|>") < audio.get_vocab_size()
-    assert common_vocab_size(audio, audio) == audio.get_vocab_size()
+    assert count < vision.get_vocab_size()
+    assert common_vocab_size(ours, tmp_path / "a" / "labels.jsonl") == audio.get_vocab_size()
 
 
 # ---- the loss ----

@@ -23,6 +23,7 @@ import minixmd.train as training
 from minixmd import Completion, Prompt, pack
 from minixmd.config import GRPO, SFT
 from minixmd.inputs.examples import Example, read_manifest
+from minixmd.learning import policy
 from minixmd.learning.logprobs import reference_logprobs
 from minixmd.learning.policy import make_rollout, rollout_metrics
 from minixmd.learning.rollout import Decoder
@@ -31,6 +32,7 @@ from minixmd.models import multimodal
 from minixmd.models.lora import add_lora
 from minixmd.models.multimodal import frozen_copy
 from minixmd.runner import main
+from minixmd.stages import multiple_choice
 from minixmd.stages.multiple_choice import Writing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -335,7 +337,7 @@ def lowercase(text, options, right):
 
 @pytest.fixture
 def earns(monkeypatch):
-    monkeypatch.setattr(training, "REWARDS", {"letters": lowercase})
+    monkeypatch.setattr(policy, "REWARDS", {"letters": lowercase})
 
 
 def train(world, **more):
@@ -575,7 +577,7 @@ def test_validation_counts_the_answers_that_are_written(world, tmp_path, monkeyp
     records = [{"id": e.id, "bad": "missing", "detail": ""} if text is None else
                {"id": e.id, "answer": e.answer, "text": text} for e, text in zip(examples, said, strict=True)]
     given, logged = [], []
-    monkeypatch.setattr(training, "write_answers", lambda *args: given.append(args) or records)
+    monkeypatch.setattr(multiple_choice, "write_answers", lambda *args: given.append(args) or records)
     trainer, _, _ = problem(max_bad=0.5, stop=("</answer>",))
     trainer.folder, trainer.log = tmp_path, logged.append
     trainer.validate(examples)
@@ -641,9 +643,10 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 import minixmd.train as training
+from minixmd.learning import policy
 from minixmd.runner import main
 from test_grpo import lowercase
-training.REWARDS = {"letters": lowercase}
+policy.REWARDS = {"letters": lowercase}
 generate = training.generate
 def killed(*args, step, **options):
     calls = []

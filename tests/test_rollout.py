@@ -309,9 +309,10 @@ def test_prompts_pass_the_decoder_once_and_completions_a_token_at_a_time(plain):
 def test_64_rollouts_of_850_and_512_tokens_of_qwen2_audio_take_at_most_20_gib():
     sizes = read_config(json.loads(QWEN2_AUDIO.read_text())).text, 8, 850, 64, 512
     cache = Cache(pool_shapes(*sizes), device="meta", dtype=torch.bfloat16, backend="torch")
-    assert sum(pool.nbytes for pool in cache.pools) == pool_bytes(*sizes, torch.bfloat16) <= 20 * 2**30
+    pools = cache.prompt_pool, cache.pool
+    assert sum(pool.nbytes for pool in pools) == pool_bytes(*sizes, torch.bfloat16) <= 20 * 2**30
     assert pool_bytes(*sizes, torch.bfloat16) == (8 * 850 + 64 * 511) * 2 * 32 * 32 * 128 * 2  # by hand
-    assert [pool.shape for pool in cache.pools] == list(pool_shapes(*sizes))
+    assert [pool.shape for pool in pools] == list(pool_shapes(*sizes))
 
 
 def test_a_rollouts_pools_hold_a_prompt_once_and_no_more_slots_than_asked(speaker, monkeypatch):
@@ -319,7 +320,8 @@ def test_a_rollouts_pools_hold_a_prompt_once_and_no_more_slots_than_asked(speake
     monkeypatch.setattr(rollout, "Cache", lambda *args: made.append(Whole(*args)) or made[-1])
     longest = max(len(speaker[1](heard(i))) for i in range(4))
     flat(speaker, [heard(i) for i in range(4)], num_samples=3, decode_slots=7)
-    assert [tuple(pool.shape[2:]) for pool in made[0].pools] == [(2, 2, longest, 12), (6, 2, LENGTH - 1, 12)]
+    assert len(made) == 1
+    assert made[0].prompt_pool.shape[2:] == (2, 2, longest, 12) and made[0].pool.shape[2:] == (6, 2, LENGTH - 1, 12)
 
 
 # ---- the step that is captured ----
@@ -357,7 +359,7 @@ def test_a_step_keeps_every_tensor_where_it_is(speaker):
         d.run(5)
     after = {f"{type(o).__name__}.{name}": x for o in (d, d.cache) for name, x in vars(o).items()
              if isinstance(x, torch.Tensor)}  # fmt: skip
-    assert len(before) == 13 and before.keys() == after.keys()
+    assert len(before) == 15 and before.keys() == after.keys()
     for name, (x, at) in before.items():
         assert after[name] is x and x.data_ptr() == at, name
 

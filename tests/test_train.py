@@ -17,7 +17,6 @@ from tiny import tiny_model, trainer_of
 
 import minixmd
 import minixmd.models.lora
-import minixmd.train as training
 from minixmd.config import GRPO, SFT, Distill, FactCheck, Label, Traces
 from minixmd.inputs.examples import Example, read_manifest
 from minixmd.inputs.prompts import build_prompt
@@ -27,6 +26,8 @@ from minixmd.learning.targets import Item, resolve_targets
 from minixmd.runner import main
 from minixmd.runs.device import describe_device
 from minixmd.runs.files import UMASK
+from minixmd.stages import multiple_choice
+from minixmd.train import Trainer
 
 FRAMES = "min_pixels=3136, max_pixels=3136"
 
@@ -302,7 +303,7 @@ def test_a_validation_that_fails_costs_no_step_and_is_done_by_the_next_run_once(
     stages = train(world, epochs=2, max_steps=5, eval_every=2, val_manifest=f"{world}/clips/manifest.jsonl")
     (tmp_path / "whole").mkdir()
     assert run(tmp_path / "whole", stages) == 0
-    seen, step, score = [], training.Trainer.sft_step, training.score_letters
+    seen, step, score = [], Trainer.sft_step, multiple_choice.score_letters
 
     def stepping(trainer, samples):
         seen.append(trainer.step + 1)
@@ -316,8 +317,8 @@ def test_a_validation_that_fails_costs_no_step_and_is_done_by_the_next_run_once(
             raise ValueError("the logits are not finite")
         return score(*given, **more)
 
-    monkeypatch.setattr(training.Trainer, "sft_step", stepping)
-    monkeypatch.setattr(training, "score_letters", scoring)
+    monkeypatch.setattr(Trainer, "sft_step", stepping)
+    monkeypatch.setattr(multiple_choice, "score_letters", scoring)
     assert [run(tmp_path, stages) for _ in range(5)] == [1, 130, 1, 1, 0]
     twice = ["validation"] * 2
     assert seen == [1, 2, *twice, 3, 3, 4, *twice, 5, *twice]
