@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import minixmd.recipes
-from minixmd.config import Evaluate, FactCheck, Label, Report, Switch, Traces, Train
+from minixmd.config import GRPO, SFT, TRAINING, Distill, Evaluate, FactCheck, Label, Report, Switch, Traces
 from minixmd.config.load import load_config
 from minixmd.papers.sightsound import LADDER, avqa
 
@@ -34,16 +34,19 @@ def test_a_recipe_loads_and_opens_with_its_command_and_machine(recipe):
 
 
 def test_the_ablation_is_the_papers_table_2_and_four_gates():
-    trained = stages_of("xmd_ablation", Train)
-    found = {name: (s.objective, s.gate, s.teacher_loss, s.student_labels is not None, s.teacher_labels is not None)
-             for name, s in trained.items()}
+    distilled = stages_of("xmd_ablation", Distill)
+    found = {name: (s.gate, s.teacher_loss, s.student_labels is not None, s.teacher_labels is not None)
+             for name, s in distilled.items()}
     assert found == {
-        "kl": ("distill", "learned", "kl", True, True), "kl_ce": ("distill", "learned", "kl+ce", True, True),
-        "truth": ("sft", "always", "ce", False, False), "distilled": ("distill", "learned", "ce", True, True),
-        "forgetting": ("distill", "learned", "ce", False, True), "oracle": ("distill", "oracle", "ce", True, True),
-        "always": ("distill", "always", "ce", False, True), "never": ("distill", "never", "ce", True, False),
+        "kl": ("learned", "kl", True, True), "kl_ce": ("learned", "kl+ce", True, True),
+        "distilled": ("learned", "ce", True, True), "forgetting": ("learned", "ce", False, True),
+        "oracle": ("oracle", "ce", True, True), "always": ("always", "ce", False, True),
+        "never": ("never", "ce", True, False),
     }  # fmt: skip
-    assert all(s.media == "audio" and s.temperature in (None, 2.0) for s in trained.values())
+    assert all(s.temperature == 2.0 for s in distilled.values())
+    trained = stages_of("xmd_ablation", *TRAINING)
+    assert trained.keys() - found.keys() == {"truth"} and type(trained["truth"]) is SFT
+    assert trained["truth"].traces is None and all(s.media == "audio" for s in trained.values())
     report = stages_of("xmd_ablation", Report)["ablation_report"]
     assert set(report.ablation) >= {"KL on teacher's logits", "KL on teacher's logits + labels",
                                     "Ground-truth labels (upper bound)", "Teacher's labels (default)",
@@ -51,10 +54,10 @@ def test_the_ablation_is_the_papers_table_2_and_four_gates():
 
 
 def test_only_the_upper_bound_sees_the_toys_true_labels():
-    trained = stages_of("toy_ablation", Train)
+    trained = stages_of("toy_ablation", *TRAINING)
     assert [name for name, s in trained.items() if s.manifest == "@toy/train_truth.jsonl"] == ["truth"]
     assert all(s.manifest == "@toy/train.jsonl" for name, s in trained.items() if name != "truth")
-    assert all(s.val_manifest is None for s in [*trained.values(), *stages_of("toy", Train).values()])
+    assert all(s.val_manifest is None for s in [*trained.values(), *stages_of("toy", *TRAINING).values()])
 
 
 def test_the_other_models_are_shown_what_the_paper_shows_them():
@@ -71,14 +74,16 @@ def test_the_other_models_are_shown_what_the_paper_shows_them():
 ])
 def test_the_directions_differ_by_who_learns(recipe, learner, teacher, name, switch):
     stages = {stage.name: stage for stage in load_config(recipe).stages}
-    train = stages[name]
-    assert (train.media, train.gate, train.switch) == (learner, "learned", f"@{switch}")
-    assert (train.teacher_labels, train.student_labels) == (f"@{teacher}_labels", f"@{learner}_labels")
-    assert stages[train.teacher_labels[1:]].media == teacher and stages[train.student_labels[1:]].media == learner
+    distill = stages[name]
+    assert (distill.media, distill.gate, distill.switch) == (learner, "learned", f"@{switch}")
+    assert (distill.teacher_labels, distill.student_labels) == (f"@{teacher}_labels", f"@{learner}_labels")
+    assert stages[distill.teacher_labels[1:]].media == teacher and stages[distill.student_labels[1:]].media == learner
     decides = stages[switch]
     assert (decides.teacher, decides.student) == (f"@{teacher}_analysis", f"@{learner}_analysis")
-    assert (train.epochs, train.batch_size, train.lr, train.warmup_ratio, train.lora_rank) == (1, 8, 1e-4, 0.1, 16)
-    assert (decides.epochs, decides.batch_size, decides.lr, decides.warmup_ratio, decides.width) == (30, 32, 1e-4, 0.1, 1.0)
+    assert (distill.epochs, distill.batch_size, distill.lr, distill.warmup_ratio) == (1, 8, 1e-4, 0.1)
+    assert distill.lora_rank == 16
+    assert (decides.epochs, decides.batch_size, decides.lr, decides.warmup_ratio) == (30, 32, 1e-4, 0.1)
+    assert decides.width == 1.0
     evaluated = [stage for stage in stages.values() if isinstance(stage, Evaluate)]
     assert len(evaluated) == 9 and all(stage.answer == "generate" for stage in evaluated)
     assert all(stage.top_k == 64 for stage in stages.values() if isinstance(stage, Label))
@@ -114,22 +119,23 @@ def test_sightsound_trains_the_rows_of_the_papers_table_2():
     student, clips = "Qwen/Qwen2-Audio-7B-Instruct", "data/avqa/train.jsonl"
     sft = dict(lr=5e-5, max_steps=2000, batch_size=64, trainable="lora", lora_rank=8, lora_alpha=16.0)
     grpo = dict(lr=1e-6, max_steps=1000, batch_size=24, trainable="decoder", group_size=8, beta=0.04, temperature=1.0)
+    labels, traces = dict(teacher_labels="@teacher_labels"), dict(traces="@traces", trace_filter="first")
     rows = {
-        "SFT (ground-truth labels)": dict(objective="sft", traces=None, teacher_labels=None, **sft),
-        "SFT (distilled labels)": dict(objective="distill", traces=None, teacher_labels="@teacher_labels", **sft),
-        "GRPO (distilled labels)": dict(objective="grpo", traces=None, teacher_labels="@teacher_labels", **grpo),
-        "SFT": dict(objective="sft", traces="@traces", trace_filter="first", teacher_labels=None, **sft),
-        "AGFV + SFT": dict(objective="sft", traces="@checked", trace_filter="first", teacher_labels=None, **sft),
-        "TTS + AGFV + SFT": dict(objective="sft", traces="@checked", trace_filter="unanimous", teacher_labels=None, **sft),
-        "TTS + AGFV + SFT + GRPO": dict(objective="grpo", model="@sft", traces=None,
-                                        teacher_labels="@traces/labels.jsonl", **grpo),
+        "SFT (ground-truth labels)": (SFT, dict(traces=None, **sft)),
+        "SFT (distilled labels)": (Distill, dict(gate="always", **labels, **sft)),
+        "GRPO (distilled labels)": (GRPO, dict(**labels, **grpo)),
+        "SFT": (SFT, dict(**traces, **sft)),
+        "AGFV + SFT": (SFT, dict(traces="@checked", trace_filter="first", **sft)),
+        "TTS + AGFV + SFT": (SFT, dict(traces="@checked", trace_filter="unanimous", **sft)),
+        "TTS + AGFV + SFT + GRPO": (GRPO, dict(model="@sft", teacher_labels="@traces/labels.jsonl", **grpo)),
     }
-    trained = stages_of("sightsound", Train)
+    trained = stages_of("sightsound", *TRAINING)
     assert list(LADDER) == ["Direct inference", *rows] and list(trained) == [LADDER[row] for row in rows]
-    for row, wanted in rows.items():
+    for row, (kind, wanted) in rows.items():
+        stage = trained[LADDER[row]]
         wanted = dict(model=student, manifest=clips, val_manifest="data/avqa/val.jsonl", media="audio") | wanted
-        assert {name: getattr(trained[LADDER[row]], name) for name in wanted} == wanted, row
-    for name, stage in stages_of("sightsound_endpoint", Train).items():
+        assert type(stage) is kind and {name: getattr(stage, name) for name in wanted} == wanted, row
+    for name, stage in stages_of("sightsound_endpoint", *TRAINING).items():
         assert stage == trained[name]
 
 
