@@ -1,0 +1,179 @@
+"""JSONL files: what each reader refuses and in which words; and the shards that several processes share."""
+import json
+
+import pytest
+
+from minixmd.inputs.media import MediaError
+from minixmd.runs import distributed
+from minixmd.runs.distributed import compute_shards
+from minixmd.runs.records import (
+    append_jsonl,
+    bad_record,
+    count_bad,
+    read_by_id,
+    read_endpoint_answers,
+    read_jsonl,
+    read_traces,
+    read_verdicts,
+    write_jsonl,
+)
+
+
+def read_accepted(path):
+    return read_verdicts(path, needs_accepted=True)
+
+
+# ---- what each reader takes and refuses ----
+
+LABEL = {"id": "a", "option": "dog"}
+TRACE = {"id": "a", "text": "<think>x</think>"}
+VERDICT = {"id": "a", "sample": 0, "score": 1.5, "accepted": True}
+BAD_VERDICT = {"id": "a", "sample": 1, "bad": "missing", "detail": "a.wav: missing"}
+ANSWER = {"key": "k", "text": "A", "finished": True}
+NOT_VERDICTS = "file: not the verdicts of a FactCheck stage: record 2 needs "
+NO_ANSWER = "file:2: not an answer of an endpoint: it needs "
+
+
+@pytest.mark.parametrize("reader, good, second, said", [
+    *((reader, good, second, said) for reader, good in (
+        (read_jsonl, LABEL), (read_by_id, LABEL), (read_traces, TRACE), (read_verdicts, VERDICT),
+        (read_endpoint_answers, ANSWER)) for second, said in (
+        ("{", "file:2: not JSON: Expecting property name enclosed in double quotes"),
+        ("[1]", "file:2: must be a JSON object, got list"), ("7", "file:2: must be a JSON object, got int"),
+        ("null", "file:2: must be a JSON object, got NoneType"))),
+    (read_by_id, LABEL, {"option": "dog"}, "file:2: needs 'id', str, got None"),
+    (read_by_id, LABEL, {"id": 7}, "file:2: needs 'id', str, got 7"),
+    (read_traces, TRACE, {"text": "x"}, "file: trace 2 needs 'id', str, got None"),
+    (read_traces, TRACE, {"id": "b"}, "file: trace 2 needs 'text', str, got None"),
+    (read_traces, TRACE, {"id": "b", "text": ["x"]}, "file: trace 2 needs 'text', str, got ['x']"),
+    (read_verdicts, VERDICT, {"sample": 0, "score": 1.0}, NOT_VERDICTS + "'id', str, got None"),
+    (read_verdicts, VERDICT, {"id": "b", "score": 1.0}, NOT_VERDICTS + "'sample', int, got None"),
+    (read_verdicts, VERDICT, {"id": "b", "sample": True, "score": 1.0}, NOT_VERDICTS + "'sample', int, got True"),
+    (read_verdicts, VERDICT, {"id": "b", "sample": 0}, NOT_VERDICTS + "'score', float or int, got None"),
+    (read_verdicts, VERDICT, {"id": "b", "sample": 0, "score": "1"}, NOT_VERDICTS + "'score', float or int, got '1'"),
+    (read_verdicts, VERDICT, {"id": "b", "sample": 0, "bad": 1}, NOT_VERDICTS + "'bad', str, got 1"),
+    (read_verdicts, VERDICT, {"id": "b", "sample": 0, "bad": "x"}, NOT_VERDICTS + "'detail', str, got None"),
+    (read_accepted, VERDICT, {"id": "b", "sample": 0, "score": 1.0}, NOT_VERDICTS + "'accepted', bool, got None"),
+    (read_accepted, VERDICT, {"id": "b", "sample": 0, "score": 1, "accepted": 1},
+     NOT_VERDICTS + "'accepted', bool, got 1"),
+    (read_endpoint_answers, ANSWER, {"text": "A", "finished": True}, NO_ANSWER + "'key', str, got None"),
+    (read_endpoint_answers, ANSWER, {"key": "l", "finished": True}, NO_ANSWER + "'text', str, got None"),
+    (read_endpoint_answers, ANSWER, {"key": "l", "text": "A"}, NO_ANSWER + "'finished', bool, got None"),
+    (read_endpoint_answers, ANSWER, ANSWER, "file:2: 'k' is answered for the second time"),
+])
+def test_a_reader_names_the_file_the_line_and_the_field(tmp_path, reader, good, second, said):
+    path = tmp_path / "file"
+    lines = [json.dumps(good), second if isinstance(second, str) else json.dumps(second)]
+    path.write_text("".join(line + "\n" for line in lines))
+    with pytest.raises(ValueError) as caught:
+        reader(path)
+    assert str(caught.value).replace(str(tmp_path) + "/", "") == said
+    path.write_text(lines[0] + "\n")
+    assert reader(path)  # the first line alone is taken
+
+
+def test_what_the_readers_give(tmp_path):
+    path = tmp_path / "file"
+    write_jsonl(path, [LABEL, {"id": "b", "bad": "missing", "detail": ""}])
+    assert read_by_id(path) == {"a": LABEL, "b": {"id": "b", "bad": "missing", "detail": ""}}
+    write_jsonl(path, [VERDICT, BAD_VERDICT])
+    assert read_accepted(path) == {("a", 0): VERDICT, ("a", 1): BAD_VERDICT}  # a bad one has no score and no verdict
+    assert read_endpoint_answers(tmp_path / "none") == {}
+
+
+def test_line_separators_and_other_letters_survive_both_writers(tmp_path):
+    record = {"id": "é\u2028狗\u0085", "text": "\u2029"}
+    write_jsonl(tmp_path / "a", [record, record])
+    append_jsonl(tmp_path / "b", record)
+    append_jsonl(tmp_path / "b", record, sync=True)
+    assert read_jsonl(tmp_path / "a") == read_jsonl(tmp_path / "b") == [record, record]
+
+
+def test_a_torn_answer_is_dropped_with_a_word_and_asked_for_again(tmp_path, capsys):
+    path = tmp_path / "endpoint.jsonl"
+    path.write_text(json.dumps(ANSWER) + "\n" + '{"key": "l", "te')
+    assert read_endpoint_answers(path) == {"k": ANSWER}
+    assert capsys.readouterr().err == f"{path}: dropped the last line, cut short after 16 bytes; it is asked again\n"
+    assert path.read_text() == json.dumps(ANSWER) + "\n"
+
+
+def test_a_file_that_cannot_grow_is_named(tmp_path):
+    with pytest.raises(OSError, match="cannot write: Is a directory") as caught:
+        append_jsonl(tmp_path, {})
+    assert str(tmp_path) in str(caught.value)
+
+
+# ---- clips that cannot be used ----
+
+
+def test_bad_clips_are_counted_by_reason_the_most_frequent_first():
+    bad = [bad_record(str(i), MediaError("x.wav", reason)) for i, reason in enumerate(["short", "missing", "missing"])]
+    assert bad[0] == {"id": "0", "bad": "short", "detail": str(MediaError("x.wav", "short"))}
+    found = count_bad([*bad, LABEL], "own", 0.75)
+    assert found == {"missing": 2, "short": 1} and list(found) == ["missing", "short"]
+    assert count_bad([LABEL], "own", 0.0) == {}
+
+
+@pytest.mark.parametrize("good, max_bad, says", [(1, 0.5, "own: 2 of 3 clips are bad"),
+                                                 (0, 1.0, "own: 2 of 2 clips are bad")])
+def test_too_many_bad_clips_or_none_but_bad_ones_are_refused_with_the_first(good, max_bad, says):
+    bad = [{"id": "a", "bad": "missing", "detail": "a.wav: missing"}, {"id": "b", "bad": "short", "detail": "b.wav"}]
+    with pytest.raises(ValueError, match=says) as caught:
+        count_bad([LABEL] * good + bad, "own", max_bad)
+    assert str(caught.value).endswith(f"with max_bad {max_bad}; the first: a.wav: missing")
+
+
+# ---- shards ----
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """compute_shards as process `rank` of `world_size` calls it; the others' work is done by earlier calls."""
+    met = []
+
+    def run(rank, world_size, *args, **options):
+        monkeypatch.setattr(distributed, "rank_and_world_size", lambda: (rank, world_size))
+        monkeypatch.setattr(distributed, "barrier", lambda: met.append(rank))
+        return compute_shards(*args, **options)
+
+    run.met = met
+    return run
+
+
+def test_every_process_computes_its_shards_and_the_first_alone_gets_the_records(as_rank, tmp_path):
+    items, computed, done = list(range(23)), [], []
+
+    def compute(part):
+        computed.append(part)
+        return [{"item": item} for item in part]
+
+    for rank in (2, 1, 0):
+        found = as_rank(rank, 3, compute, items, tmp_path, done.append, shard_size=5)
+        assert found == (None if rank else [{"item": item} for item in items])
+    assert [part[0] for part in computed] == [10, 5, 20, 0, 15]  # shards 2; 1 and 4; 0 and 3
+    assert done == [5, 5, 3, 5, 5] and as_rank.met == [2, 1, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{start:07d}.jsonl" for start in range(0, 25, 5)]
+
+
+def test_a_shard_that_is_there_is_read_back_and_counts_as_done(as_rank, tmp_path):
+    (tmp_path / "0000002.jsonl").write_text('{"item": "kept"}\n')
+    done = []
+    found = as_rank(0, 1, lambda part: [{"item": item} for item in part], [0, 1, 2], tmp_path, done.append,
+                    shard_size=2)
+    assert found == [{"item": 0}, {"item": 1}, {"item": "kept"}] and done == [2, 1]
+    assert as_rank.met == []
+
+
+def test_a_stage_of_the_first_process_alone_waits_for_nobody(as_rank, tmp_path):
+    found = as_rank(0, 4, lambda part: [{"item": item} for item in part], [0, 1, 2], tmp_path, lambda count: None,
+                    shard_size=1, first_process_only=True)
+    assert found == [{"item": 0}, {"item": 1}, {"item": 2}] and as_rank.met == []
+
+
+def test_a_shard_whose_computation_fails_is_not_there(as_rank, tmp_path):
+    def fail(part):
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        as_rank(0, 1, fail, [0], tmp_path, lambda count: None)
+    assert list(tmp_path.iterdir()) == []
