@@ -6,6 +6,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel module is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that a test starts: pytest-xdist uses the other cores
 
 
 def pytest_configure(config):

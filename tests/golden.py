@@ -34,33 +34,32 @@ from minixmd.config import GRPO, SFT, Distill, Evaluate, Label, Switch
 AUDIO, VIDEO = dict(media="audio"), dict(media="video", min_pixels=784, max_pixels=3136)
 STEPS = dict(batch_size=8, micro_batch_size=4, epochs=5, lr=3e-3, manifest="{home}/train/manifest.jsonl")
 ROLLOUTS = dict(batch_size=4, micro_batch_size=2, max_steps=20, epochs=10, lr=3e-3, group_size=4,
-            max_new_tokens=9, decode_slots=8, manifest="{home}/train/manifest.jsonl", beta=0.1)
+                max_new_tokens=9, decode_slots=8, manifest="{home}/train/manifest.jsonl", beta=0.1)
 stages = [
     Evaluate(name="ears", model="{home}/audio", manifest="{home}/train/manifest.jsonl", **AUDIO),
     Evaluate(name="eyes", model="{home}/vision", manifest="{home}/train/manifest.jsonl", answer="generate",
              max_new_tokens=8, **VIDEO),
     Evaluate(name="glance", model="{home}/vision", manifest="{home}/train/manifest.jsonl", **VIDEO),
-    Evaluate(name="votes", model="{home}/audio", manifest="{home}/train/manifest.jsonl", answer="generate", num_samples=3,
-             temperature=1.2, max_new_tokens=8, **AUDIO),
+    Evaluate(name="votes", model="{home}/audio", manifest="{home}/train/manifest.jsonl", answer="generate",
+             num_samples=3, temperature=1.2, max_new_tokens=8, **AUDIO),
     Label(name="heard", model="{home}/audio", manifest="{home}/train/manifest.jsonl", top_k=6, **AUDIO),
     Label(name="seen", model="{home}/vision", manifest="{home}/train/manifest.jsonl", top_k=6, **VIDEO),
     Switch(name="switch", teacher="@glance", student="@ears", manifest="{home}/train/manifest.jsonl",
            train_manifest="{home}/train/manifest.jsonl", width=1 / 16, clip_s=0.5, epochs=3, batch_size=4, lr=5e-3,
            augment="spec"),
     Distill(name="gated", model="{home}/audio", teacher_labels="@seen", student_labels="@heard",
-          switch="{home}/decided.jsonl", gate="learned", val_manifest="{home}/val/manifest.jsonl",
-          eval_every=10, **AUDIO, **STEPS),
+            switch="{home}/decided.jsonl", gate="learned", val_manifest="{home}/val/manifest.jsonl",
+            eval_every=10, **AUDIO, **STEPS),
     Distill(name="kl_ce", model="{home}/vision", teacher_labels="@heard", teacher_loss="kl+ce",
-          trainable="decoder", **VIDEO, **STEPS),
+            trainable="decoder", **VIDEO, **STEPS),
     Distill(name="kl", model="{home}/audio", teacher_labels="@seen", student_labels="@heard",
-          teacher_loss="kl", switch="{home}/decided.jsonl", gate="learned", trainable="full", **AUDIO, **STEPS),
+            teacher_loss="kl", switch="{home}/decided.jsonl", gate="learned", trainable="full", **AUDIO, **STEPS),
     SFT(name="letters", model="{home}/vision", weight_decay=0.1, **VIDEO, **STEPS),
-    SFT(name="traced", model="{home}/audio", traces="{home}/traces.jsonl", trainable="decoder",
-          max_new_tokens=16, **AUDIO, **STEPS),
-    GRPO(name="token", model="@traced", trainable="decoder", num_iterations=2,
-          **AUDIO, **ROLLOUTS),
+    SFT(name="traced", model="{home}/audio", traces="{home}/traces.jsonl", trainable="decoder", max_new_tokens=16,
+        **AUDIO, **STEPS),
+    GRPO(name="token", model="@traced", trainable="decoder", num_iterations=2, **AUDIO, **ROLLOUTS),
     GRPO(name="sequence", model="{home}/audio", ratio="sequence", aggregation="token", zero_variance="skip",
-          teacher_labels="@heard", temperature=0.9, num_iterations=2, **AUDIO, **ROLLOUTS),
+         teacher_labels="@heard", temperature=0.9, num_iterations=2, **AUDIO, **ROLLOUTS),
 ]
 """
 

@@ -41,8 +41,8 @@ def theirs(kind, reference, p, end):
         inputs.update(pixel_values_videos=torch.cat([m.features for m in p.media]),
                       video_grid_thw=torch.tensor([m.grid_thw for m in p.media]),
                       mm_token_type_ids=2 * (p.ids_N == 91).long()[None])
-    said = reference.generate(**inputs, do_sample=False, max_new_tokens=NEW, suppress_tokens=SUPPRESSED, eos_token_id=end,
-                              pad_token_id=0)
+    said = reference.generate(**inputs, do_sample=False, max_new_tokens=NEW, suppress_tokens=SUPPRESSED,
+                              eos_token_id=end, pad_token_id=0)
     return said[0, len(p):].tolist()
 
 

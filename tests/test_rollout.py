@@ -1,5 +1,6 @@
-"""Rollouts: what the draws depend on, where a completion ends, prompt and decode slots, the captured step, and agreement
-with training. The same for models of every family: tests/test_invariance.py."""
+"""Rollouts: what the draws depend on, where a completion ends, the slots, the captured step, agreement with training.
+
+The same for models of every family: tests/test_invariance.py."""
 import copy
 import gc
 import hashlib
@@ -112,7 +113,8 @@ def test_a_rollout_does_not_depend_on_the_other_rows_of_the_call(speaker):
         assert [x.ids for x in alone] == [x.ids for x in answers]
         assert torch.allclose(*(torch.tensor(sum((x.logprobs for x in xs), ())) for xs in (alone, answers)), atol=2e-5)
     assert ids_of([together[2], together[0]]) == ids_of(say(speaker, [c, a], num_samples=3))
-    assert ids_of(say(speaker, [b], num_samples=1))[0] == ids_of(together)[1][:1]  # sample 0 is the same whatever num_samples is
+    (alone,) = ids_of(say(speaker, [b], num_samples=1))
+    assert alone == ids_of(together)[1][:1]  # sample 0 does not depend on num_samples
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_seed_step_key_or_sample_others(speaker):
@@ -272,7 +274,8 @@ def test_a_row_gives_the_same_tokens_alone_and_in_any_batch(speaker):
     together = flat(speaker, conversations, num_samples=5, max_new_tokens=16)
     back = flat(speaker, conversations[::-1], num_samples=5, max_new_tokens=16, decode_slots=15)
     back = [c for i in range(20) for c in back[5 * (19 - i):5 * (20 - i)]]
-    alone = [c for conversation in conversations for c in flat(speaker, [conversation], num_samples=5, max_new_tokens=16)]
+    alone = [c for conversation in conversations
+             for c in flat(speaker, [conversation], num_samples=5, max_new_tokens=16)]
     for name, others in (("alone", alone), ("backwards, in 15 decode_slots", back)):
         flipped = [i for i, (a, b) in enumerate(zip(together, others, strict=True)) if a.ids != b.ids]
         print(f"rows with other tokens {name}: {flipped}")
@@ -445,13 +448,15 @@ def test_sampled_frequencies_are_the_softmax(speaker, temperature):
     """Chi-square of the first token, and of the second after the most frequent first, at a fixed seed."""
     model, processor = speaker[0], copy.copy(speaker[1])
     processor.end_id, start = -1, processor(heard(1))
-    said = [c.ids for c in flat((model, processor), [heard(1)], num_samples=4000, max_new_tokens=2, temperature=temperature)]
+    options = dict(num_samples=4000, max_new_tokens=2, temperature=temperature)
+    said = [c.ids for c in flat((model, processor), [heard(1)], **options)]
     common = Counter(a for a, _ in said).most_common(1)[0][0]
     for drawn, more in (([a for a, _ in said], []), ([b for a, b in said if a == common], [common])):
         positions_3N = torch.cat([start.positions_3N, start.positions_3N[:, -1:] + 1], 1)[:, :len(start) + len(more)]
         batch = pack([Prompt(torch.cat([start.ids_N, torch.tensor(more).long()]), positions_3N, start.media)])
         z_V = model.logits(model(batch)[-1:])[0].index_fill(0, torch.tensor(processor.suppressed_ids), -torch.inf)
-        expected_V, found_V = len(drawn) * (z_V / temperature).double().softmax(0), torch.bincount(torch.tensor(drawn), minlength=340)
+        expected_V = len(drawn) * (z_V / temperature).double().softmax(0)
+        found_V = torch.bincount(torch.tensor(drawn), minlength=340)
         often = expected_V >= 5  # the others count as one
         expected, found = (torch.cat([x[often], x[~often].sum()[None]]) for x in (expected_V, found_V))
         freedom, chi2 = len(expected) - 1, ((found - expected) ** 2 / expected).sum().item()
@@ -463,7 +468,8 @@ def test_sampled_frequencies_are_the_softmax(speaker, temperature):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(num_samples=0), "num_samples must be at least 1, got 0"), (dict(num_samples=-1), "num_samples must be at least 1, got -1"),
+    (dict(num_samples=0), "num_samples must be at least 1, got 0"),
+    (dict(num_samples=-1), "num_samples must be at least 1, got -1"),
     (dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
     *((dict(temperature=t), f"temperature must be 0 (greedy) or from 1e-06 to 1e+06, got {t}")
       for t in (-1.0, 1e-39, 1e39, float("nan"), float("inf"))),
