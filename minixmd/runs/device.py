@@ -21,20 +21,18 @@ def resolve_device(name, device):
     return device
 
 
-def resolve_runtime(name, device, dtype, backend):
-    """The Runtime of a stage's fields of these names; backend "auto" is Triton on a GPU and PyTorch elsewhere."""
-    device = resolve_device(name, device)
+def runtime_of(stage):
+    """The Runtime of a stage that runs a model on this machine.
+
+    Backend "auto" is Triton on a GPU and PyTorch on a CPU.
+    """
+    device, backend = resolve_device(stage.name, stage.device), stage.backend
     if backend == "auto":
         backend = "triton" if device == "cuda" else "torch"
     elif backend == "triton" and device == "cpu" and not triton.knobs.runtime.interpret:
-        raise ValueError(f"config: {name}: backend 'triton' needs a GPU (or TRITON_INTERPRET=1, which is very slow), "
-                         "but the device is 'cpu'")
-    return Runtime(device, getattr(torch, dtype), backend)
-
-
-def runtime_of(stage):
-    """The Runtime of a stage that runs a model on this machine."""
-    return resolve_runtime(stage.name, stage.device, stage.dtype, stage.backend)
+        raise ValueError(f"config: {stage.name}: backend 'triton' needs a GPU (or TRITON_INTERPRET=1, which is very "
+                         "slow), but the device is 'cpu'")
+    return Runtime(device, getattr(torch, stage.dtype), backend)
 
 
 def describe_device(stage):
