@@ -623,18 +623,18 @@ def assert_same_run(whole, resumed, steps):
 
 
 def test_a_run_that_is_interrupted_ends_as_the_uninterrupted_one(world, tmp_path, earns, monkeypatch):
-    stages, steps = train(world, epochs=2, max_steps=4, save_every=1, completions_every=1, num_iterations=2), []
+    stages, steps = train(world, epochs=2, max_steps=4, save_every=2, completions_every=1, num_iterations=2), []
     assert run(tmp_path / "whole", stages) == 0
 
     def interrupted(*args, step, **options):
         steps.append(step)
-        if steps == [0, 1, 2]:
+        if steps == [0, 1, 2, 3]:
             raise KeyboardInterrupt
         return minixmd.generate(*args, step=step, **options)
 
     monkeypatch.setattr(training, "generate", interrupted)
     assert [run(tmp_path / "resumed", stages) for _ in range(2)] == [130, 0]
-    assert steps == [0, 1, 2, 2, 3]
+    assert steps == [0, 1, 2, 3, 2, 3]  # the state is of two steps: the third, which was logged, is done again
     assert_same_run(tmp_path / "whole/run/g", tmp_path / "resumed/run/g", steps=4)
 
 
