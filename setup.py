@@ -20,7 +20,8 @@ setup(
         "jinja2>=3.1",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "transformers>=5", "peft>=0.18"],  # the last two: parity tests only
+        # transformers and peft: parity tests only
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "transformers>=5", "peft>=0.18"],
     },
     packages=[  # explicit: find_packages() would also see tools/, tests/, bench/
         "minixmd",

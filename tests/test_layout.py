@@ -115,8 +115,14 @@ def test_kernels_import_torch_triton_and_each_other_only():
         assert not others, f"kernels/{path.name} imports {others}"
 
 
-def test_setup_lists_every_package():
+def test_setup_lists_every_package_and_data_file():
     call = next(node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call))
     given = {keyword.arg: keyword.value for keyword in call.keywords}
     found = {_module(path) for path in (ROOT / "minixmd").rglob("__init__.py")} | {"minixmd.kernels"}
     assert set(ast.literal_eval(given["packages"])) == found
+    data = ast.literal_eval(given["package_data"])
+    for path in (ROOT / "minixmd").rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            package = ".".join(path.parent.relative_to(ROOT).parts)
+            patterns = data.get(package, [])
+            assert any(path.match(pattern) for pattern in patterns), f"setup.py: {package} leaves out {path.name}"
