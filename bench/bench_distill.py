@@ -1,8 +1,9 @@
 """bench_distill: KL from the teacher's logits or from its stored top-64, and the gradient of the student's logits.
 
-Bound by memory. With i and j bytes a logit of student and teacher, o of the gradient: N (2 (i + j) common_vocab + o V) bytes
-from both rows of logits, N (2 i common_vocab + o V) from the stored ids, which a rate counts for every side. No id is suppressed,
-as the others cannot ban any. TRL's and Liger's losses are given the common_vocab columns; they have no dropped shares.
+Bound by memory. With student logits of i bytes, teacher logits of j, the gradient of o, and C = common_vocab, the bytes
+are N (2 (i + j) C + o V) from both rows of logits and N (2 i C + o V) from the stored ids; a rate counts them for every
+side. No id is suppressed, since the other libraries cannot do that. TRL's and Liger's losses are given the first C
+columns; they have no dropped shares.
 
 Run: python -m bench.bench_distill [--device cpu] [--out bench/results/NAME.json]
 On a CPU a minute, in 3 GB. The last line of stdout is JSON.
@@ -98,8 +99,8 @@ def run(bench, of, pair, N, V, W, common_vocab, dtype, teacher_dtype, out_dtype,
     measure.check(p.sides(), p.truth, p.pick)
     if cpu:
         p = Problem(of, "cpu", min(N, CPU_ROWS), *sizes)
-    case = {"of": of, "model": pair, "N": len(p.weight_N), "V": V, "W": W, "common_vocab": common_vocab, "logits": dtype,
-            "teacher": teacher_dtype, "gradient": out_dtype}  # fmt: skip
+    case = {"of": of, "model": pair, "N": len(p.weight_N), "V": V, "W": W, "common_vocab": common_vocab,
+            "logits": dtype, "teacher": teacher_dtype, "gradient": out_dtype}  # fmt: skip
     bench.rows(case, p.sides(), None if cpu else p.others(compiled), p.moved, module=p.module, truth=p.truth,
                pick=p.pick)  # fmt: skip
 

@@ -26,7 +26,7 @@ CASES = [  # model, sequences, rows in each, V, dtypes of the logits and of the 
 ]
 SMALL = [("small", 2, 4, 4_099, "float32", "bfloat16")]
 CPU_SHAPE, CPU_CHECKED = (4, 32), (2, 2)  # bytes and memory grow with the rows alone; the interpreter is slow
-OBJECTIVE = ClipConfig(0.2, 0.28, 0.04, "k3")
+CLIP_CONFIG = ClipConfig(0.2, 0.28, 0.04, "k3")
 
 
 class Problem:
@@ -45,19 +45,19 @@ class Problem:
 
     def ours(self, backend):
         out_NV = torch.empty_like(self.logits_NV, dtype=self.out_dtype)
-        logp_N, entropy_N, terms = grpo_rows(self.logits_NV, *self.vectors, OBJECTIVE, backend=backend, out=out_NV)
+        logp_N, entropy_N, terms = grpo_rows(self.logits_NV, *self.vectors, CLIP_CONFIG, backend=backend, out=out_NV)
         return terms[0], out_NV, logp_N, entropy_N
 
     def three_steps(self):
         id_N, *vectors = self.vectors
         stats = row_stats(self.logits_NV, id_N)
-        coef_N, terms = grpo_coefficient(stats[0], *vectors, OBJECTIVE)
+        coef_N, terms = grpo_coefficient(stats[0], *vectors, CLIP_CONFIG)
         out_NV = torch.empty_like(self.logits_NV, dtype=self.out_dtype)
         return terms[0], logits_grad(self.logits_NV, id_N, stats, coef_N, out=out_NV), *stats[:2]
 
     def autograd(self, fn, rows=slice(None), dtype=None):
         x_NV = self.logits_NV[rows].detach().to(dtype).requires_grad_()
-        loss, logp_N, entropy_N, terms = fn(x_NV, *(t[rows] for t in self.vectors), OBJECTIVE)
+        loss, logp_N, entropy_N, terms = fn(x_NV, *(t[rows] for t in self.vectors), CLIP_CONFIG)
         return terms[0], *torch.autograd.grad(loss, x_NV), logp_N, entropy_N
 
     def truth(self):
@@ -86,7 +86,7 @@ class Problem:
 
         x_BLV = self.logits_NV.view(*self.shape, -1).detach().requires_grad_()
         id_BL, old_BL, ref_BL, _, weight_BL = (t.view(self.shape)[:, :-1].contiguous() for t in self.vectors)
-        low, high, beta = OBJECTIVE.clip_low, OBJECTIVE.clip_high, OBJECTIVE.beta
+        low, high, beta = CLIP_CONFIG.clip_low, CLIP_CONFIG.clip_high, CLIP_CONFIG.beta
         loss_BL, _, _ = triton_grpo_loss(x_BLV, old_BL, ref_BL, id_BL, self.advantage_B, temperature=1.0, beta=beta,
                                          eps_low=low, eps_high=high, inplace=False)
         (grad_BLV,) = torch.autograd.grad(loss_BL, x_BLV, weight_BL)
@@ -98,9 +98,9 @@ class Problem:
         return self.logits_NV.nbytes // N * (N + live) + self.logits_NV.numel() * self.out_dtype.itemsize + 48 * N
 
 
-def trl(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, objective):
+def trl(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, clip_config):
     logp_N, entropy_N = bench_logprob.trl(logits_NV, id_N)
-    terms = grpo_terms(logp_N, old_N, ref_N, advantage_N, weight_N, objective)
+    terms = grpo_terms(logp_N, old_N, ref_N, advantage_N, weight_N, clip_config)
     return (terms[0] * weight_N).sum(), logp_N.detach(), entropy_N, [t.detach() for t in terms]
 
 

@@ -2,7 +2,7 @@
 
 Bound by memory. Logits of i bytes are read once for the value, N V i, and once more for the gradient, which is written
 in o bytes: N V (2 i + o). Eager PyTorch goes over N V values again and again. A rate counts these bytes for every side.
-No id is suppressed here, for the others cannot; "triton, bans" is the kernel with Qwen2's special ids suppressed_ids.
+No id is suppressed, since the other libraries cannot do that; "triton, bans" is the kernel without Qwen2's special ids.
 
 Run: python -m bench.bench_logprob [--device cpu] [--out bench/results/NAME.json]
 On a CPU under a minute, in 3 GB. The last line of stdout is JSON.

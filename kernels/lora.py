@@ -1,21 +1,20 @@
-"""A linear layer with a low-rank update.
+"""A linear layer with a low-rank update (LoRA), forward and backward.
 
     y  = x Wᵀ + bias + scale (x Aᵀ) Bᵀ
-    dX = g W + scale (g B) A
+    dX = g W + scale (g B) A                               g = dL/dy
     dA = scale (g B)ᵀ x            dB = scale gᵀ (x Aᵀ)
-    dW = gᵀ x                      dbias = sum_n g[n]          (only where the base layer trains)
+    dW = gᵀ x                      dbias = sum_n g[n]      only if the base layer trains
 
 backend="torch" leaves every product to the vendor's library and adds the updates in place. backend="triton" uses
-kernels/lora_triton.py for two parts. The evidence is counted bytes and published speeds: no GPU was at hand.
-    y where D <= FUSED_D and R <= 64, in 16 bits: one kernel. It saves a read and a write of y, 367 / D of the product's
-        time on an H200, but Triton products of this kind ran at 76 to 86 % of the vendor's (triton #5726, fb-triton
-        #1038): they break even at D = 1162 to 2254. Above that, and for xa, dX, dA and dW, the vendor's product. So
-        only the towers' layers can use it, not a 7B decoder's.
-    scale g B and dB where reading g once moves 1.2 times fewer bytes (lora_triton.dy_pass_pays), in 16 bits: one
-        kernel, and a second that adds its partial sums. Elsewhere the vendor's two products.
-fp32 takes the vendor's products throughout: the tiles are for 16 bits, and at 32 they spill or do not fit an A100.
+lora_triton.py for two of them, in 16 bits; in fp32, where its tiles would spill, it uses the vendor's products too.
+    y, if D <= FUSED_D and R <= 64: one kernel. It saves a read and a write of y, 367 / D of the product's time on an
+        H200, but Triton products of this kind ran at 76 to 86 % of the vendor's (triton #5726, fb-triton #1038), which
+        breaks even at D = 1162 to 2254. So the towers' layers can use it; a 7B decoder's are too wide.
+    scale g B and dB, if reading g once instead of twice moves 1.2 times fewer bytes (lora_triton.dy_pass_pays): one
+        kernel, and a second one that adds its partial sums.
+The evidence is counted bytes and published speeds, not measurements.
 
-Dims: N tokens (rows), D inputs, F outputs, R rank. Weights stand as in torch's Linear: (out, in).
+Dims: N rows (tokens), D inputs, F outputs, R rank. Weights are (out, in), as in torch's Linear.
 """
 import torch
 import torch.nn.functional as F
@@ -26,12 +25,11 @@ FUSED_D = 2048  # inputs up to which backend="triton" computes y in one kernel: 
 
 
 def lora_linear_ref(x_ND, w_FD, bias_F, a_RD, b_FR, scale):
-    """Linear layer plus `scale` times its rank-R update, in plain PyTorch.
+    """A linear layer plus `scale` times its rank-R update, in plain PyTorch.
 
     Args:
         x_ND: (N, D) fp32 | bf16 | fp16, or fp64 for ground truth; sets the dtype of the matmuls and of the result.
-        w_FD: (F, D), any of these dtypes, cast to x's at the matmul.
-        bias_F: (F,) or None, cast likewise.
+        w_FD, bias_F: (F, D), and (F,) or None, of any of these dtypes; cast to x's at the matmul.
         a_RD, b_FR: (R, D) and (F, R) fp32, cast likewise, so their gradients arrive in fp32.
         scale: lora_alpha / rank, dimensionless; a Python float.
     Returns:
@@ -45,19 +43,19 @@ def lora_linear_ref(x_ND, w_FD, bias_F, a_RD, b_FR, scale):
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Layers on the same x; tensors are w, bias, a, b of the first, then of the next. With every A stacked, x is read
-    once for x Aᵀ and once for dA. Updates are added in place: fewer passes over y and dX than autograd of the _ref."""
+    """Layers on the same x; `tensors` are w, bias, a, b of the first layer, then of the next. With all A stacked, x is
+    read once for x Aᵀ and once for dA. Updates are added in place: fewer passes over y and dX than autograd makes."""
 
     @staticmethod
     def forward(ctx, x_ND, backend, scales, *tensors):
         ws, biases, As, Bs = ([None if t is None else t.to(x_ND.dtype) for t in tensors[i::4]] for i in range(4))
         xa_NR, outputs = x_ND @ torch.cat(As).T, []
-        parts = xa_NR.split([len(a) for a in As], 1)
-        for w, bias, b, part_NR, scale in zip(ws, biases, Bs, parts, scales, strict=True):
+        per_layer = xa_NR.split([len(a) for a in As], 1)
+        for w, bias, b, xa, scale in zip(ws, biases, Bs, per_layer, scales, strict=True):
             if backend == "triton" and x_ND.element_size() == 2 and x_ND.shape[1] <= FUSED_D and b.shape[1] <= 64:
-                outputs.append(lora_triton.lora_forward(x_ND, w, bias, part_NR, b, scale))
+                outputs.append(lora_triton.lora_forward(x_ND, w, bias, xa, b, scale))
             else:
-                outputs.append(F.linear(x_ND, w, bias).addmm_(part_NR, b.T, alpha=scale))
+                outputs.append(F.linear(x_ND, w, bias).addmm_(xa, b.T, alpha=scale))
         ctx.save_for_backward(x_ND, xa_NR, *tensors)
         ctx.backend, ctx.scales = backend, scales
         return tuple(outputs)
@@ -66,14 +64,13 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx, *gs):
         x_ND, xa_NR, *tensors = ctx.saved_tensors
         need_x, _, _, *need = ctx.needs_input_grad
-        dtypes = [None if t is None else t.dtype for t in tensors]
         ws, _, As, Bs = ([None if t is None else t.to(x_ND.dtype) for t in tensors[i::4]] for i in range(4))
         ranks, gbs, grads = [len(a) for a in As], [], [None] * len(tensors)
-        for i, (g_NF, b, part_NR, scale) in enumerate(zip(gs, Bs, xa_NR.split(ranks, 1), ctx.scales, strict=True)):
+        for i, (g_NF, b, xa, scale) in enumerate(zip(gs, Bs, xa_NR.split(ranks, 1), ctx.scales, strict=True)):
             if ctx.backend == "triton" and lora_triton.dy_pass_pays(*g_NF.shape, ranks[i], g_NF.element_size()):
-                gb_NR, grads[4 * i + 3] = lora_triton.dy_pass(g_NF, part_NR, b, scale)
+                gb_NR, grads[4 * i + 3] = lora_triton.dy_pass(g_NF, xa, b, scale)
             else:
-                gb_NR, grads[4 * i + 3] = (g_NF @ b).mul_(scale), (g_NF.T @ part_NR).mul_(scale)
+                gb_NR, grads[4 * i + 3] = (g_NF @ b).mul_(scale), (g_NF.T @ xa).mul_(scale)
             gbs.append(gb_NR)
             if need[4 * i]:
                 grads[4 * i] = g_NF.T @ x_ND
@@ -85,21 +82,20 @@ class _LoraLinears(torch.autograd.Function):
             dx_ND = gb_NR @ torch.cat(As)
             for g_NF, w in zip(gs, ws, strict=True):
                 dx_ND.addmm_(g_NF, w)
-        grads = [None if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
-        return dx_ND, None, None, *grads
+        return dx_ND, None, None, *(None if g is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True))
 
 
 def lora_linears(x_ND, layers, backend="torch"):
-    """lora_linear of several layers on the same x, whose adapters share its reads: q, k and v, or gate and up.
+    """lora_linear of several layers on the same x, whose adapters share the reads of x: q, k and v, or gate and up.
 
-    The base products stay apart, for their weights are apart: one product over them all would need a copy of the
-    weights, to save a read of x that takes 184 / F of a product's time on an H200 (36 % at F = 512, 1 % at 18944).
+    The base products stay separate because their weights are: one product over all of them would need a copy of the
+    weights to save a read of x, which takes 184 / F of a product's time on an H200 (36 % at F = 512, 1 % at 18944).
 
     Args:
         layers: a list of (w_FD, bias_F, a_RD, b_FR, scale), as lora_linear takes them; F and R may differ.
     Returns:
         A tuple of (N, F) in x's dtype.
-    Raises: as lora_linear.
+    Raises: ValueError if x_ND is not two-dimensional or there is no such backend.
     """
     if x_ND.ndim != 2:
         raise ValueError(f"lora_linear needs a two-dimensional x, got {tuple(x_ND.shape)}")
@@ -110,11 +106,9 @@ def lora_linears(x_ND, layers, backend="torch"):
 
 
 def lora_linear(x_ND, w_FD, bias_F, a_RD, b_FR, scale, backend="torch"):
-    """lora_linear_ref with a hand-written backward; saves x Aᵀ, (N, R), beside x.
+    """lora_linear_ref, for a two-dimensional x, with a hand-written backward; saves x Aᵀ, (N, R), beside x.
 
-    Args and returns: as lora_linear_ref; x_ND has exactly two dimensions. backend: "torch" | "triton" (module docstring).
-    Raises:
-        ValueError: x_ND is not two-dimensional, or no such backend.
+    Args and returns: as lora_linear_ref. backend: "torch" | "triton" (module docstring). Raises: as lora_linears.
     Source: the module docstring; tests/test_lora.py compares value and every gradient with the _ref in fp64.
     """
     return lora_linears(x_ND, [(w_FD, bias_F, a_RD, b_FR, scale)], backend)[0]

@@ -1,31 +1,31 @@
-"""Triton parts of kernels/lora.py: the forward product with the update inside, and both uses of g in one read of it.
+"""Triton kernels of lora.py: the forward product with the low-rank update inside, and one pass over the gradient.
 
-    lora_forward   y = x Wᵀ + bias + scale xa Bᵀ          xa = x Aᵀ is given
-    dy_pass        gb = scale g B,  dB = scale gᵀ xa      g = dy
+    lora_forward   y = x Wᵀ + bias + scale xa Bᵀ            xa = x Aᵀ is given
+    dy_pass        gb = scale g B,  dB = scale gᵀ xa        g = dL/dy
 
-lora_forward starts its accumulator with the rank-R product and then runs over D. The other order, the rank-R product
-after the loop, makes the ptxas of Triton 3.6 serialise every wgmma (C7515). It saves one read and one write of y.
+lora_forward starts its accumulator with the rank-R product and then loops over D; with the rank-R product after the
+loop, the ptxas of Triton 3.6 serialises every wgmma (C7515). It saves one read and one write of y.
 
-dy_pass gives each program `rows` rows and BLOCK_F columns of g. A tile is read once and used twice: times B for gb, and
-transposed times xa for dB, which stays in registers over the rows. Neither sum is complete in one program, so both go
-to fp32 partials that a second kernel adds in a fixed order: no atomics, the same bits every time.
-Bytes, elements of i bytes: N F i for g, and 8 R (N ceil(F / DY_BLOCK_F) + F ceil(N / rows)) to write and read partials;
-the two vendor products that it replaces read 2 N F i. In MB for bf16 and R = 16: N 4096, F 3584, 44 against 59; N 4096,
-F 18944, 201 against 310; N 16384, F 3584, 155 against 235. dy_pass_pays asks for 1.2 times fewer: not so for k and v of
-few heads, nor for R = 64. (Partials that stay in L2, 50 MB on an H200, would cost less.) Counted, not measured: no GPU
-was at hand.
+dy_pass gives each program `rows` rows and DY_BLOCK_F columns of g. A tile is read once and used twice: times B for gb,
+and transposed times xa for dB, which stays in registers over the rows. Neither sum is complete within a program, so
+both go to fp32 partials that a second kernel adds in a fixed order: no atomics, the same bits every time.
 
-Dims: N tokens, D inputs, F outputs, R rank; BLOCK_R is R, padded to what a tensor core takes.
+Bytes of dy_pass, elements of i bytes: N F i for g, and 8 R (N ceil(F / DY_BLOCK_F) + F ceil(N / rows)) to write and
+read the partials. The two vendor products that it replaces read 2 N F i. In MB for bf16 and R = 16: 44 against 59 at
+N 4096, F 3584; 201 against 310 at N 4096, F 18944; 155 against 235 at N 16384, F 3584. dy_pass_pays asks for 1.2 times
+fewer, which excludes k and v of few heads, and R = 64. Counted, not measured; partials that stay in L2 would cost less.
+
+Dims: N rows (tokens), D inputs, F outputs, R rank; BLOCK_R is R, padded to what a tensor core takes.
 """
 import torch
 import triton
 import triton.language as tl
 
-# Forward tile: its sums take 128 registers a thread in 8 warps. With BLOCK_D = 64 it spills on sm_80 under Triton 3.6.
+# lora_forward: the accumulator takes 128 registers per thread in 8 warps. BLOCK_D = 64 spills on sm_80 (Triton 3.6).
 BLOCK_N, BLOCK_F, BLOCK_D = 128, 256, 32
 FORWARD_WARPS, FORWARD_STAGES = 8, 4
 GROUP_N = 8  # row blocks that share a sweep over the columns, so that W's tiles come from L2
-# dy_pass: 64 rows are what one wgmma takes; wide tiles make few partials of gb.
+# dy_pass: 64 rows are what one wgmma takes; wide tiles make few partial sums of gb.
 DY_BLOCK_N, DY_BLOCK_F = 64, 256
 DY_WARPS, DY_STAGES = 4, 3
 DY_PROGRAMS = 264  # two for each of the 132 SMs of an H200
@@ -39,7 +39,7 @@ def _lora_forward_kernel(
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_N: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    scale = tl.cast(scale, tl.float32)  # torch.compile hands Python floats over as fp64
+    scale = tl.cast(scale, tl.float32)  # torch.compile passes Python floats as fp64
     sweep = GROUP_N * tl.cdiv(F, BLOCK_F)  # blocks of a group: its rows vary fastest
     first = tl.program_id(0) // sweep * GROUP_N
     height = tl.minimum(tl.cdiv(N, BLOCK_N) - first, GROUP_N)
@@ -93,34 +93,31 @@ def _sum_partials_kernel(part_ptr, out_ptr, size, count, scale, BLOCK: tl.conste
     tl.store(out_ptr + i, total * tl.cast(scale, tl.float32), mask=i < size)
 
 
-def _padded(R):
-    return max(16, triton.next_power_of_2(R))
-
-
 def _block_f(R):
-    return BLOCK_F if R <= 32 else BLOCK_F // 2  # the wide tile spills on sm_80 beside a rank above 32
+    """Columns of y per tile of lora_forward: beside a rank above 32 the wide tile spills on sm_80."""
+    return BLOCK_F if R <= 32 else BLOCK_F // 2
 
 
 def _rows(N, F):
-    """Rows of g a program takes: a multiple of DY_BLOCK_N, for about DY_PROGRAMS programs. Of the sizes alone."""
+    """Rows of g per program: a multiple of DY_BLOCK_N that makes about DY_PROGRAMS programs."""
     splits = max(1, DY_PROGRAMS // triton.cdiv(F, DY_BLOCK_F))
     return triton.cdiv(triton.cdiv(N, splits), DY_BLOCK_N) * DY_BLOCK_N
 
 
 def dy_pass_bytes(N, F, R, itemsize):
-    """Bytes that dy_pass moves; without it 2 N F itemsize."""
+    """Bytes that dy_pass moves; the two products it replaces read 2 N F itemsize."""
     return N * F * itemsize + 8 * R * (N * triton.cdiv(F, DY_BLOCK_F) + F * triton.cdiv(N, _rows(N, F)))
 
 
 def dy_pass_pays(N, F, R, itemsize):
-    """Whether one read of g, in 16 bits, and the partials are 1.2 times fewer bytes than two reads. R is at most 32."""
+    """Whether dy_pass, for 16 bits and R <= 32, moves at least 1.2 times fewer bytes than two reads of g."""
     return itemsize == 2 and N > 0 and R <= 32 and 1.2 * dy_pass_bytes(N, F, R, itemsize) <= 2 * N * F * itemsize
 
 
 def lora_forward(x_ND, w_FD, bias_F, xa_NR, b_FR, scale):
-    """x Wᵀ + bias + scale xa Bᵀ in x's dtype, which w, bias, xa and b must have too. bias_F may be None.
+    """x Wᵀ + bias + scale xa Bᵀ, (N, F), in x's dtype, which w, bias, xa and b must have too. bias_F may be None.
 
-    x and w need unit stride in D, or are copied. R <= 64. fp32 avoids the tensor cores: exact to rounding, but slow.
+    R <= 64. x and w without unit stride in D are copied. fp32 avoids the tensor cores: exact to rounding, but slow.
     """
     (N, D), (F, R) = x_ND.shape, b_FR.shape
     x_ND, w_FD = (t if t.stride(1) == 1 else t.contiguous() for t in (x_ND, w_FD))
@@ -129,15 +126,15 @@ def lora_forward(x_ND, w_FD, bias_F, xa_NR, b_FR, scale):
         _lora_forward_kernel[(triton.cdiv(N, BLOCK_N) * triton.cdiv(F, block_f),)](
             x_ND, w_FD, w_FD if bias_F is None else bias_F.contiguous(), xa_NR.contiguous(), b_FR.contiguous(), y_NF,
             x_ND.stride(0), w_FD.stride(0), y_NF.stride(0), N, D, F, R, scale, BLOCK_N=BLOCK_N, BLOCK_F=block_f,
-            BLOCK_D=BLOCK_D, BLOCK_R=_padded(R), GROUP_N=GROUP_N, HAS_BIAS=bias_F is not None,
+            BLOCK_D=BLOCK_D, BLOCK_R=max(16, triton.next_power_of_2(R)), GROUP_N=GROUP_N, HAS_BIAS=bias_F is not None,
             num_warps=FORWARD_WARPS, num_stages=FORWARD_STAGES)  # fmt: skip
     return y_NF
 
 
 def dy_pass(g_NF, xa_NR, b_FR, scale):
-    """scale g B in g's dtype and scale gᵀ xa in fp32, from one read of g; xa and b have g's dtype. R <= 32.
+    """scale g B, (N, R) in g's dtype, and scale gᵀ xa, (F, R) fp32, from one read of g; xa and b have g's dtype.
 
-    g needs unit stride in F, or is copied (one that autograd expanded has stride 0).
+    R <= 32. g without unit stride in F is copied (one that autograd has expanded has stride 0).
     """
     (N, F), R = g_NF.shape, b_FR.shape[1]
     g_NF = g_NF if g_NF.stride(1) == 1 else g_NF.contiguous()
@@ -147,7 +144,8 @@ def dy_pass(g_NF, xa_NR, b_FR, scale):
     if N:
         _dy_pass_kernel[(splits, blocks)](
             g_NF, xa_NR.contiguous(), b_FR.contiguous(), gb_part, db_part, g_NF.stride(0), N, F, R, rows,
-            BLOCK_N=DY_BLOCK_N, BLOCK_F=DY_BLOCK_F, BLOCK_R=_padded(R), num_warps=DY_WARPS, num_stages=DY_STAGES)
+            BLOCK_N=DY_BLOCK_N, BLOCK_F=DY_BLOCK_F, BLOCK_R=max(16, triton.next_power_of_2(R)), num_warps=DY_WARPS,
+            num_stages=DY_STAGES)
     gb_NR = torch.empty(N, R, dtype=g_NF.dtype, device=g_NF.device)
     db_FR = torch.empty(F, R, dtype=torch.float32, device=g_NF.device)
     for part, out, count in ((gb_part, gb_NR, blocks), (db_part, db_FR, splits)):

@@ -1,12 +1,38 @@
-"""What every kernel's tests share: a result no worse than eager's against fp64, and the compile-only check."""
+"""What every kernel's tests share: grids of cases, a result no worse than eager's against fp64, compilation alone."""
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+BACKENDS = ["triton", "torch"]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+if torch.cuda.is_available():
+    DTYPES["bf16"] = torch.bfloat16  # Triton's interpreter rounds it wrongly
+
+
+def grid(*axes):
+    """Every combination of the axes' values, as pytest parameters; most of them are marked slow.
+
+    Those that are not are chosen greedily until every pair of values of any two axes occurs in one of them.
+
+    Args:
+        axes: each a list of values, or {name: value}; the names (str(value) in a list) make the test's id.
+    """
+    named = [axis if isinstance(axis, dict) else {str(value): value for value in axis} for axis in axes]
+    cases = list(itertools.product(*named))
+    pairs = {case: set(itertools.combinations(enumerate(case), 2)) for case in cases}
+    missing, fast = set().union(*pairs.values()), set()
+    while missing:
+        best = max(cases, key=lambda case: len(pairs[case] & missing))
+        fast.add(best)
+        missing -= pairs[best]
+    return [pytest.param(*(axis[name] for axis, name in zip(named, case, strict=True)), id="-".join(case),
+                         marks=() if case in fast else pytest.mark.slow) for case in cases]
 
 
 def assert_as_good_as(out, eager, truth, cond=1.0):

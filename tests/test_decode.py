@@ -1,13 +1,11 @@
-"""Decode attention: both implementations against one softmax over prompt and suffix in fp64."""
+"""Decode attention: both backends against one softmax over prompt and suffix in fp64."""
 import pytest
 import torch
-from kernel_checks import assert_as_good_as, assert_compiles
+from kernel_checks import BACKENDS, DTYPES, assert_as_good_as, assert_compiles, grid
 
 from minixmd.kernels import decode
 from minixmd.kernels.decode import BLOCK_S, FP32_BLOCK_S, FP32_MOST_R, SPLIT, decode_attention
 
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-IDS = {"ids": lambda x: str(x).removeprefix("torch.")}
 NAMES = "q_BHK", "prompt_k_GJPK", "prompt_v_GJPK", "prompt_length_G", "k_BJCK", "v_BJCK", "length_B"
 
 
@@ -60,14 +58,12 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, **IDS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("shape, dtype, backend", grid(SHAPES, DTYPES, BACKENDS))
 def test_prompt_and_suffix_are_one_softmax(shape, dtype, backend, device):
-    check(problem(*SHAPES[shape], device, dtype), backend)
+    check(problem(*shape, device, dtype), backend)
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("part", ["prompt", "suffix"])
 def test_a_part_that_outweighs_the_other_by_e_200_is_the_result(part, backend, device):
     p = problem([SPLIT + 5], [4, 9], 2, 1, 16, device)
@@ -78,12 +74,12 @@ def test_a_part_that_outweighs_the_other_by_e_200_is_the_result(part, backend, d
     check(p, backend)
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_slot_without_rows_of_its_own_sees_the_prompt_alone(backend, device):
     check(problem([5, 3], [0, 2, 0, 0], 4, 2, 16, device), backend)
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_queries_and_pools_may_lie_apart_in_memory(backend, device):
     p = problem([9, 4], [3, 5, 1, 2], 4, 2, 16, device)
     wide_BHK = torch.full((4, 8, 16), torch.nan, device=device)
@@ -120,12 +116,12 @@ def test_a_slots_bits_depend_on_its_own_rows_alone(device):
 
 def test_two_equal_keys_share_the_weight():  # small enough to check by hand
     one, length = torch.ones(1, 1, 1, 16), torch.tensor([1])
-    for backend in ("triton", "torch"):
+    for backend in BACKENDS:
         out_BHK = decode_attention(torch.ones(1, 1, 16), one, 2 * one, length, one, 6 * one, length, backend)
         torch.testing.assert_close(out_BHK, torch.full((1, 1, 16), 4.0))
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_is_never_hidden(backend, device):
     for name, at in (("k_BJCK", (1, 0, 2)), ("v_BJCK", (1, 1, 0)), ("prompt_k_GJPK", (0, 0, 3))):
         p = problem([4], [3, 3], 2, 2, 16, device, room=0)
@@ -145,6 +141,7 @@ def test_bad_input_is_refused(change, message):
         decode_attention(**good | change)
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_as_shipped_without_a_spill():
     assert decode.CONFIGS
     assert_compiles("decode")

@@ -77,6 +77,7 @@ def test_each_fault_is_named(found, kind, arch, wrong):
     assert faults(FINE | found, kind, arch) == wrong
 
 
+@pytest.mark.slow
 def test_faulty_kernels_are_found_by_compiling_them(tmp_path):
     (tmp_path / "faulty.py").write_text(FAULTY)
     (tmp_path / "silent.py").write_text("x = 1\n")

@@ -3,7 +3,7 @@ import functools
 
 import pytest
 import torch
-from kernel_checks import assert_as_good_as, assert_compiles
+from kernel_checks import BACKENDS, DTYPES, assert_as_good_as, assert_compiles, grid
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minixmd.kernels import lora, lora_triton
@@ -13,11 +13,9 @@ from minixmd.models.lora import Linear, linears
 pytestmark = pytest.mark.usefixtures("on_device")
 
 
-GPU = torch.cuda.is_available()
-DTYPES = [  # fp32 never reaches a kernel in use, and its tiles do not fit every GPU; tl.dot in bf16 needs one
-    pytest.param(torch.float32, id="fp32", marks=pytest.mark.skipif(GPU, reason="for the interpreter")),
-    pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),
-]
+if torch.cuda.is_available():  # fp32 is for the interpreter: no kernel in use gets it, and its tiles may not fit
+    DTYPES = {name: dtype for name, dtype in DTYPES.items() if name != "fp32"}
+BIAS = {"bias": True, "plain": False}
 
 
 def run(function, inputs, g_NF, scale):
@@ -27,11 +25,11 @@ def run(function, inputs, g_NF, scale):
     return [y_NF.detach()] + [t.grad for t in leaves if t is not None and t.requires_grad]
 
 
-@pytest.mark.parametrize("N, D, F, R", [(1, 1, 1, 1), (7, 12, 5, 3), (33, 64, 48, 16)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("trained", [(), ("w", "bias"), ("x",), ("x", "w", "bias")], ids="+".join)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
-def test_value_and_every_gradient_equal_the_twin(N, D, F, R, dtype, trained, bias):
+@pytest.mark.parametrize("size, dtype, trained, bias", grid(
+    [(1, 1, 1, 1), (7, 12, 5, 3), (33, 64, 48, 16)], {"fp32": torch.float32, "bf16": torch.bfloat16},
+    {"none": (), "w+bias": ("w", "bias"), "x": ("x",), "all": ("x", "w", "bias")}, BIAS))  # fmt: skip
+def test_value_and_every_gradient_equal_the_twin(size, dtype, trained, bias):
+    N, D, F, R = size
     x, w, b = (torch.randn(shape).to(dtype) for shape in ((N, D), (F, D), (F,)))
     a_RD, b_FR = torch.randn(R, D, requires_grad=True), torch.randn(F, R, requires_grad=True)
     inputs = [x.requires_grad_("x" in trained), w.requires_grad_("w" in trained),
@@ -90,9 +88,7 @@ def group_gradients(function, x_ND, layers, gs, dtype):
                                             if torch.is_tensor(t) and t.requires_grad]
 
 
-@pytest.mark.parametrize("train_base", [False, True], ids=["frozen", "trained"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend, dtype, train_base", grid(BACKENDS, DTYPES, {"frozen": False, "trained": True}))
 def test_layers_on_the_same_x_give_what_each_gives_alone(backend, dtype, train_base):
     x_ND, layers, gs = group(dtype=dtype, train_base=train_base)
     ours = group_gradients(functools.partial(lora_linears, backend=backend), x_ND, layers, gs, None)
@@ -145,22 +141,23 @@ def test_only_adapted_layers_are_taken_together():
 SIZES = [(1, 1, 1, 1), (7, 12, 5, 3), (128, 64, 256, 16), (129, 65, 257, 17), (130, 200, 700, 32), (1100, 48, 300, 8)]
 
 
-@pytest.mark.parametrize("N, D, F, R", [*SIZES, (70, 33, 40, 64)])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
-def test_the_fused_forward_is_as_good_as_eager(N, D, F, R, dtype, bias):
+@pytest.mark.parametrize("size, dtype, bias", grid([*SIZES, (70, 33, 40, 64)], DTYPES, BIAS))
+def test_the_fused_forward_is_as_good_as_eager(size, dtype, bias):
+    N, D, F, R = size
     x, w, b, a_RD, b_FR = (torch.randn(shape).to(dtype) for shape in ((N, D), (F, D), (F,), (R, D), (F, R)))
     xa_NR = x @ a_RD.T  # given to all three, rounded
-    ours = lora_triton.lora_forward(x, w, b if bias else None, xa_NR, b_FR, 0.7)
+    wide_x, wide_w = (torch.nn.functional.pad(t, (0, 3), value=torch.nan) for t in (x, w))  # rows apart, NaN between
+    ours = lora_triton.lora_forward(wide_x[:, :D], wide_w[:, :D], b if bias else None, xa_NR, b_FR, 0.7)
     eager = torch.nn.functional.linear(x, w, b if bias else None).addmm_(xa_NR, b_FR.T, alpha=0.7)
     exact = x.double() @ w.double().T + 0.7 * (xa_NR.double() @ b_FR.double().T) + (b.double() if bias else 0)
     assert_as_good_as(ours, eager, exact, cond=float(exact.abs().max()))
 
 
-@pytest.mark.parametrize("N, F, R", sorted({(N, F, R) for N, _, F, R in SIZES} | {(700, 1030, 5)}))
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("programs", [264, 4], ids=["one block a program", "many blocks"])
-def test_one_pass_over_the_gradient_is_as_good_as_two_products(N, F, R, dtype, programs, monkeypatch):
+@pytest.mark.parametrize("size, dtype, programs", grid(
+    sorted({(N, F, R) for N, _, F, R in SIZES} | {(700, 1030, 5)}), DTYPES,
+    {"one block a program": 264, "many blocks": 4}))  # fmt: skip
+def test_one_pass_over_the_gradient_is_as_good_as_two_products(size, dtype, programs, monkeypatch):
+    N, F, R = size
     monkeypatch.setattr(lora_triton, "DY_PROGRAMS", programs)  # 4 leave each up to 11 blocks of rows here
     g_NF, xa_NR, b_FR = (torch.randn(shape).to(dtype) for shape in ((N, F), (N, R), (F, R)))
     ours = lora_triton.dy_pass(g_NF, xa_NR, b_FR, 0.7)
@@ -171,10 +168,9 @@ def test_one_pass_over_the_gradient_is_as_good_as_two_products(N, F, R, dtype, p
         assert_as_good_as(o, e, t, cond=float(t.abs().max()))
 
 
-@pytest.mark.parametrize("N, D, F, R", SIZES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two products"])
-def test_triton_value_and_every_gradient_are_as_good_as_eager(N, D, F, R, dtype, one_pass, monkeypatch):
+@pytest.mark.parametrize("size, dtype, one_pass", grid(SIZES, DTYPES, {"one pass": True, "two products": False}))
+def test_triton_value_and_every_gradient_are_as_good_as_eager(size, dtype, one_pass, monkeypatch):
+    N, D, F, R = size
     monkeypatch.setattr(lora_triton, "dy_pass_pays", lambda *_: one_pass)
     x, w, b = ((torch.randn(shape) / 4).to(dtype).requires_grad_() for shape in ((N, D), (F, D), (F,)))
     a_RD, b_FR = (torch.randn(R, D) / 4).requires_grad_(), (torch.randn(F, R) / 4).requires_grad_()
@@ -237,10 +233,11 @@ def test_wide_inputs_high_ranks_and_fp32_go_to_the_vendors_product(monkeypatch):
                     torch.randn(4, 2), 0.5, backend="triton")  # fmt: skip
 
 
-def test_an_unknown_impl_is_refused():
+def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="'torch' and 'triton', got 'cuda'"):
-        lora_linear(torch.randn(2, 3), torch.randn(4, 3), None, torch.randn(1, 3), torch.randn(4, 1), 1.0, backend="cuda")
+        lora_linear(torch.randn(2, 3), torch.randn(4, 3), None, torch.randn(1, 3), torch.randn(4, 1), 1.0, "cuda")
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_to_tensor_core_code_without_spills():
     assert_compiles("lora_triton")

@@ -27,6 +27,7 @@ import sys
 import tempfile
 from itertools import groupby
 from pathlib import Path
+from types import ModuleType
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes one block can have: CUDA programming guide, 163 and 227 KiB
@@ -34,7 +35,12 @@ COLUMNS = "{:<32} {:<32} {:<20} {:>5} {:>6} {:>3} {:>5} {:>6} {:>7} {:>4} {:>5} 
 
 
 def load(path):
-    """A kernel file as a module, by its path: importing minixmd would bring in much more than Triton."""
+    """A kernel file as a module. Where it imports minixmd.kernels, it finds our kernels/ without the rest of minixmd,
+    which would need much more than Triton."""
+    for name in ("minixmd", "minixmd.kernels"):
+        package = ModuleType(name)
+        package.__path__ = [str(KERNELS)]
+        sys.modules.setdefault(name, package)
     spec = importlib.util.spec_from_file_location(f"kernel_report_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
