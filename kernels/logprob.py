@@ -144,6 +144,20 @@ def row_stats(logits_NV, index_N, temperature=1.0, suppressed_Z=None, vocab_limi
     return tuple(stats_4N)
 
 
+def token_logprob(logits_NV, index_N, temperature=1.0, suppressed_Z=None, vocab_limit=None, backend="triton"):
+    """(N,) fp32 log-probabilities, without a gradient: to the bit those that grpo.grpo_rows computes.
+
+    So the ratio of a policy that has not changed is exactly 1. Arguments as row_stats.
+    """
+    if backend == "triton":
+        return row_stats(logits_NV, index_N, temperature, suppressed_Z, vocab_limit, backend)[0]
+    parts = []
+    for start in range(0, len(logits_NV), ROWS):
+        rows = slice(start, start + ROWS)
+        parts.append(token_logprob_ref(logits_NV[rows], index_N[rows], temperature, suppressed_Z, vocab_limit)[0])
+    return torch.cat(parts)
+
+
 def logits_grad(logits_NV, index_N, stats, coef_N, temperature=1.0, suppressed_Z=None, vocab_limit=None,
                 backend="triton", out=None):
     """The gradient of sum_n coef_N[n] logp_N[n] with respect to the logits, written to `out`, which is returned.

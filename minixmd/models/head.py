@@ -163,11 +163,9 @@ class TokenLogprob:
         return torch.zeros(len(self.id_T), device=self.id_T.device)
 
     def loss_and_grad(self, z_TV, rows, out_TV):
-        zero_T = torch.zeros(len(z_TV), device=z_TV.device)
-        logp_T, _, _ = grpo.grpo_rows(z_TV, self.id_T[rows], zero_T, None, zero_T, zero_T,
-                                      grpo.ClipConfig(0.0, 0.0, 0.0, "k3"), self.temperature, self.suppressed_Z,
-                                      self.vocab_limit, self.backend, out=None)
-        return zero_T, logp_T
+        logp_T = logprob.token_logprob(z_TV, self.id_T[rows], self.temperature, self.suppressed_Z, self.vocab_limit,
+                                       self.backend)
+        return torch.zeros_like(logp_T), logp_T
 
 
 # ---- the loss ----
