@@ -152,8 +152,8 @@ def token_logprob(logits_NV, index_N, temperature=1.0, suppressed_Z=None, vocab_
     if backend == "triton":
         return row_stats(logits_NV, index_N, temperature, suppressed_Z, vocab_limit, backend)[0]
     parts = []
-    for start in range(0, len(logits_NV), ROWS):
-        rows = slice(start, start + ROWS)
+    for start in range(0, len(logits_NV), logit_rows.ROWS):
+        rows = slice(start, start + logit_rows.ROWS)
         parts.append(token_logprob_ref(logits_NV[rows], index_N[rows], temperature, suppressed_Z, vocab_limit)[0])
     return torch.cat(parts)
 
