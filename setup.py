@@ -39,4 +39,5 @@ setup(
         "minixmd.kernels",
     ],
     package_dir={"minixmd.kernels": "kernels"},
+    package_data={"minixmd.toy": ["*.json", "*.jsonl"]},
 )
