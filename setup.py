@@ -41,5 +41,5 @@ setup(
         "minixmd.kernels",
     ],
     package_dir={"minixmd.kernels": "kernels"},
-    package_data={"minixmd.report": ["*.j2", "*.json"]},
+    package_data={"minixmd.report": ["*.j2", "*.json"], "minixmd.toy": ["*.json", "*.jsonl"]},
 )

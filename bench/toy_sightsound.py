@@ -4,16 +4,17 @@
     python -m bench.toy_sightsound runs/sightsound-0 runs/sightsound-1 runs/sightsound-2 [--out FILE.json]
 
 Clips of all seeds count alike. Intervals (95 %) of shares are Wilson's, of their differences on the same questions
-Newcombe's, of differences of the mean reward 1.96 standard errors of the paired differences; they speak of clips, not
-of seeds: each seed's own figures stand in the JSON. SFT learns from traces of 72 clips, GRPO from the teacher's letters
-on all 2,400; how it does on the 72 alone is a row of its own. A trace is false if it names another sound than the one
-that the world put into its clip. Exit status 1 when a claim does not hold. The last line is JSON.
+Newcombe's, of differences of the mean reward 1.96 standard errors of the paired differences. They cover the choice of
+clips, not of seeds: the JSON has each seed's figures. SFT learns from traces of 72 clips, GRPO from the teacher's
+letters on all 2,400; a row has GRPO on the 72 alone. A trace is false if it names another sound than the world put into
+its clip. Exit status 1 when a claim does not hold. The last line is JSON.
 """
 import argparse
 import json
 import math
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -24,129 +25,222 @@ from minixmd.config import FactCheck
 from minixmd.inputs.examples import read_manifest
 from minixmd.models.lora import hash_seed
 from minixmd.papers.sightsound import CONTROLS, LADDER
+from minixmd.recipes.toy_sightsound_ablation import MODES
 from minixmd.runs.files import read_json, write_json
+from minixmd.runs.records import read_jsonl
 from minixmd.stages import verifier
-from minixmd.stages.multiple_choice import read_records
-from minixmd.stages.switch import hear
+from minixmd.stages.switch import load_logmel
 from minixmd.tasks.answers import thoughts
 from minixmd.tasks.rewards import REWARDS
 from minixmd.tasks.statistics import compare, summary
 
-ROWS = LADDER | CONTROLS
-MODES = {"student, direct": "before_test", "student, zero-shot CoT": "cot", "student, test-time CoT": "test_time",
-         "teacher, direct": "teacher", "teacher, CoT": "teacher_cot"}
-DIFFERENCES = {  # title -> stages
-    "GRPO less SFT": ("grpo_test", "sft_test"), "GRPO less SFT continued": ("grpo_test", "continued_test"),
+ROWS = {title: f"{name}_test" for title, name in (LADDER | CONTROLS).items()}  # title -> Evaluate stage, as in MODES
+DIFFERENCES = {  # title -> (Evaluate stage, stage subtracted from it)
+    "GRPO less SFT": ("grpo_test", "sft_test"),
+    "GRPO less SFT continued": ("grpo_test", "continued_test"),
     "GRPO on the traces' clips alone less SFT continued": ("grpo_traced_test", "continued_test"),
     "AGFV + SFT less SFT, one trace a clip": ("checked_first_test", "first_test"),
     "TTS + AGFV + SFT less AGFV + SFT": ("sft_test", "checked_first_test"),
-    "zero-shot CoT less direct": ("cot", "before_test"), "test-time CoT less direct": ("test_time", "before_test"),
-}  # fmt: skip
-TRACES = {"sampled, first of a clip": ("traces", "first"), "accepted, first of a clip": ("checked", "first"),
-          "sampled, unanimous": ("traces", "unanimous"), "accepted, unanimous": ("checked", "unanimous")}
-EDGE = 20  # steps at either end of a run, whose mean reward is compared
+    "zero-shot CoT less direct": ("cot", "before_test"),
+    "test-time CoT less direct": ("test_time", "before_test"),
+}
+TRACES = {  # title -> (stage, which of its traces)
+    "sampled, first of a clip": ("traces", "first"),
+    "accepted, first of a clip": ("checked", "first"),
+    "sampled, unanimous": ("traces", "unanimous"),
+    "accepted, unanimous": ("checked", "unanimous"),
+}
+WINDOW = 20  # steps of GRPO whose mean is a point of the curve
 CURVE = ("reward", "accuracy", "format", "kl", "entropy", "completion_tokens", "truncated", "zero_variance")
-LEAST, MOST = 0.8, 0.6  # area under ROC of the verifier; of the same on other clips' sound
+MIN_AUC = 0.8  # of the verifier on new clips
+MAX_SHUFFLED_AUC = 0.6  # of the same with other clips' sound
 
 
-def answers(run, name):
-    """Records of a stage's answers to the test split, with ids of this run's own and what each text earned."""
-    examples = {e.id: e for e in read_manifest(run / "toy" / "test.jsonl")}
-    return [{**record, "id": f"{run.name}/{record['id']}",
-             "reward": sum(reward(record["text"], examples[record["id"]]) for reward in REWARDS.values())}
-            for record in read_records(run / name / "answers.jsonl")]
+# ---- accuracy and reward ----
 
 
-def table(runs, rows):
-    return {title: {**summary([record["right"] for run in runs for record in answers(run, name)]),
-                    "reward": mean(record["reward"] for run in runs for record in answers(run, name))}
-            for title, name in rows.items()}
+@cache
+def read_answers(run, stage):
+    """Records of a stage's answers to the test split, with ids that differ between runs and the reward of each text."""
+    examples = {example.id: example for example in read_manifest(run / "toy" / "test.jsonl")}
+    records = []
+    for record in read_jsonl(run / stage / "answers.jsonl"):
+        example = examples[record["id"]]
+        reward = sum(reward(record["text"], example.options, example.answer) for reward in REWARDS.values())
+        records.append({**record, "id": f"{run.name}/{record['id']}", "reward": reward})
+    return records
 
 
-def less(runs, a, b):
-    """How much more often a is right than b, and earns, on the same questions."""
-    a, b = ([record for run in runs for record in answers(run, name)] for name in (a, b))
-    gains = [one["reward"] - other["reward"] for one, other in zip(a, b, strict=True)]
+def pool_answers(runs, stage):
+    return [record for run in runs for record in read_answers(run, stage)]
+
+
+def make_table(runs, rows):
+    """{title: summary and mean reward}. rows: {title: Evaluate stage}."""
+    table = {}
+    for title, stage in rows.items():
+        records = pool_answers(runs, stage)
+        table[title] = summary([record["right"] for record in records])
+        table[title]["reward"] = mean(record["reward"] for record in records)
+    return table
+
+
+def subtract(runs, stage, other):
+    """How much more often a stage is right than the other, and the difference in reward, on the same questions."""
+    records, others = pool_answers(runs, stage), pool_answers(runs, other)
+    gains = [record["reward"] - its["reward"] for record, its in zip(records, others, strict=True)]
     half = 1.96 * stdev(gains) / math.sqrt(len(gains))
-    return {**compare(a, b), "reward": mean(gains), "reward_interval": [mean(gains) - half, mean(gains) + half]}
+    interval = [mean(gains) - half, mean(gains) + half]
+    return {**compare(records, others), "reward": mean(gains), "reward_interval": interval}
 
 
-def named(trace):
-    """The sound that a trace says it hears; None for one that names none, which is false too."""
-    found = re.search(r"I hear (\w+)", trace["text"])
-    return found and found[1]
+# ---- traces and the verifier ----
 
 
-def sounds(run, split):
-    return {e.id: e.label for e in read_manifest(run / "toy" / f"{split}.jsonl")}
+def named_sound(trace):
+    """The sound that a trace says it hears; None if it names none, which counts as false."""
+    match = re.search(r"I hear (\w+)", trace["text"])
+    return match and match[1]
 
 
-def false_traces(runs, stage, which):
-    """Whether each trace that a row of the ladder may learn from names a sound that was not there."""
+def true_sounds(run, split):
+    """{clip id: label}"""
+    return {example.id: example.label for example in read_manifest(run / "toy" / f"{split}.jsonl")}
+
+
+def count_false(runs, stage, which):
+    """Summary of whether a stage's traces are false. which: "first" sample of a clip | "unanimous"."""
     false = []
     for run in runs:
-        sounded = sounds(run, "train_truth")
-        false += [named(trace) != sounded[trace["id"]] for trace in read_records(run / stage / "traces.jsonl")
-                  if (trace["sample"] == 0 if which == "first" else trace["unanimous"])]
+        labels = true_sounds(run, "train_truth")
+        for trace in read_jsonl(run / stage / "traces.jsonl"):
+            if trace["sample"] == 0 if which == "first" else trace["unanimous"]:
+                false.append(named_sound(trace) != labels[trace["id"]])
     return summary(false)
 
 
-def verified(run):
-    """The verifier against the world's record, on clips that it was not calibrated on: the area under ROC, and that
-    with the sound of other such clips; and the checker's own."""
-    sounded = sounds(run, "test")
-    seen = {record["id"] for record in read_records(run / "calibration" / "verdicts.jsonl")}
-    given = {(trace["id"], trace["sample"]): trace for trace in read_records(run / "test_traces" / "traces.jsonl")}
-    new = [record for record in read_records(run / "verifier" / "verdicts.jsonl") if record["id"] not in seen]
-    traces = [given[record["id"], record["sample"]] for record in new]
-    true = [named(trace) == sounded[trace["id"]] for trace in traces]
-    asked = {(record["id"], record["sample"]): record["score"]
-             for record in read_records(run / "test_traces_checked" / "verdicts.jsonl")}
+def judge_verifier(run):
+    """The verifier against the world's truth, on clips that it was not calibrated on.
+
+    "auc" is its area under the ROC curve, "auc_shuffled" the same when every trace is scored with the sound of another
+    such clip, "checker_auc" that of the checker which taught it.
+    """
+    labels = true_sounds(run, "test")
+    calibrated = {record["id"] for record in read_jsonl(run / "calibration" / "verdicts.jsonl")}
+    sampled = read_jsonl(run / "test_traces" / "traces.jsonl")
+    traces_by_key = {(trace["id"], trace["sample"]): trace for trace in sampled}
+    verdicts = [record for record in read_jsonl(run / "verifier" / "verdicts.jsonl") if record["id"] not in calibrated]
+    keys = [(record["id"], record["sample"]) for record in verdicts]
+    traces = [traces_by_key[key] for key in keys]
+    is_true = [named_sound(trace) == labels[trace["id"]] for trace in traces]
+    checker_scores = {(record["id"], record["sample"]): record["score"]
+                      for record in read_jsonl(run / "test_traces_checked" / "verdicts.jsonl")}
+    ids = sorted({trace["id"] for trace in traces})
+    return {
+        "clips": len(ids),
+        "calibrated_on": len(calibrated),
+        "traces": len(traces),
+        "true": sum(is_true),
+        "auc": verifier.auc([record["score"] for record in verdicts], is_true),
+        "auc_shuffled": verifier.auc(shuffled_scores(run, traces, ids), is_true),
+        "checker_auc": verifier.auc([checker_scores[key] for key in keys], is_true),
+        "calibration": read_json(run / "verifier" / "results.json")["calibration"],
+    }
+
+
+def shuffled_scores(run, traces, ids):
+    """The verifier's scores of traces, each with the sound of another of the clips `ids`."""
     fields = read_json(run / "verifier" / "config.json")
     stage = FactCheck(**{name: value for name, value in fields.items() if name != "stage"})
     model, processor = load(run / "toy" / "student")
-    small = verifier.restore(stage, model.config.text.hidden_size, run / "verifier" / "verifier.safetensors", "cpu")
-    ids = sorted({trace["id"] for trace in traces})
+    network = verifier.restore(stage, model.config.text.hidden_size, run / "verifier" / "verifier.safetensors", "cpu")
     generator = torch.Generator().manual_seed(hash_seed(0, run.name))
     order = torch.randperm(len(ids), generator=generator).tolist()
-    other = {name: ids[order[i]] for i, name in enumerate(ids)}
-    examples = {e.id: e for e in read_manifest(run / "toy" / "test.jsonl")}
-    frames = {name: hear(stage, examples[name]) for name in ids}
-    text_BD = verifier.trace_vectors(model, processor, [thoughts(trace["text"]) for trace in traces],
-                                     stage.batch_tokens)
-    shuffled = verifier.scores(small, [frames[other[trace["id"]]] for trace in traces], text_BD, stage.batch_size)
-    return {"clips": len(ids), "calibrated_on": len(seen), "traces": len(traces), "true": sum(true),
-            "auc": verifier.auc([record["score"] for record in new], true),
-            "auc_shuffled": verifier.auc(shuffled, true),
-            "checker_auc": verifier.auc([asked[record["id"], record["sample"]] for record in new], true),
-            "calibration": read_json(run / "verifier" / "results.json")["calibration"]}
+    other = {clip_id: ids[place] for clip_id, place in zip(ids, order, strict=True)}
+    audio = {example.id: example.audio for example in read_manifest(run / "toy" / "test.jsonl")}
+    logmels = {clip_id: load_logmel(audio[clip_id], stage.clip_s) for clip_id in ids}
+    texts = [thoughts(trace["text"]) for trace in traces]
+    text_BD = verifier.trace_vectors(model, processor, texts, stage.batch_tokens)
+    return verifier.scores(network, [logmels[other[trace["id"]]] for trace in traces], text_BD, stage.batch_size)
 
 
-def curve(run):
-    """The means of every 20 steps of GRPO's log."""
-    lines = [line for line in read_records(run / "grpo" / "log.jsonl") if "reward" in line]
-    parts = [lines[i:i + EDGE] for i in range(0, len(lines), EDGE)]
-    return {key: [round(mean(line[key] for line in part if key in line), 4) for part in parts] for key in CURVE} | {
-        "steps": len(lines), "largest_kl": max(line.get("kl", 0.0) for line in lines)}
+# ---- GRPO's curve and the claims ----
 
 
-def claims(found):
-    gains = [found["differences"][title] for title in ("GRPO less SFT", "GRPO less SFT continued")]
-    curves, checks, false = found["curves"].values(), found["verifier"].values(), found["false traces"]
+def read_curve(run):
+    """Means of every WINDOW steps of GRPO's log."""
+    lines = [line for line in read_jsonl(run / "grpo" / "log.jsonl") if "reward" in line]
+    windows = [lines[start:start + WINDOW] for start in range(0, len(lines), WINDOW)]
+    curve = {}
+    for key in CURVE:
+        curve[key] = [round(mean(line[key] for line in window if key in line), 4) for window in windows]
+    return {**curve, "steps": len(lines), "largest_kl": max(line.get("kl", 0.0) for line in lines)}
+
+
+def check_claims(results):
+    """{claim: whether it holds}"""
+    gains = [results["differences"][title] for title in ("GRPO less SFT", "GRPO less SFT continued")]
+    curves, verifiers = results["curves"].values(), results["verifier"].values()
+    false = results["false traces"]
+    fewer_false = [false[f"accepted, {which}"]["interval"][1] < false[f"sampled, {which}"]["interval"][0]
+                   for which in ("first of a clip", "unanimous")]
     return {
-        "GRPO is right more often than SFT and than SFT continued": all(x["interval"][0] > 0 for x in gains),
-        "GRPO earns more than SFT and than SFT continued": all(x["reward_interval"][0] > 0 for x in gains),
+        "GRPO is right more often than SFT and than SFT continued": all(gain["interval"][0] > 0 for gain in gains),
+        "GRPO earns more than SFT and than SFT continued": all(gain["reward_interval"][0] > 0 for gain in gains),
         "the mean reward of a run's last steps is above that of its first": all(
-            x["reward"][-1] > x["reward"][0] for x in curves),
-        "KL stays finite": all(math.isfinite(x["largest_kl"]) for x in curves),
+            curve["reward"][-1] > curve["reward"][0] for curve in curves),
+        "KL stays finite": all(math.isfinite(curve["largest_kl"]) for curve in curves),
         "no collapse in at least 200 steps: no 20 of them earn less than the first 20, less 0.2": all(
-            x["steps"] >= 200 and min(x["reward"]) > x["reward"][0] - 0.2 for x in curves),
-        "fewer traces are false after verification": all(
-            false[f"accepted, {which}"]["interval"][1] < false[f"sampled, {which}"]["interval"][0]
-            for which in ("first of a clip", "unanimous")),
-        f"the verifier's area under ROC is at least {LEAST} on new clips": all(x["auc"] >= LEAST for x in checks),
-        f"with other clips' sound at most {MOST}": all(x["auc_shuffled"] <= MOST for x in checks),
+            curve["steps"] >= 200 and min(curve["reward"]) > curve["reward"][0] - 0.2 for curve in curves),
+        "fewer traces are false after verification": all(fewer_false),
+        f"the verifier's area under ROC is at least {MIN_AUC} on new clips": all(
+            judged["auc"] >= MIN_AUC for judged in verifiers),
+        f"with other clips' sound at most {MAX_SHUFFLED_AUC}": all(
+            judged["auc_shuffled"] <= MAX_SHUFFLED_AUC for judged in verifiers),
     }  # fmt: skip
+
+
+def gather(runs):
+    """All results but the claims."""
+    funnels = {}
+    for run in runs:
+        funnels[run.name] = {stage: read_json(run / stage / "results.json") for stage in ("traces", "checked")}
+    return {
+        "rows": make_table(runs, ROWS),
+        "modes": make_table(runs, MODES),
+        "seeds": {run.name: {"rows": make_table([run], ROWS), "modes": make_table([run], MODES)} for run in runs},
+        "differences": {title: subtract(runs, *stages) for title, stages in DIFFERENCES.items()},
+        "false traces": {title: count_false(runs, *traces) for title, traces in TRACES.items()},
+        "funnel": funnels,
+        "verifier": {run.name: judge_verifier(run) for run in runs},
+        "curves": {run.name: read_curve(run) for run in runs},
+    }
+
+
+def print_results(results):
+    for table in (results["rows"], results["modes"]):
+        print("| on test | right, % | mean reward |\n|---|---|---|")
+        for title, row in table.items():
+            low, high = row["interval"]
+            print(f"| {title} | {100 * row['accuracy']:.1f} ({100 * low:.1f}–{100 * high:.1f}) | {row['reward']:.3f} |")
+        print()
+    for title, value in results["differences"].items():
+        low, high = value["interval"]
+        low_reward, high_reward = value["reward_interval"]
+        print(f"{title}: {100 * value['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}), reward "
+              f"{value['reward']:+.3f} ({low_reward:+.3f} to {high_reward:+.3f})")
+    for title, value in results["false traces"].items():
+        low, high = value["interval"]
+        print(f"false of {value['count']} traces, {title}: {100 * value['accuracy']:.1f} % ({100 * low:.1f} to "
+              f"{100 * high:.1f})")
+    for run, judged in results["verifier"].items():
+        print(f"{run}: verifier on {judged['traces']} traces of {judged['clips']} new clips: area under ROC "
+              f"{judged['auc']:.3f}, with other clips' sound {judged['auc_shuffled']:.3f}; the checker "
+              f"{judged['checker_auc']:.3f}")
+    for run, curve in results["curves"].items():
+        print(f"{run}: {curve['steps']} steps, reward {curve['reward']}, largest KL {curve['largest_kl']:.3f}")
+    for claim, holds in results["claims"].items():
+        print(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}")
 
 
 def main(argv=None):
@@ -154,41 +248,13 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
-    rows = {title: f"{name}_test" for title, name in ROWS.items()}
-    found = {"rows": table(args.runs, rows), "modes": table(args.runs, MODES),
-             "seeds": {run.name: {"rows": table([run], rows), "modes": table([run], MODES)} for run in args.runs},
-             "differences": {title: less(args.runs, *stages) for title, stages in DIFFERENCES.items()},
-             "false traces": {title: false_traces(args.runs, *which) for title, which in TRACES.items()},
-             "funnel": {run.name: {name: read_json(run / name / "results.json") for name in ("traces", "checked")}
-                        for run in args.runs},
-             "verifier": {run.name: verified(run) for run in args.runs},
-             "curves": {run.name: curve(run) for run in args.runs}}
-    found["claims"] = claims(found)
-    for name in ("rows", "modes"):
-        print("| on test | right, % | mean reward |\n|---|---|---|")
-        for title, row in found[name].items():
-            low, high = row["interval"]
-            print(f"| {title} | {100 * row['accuracy']:.1f} ({100 * low:.1f}–{100 * high:.1f}) | {row['reward']:.3f} |")
-        print()
-    for title, x in found["differences"].items():
-        (low, high), (least, most) = x["interval"], x["reward_interval"]
-        print(f"{title}: {100 * x['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}), reward "
-              f"{x['reward']:+.3f} ({least:+.3f} to {most:+.3f})")
-    for title, x in found["false traces"].items():
-        low, high = x["interval"]
-        print(f"false of {x['count']} traces, {title}: {100 * x['accuracy']:.1f} % ({100 * low:.1f} to "
-              f"{100 * high:.1f})")
-    for run, x in found["verifier"].items():
-        print(f"{run}: verifier on {x['traces']} traces of {x['clips']} new clips: area under ROC {x['auc']:.3f}, with "
-              f"other clips' sound {x['auc_shuffled']:.3f}; the checker {x['checker_auc']:.3f}")
-    for run, x in found["curves"].items():
-        print(f"{run}: {x['steps']} steps, reward {x['reward']}, largest KL {x['largest_kl']:.3f}")
-    for what, holds in found["claims"].items():
-        print(f"{'holds' if holds else 'DOES NOT HOLD'}: {what}")
+    results = gather(args.runs)
+    results["claims"] = check_claims(results)
+    print_results(results)
     if args.out:
-        write_json(args.out, found)
-    print(json.dumps({"claims": found["claims"]}))
-    return 0 if all(found["claims"].values()) else 1
+        write_json(args.out, results)
+    print(json.dumps({"claims": results["claims"]}))
+    return 0 if all(results["claims"].values()) else 1
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ def stages_of(recipe, *kinds):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_loads_and_opens_with_its_command_and_machine(recipe):
     config = load_config(recipe)
-    told = ast.get_docstring(ast.parse(config.source.read_text()))
-    assert f"python -m minixmd.train {recipe}" in told and ("CPU" in told or "GPU" in told)
+    docstring = ast.get_docstring(ast.parse(config.source.read_text()))
+    assert f"python -m minixmd.train {recipe}" in docstring and ("CPU" in docstring or "GPU" in docstring)
     if recipe.startswith("xmd"):
-        assert "Not measured by anybody yet" in told
+        assert "Not measured by anybody yet" in docstring
     assert config.run_dir == Path("runs") / recipe
 
 
@@ -68,18 +68,18 @@ def test_the_other_models_are_shown_what_the_paper_shows_them():
     assert {"Qwen2.5-VL-7B-Instruct", "Qwen2.5-Omni"} <= report.tables.keys() and report.name == "models_report"
 
 
-@pytest.mark.parametrize("recipe, learner, teacher, name, switch", [
+@pytest.mark.parametrize("recipe, student, teacher, name, switch", [
     ("xmd_audio", "audio", "video", "distilled", "switch"),
     ("xmd_video", "video", "audio", "video_distilled", "video_switch"),
 ])
-def test_the_directions_differ_by_who_learns(recipe, learner, teacher, name, switch):
+def test_the_directions_differ_by_who_learns(recipe, student, teacher, name, switch):
     stages = {stage.name: stage for stage in load_config(recipe).stages}
     distill = stages[name]
-    assert (distill.media, distill.gate, distill.switch) == (learner, "learned", f"@{switch}")
-    assert (distill.teacher_labels, distill.student_labels) == (f"@{teacher}_labels", f"@{learner}_labels")
-    assert stages[distill.teacher_labels[1:]].media == teacher and stages[distill.student_labels[1:]].media == learner
+    assert (distill.media, distill.gate, distill.switch) == (student, "learned", f"@{switch}")
+    assert (distill.teacher_labels, distill.student_labels) == (f"@{teacher}_labels", f"@{student}_labels")
+    assert stages[distill.teacher_labels[1:]].media == teacher and stages[distill.student_labels[1:]].media == student
     decides = stages[switch]
-    assert (decides.teacher, decides.student) == (f"@{teacher}_analysis", f"@{learner}_analysis")
+    assert (decides.teacher, decides.student) == (f"@{teacher}_analysis", f"@{student}_analysis")
     assert (distill.epochs, distill.batch_size, distill.lr, distill.warmup_ratio) == (1, 8, 1e-4, 0.1)
     assert distill.lora_rank == 16
     assert (decides.epochs, decides.batch_size, decides.lr, decides.warmup_ratio) == (30, 32, 1e-4, 0.1)
@@ -139,13 +139,139 @@ def test_sightsound_trains_the_rows_of_the_papers_table_2():
         assert stage == trained[name]
 
 
-def test_a_served_teacher_is_told_nothing_of_frames_and_has_a_key_of_its_own():
+def test_a_served_teacher_chooses_its_frames_and_has_a_key_of_its_own():
     frames = dict(fps=2.0, nframes=None, min_pixels=3136, max_pixels=3136)
-    local, _ = avqa(seeing=frames).traces()
+    local, _ = avqa(video_fields=frames).traces()
     assert {name: getattr(local, name) for name in frames} == frames and local.media == "video"
-    served, _ = avqa(seeing=frames, serving=dict(endpoint="http://localhost/v1", served="m"),
-                     sampling={}).traces()
+    served, _ = avqa(video_fields=frames, server_fields=dict(endpoint="http://localhost/v1", served="m"),
+                     traces_fields={}).traces()
     assert served.media == "video" and served.fps == 1.0 and served.endpoint == "http://localhost/v1"
     keys = [{stage.api_key_env for stage in stages_of("sightsound_endpoint", kind).values()}
             for kind in (Traces, FactCheck)]
     assert keys == [{"TEACHER_API_KEY"}, {"OPENAI_API_KEY"}]
+
+
+# ---- what a report's titles stand for ----
+
+
+def all_stages(recipe):
+    return {stage.name: stage for stage in load_config(recipe).stages}
+
+
+def trained_for(stages, row):
+    """The training stage whose model a row of a report evaluates; None = a model before training."""
+    models = {stages[cell.removeprefix("@")].model for cell in row.values()}
+    assert len(models) == 1, "a row is one model"
+    return stages.get(models.pop().removeprefix("@"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_reports_rows_are_models_and_its_columns_are_manifests(recipe):
+    stages = all_stages(recipe)
+    (report,) = [stage for stage in stages.values() if isinstance(stage, Report)]
+    manifests = {}
+    for table in (report.tables, report.ablation or {}):
+        results = [cell for row in table.values() for cell in row.values()]
+        assert len(set(results)) == len(results), "no result stands twice in a table"
+        for row in table.values():
+            evaluated = {column: stages[cell.removeprefix("@")] for column, cell in row.items()}
+            assert all(isinstance(stage, Evaluate) for stage in evaluated.values())
+            assert len({(stage.model, stage.media, stage.prompt) for stage in evaluated.values()}) == 1
+            for column, stage in evaluated.items():
+                assert manifests.setdefault(column, stage.manifest) == stage.manifest
+    assert report.clips == manifests[report.clips_of]
+    rows = report.tables | (report.ablation or {})
+    for title, log in (report.curves or {}).get("Distillation", {}).items():
+        name = log.removeprefix("@").removesuffix("/log.jsonl")
+        assert isinstance(stages[name], Distill | SFT)
+        assert title not in rows or trained_for(stages, rows[title]) is stages[name]
+    for kind in ("SFT", "GRPO") if report.published == "sightsound" else ():
+        for title, log in report.curves[kind].items():
+            stage = trained_for(stages, rows[title])
+            assert log == f"@{stage.name}/log.jsonl" and isinstance(stage, GRPO) == (kind == "GRPO")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_switch_compares_results_on_its_manifest_and_a_check_hears_its_traces_clips(recipe):
+    stages = all_stages(recipe)
+    for stage in stages.values():
+        if isinstance(stage, Switch):
+            teacher, student = (stages[name.removeprefix("@")] for name in (stage.teacher, stage.student))
+            assert teacher.manifest == student.manifest == stage.manifest and teacher.media != student.media
+        if isinstance(stage, FactCheck):
+            assert stages[stage.traces.removeprefix("@")].manifest == stage.manifest
+        if isinstance(stage, Distill) and stage.gate in ("learned", "oracle"):
+            switch = stages[stage.switch.removeprefix("@")]
+            assert stages[switch.student.removeprefix("@")].model == stage.model
+
+
+@pytest.mark.parametrize("recipe", ["xmd_ablation", "toy_ablation"])
+def test_the_ablations_titles_stand_for_what_they_say(recipe):
+    stages = all_stages(recipe)
+    report = stages["ablation_report"]
+    both = dict(teacher_labels="@video_labels", student_labels="@audio_labels")
+    wanted = {
+        "KL on teacher's logits": (Distill, dict(teacher_loss="kl", gate="learned", **both)),
+        "KL on teacher's logits + labels": (Distill, dict(teacher_loss="kl+ce", gate="learned", **both)),
+        "Ground-truth labels (upper bound)": (SFT, dict(traces=None)),
+        "Teacher's labels (default)": (Distill, dict(teacher_loss="ce", gate="learned", **both)),
+        "Teacher's labels without anti-forgetting loss": (
+            Distill, dict(teacher_loss="ce", gate="learned", teacher_labels="@video_labels", student_labels=None)),
+        "Switch by the true class (oracle)": (Distill, dict(teacher_loss="ce", gate="oracle", **both)),
+        "Always the teacher, no switch": (Distill, dict(gate="always", student_labels=None)),
+        "Never the teacher, own answers only": (Distill, dict(gate="never", teacher_labels=None)),
+    }
+    assert list(report.ablation) == list(wanted)
+    for title, (kind, fields) in wanted.items():
+        stage = trained_for(stages, report.ablation[title])
+        assert type(stage) is kind and {name: getattr(stage, name) for name in fields} == fields, title
+    models = [{stages[cell.removeprefix("@")].media for cell in report.tables[title].values()}
+              for title in report.roles]
+    assert models == [{"video"}, {"audio"}, {"audio"}]
+    assert trained_for(stages, report.tables[report.roles[2]]).name == "distilled"
+
+
+@pytest.mark.parametrize("recipe", ["sightsound", "sightsound_endpoint", "toy_sightsound", "toy_sightsound_ablation"])
+def test_the_ladders_titles_stand_for_what_they_say(recipe):
+    stages = all_stages(recipe)
+    report = stages["report"]
+    wanted = {
+        "SFT (ground-truth labels)": dict(traces=None),
+        "SFT (distilled labels)": dict(teacher_labels="@teacher_labels", gate="always"),
+        "GRPO (distilled labels)": dict(teacher_labels="@teacher_labels"),
+        "SFT": dict(traces="@traces", trace_filter="first"),
+        "AGFV + SFT": dict(traces="@checked", trace_filter="first"),
+        "TTS + AGFV + SFT": dict(traces="@checked", trace_filter="unanimous"),
+        "TTS + AGFV + SFT + GRPO": dict(model="@sft"),
+        "SFT continued": dict(model="@sft", traces="@checked", trace_filter="unanimous"),
+        "SFT, then GRPO, on the traces' clips alone": dict(model="@sft", manifest="@toy/traced.jsonl"),
+    }
+    if recipe == "toy_sightsound":  # two rows, under other titles
+        wanted = {"SFT": wanted["TTS + AGFV + SFT"], "SFT, then GRPO": wanted["TTS + AGFV + SFT + GRPO"]}
+    ladder = report.ablation or report.tables
+    before, *trained = ladder
+    assert trained_for(stages, ladder[before]) is None and set(trained) <= set(wanted) and len(trained) >= 2
+    for title in trained:
+        stage = trained_for(stages, ladder[title])
+        assert {name: getattr(stage, name) for name in wanted[title]} == wanted[title], title
+        assert ("Think" in stage.prompt) == (title not in ("SFT (ground-truth labels)", "SFT (distilled labels)"))
+    votes = "@traces/labels.jsonl" if recipe.startswith("sightsound") else "@teacher_labels"
+    assert stages["grpo"].teacher_labels == votes
+    if "SFT continued" in ladder:
+        assert stages["continued"].max_steps == stages["grpo"].max_steps
+
+
+def test_table_1s_titles_name_the_model_and_what_it_is_shown():
+    stages = all_stages("sightsound")
+    for title, row in stages["report"].tables.items():
+        (cell,) = row.values()
+        stage = stages[cell.removeprefix("@")]
+        name, _, mode = title.partition(", ")
+        name, _, shown = name.partition(" (")
+        model = "Qwen/Qwen2-Audio-7B-Instruct" if stage.model == "@truth" else stage.model
+        assert model == f"Qwen/{name}", title
+        media = "video" if "-VL-" in name else "audio" if "Audio" in name else shown.removesuffix(")") or "sounded"
+        assert stage.media == media, title
+        assert ("Think" in stage.prompt) == ("zero-shot" in mode), title
+        assert ("heard" in stage.prompt) == (mode == "zero-shot audio CoT"), title
+        assert (stage.traces == "@test_traces") == ("test-time" in mode), title

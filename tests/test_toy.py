@@ -5,26 +5,28 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.inputs.media import MediaError, read_audio, read_frames
 from minixmd.inputs.tokenizer import Processor
+from minixmd.models.lora import hash_seed
 from minixmd.models.weights import load_model, save_model
+from minixmd.papers import sightsound
 from minixmd.tasks.answers import thoughts
 from minixmd.tasks.rewards import accuracy_reward, format_reward
-from minixmd.toy import checker as toy_checker
-from minixmd.toy import lessons as toy_lessons
-from minixmd.toy import pretrain as toy
-from minixmd.toy import world
-from minixmd.toy.models import BASE, SPECIAL, make_model, write_processor
+from minixmd.toy import checker, lessons, pretrain, world
+from minixmd.toy.lessons import DIRECT, THINKING, Context
+from minixmd.toy.models import family_file, make_model, write_processor
 
-SMALL = {"base": 2, "train": 2, "analysis": 1, "test": 1, "unseen": 2}
-SEEN = [kind for kind in world.KINDS if kind.seen]
+SMALL = {"base": 1, "train": 2, "test": 1, "unseen": 2}
+SEEN = [category for category in world.CATEGORIES if category.seen]
 
 
 def digests(folder):
@@ -43,54 +45,64 @@ def small(tmp_path_factory):
 def untrained(tmp_path_factory):
     """{"student": (model, processor), "teacher": …}, saved in their folders."""
     made = {}
-    for name in toy.FAMILY:
+    for name, family in pretrain.FAMILY.items():
         folder = tmp_path_factory.mktemp(name)
-        model, processor = toy.new_model(folder, name, 100)
+        model, processor = pretrain.new_model(folder, family.model_type, 100)
         save_model(model, processor.folder, folder)
         made[name] = model, processor
     return made
 
 
+# ---- the world ----
+
+
 def test_groups():
-    """Confusable clips share what they are confused by and differ by the faint cue; nothing else shares anything."""
-    assert Counter(kind.group for kind in SEEN) == {"both": 6, "eye": 12, "ear": 6}
-    for group, shown, cue in (("eye", "sound", "tone"), ("ear", "look", "weave")):
-        others = [getattr(kind, shown) for kind in world.KINDS if kind.group != group]
-        cluster = [(getattr(kind, shown), getattr(kind, cue)) for kind in world.KINDS if kind.group == group]
+    """Confusable categories share what they are confused by and differ by the faint cue; no others share anything."""
+    assert Counter(category.group for category in SEEN) == {"both": 6, "eye": 12, "ear": 6}
+    sounds = {c: (c.source, c.pitch_hz, c.beats_hz) for c in map(attrs, world.CATEGORIES)}
+    looks = {c: (c.shape, c.colour) for c in map(attrs, world.CATEGORIES)}
+    for group, clusters, shared in (("eye", 2, sounds), ("ear", 1, looks)):
+        others = [shared[c] for c in shared if c.group != group]
+        cluster = [(shared[c], c.cue) for c in shared if c.group == group]
         assert len(set(others)) == len(others) and not set(others) & {main for main, _ in cluster}
-        assert len(set(cluster)) == len(cluster)
-    assert len({kind.name for kind in world.KINDS}) == len(world.KINDS) > world.OPTIONS
+        assert len({main for main, _ in cluster}) == clusters and len(set(cluster)) == len(cluster)
+    assert all(c.cue is None for c in sounds if c.group == "both")
+    assert len(set(world.NAMES)) == len(world.CATEGORIES) > world.OPTIONS
 
 
-def test_a_clip_is_a_pure_function_of_seed_split_class_and_number():
-    kind = SEEN[8]
-    first, again = (world.make_wave(kind, world.clip_rng(100, "test", kind, 3)) for _ in range(2))
+def attrs(category):
+    return replace(category, colour=tuple(category.colour))  # hashable
+
+
+def test_a_clip_is_a_pure_function_of_seed_split_category_and_number():
+    category = SEEN[8]
+    first, again = (world.make_wave(category, world.clip_rng(100, "test", category, 3)) for _ in range(2))
     np.testing.assert_array_equal(first, again)
-    for other in (world.clip_rng(101, "test", kind, 3), world.clip_rng(100, "base", kind, 3),
-                  world.clip_rng(100, "test", kind, 4), world.clip_rng(100, "test", SEEN[9], 3)):
-        assert not np.array_equal(first, world.make_wave(kind, other))
-    frames = world.make_frames(kind, world.clip_rng(100, "test", kind, 3))
-    np.testing.assert_array_equal(frames, world.make_frames(kind, world.clip_rng(100, "test", kind, 3)))
+    for other in (world.clip_rng(101, "test", category, 3), world.clip_rng(100, "base", category, 3),
+                  world.clip_rng(100, "test", category, 4), world.clip_rng(100, "test", SEEN[9], 3)):
+        assert not np.array_equal(first, world.make_wave(category, other))
+    frames = world.make_frames(category, world.clip_rng(100, "test", category, 3))
+    np.testing.assert_array_equal(frames, world.make_frames(category, world.clip_rng(100, "test", category, 3)))
     assert frames.shape == (world.FRAMES, world.SIDE, world.SIDE, 3) and np.abs(first).max() <= 1
 
 
 def test_an_interrupted_world_ends_as_the_uninterrupted_one(small, tmp_path, monkeypatch):
     made, write = [], world.mp4_bytes
 
-    def stop_after_60(*args):
+    def stop_after_30(*args):
         made.append(1)
-        if len(made) > 60:
+        if len(made) > 30:
             raise KeyboardInterrupt
         return write(*args)
 
-    monkeypatch.setattr(world, "mp4_bytes", stop_after_60)
+    monkeypatch.setattr(world, "mp4_bytes", stop_after_30)
     with pytest.raises(KeyboardInterrupt):
         world.make_world(tmp_path, 100, SMALL)
-    assert 60 <= len(list(tmp_path.rglob("*.mp4"))) < len(list(small.rglob("*.mp4")))
+    assert 30 <= len(list(tmp_path.rglob("*.mp4"))) < len(list(small.rglob("*.mp4")))
     made.clear()
     monkeypatch.setattr(world, "mp4_bytes", lambda *args: made.append(1) or write(*args))
     world.make_world(tmp_path, 100, SMALL)
-    assert len(made) == len(list(small.rglob("*.mp4"))) - 60, "clips that were there were made again"
+    assert len(made) == len(list(small.rglob("*.mp4"))) - 30, "clips that were there were made again"
     assert digests(tmp_path) == digests(small)
 
 
@@ -98,49 +110,51 @@ def test_splits(small):
     clips, ids = set(), set()
     for split, count in SMALL.items():
         examples = read_manifest(small / f"{split}.jsonl")
-        kinds = [kind for kind in world.KINDS if kind.seen == (split != "unseen")]
-        assert len(examples) == count * len(kinds)
+        categories = [category for category in world.CATEGORIES if category.seen == (split != "unseen")]
+        assert len(examples) == count * len(categories)
         clips |= {Path(file).read_bytes() for example in examples for file in (example.audio, example.video)}
         ids |= {example.id for example in examples}
         for example in examples:
             assert len(set(example.options)) == world.OPTIONS == len(example.options)
             if split != "train":
                 assert example.options[example.answer] == example.label
-                assert example.meta["group"] == next(kind.group for kind in kinds if kind.name == example.label)
+                assert example.meta["group"] == next(c.group for c in categories if c.name == example.label)
         if split != "train":
-            assert Counter(example.label for example in examples) == {kind.name: count for kind in kinds}
+            assert Counter(example.label for example in examples) == {c.name: count for c in categories}
             assert len({example.answer for example in examples}) > 5, "the right answer stands at a random place"
         if split != "unseen":
-            held_out = {kind.name for kind in world.KINDS if not kind.seen}
+            held_out = {category.name for category in world.CATEGORIES if not category.seen}
             assert not any(held_out & set(example.options) for example in examples)
     total = sum(len(read_manifest(small / f"{split}.jsonl")) for split in SMALL)
     assert len(ids) == total and len(clips) == 2 * total, "the splits are disjoint and no clip is there twice"
 
 
-def test_the_train_split_tells_nothing_but_holds_the_right_option(small):
-    """Which class a clip is, only the order of making says; neither the manifest nor the file names do."""
+def test_the_train_split_is_blind_but_holds_the_right_option(small):
+    """A clip's category follows from the order of making only; neither the manifest nor the file names tell it."""
     examples, truth = (read_manifest(small / name) for name in ("train.jsonl", "train_truth.jsonl"))
     assert all(e.answer is None and e.label is None and e.meta == {} for e in examples)
     assert [replace(e, answer=None, label=None, meta={}) for e in truth] == examples
     assert all(e.options[e.answer] == e.label for e in truth)
-    todo = [(kind, number) for kind in SEEN for number in range(SMALL["train"])]
-    order = np.random.default_rng([100, list(world.SPLITS).index("train")]).permutation(len(todo))
-    assert not np.array_equal(order, np.arange(len(todo)))
-    for example, (kind, number) in zip(examples, (todo[i] for i in order), strict=True):
-        assert kind.name in example.options
-        rng = world.clip_rng(100, "train", kind, number)
-        world.draw_options(kind.name, {other.name: 1 for other in SEEN}, world.OPTIONS, rng)
-        np.testing.assert_allclose(read_audio(example.audio).numpy(), world.make_wave(kind, rng), atol=1 / 32768)
+    clips = [(category, number) for category in SEEN for number in range(SMALL["train"])]
+    order = np.random.default_rng([100, list(world.SPLITS).index("train")]).permutation(len(clips))
+    assert not np.array_equal(order, np.arange(len(clips)))
+    names = [category.name for category in SEEN]
+    for example, (category, number) in zip(examples, (clips[i] for i in order), strict=True):
+        assert category.name in example.options
+        rng = world.clip_rng(100, "train", category, number)
+        world.draw_options(category.name, names, rng)
+        np.testing.assert_allclose(read_audio(example.audio).numpy(), world.make_wave(category, rng), atol=1 / 32768)
     assert all(re.fullmatch(r"train_\d{4}", e.id) and re.fullmatch(r"\d{4}", Path(e.audio).stem) for e in examples)
 
 
-def test_options_follow_the_label_frequency():
-    frequency = {"often": 90, "rare": 1, "right": 5, "other": 90}
+def test_options_are_drawn_without_repeats_and_the_right_one_stands_anywhere():
     rng = np.random.default_rng(0)
-    drawn = [world.draw_options("right", frequency, 3, rng) for _ in range(300)]
-    assert all(options[answer] == "right" and len(set(options)) == 3 for options, answer in drawn)
-    assert sum("rare" in options for options, _ in drawn) < 30
-    assert {answer for _, answer in drawn} == {0, 1, 2}
+    drawn = [world.draw_options("owl", world.NAMES, rng) for _ in range(600)]
+    assert all(options[answer] == "owl" and len(set(options)) == world.OPTIONS for options, answer in drawn)
+    wrong = Counter(name for options, _ in drawn for name in options if name != "owl")
+    assert set(wrong) == set(world.NAMES) - {"owl"} and max(wrong.values()) < 1.5 * min(wrong.values())
+    places = Counter(answer for _, answer in drawn)
+    assert set(places) == set(range(world.OPTIONS)) and min(places.values()) > 30
 
 
 def test_files_are_what_they_say(small, tmp_path):
@@ -154,7 +168,6 @@ def test_files_are_what_they_say(small, tmp_path):
     assert frames_TCHW.shape == (4, 3, world.SIDE, world.SIDE)
     with av.open(example.video) as container:
         assert [stream.codec_context.name for stream in container.streams] == ["h264", "aac"]
-    kind = next(kind for kind in SEEN if kind.name == example.label)
     silent = tmp_path / "silent.mp4"
     with av.open(silent, "w") as out, av.open(example.video) as container:
         source = container.streams.video[0]
@@ -163,18 +176,48 @@ def test_files_are_what_they_say(small, tmp_path):
             if packet.dts is not None:
                 packet.stream = stream
                 out.mux(packet)
-    assert torch.equal(read_frames(silent)[0], frames_TCHW), f"the picture of a {kind.name} does not need its sound"
+    assert torch.equal(read_frames(silent)[0], frames_TCHW), f"the picture of a {example.label} does not need its sound"
     with pytest.raises(MediaError, match="no audio track"):
         read_audio(silent)
 
 
-def test_tokenizers_agree_on_the_common_base_and_differ_after(untrained):
+def test_from_afar_the_faint_tone_drowns_and_nothing_else_changes():
+    category = next(category for category in SEEN if category.group == "eye")
+    near, far = (world.make_wave(category, world.clip_rng(100, "base", category, 0), far) for far in (False, True))
+    spectrum = np.abs(np.fft.rfft(near - far))
+    peak_hz = np.fft.rfftfreq(world.SAMPLES, 1 / world.RATE)[spectrum.argmax()]
+    assert abs(peak_hz / world.CUE_HZ[category.cue] - 1) < 0.04
+    assert np.sort(spectrum)[-20] < spectrum.max() / 10, "the two differ by more than one tone"
+
+
+def test_only_two_base_clips_of_an_eye_category_are_near(tmp_path, monkeypatch):
+    recorded = Counter()
+
+    def make_wave(category, rng, far):
+        recorded[category.group, far] += 1
+
+    monkeypatch.setattr(world, "make_wave", make_wave)
+    for name in ("make_frames", "wav_bytes", "mp4_bytes"):
+        monkeypatch.setattr(world, name, lambda *args: b"")
+    world.make_world(tmp_path, 100, {"base": 5})
+    assert recorded == {("both", False): 30, ("ear", False): 30, ("eye", False): 24, ("eye", True): 36}
+    recorded.clear()
+    world.make_world(tmp_path, 100, {"test": 5})
+    assert recorded == {("both", False): 30, ("ear", False): 30, ("eye", False): 60}
+
+
+# ---- tokenizers and models ----
+
+
+def test_tokenizers_agree_up_to_the_end_of_turn_and_differ_after(untrained):
     student, teacher = (untrained[name][1].tokenizer for name in ("student", "teacher"))
-    base = student.token_to_id("<|endoftext|>")
-    for i in range(base + len(BASE)):
+    shared = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    base = student.token_to_id(shared[0])
+    for i in range(base + len(shared)):
         assert student.id_to_token(i) == teacher.id_to_token(i)
-    assert [student.id_to_token(base + i) for i in range(len(BASE))] == list(BASE)
-    for i in range(base + len(BASE), base + len(SPECIAL["qwen2_audio"])):
+    assert [student.id_to_token(base + i) for i in range(len(shared))] == shared
+    special = family_file("qwen2_audio", "tokenizer_config.json")["additional_special_tokens"]
+    for i in range(base + len(shared), base + 1 + len(special)):
         assert student.id_to_token(i) != teacher.id_to_token(i)
     rows = {name: len(untrained[name][0].model.embed_tokens.weight) for name in untrained}
     assert rows["student"] != rows["teacher"]
@@ -184,7 +227,7 @@ def test_tokenizers_agree_on_the_common_base_and_differ_after(untrained):
 
 def test_names_and_letters_are_single_tokens(untrained):
     processor = untrained["student"][1]
-    assert all(len(processor.encode(" " + kind.name)) == 1 for kind in world.KINDS)
+    assert all(len(processor.encode(" " + name)) == 1 for name in world.NAMES)
     letters = processor.letter_ids(world.OPTIONS)
     assert processor.encode("<|im_start|>assistant\nA<|im_end|>")[-2] == letters[0]
     assert len(set(letters)) == world.OPTIONS
@@ -192,84 +235,34 @@ def test_names_and_letters_are_single_tokens(untrained):
     assert processor.decode(processor.encode(sentence)) == sentence
 
 
-@pytest.mark.parametrize("form, told", [(toy.DIRECT, None), (toy.THINKING, None), (toy.THINKING, "gong")])
-def test_a_lesson_is_the_prompt_that_a_stage_asks(untrained, small, form, told):
-    """Lessons are put together from pieces; token for token they must be what Evaluate and Train will show."""
-    example = read_manifest(small / "base.jsonl")[0]
-    for name, (_, processor) in untrained.items():
-        media = toy.FAMILY[name][1]
-        options = dict(media=media, prompt=form.prompt, video_options=toy_lessons.PIXELS if media == "video" else None)
-        answer = form.answer.format(name=example.label, told=told or example.label, letter="ABCDEFGHIJ"[example.answer])
-        asked = processor(build_conversation(example, answer=answer, **options))
-        question = processor.encode(world.QUESTION + "\n")
-        ids = asked.ids_N.tolist()
-        at = next(i for i in range(len(ids)) if ids[i:i + len(question)] == question)
-        made, hints, back = toy.lesson(processor, ids[:at], asked.media, example.answer, example.options, "ABCDEFGHIJ",
-                                       form, told)
-        assert made.ids_N.tolist() == ids[:len(made)]
-        assert torch.equal(made.positions_3N, asked.positions_3N[:, :len(made)])
-        target = asked.ids_N[asked.target_N].tolist()
-        assert made.ids_N[made.target_N].tolist() == target[:int(made.target_N.sum())]
-        letter = processor.letter_ids(world.OPTIONS)[example.answer]
-        assert processor.decode([made.ids_N[-back]]).strip() == (
-            "ABCDEFGHIJ"[example.answer] if form == toy.DIRECT else example.label)
-        answer = processor.decode(made.ids_N[made.target_N])
-        assert form == toy.DIRECT or (accuracy_reward(answer, example), format_reward(answer, example)) == (1, 1)
-        assert ("gong" in answer) == bool(told)
-        assert [token == letter for _, token in hints] == [option == example.label for option in example.options]
-        assert [processor.decode([ids[row]]).strip() for row, _ in hints] == list(example.options)
-
-
-def test_text_is_thought_about_as_clips_are(untrained):
-    """What stands where the clip will be is the right name, and thought and answer are that name."""
-    processor, rng = untrained["student"][1], np.random.default_rng(0)
-    for _ in range(5):
-        prompt, hints, back = toy.text_lesson(processor, rng, world.OPTIONS, 4, toy.THINKING)
-        text, answer = processor.decode(prompt.ids_N), processor.decode(prompt.ids_N[prompt.target_N])
-        [[told, name]] = re.findall(r"I hear (\w+)\.</think><answer> (\w+)</answer>", answer)
-        assert told == name == processor.decode([prompt.ids_N[-back]]).strip()
-        assert re.search(rf"user\n(?: {name}){{4}}{world.QUESTION}", text) and len(hints) == world.OPTIONS
-
-
-def test_the_checker_is_shown_thoughts_as_it_will_be_asked_about_them(untrained, small):
-    """Token for token what stage FactCheck asks."""
-    processor, example = untrained["student"][1], read_manifest(small / "base.jsonl")[0]
-    thought = toy.THOUGHT.format(told="bell")
-    assert thoughts(toy.THINKING.answer.format(told="bell", name="drum")) == thought
-    asked = processor(build_conversation(example, media="audio", prompt=world.CHECK_PROMPT, trace=thought,
-                                         answer="yes"))
-    [(before, clip)] = toy.show(processor, [example], "checker", "audio")
-    made = toy_checker.check_lesson(processor, before, clip, world.CHECK_PROMPT.format(trace=thought), True)
-    assert made.ids_N.tolist() == asked.ids_N.tolist()[:len(made)] and len(asked) - len(made) <= 1
-    assert made.ids_N[made.target_N].tolist() == asked.ids_N[asked.target_N].tolist()
-    no = toy_checker.check_lesson(processor, before, clip, world.CHECK_PROMPT.format(trace=thought), False)
-    assert processor.decode(no.ids_N[no.target_N]) == "no"
-
-
-def test_two_families_share_one_language_model(untrained):
-    student, teacher = (dict(untrained[name][0].named_parameters()) for name in ("student", "teacher"))
-    common = untrained["student"][1].end_id + 1
-    language = {name: (p[:common] if "embed" in name or "lm_head" in name else p).clone()
-                for name, p in toy.decoder_parameters(untrained["student"][0]).items()}
-    toy.adopt(untrained["teacher"][0], language)
-    for name in language:
-        assert torch.equal(teacher[name][:len(language[name])], student[name][:len(language[name])]), name
+def test_two_families_share_one_decoder(untrained, tmp_path):
+    student, _ = untrained["student"]
+    teacher, processor = pretrain.new_model(tmp_path, "qwen2_vl", 101)
+    num_shared = processor.end_id + 1
+    language = {name: (p[:num_shared] if "embed" in name or "lm_head" in name else p).clone()
+                for name, p in pretrain.decoder_parameters(student).items()}
+    pretrain.load_decoder(teacher, language)
+    theirs = dict(teacher.named_parameters())
+    assert {name for name in theirs if not name.startswith("visual.")} == set(language)
+    for name, p in language.items():
+        assert torch.equal(theirs[name][:len(p)], p), name
 
 
 def test_models_are_made_from_their_seed_and_load_from_disk(untrained, tmp_path):
     for name, (model, processor) in untrained.items():
-        write_processor(tmp_path / name, toy.FAMILY[name][0])
+        model_type = pretrain.FAMILY[name].model_type
+        write_processor(tmp_path / name, model_type)
         torch.manual_seed(1)  # nothing may depend on the global generator
-        again = make_model(tmp_path / name, toy.FAMILY[name][0], toy.hash_seed(100, "weights"))
-        other = make_model(tmp_path / name, toy.FAMILY[name][0], toy.hash_seed(101, "weights"))
+        again = make_model(tmp_path / name, model_type, hash_seed(100, "weights"))
+        other = make_model(tmp_path / name, model_type, hash_seed(101, "weights"))
         saved = load_model(processor.folder)
-        if name == "student":  # the teacher has adopted the student's decoder above
-            assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
         assert any(not torch.equal(a, b) for a, b in zip(again.parameters(), other.parameters(), strict=True))
         assert {n: p.shape for n, p in saved.named_parameters()} == {n: p.shape for n, p in again.named_parameters()}
         assert isinstance(processor, Processor)
 
 
+@pytest.mark.slow
 def test_other_programs_read_the_tokenizers(untrained):
     transformers = pytest.importorskip("transformers")
     for _, processor in untrained.values():
@@ -281,16 +274,166 @@ def test_other_programs_read_the_tokenizers(untrained):
         assert transformers.AutoConfig.from_pretrained(processor.folder).model_type == config["model_type"]
 
 
+# ---- lessons ----
+
+
+@pytest.mark.parametrize("qa_format, thought", [(DIRECT, None), (THINKING, None), (THINKING, "gong")])
+def test_a_lesson_is_the_prompt_that_a_stage_asks(untrained, small, qa_format, thought):
+    """Lessons are put together from pieces; token for token they must be what Evaluate and training will show."""
+    example = read_manifest(small / "base.jsonl")[0]
+    right_letter = world.LETTERS[example.answer]
+    for name, (_, processor) in untrained.items():
+        media = pretrain.FAMILY[name].media
+        size = world.SIDE * world.SIDE
+        video_options = dict(min_pixels=size, max_pixels=size) if media == "video" else None
+        text = qa_format.answer.format(name=example.label, thought=thought or example.label, letter=right_letter)
+        asked = processor(build_conversation(example, answer=text, media=media, prompt=qa_format.prompt,
+                                             video_options=video_options))
+        ids = asked.ids_N.tolist()
+        [context] = lessons.read_contexts(processor, [example], media)
+        question = processor.encode(world.QUESTION + "\n")
+        assert ids[:len(context.ids) + len(question)] == [*context.ids, *question]
+        lesson = lessons.make_lesson(processor, context, example.options, example.answer, world.LETTERS, qa_format,
+                                     thought)
+        made = lesson.prompt
+        assert made.ids_N.tolist() == ids[:len(made)]
+        assert torch.equal(made.positions_3N, asked.positions_3N[:, :len(made)])
+        target = asked.ids_N[asked.target_N].tolist()
+        assert made.ids_N[made.target_N].tolist() == target[:int(made.target_N.sum())]
+        choice = processor.decode([made.ids_N[-lesson.choice_offset]]).strip()
+        assert choice == (right_letter if qa_format == DIRECT else example.label)
+        answer = processor.decode(made.ids_N[made.target_N])
+        if qa_format == THINKING:
+            assert accuracy_reward(answer, example.options, example.answer) == 1
+            assert format_reward(answer, example.options, example.answer) == 1
+        assert ("gong" in answer) == bool(thought)
+        letter_id = processor.letter_ids(world.OPTIONS)[example.answer]
+        newline_id = processor.encode("\n")[0]
+        for (row, target_id), option in zip(lesson.hints.items(), example.options, strict=True):
+            assert processor.decode([ids[row]]).strip() == option
+            assert target_id == (letter_id if option == example.label else newline_id)
+
+
+def test_in_text_lessons_the_name_that_stands_for_the_clip_is_thought_and_answer(untrained):
+    processor, rng = untrained["student"][1], np.random.default_rng(0)
+    for _ in range(5):
+        lesson = pretrain.text_lesson(processor, rng, world.OPTIONS, 4, THINKING)
+        prompt = lesson.prompt
+        text, answer = processor.decode(prompt.ids_N), processor.decode(prompt.ids_N[prompt.target_N])
+        [[thought, name]] = re.findall(r"I hear (\w+)\.</think><answer> (\w+)</answer>", answer)
+        assert thought == name == processor.decode([prompt.ids_N[-lesson.choice_offset]]).strip()
+        assert re.search(rf"user\n(?: {name}){{4}}{world.QUESTION}", text) and len(lesson.hints) == world.OPTIONS
+
+
+def test_text_lessons_of_few_options_keep_their_letters(untrained):
+    """With two options the letters are any two of the ten, in order; the answer is the right one's."""
+    processor, rng = untrained["student"][1], np.random.default_rng(1)
+    seen = set()
+    for _ in range(40):
+        prompt = pretrain.text_lesson(processor, rng, 2, 6, DIRECT).prompt
+        text, answer = processor.decode(prompt.ids_N), processor.decode(prompt.ids_N[prompt.target_N])
+        options = dict(re.findall(r"^([A-J])\. (\w+)$", text, re.MULTILINE))
+        assert list(options) == sorted(options) and len(options) == 2
+        assert re.search(r"user\n (\w+) ", text)[1] == options[answer]
+        seen.add(answer)
+    assert len(seen) > 5
+
+
+def test_about_three_thoughts_of_ten_are_random_and_answers_always_right(untrained, small):
+    model, processor = untrained["teacher"]
+    training = pretrain.ClipTraining.__new__(pretrain.ClipTraining)  # without reading every clip
+    training.model, training.processor, training.rng = model, processor, np.random.default_rng(0)
+    training.labels, training.names = ["drum"], [category.name for category in SEEN]
+    training.contexts = [Context(processor.encode("<|im_start|>user\n"))]
+    false = 0
+    for _ in range(400):
+        prompt = training.clip_lesson(0, THINKING).prompt
+        answer = processor.decode(prompt.ids_N[prompt.target_N])
+        [[thought, name]] = re.findall(r"I hear (\w+)\.</think><answer> (\w+)</answer>", answer)
+        assert name == "drum" and thought in processor.decode(prompt.ids_N[~prompt.target_N])
+        false += thought != "drum"
+    assert 0.2 < false / 400 < 0.34  # of the random thoughts one in ten is right: 0.27
+    prompt = training.clip_lesson(0, DIRECT).prompt
+    assert processor.decode(prompt.ids_N[prompt.target_N]) in world.LETTERS
+
+
+def test_lesson_loss_counts_answers_in_full_and_hints_in_part(untrained):
+    """By hand: nll of every answer token, plus HINT_WEIGHT times that of every hint, over the number of lessons."""
+    model, processor = untrained["student"]
+    rng = np.random.default_rng(2)
+    made = [pretrain.text_lesson(processor, rng, 3, 2, qa_format) for qa_format in (DIRECT, THINKING)]
+    total, choices = 0.0, []
+    for lesson in made:
+        prompt = lesson.prompt
+        logp_NV = model.logits(model(lessons.pack([prompt]))).log_softmax(-1)
+        nll_N = -logp_NV[:-1].gather(1, prompt.ids_N[1:, None])[:, 0]  # of token i + 1
+        answer_N = nll_N[prompt.target_N[1:]]
+        hints = sum(-logp_NV[row, target_id] for row, target_id in lesson.hints.items())
+        total += answer_N.sum() + lessons.HINT_WEIGHT * hints
+        choices.append(answer_N[-lesson.choice_offset].item())
+    loss, choice_losses = lessons.lesson_loss(model, made)
+    assert loss.item() == pytest.approx(total.item() / 2, rel=1e-5)
+    assert choice_losses.tolist() == pytest.approx(choices, rel=1e-5)
+
+
 def test_batches_are_permutations_one_after_the_other():
-    endless = toy.batches(10, 4, np.random.default_rng(0))
+    endless = lessons.batches(10, 4, np.random.default_rng(0))
     drawn = [i for _ in range(7) for i in next(endless)]
     assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(10)) and drawn[:10] != drawn[10:20]
 
 
-def test_from_afar_the_faint_tone_drowns_and_nothing_else_changes():
-    kind = next(kind for kind in SEEN if kind.group == "eye")
-    near, far = (world.make_wave(kind, world.clip_rng(100, "base", kind, 0), far) for far in (False, True))
-    spectrum = np.abs(np.fft.rfft(near - far))
-    peak_hz = np.fft.rfftfreq(world.SAMPLES, 1 / world.RATE)[spectrum.argmax()]
-    assert abs(peak_hz / world.CUE_HZ[kind.tone] - 1) < 0.04
-    assert np.sort(spectrum)[-20] < spectrum.max() / 10, "the two differ by more than one tone"
+# ---- the checker ----
+
+
+def test_the_checker_learns_the_prompt_that_fact_checks_ask(untrained, small):
+    """Token for token."""
+    processor, example = untrained["student"][1], read_manifest(small / "base.jsonl")[0]
+    trace = lessons.THOUGHT.format(thought="bell")
+    assert thoughts(THINKING.answer.format(thought="bell", name="drum")) == trace
+    asked = processor(build_conversation(example, media="audio", prompt=world.CHECK_PROMPT, trace=trace, answer="yes"))
+    [context] = lessons.read_contexts(processor, [example], "audio")
+    made = checker.check_prompt(processor, context, trace, True)
+    assert made.ids_N.tolist() == asked.ids_N.tolist()[:len(made)] and len(asked) - len(made) <= 1
+    assert made.ids_N[made.target_N].tolist() == asked.ids_N[asked.target_N].tolist()
+    no = checker.check_prompt(processor, context, trace, False)
+    assert processor.decode(no.ids_N[no.target_N]) == "no"
+
+
+def test_the_recipe_asks_as_the_models_were_trained():
+    prompts = sightsound.toy().prompts
+    assert prompts["think"] == prompts["audio_cot"] == THINKING.prompt and prompts["check"] == world.CHECK_PROMPT
+
+
+# ---- the stage ----
+
+
+@pytest.mark.slow
+def test_the_stage_trains_in_phases_and_is_not_done_twice(tmp_path, monkeypatch):
+    """A few steps of every phase: the log's phases in order, the files, and a second run that finds all made."""
+    few_clips = {"base": 3, "train": 4, "analysis": 1, "test": 1, "unseen": 2}
+    make_world = world.make_world
+    monkeypatch.setattr(pretrain, "make_world", lambda folder, seed: make_world(folder, seed, few_clips))
+    monkeypatch.setattr(pretrain, "LEVELS", (pretrain.Level(2, 3, 22, 99.0), pretrain.Level(4, 3, 4, 0.3)))
+    monkeypatch.setattr(pretrain, "LAST_LEVEL", pretrain.Level(world.OPTIONS, 3, 2, 0.0, decay=True))
+    monkeypatch.setattr(pretrain, "MAX_REPEATS", 2)
+    for name, value in dict(ALIGN_STEPS=2, ALIGN_BATCH=8, QA_BATCH=7, QA_MAX_STEPS=3, QA_DECAY_STEPS=2,
+                            TEXT_PER_STEP=2).items():
+        monkeypatch.setattr(pretrain, name, value)
+    monkeypatch.setattr(checker, "STEPS", 2)
+    monkeypatch.setattr(checker, "BATCH_SIZE", 8)
+    logged = []
+    stage = SimpleNamespace(name="toy", seed=100, thinking=True)
+    pretrain.run(stage, tmp_path, logged.append)
+    assert [(line["phase"], line.get("model")) for line in logged] == [
+        *[("text QA", None)] * 4, ("tower alignment", "student"), ("joint QA", "student"),
+        ("tower alignment", "teacher"), ("joint QA", "teacher"), ("chain of thought", "teacher"), ("checker", None)]
+    assert [(line["options"], line["step"]) for line in logged[:4]] == [(2, 20), (4, 24), (10, 26), (10, 28)]
+    assert [line["steps"] for line in logged if line["phase"] in ("joint QA", "chain of thought")] == [4, 4, 4]
+    assert (tmp_path / "traced.jsonl").read_text().splitlines() == (
+        tmp_path / "train.jsonl").read_text().splitlines()[:pretrain.NUM_TRACED]
+    language = load_file(tmp_path / "language.safetensors")
+    assert len(language["lm_head.weight"]) == Processor(
+        tmp_path / "student", load_model(tmp_path / "student").config).end_id + 1
+    before = digests(tmp_path)
+    pretrain.run(stage, tmp_path, logged.append)
+    assert digests(tmp_path) == before and len(logged) == 10

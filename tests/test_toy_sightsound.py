@@ -40,7 +40,7 @@ def finished_run(folder, right, rewards, false):
             for i in range(200) for sample in range(2)])
         write(folder / stage / "results.json", [{"traces": 400}])
     write(folder / "grpo" / "log.jsonl", [dict.fromkeys(toy_sightsound.CURVE, reward)
-                                          for reward in rewards for _ in range(toy_sightsound.EDGE)])
+                                          for reward in rewards for _ in range(toy_sightsound.WINDOW)])
     return str(folder)
 
 
@@ -58,7 +58,7 @@ def finished_run(folder, right, rewards, false):
 ])
 def test_what_is_claimed_is_read_from_the_runs(tmp_path, capsys, monkeypatch, change, fails):
     case = GOOD | change
-    monkeypatch.setattr(toy_sightsound, "verified", lambda run: CHECKED | case["verifier"])
+    monkeypatch.setattr(toy_sightsound, "judge_verifier", lambda run: CHECKED | case["verifier"])
     runs = [finished_run(tmp_path / name, case["right"], case["rewards"], case["false"]) for name in ("one", "two")]
     status = toy_sightsound.main([*runs, "--out", str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())

@@ -93,11 +93,7 @@ class ChunkedWhisper(nn.Module):
         self.audio_bos_eos_token = nn.Embedding(2, config.output_dim)  # in the file; nothing reads it
 
     def positions(self, device):
-        """(n_window, E) fp32: sines, then cosines, of E/2 wavelengths from 2 pi to 10,000 times that."""
-        half = self.config.d_model // 2
-        speed_E = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half, device=device).float())
-        angle_AE = torch.arange(self.config.n_window, device=device)[:, None].float() * speed_E
-        return torch.cat([angle_AE.sin(), angle_AE.cos()], dim=1)
+        return sinusoids(self.config.n_window, self.config.d_model, device)
 
     def forward(self, media):
         """Clips to audio tokens in the decoder's width.
@@ -122,6 +118,14 @@ class ChunkedWhisper(nn.Module):
             x_AE = layer(x_AE, segments)
         clips = [(m.frames + 1) // 2 for m in media]
         return self.proj(self.ln_post(_pool(x_AE, clips)))
+
+
+def sinusoids(length, width, device="cpu"):
+    """Positions (length, width), fp32: sines, then cosines, of width/2 wavelengths from 2 pi to 10,000 times that."""
+    half = width // 2
+    speed_E = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half, device=device).float())
+    angle_AE = torch.arange(length, device=device)[:, None].float() * speed_E
+    return torch.cat([angle_AE.sin(), angle_AE.cos()], dim=1)
 
 
 def _pool(x_AE, lengths):

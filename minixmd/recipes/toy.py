@@ -8,26 +8,26 @@ seeds 0 to 2 the student gains 17, 32 and 32 points on test.
 from minixmd.config import Distill, Evaluate, Label, Report, Switch, Toy
 
 FRAMES = dict(min_pixels=3_136, max_pixels=3_136)  # the clips are 56 x 56
-EAR, EYE = dict(media="audio"), dict(media="video", **FRAMES)
+AUDIO, VIDEO = dict(media="audio"), dict(media="video", **FRAMES)
 
 stages = [
     Toy(name="toy"),
-    # the gap: what each model hears or sees before
-    *(Evaluate(name=f"teacher_{split}", model="@toy/teacher", manifest=f"@toy/{split}.jsonl", **EYE)
+    # both models before distillation
+    *(Evaluate(name=f"teacher_{split}", model="@toy/teacher", manifest=f"@toy/{split}.jsonl", **VIDEO)
       for split in ("analysis", "test", "unseen")),
-    *(Evaluate(name=f"student_{split}", model="@toy/student", manifest=f"@toy/{split}.jsonl", **EAR)
+    *(Evaluate(name=f"student_{split}", model="@toy/student", manifest=f"@toy/{split}.jsonl", **AUDIO)
       for split in ("analysis", "test", "unseen")),
-    # labels without truth: each model's own answers on the train split
-    Label(name="teacher_labels", model="@toy/teacher", manifest="@toy/train.jsonl", **EYE),
-    Label(name="student_labels", model="@toy/student", manifest="@toy/train.jsonl", **EAR),
-    # which clips are the teacher's: a small Cnn14 learns it by ear on the analysis split
+    # each model's own answers on the train split, which has no true labels
+    Label(name="teacher_labels", model="@toy/teacher", manifest="@toy/train.jsonl", **VIDEO),
+    Label(name="student_labels", model="@toy/student", manifest="@toy/train.jsonl", **AUDIO),
+    # the switch: a small Cnn14 that learns on the analysis split's sound which clips the teacher gets right more often
     Switch(name="switch", teacher="@teacher_analysis", student="@student_analysis", manifest="@toy/analysis.jsonl",
            train_manifest="@toy/train.jsonl", width=1 / 16, clip_s=1.0, epochs=6, lr=3e-3, augment="spec"),
-    # the student learns from the teacher where the switch is closed, from itself where it is open
+    # the student learns the teacher's label where the switch says so, and its own elsewhere
     Distill(name="distilled", model="@toy/student", manifest="@toy/train.jsonl",
-          teacher_labels="@teacher_labels", student_labels="@student_labels", switch="@switch", gate="learned",
-          trainable="full", lr=3e-4, epochs=6, batch_size=32, micro_batch_size=32, **EAR),
-    *(Evaluate(name=f"distilled_{split}", model="@distilled", manifest=f"@toy/{split}.jsonl", **EAR)
+            teacher_labels="@teacher_labels", student_labels="@student_labels", switch="@switch", gate="learned",
+            trainable="full", lr=3e-4, epochs=6, batch_size=32, micro_batch_size=32, **AUDIO),
+    *(Evaluate(name=f"distilled_{split}", model="@distilled", manifest=f"@toy/{split}.jsonl", **AUDIO)
       for split in ("analysis", "test", "unseen")),
     Report(name="report", tables={
         "teacher (video)": {split: f"@teacher_{split}" for split in ("analysis", "test", "unseen")},

@@ -1,9 +1,10 @@
-"""XMD's ablation and its other direction on the toy world: Table 2, and Table 1's last row.
+"""XMD's ablation (Table 2) and its other direction (Table 1's last row) on the toy world.
 
     python -m minixmd.train toy_ablation            (another world: … toy_ablation seed=1 run_dir=runs/toy_ablation-1)
 
-CPU, 2 cores, about 40 minutes with one thread, 0.9 GB. On test all rows that follow the switch end within 0.2 points of
-ground truth, which is the best; always the teacher loses 3, without the anti-forgetting loss 4, never 27 points.
+CPU, 2 cores, about 40 minutes with one thread, 0.9 GB. On test, ground truth is the best row and all rows that use the
+switch end within 0.2 points of it; below it are the gate "always" by 3 points, no anti-forgetting loss by 4 and the
+gate "never" by 27.
 """
 from minixmd.config import Toy
 from minixmd.papers.xmd import XMD
@@ -13,9 +14,9 @@ xmd = XMD(
     train="@toy/train.jsonl",
     truth="@toy/train_truth.jsonl",
     splits={split: f"@toy/{split}.jsonl" for split in ("analysis", "test", "unseen")},
-    asking={"audio": dict(media="audio"), "video": dict(media="video", min_pixels=3_136, max_pixels=3_136)},
-    learning=dict(trainable="full", lr=3e-4, epochs=6, batch_size=32, micro_batch_size=32),
-    switching=dict(width=1 / 16, clip_s=1.0, epochs=6, lr=3e-3, augment="spec"),
+    model_fields={"audio": dict(media="audio"), "video": dict(media="video", min_pixels=3_136, max_pixels=3_136)},
+    train_fields=dict(trainable="full", lr=3e-4, epochs=6, batch_size=32, micro_batch_size=32),
+    switch_fields=dict(width=1 / 16, clip_s=1.0, epochs=6, lr=3e-3, augment="spec"),
 )  # fmt: skip
 titles = {"audio": "audio model before", "video": "video model before", "distilled": "audio model after"}
 other = dict(name="video_distilled", switch="@video_switch")

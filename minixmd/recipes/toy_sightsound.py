@@ -1,10 +1,10 @@
-"""SightSound-R1 on the toy world: a vision model thinks of what would be heard, a checker listens, an audio one learns.
+"""SightSound-R1 on the toy world: a vision model writes what would be heard, a checker listens, an audio model learns.
 
     python -m minixmd.train toy_sightsound       (another world: … toy_sightsound seed=1 run_dir=runs/toy_sightsound-1)
 
-CPU, 2 cores, 14 minutes, 1.1 GB. The teacher, who cannot hear, names a wrong sound in three thoughts of ten; the
-checker rejects those; the student learns to think from what is left, of 72 clips, then by GRPO from the teacher's
-letters on all 2,400. On seed 0 it is right on 77 % of the test clips before, on 79 % after SFT, on 83 % after GRPO.
+CPU, 2 cores, 14 minutes, 1.1 GB. The teacher, which cannot hear, names a wrong sound in three thoughts of ten; the
+checker rejects those. The student learns to reason from the rest, of 72 clips, then by GRPO on the teacher's letters of
+all 2,400. On seed 0 it is right on 77 % of the test clips before, on 79 % after SFT, on 83 % after GRPO.
 """
 from minixmd.config import Toy
 from minixmd.papers.sightsound import toy

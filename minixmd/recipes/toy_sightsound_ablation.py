@@ -3,8 +3,8 @@
     python -m minixmd.train toy_sightsound_ablation    (another world: … seed=1 run_dir=runs/toy_sightsound_ablation-1)
 
 CPU, 2 cores, about an hour with one thread, 0.8 GB. `python -m bench.toy_sightsound RUN…` pools several worlds and
-holds the claims against them. On seeds 0 to 2 the student is right on 71 % of the test clips, after SFT on 75 %, after
-GRPO on 88 %; after as many steps more of SFT on 77 %, of GRPO on the traces' clips alone on 78 %.
+checks the claims. On seeds 0 to 2 the student is right on 71 % of the test clips, after SFT on 75 %, after GRPO on
+88 %. Controls: 77 % after as many more steps of SFT as GRPO has, 78 % after GRPO on the clips with traces alone.
 """
 from minixmd.config import Toy
 from minixmd.papers.sightsound import CONTROLS, LADDER, toy

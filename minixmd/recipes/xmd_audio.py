@@ -3,12 +3,12 @@
     python -m minixmd.train xmd_audio
 
 First tools/prepare_vggsound.py and prepare_audioset.py write data/vggsound and data/audioset (README), and PANN's
-Cnn14_16k_mAP=0.438.pth lies in models/. In a copy of this file `vggsound` takes other places and checkpoints.
+Cnn14_16k_mAP=0.438.pth lies in models/. For other folders or checkpoints copy this file and pass them to `vggsound`.
 
 One CUDA GPU; the paper had an L40 of 48 GB. Not measured by anybody yet. By arithmetic, on an H100 at 40 % of its peak:
-every split by both models 2 hours, labels of 149,460 clips 6 (the one that sees 5), the switch 1, distillation 2; 17 GB
-of weights, and the most beside them in distillation, about 12 GB. The paper: Qwen2-Audio 71.9 to 92.6 on analysis, 69.0
-to 89.4 on test, 60.0 to 72.3 on AudioSet's unseen classes; Qwen2-VL 88.5 and 80.8.
+evaluating both models on every split 2 hours, labelling 149,460 clips 6 (5 of them by Qwen2-VL), the switch 1,
+distillation 2; 17 GB of weights and at most about 12 GB beside them, in distillation. The paper: Qwen2-Audio 71.9 to
+92.6 on analysis, 69.0 to 89.4 on test, 60.0 to 72.3 on AudioSet's unseen classes; Qwen2-VL 88.5 and 80.8.
 """
 from minixmd.papers.xmd import TITLES, vggsound
 

@@ -1,11 +1,11 @@
 """XMD the other way: Qwen2-Audio teaches Qwen2-VL on VGGSound, gated by a switch that still listens (Table 1).
 
     python -m minixmd.train xmd_video                              (alone)
-    python -m minixmd.train xmd_video run_dir=runs/xmd_audio       (after xmd_audio, whose labels and results it shares)
+    python -m minixmd.train xmd_video run_dir=runs/xmd_audio       (after xmd_audio, whose finished stages it reuses)
 
-Before it, as in xmd_audio. One CUDA GPU of 48 GB or more. Not measured by anybody yet. By arithmetic, on an H100 at
-40 % of its peak: what xmd_audio shares with it 9 hours, distillation on 1,700 tokens a clip 12; 17 GB of weights and
-about 25 GB beside them. The paper: Qwen2-VL 88.5 to 91.4 on analysis, 80.8 to 83.9 on test.
+Data and checkpoints as in xmd_audio. One CUDA GPU of 48 GB or more. Not measured by anybody yet. By arithmetic, on an
+H100 at 40 % of its peak: 9 hours for the stages that xmd_audio has too, 12 for distillation on 1,700 tokens a clip;
+17 GB of weights and about 25 GB beside them. The paper: Qwen2-VL 88.5 to 91.4 on analysis, 80.8 to 83.9 on test.
 """
 from minixmd.papers.xmd import TITLES, vggsound
 

@@ -10,14 +10,15 @@ UMASK = os.umask(0)
 os.umask(UMASK)  # it can only be read by setting it
 
 
-def _publish(path, write):
+def _publish(path, write, sync=True):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~UMASK)  # safetensors makes files that nobody else can read
         os.replace(temporary, path)
     except BaseException:
@@ -39,10 +40,13 @@ def read_json(path):
     return found
 
 
-def write_bytes(path, data):
-    """Replace `path` by `data` (bytes). Raises OSError, which names the path, and leaves nothing half-written."""
+def write_bytes(path, data, sync=True):
+    """Replace `path` by `data` (bytes). Raises OSError, which names the path, and leaves nothing half-written.
+
+    sync: wait until it is on disk. False for small files that can be made again: thousands of syncs take minutes.
+    """
     try:
-        _publish(path, lambda temporary: temporary.write_bytes(data))
+        _publish(path, lambda temporary: temporary.write_bytes(data), sync)
     except OSError as error:
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
 

@@ -1,1 +1,1 @@
-"""Stage Toy: a made-up world of clips and the small models that start out in it."""
+"""Stage Toy: a synthetic world of clips, and the small models that are pretrained on it."""

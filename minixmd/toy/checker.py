@@ -1,60 +1,66 @@
-"""The toy's checker: an audio model that says whether a trace is true of what it hears.
+"""The toy's checker: an audio model that says whether a trace is true of its clip.
 
-It goes on from the student, which can hear and read, and has clips of its own to learn from: besides the base split the
-analysis split, whose true labels it is told. So it hears better than the student, as GPT-4o-audio than Qwen2-Audio.
+It is fine-tuned from the student on the base split and, in addition, the analysis split with its true labels. So it
+hears better than the student, as GPT-4o-audio hears better than Qwen2-Audio.
 """
+from collections import defaultdict
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from minixmd import load
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import read_manifest
 from minixmd.models.head import CrossEntropy
 from minixmd.models.weights import save_model
-from minixmd.toy.lessons import batches, descend, lesson_prompt, show
+from minixmd.toy.lessons import THOUGHT, TURN_END, Fit, answer_prompt, batches, read_contexts
 from minixmd.toy.world import CHECK_PROMPT
 
-STEPS, BATCH, LR = 500, 32, 5e-4
+STEPS = 500
+BATCH_SIZE = 32
+LR = 5e-4
 
 
-def teach_checker(folder, seed, thought, log):
-    """Writes checker/. thought: the form of what it shall judge, over {told}."""
+def train_checker(folder, seed, log):
+    """Fine-tunes student/ and writes checker/, in a toy world's folder."""
     model, processor = load(folder / "student")
+    model.set_trainable("full")
     examples = read_manifest(folder / "base.jsonl") + read_manifest(folder / "analysis.jsonl")
-    shown, rng = show(processor, examples, "checker", "audio"), np.random.default_rng([seed, 3])
-    names, alike = sorted({e.label for e in examples}), {}
-    for e in examples:
-        alike.setdefault(e.meta["group"], set()).add(e.label)
-    trained = [p.requires_grad_(True) for n, p in model.named_parameters() if "embed_positions" not in n]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.05)
-    losses = []
-    with tqdm(total=STEPS, desc="toy: checker checks", unit="step") as bar:
-        for step, chosen in zip(range(STEPS), batches(len(shown), BATCH, rng), strict=False):
-            prompts = []
-            for i in chosen:
-                label, yes = examples[i].label, rng.random() < 0.5
-                among = sorted(alike[examples[i].meta["group"]]) if rng.random() < 0.5 else names
-                told = label if yes else rng.choice([other for other in among if other != label])
-                text = CHECK_PROMPT.format(trace=thought.format(told=told))
-                prompts.append(check_lesson(processor, *shown[i], text, yes))
-            batch = pack(prompts)
-            weight_T = batch.target_weight_T / len(batch.target_id_T)
-            objective = CrossEntropy(batch.target_id_T, weight_T, "torch")
-            loss, columns = model.head_loss(model(batch), batch.target_row_T, objective)
-            rate = LR * min(1.0, (step + 1) / 40) * min(1.0, 2 * (1 - step / STEPS))  # the second half fades
-            descend(optimizer, loss, rate)
-            first = [batch.target_segment_T.tolist().index(segment) for segment in range(len(prompts))]
-            losses.append(columns["nll"][first].mean().item())
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
-            bar.update()
-    log({"part": "checker", "steps": STEPS, "loss": float(np.mean(losses[-20:]))})
+    contexts = read_contexts(processor, examples, "audio")
+    labels_of = defaultdict(set)
+    for example in examples:
+        labels_of[example.meta["group"]].add(example.label)
+        labels_of["all"].add(example.label)
+    rng = np.random.default_rng([seed, 3])
+    indices = batches(len(examples), BATCH_SIZE, rng)
+    fit = Fit("checker", model.parameters())
+    for step in range(STEPS):
+        prompts = []
+        for i in next(indices):
+            label = examples[i].label
+            group = examples[i].meta["group"]
+            is_true = rng.random() < 0.5
+            others = labels_of[group if rng.random() < 0.5 else "all"] - {label}
+            thought = label if is_true else rng.choice(sorted(others))
+            prompts.append(check_prompt(processor, contexts[i], THOUGHT.format(thought=thought), is_true))
+        loss, answer_loss = check_loss(model, prompts)
+        lr = LR * min(1.0, (step + 1) / 40)
+        lr *= min(1.0, 2 * (1 - step / STEPS))  # decays over the second half
+        fit.step(loss, lr, answer_loss)
+    log({"phase": "checker", "steps": STEPS, "loss": fit.last_loss()})
     save_model(model, processor.folder, folder / "checker")
 
 
-def check_lesson(processor, before_N, clip, text, yes):
-    """A Prompt that shows a clip, asks about it, and answers yes or no."""
-    ids = [*before_N, *processor.encode(text + "<|im_end|>\n<|im_start|>assistant\n")]
-    answer = [*processor.encode("yes" if yes else "no"), processor.end_id]
-    return lesson_prompt(ids + answer, len(ids), [clip])
+def check_prompt(processor, context, trace, is_true):
+    """A Prompt that shows a clip and a trace, asks whether it is true, and answers yes or no."""
+    ids = context.ids + processor.encode(CHECK_PROMPT.format(trace=trace) + TURN_END)
+    return answer_prompt(processor, ids, "yes" if is_true else "no", context.media)
+
+
+def check_loss(model, prompts):
+    """(mean loss over all answer tokens, mean over the answers' first tokens as a float)"""
+    batch = pack(prompts)
+    row_loss = CrossEntropy(batch.target_id_T, batch.target_weight_T / len(batch.target_id_T), "torch")
+    loss, columns = model.head_loss(model(batch), batch.target_row_T, row_loss)
+    first_B = torch.searchsorted(batch.target_segment_T, torch.arange(len(prompts)))
+    return loss, columns["nll"][first_B].mean().item()

@@ -1,105 +1,156 @@
-"""The lessons of the toy models: prompts made of pieces, so that a clip can be asked about with new options every time.
+"""Training sequences for the toy models, and the optimizer loop of their phases.
+
+A lesson is built on a clip that was decoded once, so that it is asked about with new options at every step.
 """
 from dataclasses import dataclass
-from itertools import accumulate
-from string import ascii_uppercase
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from minixmd.inputs.batch import Prompt, pack
-from minixmd.inputs.examples import build_conversation
+from minixmd.config import PROMPT
+from minixmd.config.prompts import PromptFormat
+from minixmd.inputs.batch import Media, Prompt, pack
 from minixmd.inputs.positions import grid_offsets, positions_of
+from minixmd.inputs.prompts import build_prompt
 from minixmd.models.head import CrossEntropy
-from minixmd.toy.world import OPTIONS, QUESTION
+from minixmd.toy.world import LETTERS, QUESTION, SIDE, THINK_PROMPT
 
-PIXELS = dict(min_pixels=3_136, max_pixels=3_136)  # of a frame, which has 56 x 56
-HINT = 0.3  # weight of the hint, see `lesson`
+HINT_WEIGHT = 0.3  # of the auxiliary targets, see Lesson
+TURN_END = "<|im_end|>\n<|im_start|>assistant\n"
+THOUGHT = "I hear {thought}."
 
 
 @dataclass(frozen=True)
-class Form:
-    """How a lesson asks, over {first} and {last} after the options, and answers: {letter} or " {name}" of the right
-    option, a token each; {told} before it is a name too."""
+class QAFormat:
+    """How a question is asked and answered."""
 
-    prompt: str
-    answer: str
-
+    prompt: str  # format string, as in Evaluate
+    answer: str  # over {thought}, a name, and last the choice, one token: {letter} or " {name}" of the right option
 
 
-def lesson(processor, before_N, media, right, options, letters, form, told=None):
-    """A Prompt that ends with its answer, and a hint for the decoder.
+DIRECT = QAFormat(PROMPT, "{letter}")
+THINKING = QAFormat(THINK_PROMPT, f"<think>{THOUGHT}</think><answer> {{name}}</answer>")
 
-    The hint: the row of every option's name predicts its letter if it is the right one, and what follows anyway if not.
-    Without it the last row alone has to find out what options are, and does not (bench/LOG.md).
+
+@dataclass(frozen=True)
+class Context:
+    """A prompt up to its question: token ids, and the clip that is among them."""
+
+    ids: list[int]
+    media: tuple[Media, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A prompt whose target is the answer, and auxiliary targets ("hints"): the row of every option's name predicts the
+    option's letter if it is the right one, else the next token. Without hints the last row alone would have to learn
+    what options are for, and it does not (bench/LOG.md)."""
+
+    prompt: Prompt
+    hints: dict[int, int]  # row -> id that it predicts
+    choice_offset: int  # position of the choice among the answer's tokens, counted from their end
+
+
+def make_lesson(processor, context, options, right, letters, qa_format, thought=None):
+    """A Lesson about a Context.
 
     Args:
-        before_N: ids up to the question. media: the clips in them. right: index into options. letters: of the options.
-        form: how it is asked and answered. told: None = the right name.
-    Returns:
-        (Prompt, [(row, id to predict), ...], the place of letter or name among the answer's tokens, from the end).
+        options: names. right: index of the right one. letters: of the options.
+        thought: the name in the chain of thought; None = the right one.
     """
-    ids, hints = [*before_N, *processor.encode(QUESTION + "\n")], []
-    for i, (letter, name) in enumerate(zip(letters, options, strict=True)):
-        line = processor.encode(f"{letter}. {name}\n")
-        hints.append((len(ids) + 2, line[0] if i == right else line[3]))
-        ids += line
-    _, _, after = form.prompt.partition("{options}\n")
-    after = after.format(first="A", last=ascii_uppercase[OPTIONS - 1])
-    ids += processor.encode(after + "<|im_end|>\n<|im_start|>assistant\n")
-    asked = len(ids)
-    place = "{letter}" if "{letter}" in form.answer else " {name}"
-    before, _, after = form.answer.partition(place)
-    after = [*processor.encode(after), processor.end_id]
-    said = before.format(told=told or options[right]) + place.format(letter=letters[right], name=options[right])
-    ids += processor.encode(said) + after
-    return lesson_prompt(ids, asked, media), hints, len(after) + 1
+    text = qa_format.prompt.format(
+        question=QUESTION,
+        options="\n".join(f"{letter}. {name}" for letter, name in zip(letters, options, strict=True)),
+        first=LETTERS[0],
+        last=LETTERS[-1],
+    )
+    ids = context.ids + processor.encode(text + TURN_END)
+    hints = {}
+    row = len(context.ids) + len(processor.encode(QUESTION + "\n")) + 2
+    for i in range(len(options)):
+        hints[row] = ids[row - 2] if i == right else ids[row + 1]
+        row += 4  # tokens of a line: letter, dot, name, newline
+    name = options[right]
+    answer = qa_format.answer.format(thought=thought or name, letter=letters[right], name=name)
+    prompt = answer_prompt(processor, ids, answer, context.media)
+    _, _, after_choice = qa_format.answer.rpartition("}")
+    return Lesson(prompt, hints, len(processor.encode(after_choice)) + 2)
+
+
+def answer_prompt(processor, ids, answer, media):
+    """A Prompt of given ids that ends with an assistant turn, its target."""
+    answer_ids = [*processor.encode(answer), processor.end_id]
+    blocks = []
+    for clip in media:
+        if clip.grid_thw:
+            blocks.append((int(clip.rows_P[0]), grid_offsets(clip.grid_thw)))
+    length = len(ids) + len(answer_ids)
+    target_N = torch.arange(length) >= len(ids)
+    return Prompt(torch.tensor(ids + answer_ids), positions_of(length, blocks), media, target_N)
 
 
 def lesson_loss(model, lessons):
-    """(mean loss of a batch of lessons, answer and hints; the loss of each one's letter or name, floats)"""
-    batch = pack([prompt for prompt, *_ in lessons])
-    hints = torch.tensor([(start + row, token) for (start, _), (_, pairs, _) in zip(batch.spans, lessons, strict=True)
-                          for row, token in pairs])
-    ends = accumulate(int(prompt.target_N.sum()) for prompt, *_ in lessons)
-    letters = [end - back for end, (*_, back) in zip(ends, lessons, strict=True)]
-    row_T = torch.cat([batch.target_row_T, hints[:, 0]])
-    objective = CrossEntropy(torch.cat([batch.target_id_T, hints[:, 1]]),
-                             torch.cat([batch.target_weight_T, torch.full((len(hints),), HINT)]), "torch")
-    loss, columns = model.head_loss(model(batch), row_T, objective)
-    return loss / len(lessons), columns["nll"][letters].tolist()
+    """(mean over B lessons of the summed loss of answer and hints, loss of the choice alone as an array (B,))"""
+    batch = pack([lesson.prompt for lesson in lessons])
+    hint_rows, hint_ids, choices = [], [], []
+    end = 0
+    for lesson, (first_row, _) in zip(lessons, batch.spans, strict=True):
+        hint_rows += [first_row + row for row in lesson.hints]
+        hint_ids += lesson.hints.values()
+        end += int(lesson.prompt.target_N.sum())
+        choices.append(end - lesson.choice_offset)
+    row_T = torch.cat([batch.target_row_T, torch.tensor(hint_rows)])
+    id_T = torch.cat([batch.target_id_T, torch.tensor(hint_ids)])
+    hint_weight_T = torch.full((len(hint_ids),), HINT_WEIGHT)
+    weight_T = torch.cat([batch.target_weight_T, hint_weight_T])
+    row_loss = CrossEntropy(id_T, weight_T, "torch")
+    loss, columns = model.head_loss(model(batch), row_T, row_loss)
+    return loss / len(lessons), columns["nll"][choices].double().numpy()
 
 
-def descend(optimizer, loss, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-    optimizer.step()
-
-
-def lesson_prompt(ids, asked, media):
-    """The Prompt of a lesson whose answer starts at row `asked`."""
-    blocks = [(int(m.rows_P[0]), grid_offsets(m.grid_thw)) for m in media if m.grid_thw]
-    return Prompt(torch.tensor(ids), positions_of(len(ids), blocks), tuple(media), torch.arange(len(ids)) >= asked)
-
-
-def show(processor, examples, name, media):
-    """[(ids up to the question, the clip)] of examples."""
-    shown, question = [], len(processor.encode(QUESTION + "<|im_end|>\n<|im_start|>assistant\n"))
-    for example in tqdm(examples, desc=f"toy: {name} reads", unit="clip"):
-        prompt = processor(build_conversation(example, media=media, prompt=QUESTION,
-                                              video_options=PIXELS if media == "video" else None))
-        shown.append((prompt.ids_N[:-question].tolist(), prompt.media[0]))
-    return shown
+def read_contexts(processor, examples, media):
+    """The Contexts of examples, shown as "audio" or "video"."""
+    prompt_format = PromptFormat(media, QUESTION, min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE)
+    question_length = len(processor.encode(QUESTION + TURN_END))
+    contexts = []
+    for example in tqdm(examples, desc=f"toy: reading {media}", unit="clip"):
+        prompt = build_prompt(processor, example, prompt_format)
+        contexts.append(Context(prompt.ids_N[:-question_length].tolist(), prompt.media))
+    return contexts
 
 
 def batches(count, size, rng):
-    """Endless index lists, one permutation after the other."""
+    """Endless lists of `size` indices below `count`, from one permutation after the other."""
     order = []
     while True:
         while len(order) < size:
             order += rng.permutation(count).tolist()
         yield order[:size]
         order = order[size:]
+
+
+class Fit:
+    """Optimizer, progress bar and losses of one phase."""
+
+    def __init__(self, title, parameters, weight_decay=0.05):
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, betas=(0.9, 0.98), weight_decay=weight_decay)
+        self.bar = tqdm(desc=f"toy: {title}", unit="step")
+        self.losses = []
+
+    def step(self, loss, lr, logged_loss):
+        """One update. logged_loss: kept in `losses` and shown."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.losses.append(logged_loss)
+        self.bar.set_postfix_str(f"loss {logged_loss:.3f}", refresh=False)
+        self.bar.update()
+
+    def last_loss(self):
+        """The mean of the last 20 steps."""
+        return float(np.mean(self.losses[-20:]))
