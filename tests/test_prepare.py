@@ -23,11 +23,11 @@ from minixmd.inputs.media import read_audio
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import clips  # noqa: E402
 import prepare_audioset  # noqa: E402
 import prepare_vggsound  # noqa: E402
-from children import Task, run_tasks  # noqa: E402
-from prepare import Options, uniforms  # noqa: E402
+from prepare import clip_checks  # noqa: E402
+from prepare.child_processes import Task, run_tasks  # noqa: E402
+from prepare.option_sampling import OptionSampler, uniforms  # noqa: E402
 
 STAT = ("dog barking,60,animals\r\nrapping,30,music\r\n\"bee, wasp, etc. buzzing\",20,animals\r\n"
         "air horn,10,vehicle\r\nthunder,15,nature")  # as published: CRLF, and no end to the last line
@@ -153,7 +153,7 @@ def test_one_csv_with_both_splits_and_one_class_too_many_gives_the_same(vgg):
 
 def test_options_follow_frequency_and_depend_on_seed_and_id_alone():
     frequency = {"rare": 1, "common": 8, "right": 3, "mid": 4, "barred": 50, "never": 0}
-    options = Options(frequency, 3, 0)
+    options = OptionSampler(frequency, 3, 0)
     drawn = [options.draw(f"clip{i}", "right", frozenset({"barred"})) for i in range(3000)]
     assert all(len(set(o)) == 3 and o[answer] == "right" for o, answer in drawn)
     assert max(abs(n / 1000 - 1) for n in Counter(answer for _, answer in drawn).values()) < 0.12
@@ -161,10 +161,10 @@ def test_options_follow_frequency_and_depend_on_seed_and_id_alone():
     assert set(wrong) == {"rare", "common", "mid"}
     # without repeats: P(rare) = 1/13 + 8/13 * 1/5 + 4/13 * 1/9
     assert wrong["rare"] / 3000 == pytest.approx(1 / 13 + 8 / 65 + 4 / 117, abs=0.03)
-    assert Options(frequency, 3, 0).draw("clip7", "right", frozenset({"barred"})) == drawn[7]
-    assert [Options(frequency, 3, 1).draw(f"clip{i}", "right") for i in range(9)] != drawn[:9]
+    assert OptionSampler(frequency, 3, 0).draw("clip7", "right", frozenset({"barred"})) == drawn[7]
+    assert [OptionSampler(frequency, 3, 1).draw(f"clip{i}", "right") for i in range(9)] != drawn[:9]
     with pytest.raises(ValueError, match="4 options are wanted, and of the 5 classes 3 cannot be a wrong answer"):
-        Options(frequency, 4, 0).draw("a", "right", frozenset({"barred", "mid"}))
+        OptionSampler(frequency, 4, 0).draw("a", "right", frozenset({"barred", "mid"}))
 
 
 def test_numbers_are_the_same_on_every_machine():
@@ -206,7 +206,7 @@ def test_both_name_conventions_are_found_and_hostile_clips_dropped_with_their_re
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(vgg, clip, monkeypatch):
-    monkeypatch.setattr(clips, "CHUNK", 4)
+    monkeypatch.setattr(clip_checks, "CHUNK", 4)
     files = [vgg / "clips" / f"{youtube(i)}_{i:06d}.mp4" for i in range(15)]
     for file in files:
         file.write_bytes(clip)
@@ -289,7 +289,7 @@ def test_a_job_that_hangs_or_crashes_loses_itself_alone():
     tasks = [Task(kind, None, (kind, i)) for i, kind in enumerate(kinds)] + [Task("known", {"number": 8})]
     start = time.monotonic()
     done = list(run_tasks(tasks, odd_job, workers=2, limit_s=1.0, preload=["minixmd.inputs.media"]))
-    assert time.monotonic() - start < 20 and [task.what for task in done] == [*kinds, "known"]
+    assert time.monotonic() - start < 20 and [task.item for task in done] == [*kinds, "known"]
     assert [task.result.get("reason") for task in done] == [
         None, "out of time", "crashed", None, "crashed", "crashed", "out of memory", None, None]
     assert [task.result["number"] for task in done if "number" in task.result] == [0, 3, 7, 8]

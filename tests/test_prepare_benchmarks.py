@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import prepare_avqa  # noqa: E402
 import prepare_mmau  # noqa: E402
 import prepare_music_avqa  # noqa: E402
-from questions import MAX_TEXT  # noqa: E402
+from prepare.questions import MAX_TEXT  # noqa: E402
 
 TOOLS = {"avqa": prepare_avqa, "mmau": prepare_mmau, "music_avqa": prepare_music_avqa}
 FILES = {"avqa": "train_qa.json", "mmau": "mmau-test-mini.json", "music_avqa": "avqa-test.json"}
@@ -145,7 +145,7 @@ def test_mmau_keeps_what_scoring_needs_and_the_hash_of_the_file(tmp_path, capsys
 
 def test_mmau_knows_a_version_by_its_hash(tmp_path, monkeypatch):
     sha = sha256(put(tmp_path, "mmau", REAL["mmau"]).read_bytes()).hexdigest()
-    monkeypatch.setitem(prepare_mmau.KNOWN, sha, "v of a day")
+    monkeypatch.setitem(prepare_mmau.KNOWN_VERSIONS, sha, "v of a day")
     assert run(tmp_path, "mmau") == 0
     assert {e.meta["version"] for e in manifest(tmp_path, "mmau")} == {"v of a day"}
 
@@ -203,7 +203,7 @@ def test_music_options_are_the_training_files_answers_to_the_type(tmp_path):
 
 def test_music_offers_the_most_frequent_answers_where_there_are_too_many():
     answers = Counter({f"{i:02d}": 40 - i for i in range(30)})
-    assert prepare_music_avqa.offered(answers, "What?") == [f"{i:02d}" for i in range(26)]
+    assert prepare_music_avqa.choose_options(answers, "What?") == [f"{i:02d}" for i in range(26)]
 
 
 @pytest.mark.parametrize("change, reason", [
