@@ -142,7 +142,7 @@ def test_on_token_sees_every_token_of_every_row_and_changes_nothing(models):
         assert ids[:-1] == seen.get(row, ())
         seen[row] = ids
 
-    options = dict(n=2, max_new_tokens=9, temperature=1.0, seed=3)
+    options = dict(num_samples=2, max_new_tokens=9, temperature=1.0, seed=3)
     heard = minixmd.generate(model, processor, conversations, **options, on_token=keep)
     assert heard == minixmd.generate(model, processor, conversations, **options)
     assert [seen[row] for row in range(4)] == [c.ids for completions in heard for c in completions]
