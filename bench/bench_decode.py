@@ -20,7 +20,6 @@ On a CPU under a minute, in 2 GB: one prompt stands for all, and the whole step 
 import json
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +28,11 @@ from bench import measure
 from minixmd.inputs.batch import Group, Prompt
 from minixmd.kernels import decode
 from minixmd.kernels.decode import SPLIT, decode_attention
-from minixmd.learning.rollout import SYNC, Decoder
+from minixmd.learning.logprobs import SampledVocabulary, reference_logprobs
+from minixmd.learning.rollout import STEPS_PER_SYNC, Decoder
 from minixmd.models.families import read_config
+from minixmd.models.lora import set_backend
 from minixmd.models.weights import build
-from minixmd.train import Run, score
 
 CASES = [  # model, prompts, completions each, prompt's rows, most of a completion, query heads, kv heads, K, dtype
     ("Qwen2-VL-7B", 8, 8, 850, 512, 28, 4, 128, "bfloat16"),
@@ -112,6 +112,7 @@ def random_model(device, dtype, text):
             p.fill_(float(name.endswith("weight")))  # gains are 1, biases 0
         else:
             p.normal_(0, (LOGITS_STD if name == "lm_head.weight" else 1) * p.shape[1] ** -0.5)
+    set_backend(model, "triton")
     return model
 
 
@@ -129,7 +130,7 @@ def sampled(d, prompts, C):
     drawn = d.fill(prompts, list(range(len(prompts))), torch.rand(len(d.token_B), C, dtype=torch.float64))[1:]
     ids, logps = ([row] for row in drawn)
     while len(ids) < C:
-        more, more_logps = d.run(min(SYNC, C - len(ids)))
+        more, more_logps = d.run(min(STEPS_PER_SYNC, C - len(ids)))
         ids, logps = ids + more, logps + more_logps
     return torch.tensor(ids).T, torch.tensor(logps).T
 
@@ -145,15 +146,14 @@ def whole_step(bench, model, name, G, n, P, C):
     taken, seconds = free - free_bytes(bench.device), time.perf_counter() - began
     ids_BC, logp_BC = sampled(d, prompts, C)
     groups = [Group(prompt, tuple(ids_GC)) for prompt, ids_GC in zip(prompts, ids_BC.split(n), strict=True)]
-    trained_T = score(Run(model, {}, None, 1, "triton", limit=limit, reference=model),
-                      SimpleNamespace(micro_batch_size=1, temperature=1.0), groups)
+    trained_T = reference_logprobs(model, groups, 1, SampledVocabulary(1.0, None, limit))
     gap_T = (logp_BC.flatten() - trained_T).abs()
     if not gap_T.mean() <= MAX_GAP[dtype]:
         raise ValueError(f"parity: log-probs of sampling and training differ by {gap_T.mean():.2g} in the mean, more "
                          f"than {MAX_GAP[dtype]}; nothing is timed")
 
     def side(step):
-        d.at_1.zero_()
+        d.next_row_1.zero_()
         d.cache.length_B.fill_(C // 2)
         step()
         return d.ids_SB,

@@ -6,7 +6,7 @@ With N targets, width D and V columns one product is 2 N V D FLOPs. A frozen hea
 Heads in chunks that compute the logits again in the backward pass take three. So the claim is memory, not time.
 
 Compared on the same hidden states and frozen head (fp32 on a CPU, bf16 on CUDA), weighted sum of log-probs:
-    triton      learning/head.py with the row kernels (CUDA only: the interpreter would take hours)
+    triton      models/head.py with the row kernels (CUDA only: the interpreter would take hours)
     torch       the same with their PyTorch twins
     grpo        the same with the policy loss, ratio, KL and entropy in place of cross-entropy
     ref         all logits at once, torch.log_softmax, gather
@@ -43,21 +43,22 @@ class Case:
         self.weight_N = torch.rand(N, device=device) / N
         self.row_N = torch.arange(N, device=device)
         self.rows = torch.arange(0, N, max(1, N // GRAD_ROWS), device=device)
+        self.old_N = None  # log-probs of the old policy and of the reference, for `grpo`
 
-    def minixmd(self, objective):
-        loss, columns = head_loss(self.hidden_ND, self.head_VD, self.row_N, objective)
+    def by_head(self, row_loss):
+        loss, columns = head_loss(self.hidden_ND, self.head_VD, self.row_N, row_loss)
         (grad_ND,) = torch.autograd.grad(loss, self.hidden_ND)
         return columns, grad_ND
 
     def cross_entropy(self, backend):
-        columns, grad_ND = self.minixmd(CrossEntropy(self.id_N, self.weight_N, backend))
+        columns, grad_ND = self.by_head(CrossEntropy(self.id_N, self.weight_N, backend))
         return -columns["nll"], grad_ND
 
     def grpo(self, backend):
         """With ratio 1, KL 0 and advantage 1 its gradient is cross-entropy's."""
-        columns, grad_ND = self.minixmd(PolicyLoss(
-            self.id_N, self.old_N, self.old_N, torch.ones_like(self.weight_N), self.weight_N,
-            ClipConfig(0.2, 0.28, 0.04, "k3"), backend))  # fmt: skip
+        advantage_N, clip_config = torch.ones_like(self.weight_N), ClipConfig(0.2, 0.28, 0.04, "k3")
+        columns, grad_ND = self.by_head(
+            PolicyLoss(self.id_N, self.old_N, self.old_N, advantage_N, self.weight_N, clip_config, backend))
         return columns["logp"], grad_ND
 
     def eager(self, log_softmax):
@@ -80,11 +81,15 @@ class Case:
         lse_N = torch.stack([(hidden_ND @ w.double().T).logsumexp(-1) for w in slices]).logsumexp(0)
         right_ND = self.head_VD[self.id_N].double()
         logp_N = (hidden_ND * right_ND).sum(-1) - lse_N
-        mean_RD = sum((hidden_ND[rows] @ w.double().T - lse_N[rows, None]).exp() @ w.double() for w in slices)
+        mean_RD = 0  # of the head's rows under softmax
+        for w in slices:
+            w = w.double()
+            mean_RD = mean_RD + (hidden_ND[rows] @ w.T - lse_N[rows, None]).exp() @ w
         return logp_N, self.weight_N[rows, None].double() * (mean_RD - right_ND[rows])
 
     def pick(self, results):
-        return results[0], results[1][self.rows]
+        logp_N, grad_ND = results
+        return logp_N, grad_ND[self.rows]
 
 
 def plain(logits_NV, id_N):
@@ -97,31 +102,43 @@ def trl(logits_NV, id_N):
     return selective_log_softmax(logits_NV, id_N)
 
 
-def main():
-    bench = Bench(__doc__)
-    cuda = bench.device == "cuda"
-    for N, D, V in SMALL if bench.small else CASES if cuda else CPU:
-        case = Case(N, D, V, bench.device)
-        sides = {"triton": lambda case=case: case.cross_entropy("triton")} if cuda or bench.small else {}
-        sides["torch"] = lambda case=case: case.cross_entropy("torch")
-        sides["grpo"] = lambda case=case: case.grpo("triton" if cuda else "torch")
-        sides["ref"] = lambda case=case: case.eager(plain)
-        others = {}
-        if installed("trl"):
-            others["trl"] = lambda case=case: case.eager(trl)
-        if installed("liger_kernel") and cuda:
-            others["liger"] = case.liger
-        truth = case.truth()
-        case.old_N = truth[0].float()
-        check(sides | {"triton": sides["grpo"]}, lambda truth=truth: truth, case.pick)
-        check(sides, lambda truth=truth: truth, case.pick)
-        found = bench.rows({"N": N, "D": D, "V": V}, sides, others, flop=4 * N * V * D if cuda else None,
-                           truth=lambda truth=truth: truth, pick=case.pick)
-        for name, row in found.items():
-            row["max_dlogp"] = ((sides | others)[name]()[0].double() - truth[0]).abs().max().item()
-            row["peak_of_ref"] = row["peak_bytes"] / found["ref"]["peak_bytes"]
-            print(f"  {name:8} max |d log-prob| {row['max_dlogp']:.1e}, peak {row['peak_of_ref']:.3f} of ref's"
-                  + (f", {row['flop'] / (2 * N * V * D):.2f} products" if "flop" in row else ""), flush=True)
+def run(bench, N, D, V):
+    """The rows of one size."""
+    cuda, case = bench.device == "cuda", Case(N, D, V, bench.device)
+    sides, others = {}, {}
+    if cuda or bench.small:
+        sides["triton"] = lambda: case.cross_entropy("triton")
+    sides["torch"] = lambda: case.cross_entropy("torch")
+    sides["grpo"] = lambda: case.grpo("triton" if cuda else "torch")
+    sides["ref"] = lambda: case.eager(plain)
+    if installed("trl"):
+        others["trl"] = lambda: case.eager(trl)
+    if installed("liger_kernel") and cuda:
+        others["liger"] = case.liger
+    truth = case.truth()
+    case.old_N = truth[0].float()
+    check({**sides, "triton": sides["grpo"]}, lambda: truth, case.pick)
+    check(sides, lambda: truth, case.pick)
+    found = bench.rows({"N": N, "D": D, "V": V}, sides, others, flop=4 * N * V * D if cuda else None,
+                       truth=lambda: truth, pick=case.pick)
+    for name, row in found.items():
+        logp_N, _ = {**sides, **others}[name]()
+        row["max_dlogp"] = (logp_N.double() - truth[0]).abs().max().item()
+        row["peak_of_ref"] = row["peak_bytes"] / found["ref"]["peak_bytes"]
+        products = f", {row['flop'] / (2 * N * V * D):.2f} products" if "flop" in row else ""
+        print(f"  {name:8} max |d log-prob| {row['max_dlogp']:.1e}, peak {row['peak_of_ref']:.3f} of ref's{products}",
+              flush=True)
+
+
+def main(argv=None):
+    bench = Bench(__doc__, argv)
+    cases = CPU
+    if bench.small:
+        cases = SMALL
+    elif bench.device == "cuda":
+        cases = CASES
+    for N, D, V in cases:
+        run(bench, N, D, V)
     bench.end()
 
 

@@ -1,6 +1,7 @@
 """What the benches of the kernels share: parity, time, peak memory, counted bytes and FLOPs, machine code, the JSON.
 
-A side is a function of no arguments that returns a tuple of tensors; a script has them as {name: side}.
+A side is one implementation of an operation: a function without arguments that returns a tuple of tensors. A script has
+its sides as {name: side}.
 
     bench = Bench(__doc__)            reads the arguments; on CUDA measures the card's ceilings, now
     check(sides, truth, pick)         raises unless ours are right: before anything is measured
@@ -33,11 +34,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[1]
-WARMUP, REPEATS, FLUSH = 5, 30, 1 << 29  # FLUSH: fp32 values
+WARMUP, REPEATS = 5, 30  # calls before the timed ones, and timed calls
+FLUSH = 1 << 29  # fp32 values that are read before each timed call
 SHOWN = {"ms": "{:9.3f} ms", "p20_ms": "({:.3f} to", "p80_ms": "{:.3f})", "gb_per_s": "{:6.0f} GB/s",
          "tflop_per_s": "{:6.1f} TFLOP/s", "percent": "{:4.0f} %", "bytes": "{:16,} B", "flop": "{:20,} FLOP",
          "peak_bytes": "  peak {:14,} B", "over": "{:7.2f} times", "failed": "{}"}  # fmt: skip
-OTHERS = "trl", "liger-kernel", "peft"
+OTHERS = "trl", "liger-kernel", "peft"  # packages that are compared with where they are installed
 
 if {"cpu", "--device=cpu"} & set(sys.argv) or not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # counts when Triton is first imported, as minixmd and flops() do
@@ -51,9 +53,21 @@ def env():
     """Commit, versions, hardware and date."""
     from minixmd.runs.directory import versions
 
-    return {**versions(), "cuda": torch.version.cuda, "fp32_products": torch.get_float32_matmul_precision(),
-            "date": datetime.now(timezone.utc).date().isoformat(),
-            **{name: version(name) if installed(name.replace("-", "_")) else None for name in OTHERS}}
+    found = {**versions(), "cuda": torch.version.cuda, "fp32_products": torch.get_float32_matmul_precision(),
+             "date": datetime.now(timezone.utc).date().isoformat()}
+    for name in OTHERS:
+        found[name] = version(name) if installed(name.replace("-", "_")) else None
+    return found
+
+
+# ---- time and memory ----
+
+
+def quantiles(values):
+    """{"median", "p20", "p80"}."""
+    shares = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, median, p80 = torch.tensor(values, dtype=torch.float64).quantile(shares).tolist()
+    return {"median": median, "p20": p20, "p80": p80}
 
 
 def timing(side):
@@ -61,16 +75,17 @@ def timing(side):
     flush = torch.zeros(FLUSH, device="cuda")
     for _ in range(WARMUP):
         side()
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
-    for start, end in pairs:
+    events = []
+    for _ in range(REPEATS):
+        events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+    for start, end in events:
         flush.sum()  # read, not written: lines to be written back would slow down what follows
         start.record()
         side()
         end.record()
     torch.cuda.synchronize()
-    times = torch.tensor([start.elapsed_time(end) for start, end in pairs], dtype=torch.float64)
-    p20, ms, p80 = times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    return {"ms": ms, "p20_ms": p20, "p80_ms": p80}
+    found = quantiles([start.elapsed_time(end) for start, end in events])
+    return {"ms": found["median"], "p20_ms": found["p20"], "p80_ms": found["p80"]}
 
 
 def ceilings():
@@ -97,47 +112,60 @@ def peak(side, device):
     with tempfile.TemporaryDirectory() as folder:
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    allocations = [event for event in events if event["name"] == "[memory]"]
     live = most = 0
-    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
+    for event in sorted(allocations, key=lambda event: event["ts"]):
         live += event["args"]["Bytes"]
         most = max(most, live)
     return most
 
 
+# ---- counted bytes and FLOPs ----
+
+
 class Traffic(TorchDispatchMode):
     """Adds up in `bytes` what every operator reads and writes: each input and result once, views nothing."""
 
-    TAKE = {"gather", "index", "index_select"}  # read only as many values as come out
-    PUT = {"scatter_add_", "index_put_", "index_fill_", "copy_"}  # write only as many as are given
+    GATHERS = {"gather", "index", "index_select"}  # read only as many values as come out
+    SCATTERS = {"scatter_add_", "index_put_", "index_fill_", "copy_"}  # write only as many as are given
     bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
-        read, given, made = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
-                             for x in ((args, kwargs), args[1:], out))
+        read, written = _tensors((args, kwargs)), _tensors(out)
         if not func._schema.is_mutable:
             storages = {t.untyped_storage()._cdata for t in read}
-            made = [t for t in made if t.untyped_storage()._cdata not in storages]
-        if name in self.TAKE:
-            read = given + made
-        elif name in self.PUT:
-            read = made = given
+            written = [t for t in written if t.untyped_storage()._cdata not in storages]  # no views
+        if name in self.GATHERS:
+            read = _tensors(args[1:]) + written
+        elif name in self.SCATTERS:
+            read = written = _tensors(args[1:])
         elif name in ("fill_", "zero_") or name.startswith("new_") or name.endswith("_like"):
             read = []
-        if made and "empty" not in name:  # an expanded tensor is as large as what is there
-            self.bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in (*read, *made))
+        if written and "empty" not in name:
+            for t in (*read, *written):
+                self.bytes += min(t.nbytes, t.untyped_storage().nbytes())  # an expanded tensor is as small as it is
         return out
+
+
+def _tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def flops(side):
     """FLOPs of the matrix products of a call."""
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton
 
-    addmm = {torch.ops.aten.addmm_: lambda y, a, b, *_, **__: 2 * a[0] * a[1] * b[1]}  # unknown to it
+    addmm = {torch.ops.aten.addmm_: addmm_flops}
     with FlopCounterMode(display=False, custom_mapping=addmm) as counter:
         side()
     return counter.get_total_flops()
+
+
+def addmm_flops(y_shape, a_shape, b_shape, *_, **__):
+    """FLOPs of torch's addmm_, which its FlopCounterMode does not know."""
+    return 2 * a_shape[0] * a_shape[1] * b_shape[1]
 
 
 class _Unlaunched:
@@ -150,26 +178,43 @@ def unlaunched(module):
     return mock.patch.multiple(module, **{name: _Unlaunched() for name in vars(module) if name.endswith("_kernel")})
 
 
+# ---- machine code ----
+
+
 def kernel_resources(path, archs=(80, 90)):
     """The rows of tools/kernel_report.py for a kernel file. RuntimeError: it found a bad one."""
     command = [sys.executable, ROOT / "tools" / "kernel_report.py", path, "--arch", *map(str, archs)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
-    row = re.compile(r"(\S+) +(\S.*?) {2,}(\S.*?) {2,}" + r"(\d+) +" * 8 + r" (.+)")
+    words = "kernel", "pointers", "constants"
     counts = "warps", "stages", "sm", "registers", "spill", "shared", "mma", "wgmma"
-    cells = [m.groups() for m in map(row.fullmatch, done.stdout.splitlines()) if m]
-    return [{**dict(zip(("kernel", "pointers", "constants"), c, strict=False)),
-             **dict(zip(counts, map(int, c[3:11]), strict=True)), "verdict": c[11]} for c in cells]
+    pattern = re.compile(r"(\S+) +(\S.*?) {2,}(\S.*?) {2,}" + r"(\d+) +" * len(counts) + r" (.+)")
+    rows = []
+    for line in done.stdout.splitlines():
+        match = pattern.fullmatch(line)
+        if match is None:
+            continue
+        *cells, verdict = match.groups()
+        row = dict(zip(words, cells[:3], strict=True))
+        row |= zip(counts, map(int, cells[3:]), strict=True)
+        rows.append(row | {"verdict": verdict})
+    return rows
+
+
+# ---- parity ----
 
 
 def check(sides, truth, pick, floor=None):
     """Raises ValueError unless the kernel, "triton", and its twin, "torch", are about as good as "ref" against fp64.
 
-    truth: () -> what pick(side()) should be, in fp64. The largest error may be twice ref's, and `floor` (None = the
-    result's epsilon) times the largest value, and 3e-5, for fp32 values up to 30 cancel. The mean error may
-    be twice ref's, and half an epsilon and 1e-5 of the mean value: in a row of gradients, of which one is near 1 and
-    150,000 are near 0, the largest error says little.
+    The largest error may be twice ref's, and `floor` times the largest value, and 3e-5, since fp32 values up to 30
+    cancel. The mean error may be twice ref's, and half an epsilon and 1e-5 of the mean value: in a row of gradients, of
+    which one is near 1 and 150,000 are near 0, the largest error says little.
+
+    Args:
+        truth: () -> what pick(side()) should be, in fp64. pick: chooses what is compared of a side's results.
+        floor: None = the result's epsilon.
     """
     names = [name for name in ("triton", "torch") if name in sides]
     found = [pick(sides[name]()) for name in names]  # first: no memory that ref has written may come to their help
@@ -177,23 +222,32 @@ def check(sides, truth, pick, floor=None):
     for name, results in zip(names, found, strict=True):
         for i, (ours, theirs, true) in enumerate(zip(results, eager, exact, strict=True)):
             eps = torch.finfo(ours.dtype).eps
-            high = (eps if floor is None else floor) * true.abs().max() + 3e-5
-            more = {"largest": high, "mean": (eps / 2 + 1e-5) * true.abs().mean()}
-            error, base = ({"largest": off.max(), "mean": off.mean()}
-                           for off in (x.double().sub(true).abs() for x in (ours, theirs)))
-            for what in more:
-                if not error[what] <= 2 * base[what] + more[what]:
-                    raise ValueError(f"parity: the {what} error of {name}'s result {i} is {error[what]:.2e}, ref's "
-                                     f"{base[what]:.2e}; nothing is timed")
+            allowed = {"largest": (eps if floor is None else floor) * true.abs().max() + 3e-5,
+                       "mean": (eps / 2 + 1e-5) * true.abs().mean()}
+            error, base = _errors(ours, true), _errors(theirs, true)
+            for kind in allowed:
+                if not error[kind] <= 2 * base[kind] + allowed[kind]:
+                    raise ValueError(f"parity: the {kind} error of {name}'s result {i} is {error[kind]:.2e}, ref's "
+                                     f"{base[kind]:.2e}; nothing is timed")
+
+
+def _errors(x, true):
+    off = x.double().sub(true).abs()
+    return {"largest": off.max(), "mean": off.mean()}
 
 
 def farthest(results, exact):
     """The largest error of any result over its largest value; ValueError above a tenth. Fewer results may be given."""
-    off = max((x.double().sub(true).abs().max() / true.abs().max()).item()
-              for x, true in zip(results, exact, strict=False))
-    if not off <= 0.1:
-        raise ValueError(f"differs from fp64 by {off:.2f} of the largest value")
-    return off
+    errors = []
+    for x, true in zip(results, exact, strict=False):
+        errors.append((_errors(x, true)["largest"] / true.abs().max()).item())
+    worst = max(errors)
+    if not worst <= 0.1:
+        raise ValueError(f"differs from fp64 by {worst:.2f} of the largest value")
+    return worst
+
+
+# ---- a script's run ----
 
 
 class Bench:
@@ -226,22 +280,28 @@ class Bench:
                 of moved. On a CPU the first side's bytes are moved and what the code around its launches moves.
             module: whose kernels the first side launches. truth, pick: as for check.
         """
-        measured, exact = {}, truth() if truth and others else None
+        others = others or {}
+        unit = "ms" if self.device == "cuda" else "bytes"
+        exact = truth() if truth and others else None
         print(", ".join(f"{key} {value}" for key, value in case.items()))
-        for name, side in {**sides, **(others or {})}.items():
+        measured = {}
+        for name, side in {**sides, **others}.items():
             row = {**case, "side": name}
             try:
-                if name not in sides:
+                if name in others:
                     results = side()  # the first call imports, builds and compiles
                     if exact:
                         row["error"] = farthest(pick(results), exact)
                     del results
                 if self.device == "cuda":
                     row |= self.on_cuda(side, moved, flop)
+                elif measured:
+                    row |= self.on_cpu(side)
                 else:
-                    row |= self.on_cpu(side) if measured else self.on_cpu(side, moved or 0, flop, module)
-                measured[name], unit = row, "ms" if self.device == "cuda" else "bytes"
-                row["over"] = row[unit] / next(iter(measured.values()))[unit]
+                    row |= self.on_cpu(side, moved or 0, flop, module)
+                measured[name] = row
+                first = next(iter(measured.values()))
+                row["over"] = row[unit] / first[unit]
             except Exception as error:
                 if name in sides:
                     raise
@@ -264,11 +324,14 @@ class Bench:
     def on_cpu(self, side, moved=0, flop=None, module=None):
         with unlaunched(module) if module else nullcontext():
             with Traffic() as counter:
-                without_storage = side()[0].is_meta
+                is_meta = side()[0].is_meta
             row = {"bytes": moved + counter.bytes}
-            if flop := flop or flops(side):
+            flop = flop or flops(side)
+            if flop:
                 row["flop"] = flop
-            return row if without_storage else row | {"peak_bytes": peak(side, "cpu")}
+            if not is_meta:
+                row["peak_bytes"] = peak(side, "cpu")
+            return row
 
     def write(self):
         if self.out:
@@ -276,12 +339,17 @@ class Bench:
             self.out.write_text(json.dumps(self.result) + "\n")
 
     def end(self, *kernels):
+        """Prints the JSON. kernels: names of files in kernels/ whose machine code is added, on a CPU."""
         if self.device == "cuda":
             self.result["ceilings_at_end"] = ceilings()
-        for name in kernels if self.device == "cpu" and not self.small else ():
-            found = kernel_resources(ROOT / "kernels" / f"{name}.py")
-            self.result["resources"] += found
-            for row in found:
-                print(" ", *(f"{key} {value}" if isinstance(value, int) else value for key, value in row.items()))
+        elif not self.small:
+            for name in kernels:
+                self.add_resources(name)
         self.write()
         print(json.dumps(self.result))
+
+    def add_resources(self, name):
+        rows = kernel_resources(ROOT / "kernels" / f"{name}.py")
+        self.result["resources"] += rows
+        for row in rows:
+            print(" ", *(f"{key} {value}" if isinstance(value, int) else value for key, value in row.items()))

@@ -142,10 +142,20 @@ def test_on_token_sees_every_token_of_every_row_and_changes_nothing(models):
         assert ids[:-1] == seen.get(row, ())
         seen[row] = ids
 
-    options = dict(n=2, max_new_tokens=9, temperature=1.0, seed=3)
+    options = dict(num_samples=2, max_new_tokens=9, temperature=1.0, seed=3)
     heard = minixmd.generate(model, processor, conversations, **options, on_token=keep)
     assert heard == minixmd.generate(model, processor, conversations, **options)
     assert [seen[row] for row in range(4)] == [c.ids for completions in heard for c in completions]
+
+
+def test_ctrl_c_keeps_what_was_written_and_gives_the_shells_status(models, monkeypatch, capsys):
+    def interrupted(model, processor, conversations, *, on_token, **options):
+        on_token(0, tuple(processor.encode("half an ans")))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ask, "generate", interrupted)
+    status, out, err = run(monkeypatch, capsys, models["audio"], "Hm?")
+    assert (status, "".join(out)) == (130, "half an ans") and "cut after" not in err
 
 
 ERRORS = {
@@ -175,6 +185,7 @@ def test_an_error_is_one_line_and_status_1(models, monkeypatch, capsys, tmp_path
     assert status == 1 and out == [] and len(lines) == 1 and lines[0].startswith("ask: ") and said in lines[0], err
 
 
+@pytest.mark.slow
 def test_the_command_runs_from_anywhere_without_being_installed(models, tmp_path):
     done = subprocess.run([sys.executable, TOOL, models["audio"], "Hm?", "--max-new-tokens", "3"], cwd=tmp_path,
                           capture_output=True, timeout=120)

@@ -1,4 +1,4 @@
-"""The benches of the kernels: what they count, that they refuse wrong code, and how bench/gpu.sh runs them."""
+"""The benches: what they count, that they refuse to time wrong code, and how bench/gpu.sh runs those of the kernels."""
 import importlib
 import json
 import os
@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import ablation, bench_decode, bench_distill, bench_grpo, bench_logprob, bench_lora, measure  # noqa: E402
+from bench import bench_decode, bench_distill, bench_grpo, bench_logprob, bench_lora, measure  # noqa: E402
 from minixmd.learning import rollout  # noqa: E402
 
 SCRIPTS = {"logprob": bench_logprob, "grpo": bench_grpo, "distill": bench_distill, "lora": bench_lora,
@@ -59,6 +59,7 @@ def counted(tmp_path_factory):
     return run("cpu", tmp_path_factory.mktemp("bench"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_counts_on_a_cpu_and_ends_with_json(name, counted):
     result = counted[name]
@@ -123,6 +124,7 @@ def spoilt(function):
     return wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, module, function, spoil", [
     ("logprob", bench_logprob, "logits_grad", spoilt), ("logprob", bench_logprob, "row_stats", lambda f: scaled(f, 1)),
     ("grpo", bench_grpo, "grpo_rows", spoilt), ("grpo", bench_grpo, "grpo_rows", lambda f: scaled(f, 0)),
@@ -150,7 +152,7 @@ def test_wrong_code_is_not_measured(name, module, function, spoil, monkeypatch):
     ("the small ones are off, which the largest error does not see", [1.0, 2e-6, 4e-6], "mean"),
     ("the large one is off", [1.1, 1e-6, 2e-6], "largest"), ("not a number", [1.0, float("nan"), 2e-6], "largest"),
 ])  # fmt: skip
-@pytest.mark.parametrize("trace_filter", ["triton", "torch"])
+@pytest.mark.parametrize("which", ["triton", "torch"])
 def test_large_and_small_errors_are_seen(name, ours, verdict, which):
     truth = torch.tensor([1.0, *[1e-6, 2e-6] * 50_000], dtype=torch.float64)
     ours = torch.tensor([ours[0], *ours[1:] * 50_000])
@@ -178,7 +180,7 @@ def whole_step(monkeypatch):
 
 @pytest.mark.parametrize("owner, name, wrong", [
     (rollout, "decode_attention", lambda right: lambda *args: right(*args) * 1.02),
-    (bench_decode, "score", lambda right: lambda run, stage, groups: right(run, stage, groups[::-1])),
+    (bench_decode, "reference_logprobs", lambda right: lambda model, groups, *more: right(model, groups[::-1], *more)),
     (rollout, "sample", lambda right: lambda z, u, temperature, suppressed_ids: right(z, u, 1.02, suppressed_ids)),
 ])  # fmt: skip
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's tensors need the interpreter")
@@ -200,7 +202,7 @@ def test_a_captured_step_is_the_same_each_time_and_its_cost_is_beside_the_pools(
     def rows(self, case, sides, moved, module):
         found.update(case, moved=moved, sides=list(sides))
         for side in sides.values():
-            for _ in range(rollout.SYNC + 1):
+            for _ in range(rollout.STEPS_PER_SYNC + 1):
                 side()
                 assert made[0].cache.length_B.tolist() == [6 // 2 + 1] * 2
 
@@ -218,13 +220,20 @@ def test_a_captured_step_is_the_same_each_time_and_its_cost_is_beside_the_pools(
 
 
 @pytest.fixture
-def grpo_step_bench():
+def load_bench():
+    """Imports a bench that compares with transformers."""
     pytest.importorskip("transformers"), pytest.importorskip("peft")
     threads = torch.get_num_threads()
-    yield importlib.import_module("bench.bench_grpo_step")
+    yield lambda name: importlib.import_module(f"bench.bench_{name}")
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def grpo_step_bench(load_bench):
+    return load_bench("grpo_step")
+
+
+@pytest.mark.slow
 def test_a_grpo_step_is_counted_and_ends_with_json(grpo_step_bench, tmp_path, capsys, monkeypatch):
     config = json.loads(grpo_step_bench.SEVEN_B.read_text())
     config["text_config"]["num_hidden_layers"] = 1  # of 32
@@ -249,14 +258,56 @@ def test_a_grpo_step_is_counted_and_ends_with_json(grpo_step_bench, tmp_path, ca
         grpo_step_bench.main(["--small", "--device", "cuda"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side, name, wrong", [
-    ("apart", "items_of", lambda right: lambda prompt, ids_GC, shared: right(prompt, ids_GC.roll(int(shared)), shared)),
-    ("transformers", "Rollout", lambda right: lambda items, advantage_T, *x: right(items, 1.001 * advantage_T, *x)),
+    ("apart", "groups_of",
+     lambda right: lambda prompt, ids_GC, shared: right(prompt, ids_GC.roll(int(shared)), shared)),
+    ("transformers", "Rollout",
+     lambda right: lambda groups, advantage_T, *more, **named: right(groups, 1.001 * advantage_T, *more, **named)),
 ])  # fmt: skip
 def test_a_wrong_grpo_step_is_not_timed(grpo_step_bench, side, name, wrong, monkeypatch):
     monkeypatch.setattr(grpo_step_bench, name, wrong(getattr(grpo_step_bench, name)))
     with pytest.raises(ValueError, match=f"parity: .* against {side} differ .*; nothing is timed"):
         grpo_step_bench.main(["--small"])
+
+
+# ---- the other benches against transformers, and bench_head ----
+
+# PEFT asks transformers for an attribute by its old name
+PEFT_WARNING = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+@pytest.mark.slow
+@PEFT_WARNING
+@pytest.mark.parametrize("name, argv, rows", [
+    ("train", ["--rounds", "1", "--threads", "1"], ["equal lengths", "mixed lengths", "memory"]),
+    ("label", ["--rounds", "1", "--threads", "1"], ["equal lengths", "mixed lengths"]),
+    ("load", ["--rounds", "1", "--threads", "1"], ["minixmd", "transformers"] * 2),
+    ("head", ["--device", "cpu"], ["triton", "torch", "grpo", "ref"]),
+])  # fmt: skip
+def test_a_bench_tries_itself_on_tiny_sizes_and_ends_with_json(load_bench, tmp_path, capsys, name, argv, rows):
+    load_bench(name).main(["--small", "--out", str(tmp_path / "x.json"), *argv])
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert result["bench"] == f"bench_{name}" and result["small"]
+    titles = [row.get("what") or row["side"] for row in result["rows"]]
+    assert [title for title in titles if title not in ("trl", "liger")] == rows
+
+
+@pytest.mark.slow
+def test_bench_prepare_counts_clips_and_rows(load_bench, tmp_path):
+    load_bench("prepare").main(["--small", "--rounds", "1", "--clips", "2", "--out", str(tmp_path / "x.json")])
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert [row["rows"] for row in result["memory"]] == [500, 1500] and result["ratio"]["1"] == [1.0]
+
+
+@pytest.mark.slow
+@PEFT_WARNING
+def test_a_wrong_distillation_step_is_not_timed(load_bench, monkeypatch):
+    bench, right = load_bench("train"), load_bench("train").Trainer.cross_entropy
+    monkeypatch.setattr(bench.Trainer, "cross_entropy", lambda *args: 1.001 * right(*args))
+    with pytest.raises(ValueError, match="parity: needed rows has loss .*; nothing is timed"):
+        bench.main(["--small", "--rounds", "1"])
 
 
 # ---- what is measured ----
@@ -306,6 +357,7 @@ def test_a_kernel_does_nothing_while_its_launches_are_left_out():
     assert torch.equal(bench_logprob.row_stats(logits_NV, index_N)[0], right)
 
 
+@pytest.mark.slow
 def test_resources_of_a_kernel_are_read_from_the_report(tmp_path):
     (tmp_path / "copy.py").write_text(KERNEL)
     (row,) = measure.kernel_resources(tmp_path / "copy.py", archs=[90])
@@ -434,7 +486,7 @@ def write(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def ablation_run(folder, right, switch):
+def ablation_run(ablation, folder, right, switch):
     """A finished run's files: each row has the first so many of 300 clips right, which are of three groups by turns."""
     for split in ablation.SPLITS:
         write(folder / "toy" / f"{split}.jsonl", [
@@ -456,7 +508,8 @@ def ablation_run(folder, right, switch):
     (dict(truth=290, distilled=280, always=250, never=200), 0.79, [4]),
 ])  # fmt: skip
 def test_what_the_ablation_claims_is_read_from_its_runs(tmp_path, monkeypatch, capsys, right, switch, fails):
-    runs = [ablation_run(tmp_path / name, right, switch) for name in ("one", "two")]
+    ablation = importlib.import_module("bench.ablation")
+    runs = [ablation_run(ablation, tmp_path / name, right, switch) for name in ("one", "two")]
     monkeypatch.setattr(sys, "argv", ["ablation", *runs, "--out", str(tmp_path / "found.json")])
     assert ablation.main() == bool(fails)
     found = json.loads((tmp_path / "found.json").read_text())

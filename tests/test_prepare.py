@@ -23,11 +23,11 @@ from minixmd.inputs.media import read_audio
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import clips  # noqa: E402
 import prepare_audioset  # noqa: E402
 import prepare_vggsound  # noqa: E402
-from children import Task, run_tasks  # noqa: E402
-from prepare import Options, uniforms  # noqa: E402
+from prepare import clip_checks  # noqa: E402
+from prepare.child_processes import Task, run_tasks  # noqa: E402
+from prepare.option_sampling import OptionSampler, uniforms  # noqa: E402
 
 STAT = ("dog barking,60,animals\r\nrapping,30,music\r\n\"bee, wasp, etc. buzzing\",20,animals\r\n"
         "air horn,10,vehicle\r\nthunder,15,nature")  # as published: CRLF, and no end to the last line
@@ -153,7 +153,7 @@ def test_one_csv_with_both_splits_and_one_class_too_many_gives_the_same(vgg):
 
 def test_options_follow_frequency_and_depend_on_seed_and_id_alone():
     frequency = {"rare": 1, "common": 8, "right": 3, "mid": 4, "barred": 50, "never": 0}
-    options = Options(frequency, 3, 0)
+    options = OptionSampler(frequency, 3, 0)
     drawn = [options.draw(f"clip{i}", "right", frozenset({"barred"})) for i in range(3000)]
     assert all(len(set(o)) == 3 and o[answer] == "right" for o, answer in drawn)
     assert max(abs(n / 1000 - 1) for n in Counter(answer for _, answer in drawn).values()) < 0.12
@@ -161,10 +161,10 @@ def test_options_follow_frequency_and_depend_on_seed_and_id_alone():
     assert set(wrong) == {"rare", "common", "mid"}
     # without repeats: P(rare) = 1/13 + 8/13 * 1/5 + 4/13 * 1/9
     assert wrong["rare"] / 3000 == pytest.approx(1 / 13 + 8 / 65 + 4 / 117, abs=0.03)
-    assert Options(frequency, 3, 0).draw("clip7", "right", frozenset({"barred"})) == drawn[7]
-    assert [Options(frequency, 3, 1).draw(f"clip{i}", "right") for i in range(9)] != drawn[:9]
+    assert OptionSampler(frequency, 3, 0).draw("clip7", "right", frozenset({"barred"})) == drawn[7]
+    assert [OptionSampler(frequency, 3, 1).draw(f"clip{i}", "right") for i in range(9)] != drawn[:9]
     with pytest.raises(ValueError, match="4 options are wanted, and of the 5 classes 3 cannot be a wrong answer"):
-        Options(frequency, 4, 0).draw("a", "right", frozenset({"barred", "mid"}))
+        OptionSampler(frequency, 4, 0).draw("a", "right", frozenset({"barred", "mid"}))
 
 
 def test_numbers_are_the_same_on_every_machine():
@@ -206,7 +206,7 @@ def test_both_name_conventions_are_found_and_hostile_clips_dropped_with_their_re
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(vgg, clip, monkeypatch):
-    monkeypatch.setattr(clips, "CHUNK", 4)
+    monkeypatch.setattr(clip_checks, "CHUNK", 4)
     files = [vgg / "clips" / f"{youtube(i)}_{i:06d}.mp4" for i in range(15)]
     for file in files:
         file.write_bytes(clip)
@@ -289,7 +289,7 @@ def test_a_job_that_hangs_or_crashes_loses_itself_alone():
     tasks = [Task(kind, None, (kind, i)) for i, kind in enumerate(kinds)] + [Task("known", {"number": 8})]
     start = time.monotonic()
     done = list(run_tasks(tasks, odd_job, workers=2, limit_s=1.0, preload=["minixmd.inputs.media"]))
-    assert time.monotonic() - start < 20 and [task.what for task in done] == [*kinds, "known"]
+    assert time.monotonic() - start < 20 and [task.item for task in done] == [*kinds, "known"]
     assert [task.result.get("reason") for task in done] == [
         None, "out of time", "crashed", None, "crashed", "crashed", "out of memory", None, None]
     assert [task.result["number"] for task in done if "number" in task.result] == [0, 3, 7, 8]
@@ -304,6 +304,7 @@ def peak_of(folder, pipe):
             pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
     labels = [f"class {i}" for i in range(100)]
     for name, count in (("small", 2_000), ("large", 200_000)):
@@ -323,6 +324,10 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
     assert large - small < 24 << 10, f"{small >> 10} MiB for 2,000 rows, {large >> 10} MiB for 200,000"
 
 
+def unchanged(folder):
+    pass
+
+
 def edit(path, old, new, where="csv"):
     def change(folder):
         file = folder / where / path
@@ -336,11 +341,11 @@ def write(path, data):
     return lambda folder: (folder / path).write_bytes(data if isinstance(data, bytes) else data.encode())
 
 
-@pytest.mark.parametrize("change, more, said", [
+VGGSOUND_REFUSALS = [  # what is done to the folder, further arguments, what stderr says
     (lambda folder: (folder / "csv" / "stat.csv").unlink(), (), "csv: holds no stat.csv"),
     (lambda folder: [(folder / "csv" / f"{s}.csv").unlink() for s in ("train", "test")], (), "holds none of train.csv"),
     (lambda folder: (folder / "clips").rmdir(), (), "clips: no such folder of clips"),
-    (lambda folder: None, (), "no clip is left; is"),
+    (unchanged, (), "no clip is left; is"),
     (edit("test.csv", "-ab_defghij_000030.mp4", "#NAME?"), (), "test.csv:1: not a clip's name: '#NAME?'"),
     (edit("test.csv", "bbbbbbbbbbb_000000", "bbbbbbbbbbb_0"), (), "test.csv:2: not a clip's name"),
     (edit("test.csv", ",rapping", ";rapping"), (), "test.csv:2: 2 columns are expected, got 1"),
@@ -356,12 +361,15 @@ def write(path, data):
     (write("list.txt", "rapping\nrapping\n"), ("--classes", "list.txt"), "txt:2: class 'rapping' stands here twice"),
     (write("list.txt", "rapping\nthunder\n"), ("--classes", "list.txt"), "3 options need as many classes, got 2"),
     (write("list.txt", "not a clip\n"), ("--bad", "list.txt"), "list.txt:1: not a clip's name, with or without"),
-    (lambda folder: None, ("--bad", "none.txt"), "No such file or directory: 'none.txt'"),
-    (lambda folder: None, ("--options", "27"), "--options must be 2 to 26, got 27"),
-    (lambda folder: None, ("--workers", "0"), "--workers must be 1 or more, got 0"),
-    (lambda folder: None, ("--time-limit", "nan"), "--time-limit must be 1 to 86400, got nan"),
+    (unchanged, ("--bad", "none.txt"), "No such file or directory: 'none.txt'"),
+    (unchanged, ("--options", "27"), "--options must be 2 to 26, got 27"),
+    (unchanged, ("--workers", "0"), "--workers must be 1 or more, got 0"),
+    (unchanged, ("--time-limit", "nan"), "--time-limit must be 1 to 86400, got nan"),
     (write("out", ""), (), "File exists: "),
-])
+]
+
+
+@pytest.mark.parametrize("change, more, said", VGGSOUND_REFUSALS)
 def test_bad_input_is_one_line_that_says_what_and_where(vgg, monkeypatch, capsys, change, more, said):
     monkeypatch.chdir(vgg)
     change(vgg)
@@ -447,7 +455,7 @@ def test_audioset_takes_sound_alone_and_says_when_train_is_not_known(audioset, c
     assert "lists no train split" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change, said", [
+AUDIOSET_REFUSALS = [
     (lambda folder: (folder / "csv" / "ontology.json").unlink(), "holds no ontology.json; it must hold eval_segments"),
     (write("csv/ontology.json", "[1]"), "ontology.json: not AudioSet's ontology"),
     (edit("class_labels_indices.csv", "index,mid", "mid,index"), "must begin with index,mid,display_name"),
@@ -458,7 +466,10 @@ def test_audioset_takes_sound_alone_and_says_when_train_is_not_known(audioset, c
     (edit("eval_segments.csv", '"', ""), "eval_segments.csv:4: 4 columns are expected, got 5"),
     (write("csv/eval_segments.csv", f"aaaaaaaaaaa,0,10,{mid('Ship')}\n"), "4 options need as many classes, got 1"),
     (edit("seen.csv", "Bark", "Barck", "."), "seen.csv:3: AudioSet has no class 'Barck'; did you mean 'Bark'?"),
-])
+]
+
+
+@pytest.mark.parametrize("change, said", AUDIOSET_REFUSALS)
 def test_bad_audioset_files_are_one_line_that_says_what_and_where(audioset, capsys, change, said):
     change(audioset)
     assert run_audioset(audioset, "--no-open") == 1

@@ -1,4 +1,5 @@
 """tools/prepare_{avqa,mmau,music_avqa}.py: files of questions and clips to manifests, whatever is in them."""
+import itertools
 import json
 import random
 import shutil
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import prepare_avqa  # noqa: E402
 import prepare_mmau  # noqa: E402
 import prepare_music_avqa  # noqa: E402
-from questions import MAX_TEXT  # noqa: E402
+from prepare.questions import MAX_TEXT  # noqa: E402
 
 TOOLS = {"avqa": prepare_avqa, "mmau": prepare_mmau, "music_avqa": prepare_music_avqa}
 FILES = {"avqa": "train_qa.json", "mmau": "mmau-test-mini.json", "music_avqa": "avqa-test.json"}
@@ -37,7 +38,9 @@ def put(folder, name, records, file=None):
 
 def run(folder, name, *more, files=None, train=None):
     """The tool on files of the folder; clips are not looked for unless the folder has some."""
-    (opened := folder / "clips").exists() or (more := (*more, "--no-open"))
+    opened = folder / "clips"
+    if not opened.exists():
+        more = *more, "--no-open"
     files = files or [folder / FILES[name]]
     if name == "music_avqa":
         more = (*more, "--train", str(train or files[0]))
@@ -92,13 +95,14 @@ def test_avqa_reads_r1_aqa_lines_and_counts_those_that_are_none(tmp_path):
     assert sorted(drops(tmp_path)) == [(3, "not JSON"), (5, "not an object"), (6, "another clip has its name")]
 
 
-@pytest.mark.parametrize("choices, answer, kept, odd", [
+AVQA_OPTIONS = [  # multi_choice, answer, (options, answer) as kept or the reason of a drop, oddities
     (["a", "b", "c", "d"], 2, (("a", "b", "c", "d"), 2), []),
     (["a", None, "c"], 2, (("a", "c"), 1), ["option missing"]),
     ([3, "One", 4.5, True], 0, (("3", "One", "4.5", "True"), 0), ["option not a string"]),
     (["honk ", "honk", " b  c "], 1, (("honk", "b c"), 0), ["option repeated"]),
     (["Rowing", "x", "rowing"], 2, (("Rowing", "x"), 0), ["option repeated"]),
     (["x", "", {"a": 1}, ["b"], "y", float("nan")], 4, (("x", "y"), 1), ["option missing"]),
+    (["b", "b", None, 4], 3, (("b", "4"), 1), ["option missing", "option not a string", "option repeated"]),
     ([str(i) for i in range(12)], 11, (tuple(str(i) for i in range(12)), 11), []),
     (["a", "a"], 0, "too few options", []),
     (["a", None], 0, "too few options", []),
@@ -114,16 +118,22 @@ def test_avqa_reads_r1_aqa_lines_and_counts_those_that_are_none(tmp_path):
     (["a", "b"], "a", "no answer", []),
     (["a", "b"], None, "no answer", []),
     (["a", "b" * MAX_TEXT], 0, "too long to ask", []),
-])
-def test_avqa_options_are_mended_where_that_can_be_done(tmp_path, choices, answer, kept, odd):
-    put(tmp_path, "avqa", [{**REAL["avqa"][0], "multi_choice": choices, "answer": answer}, REAL["avqa"][1]])
+]
+
+
+def test_avqa_options_are_mended_where_that_can_be_done(tmp_path):
+    records, kept, reasons, oddities = [], {}, [], Counter()
+    for number, (choices, answer, result, odd) in enumerate(AVQA_OPTIONS, 1):
+        records.append({**REAL["avqa"][0], "id": number, "multi_choice": choices, "answer": answer})
+        oddities.update(odd)
+        if isinstance(result, str):
+            reasons.append((number, result))
+        else:
+            kept[f"avqa_{number}"] = result
+    put(tmp_path, "avqa", records)
     assert run(tmp_path, "avqa") == 0
-    examples = {e.id: e for e in manifest(tmp_path, "avqa")}
-    if isinstance(kept, str):
-        assert drops(tmp_path) == [(1, kept)] and len(examples) == 1
-    else:
-        assert (examples["avqa_183"].options, examples["avqa_183"].answer) == kept and not drops(tmp_path)
-    assert summary(tmp_path)["odd"] == {what: 1 for what in odd}
+    assert {e.id: (e.options, e.answer) for e in manifest(tmp_path, "avqa")} == kept
+    assert drops(tmp_path) == reasons and summary(tmp_path)["odd"] == oddities
 
 
 def test_mmau_keeps_what_scoring_needs_and_the_hash_of_the_file(tmp_path, capsys):
@@ -145,9 +155,32 @@ def test_mmau_keeps_what_scoring_needs_and_the_hash_of_the_file(tmp_path, capsys
 
 def test_mmau_knows_a_version_by_its_hash(tmp_path, monkeypatch):
     sha = sha256(put(tmp_path, "mmau", REAL["mmau"]).read_bytes()).hexdigest()
-    monkeypatch.setitem(prepare_mmau.KNOWN, sha, "v of a day")
+    monkeypatch.setitem(prepare_mmau.KNOWN_VERSIONS, sha, "v of a day")
     assert run(tmp_path, "mmau") == 0
     assert {e.meta["version"] for e in manifest(tmp_path, "mmau")} == {"v of a day"}
+
+
+MMAU_REFUSALS = [
+    ({"answer": "no such option"}, "answer not among the options"),
+    ({"answer": 0}, "no answer"),
+    ({"choices": None}, "no options"),
+    ({"choices": ["a"], "answer": "a"}, "too few options"),
+    ({"question": " "}, "no question"),
+    ({"id": True}, "no id"),
+    ({"task": None}, "no task"),
+    ({"category": ["Reasoning", "Perception"]}, "no category"),
+    ({"audio_id": None}, "no audio_id"),
+    ({"audio_id": "../../secret.wav"}, "no name of a file"),
+    ({"audio_id": "/etc/passwd"}, "no name of a file"),
+]
+
+
+def test_mmau_records_that_cannot_be_asked_are_counted(tmp_path):
+    good = REAL["mmau"]
+    put(tmp_path, "mmau", [*({**good[0], **change} for change, _ in MMAU_REFUSALS), *good])
+    assert run(tmp_path, "mmau") == 0
+    assert drops(tmp_path) == [(number, reason) for number, (_, reason) in enumerate(MMAU_REFUSALS, 1)]
+    assert len(manifest(tmp_path, "mmau")) == len(good)
 
 
 def with_others(records):
@@ -203,10 +236,10 @@ def test_music_options_are_the_training_files_answers_to_the_type(tmp_path):
 
 def test_music_offers_the_most_frequent_answers_where_there_are_too_many():
     answers = Counter({f"{i:02d}": 40 - i for i in range(30)})
-    assert prepare_music_avqa.offered(answers, "What?") == [f"{i:02d}" for i in range(26)]
+    assert prepare_music_avqa.choose_options(answers, "What?") == [f"{i:02d}" for i in range(26)]
 
 
-@pytest.mark.parametrize("change, reason", [
+MUSIC_REFUSALS = [
     ({"templ_values": '["violin", "left"]'}, "values do not fit the template"),
     ({"templ_values": "[]"}, "values do not fit the template"),
     ({"templ_values": "[1]"}, "no templ_values"),
@@ -226,13 +259,16 @@ def test_music_offers_the_most_frequent_answers_where_there_are_too_many():
     ({"video_id": "\u00e4" * 101}, "no name of a file"),
     ({"video_id": ".."}, "no name of a file"),
     ({"video_id": "a\ud800b"}, "no video_id"),
-])
-def test_music_records_that_cannot_be_asked_are_counted(tmp_path, change, reason):
+]
+
+
+def test_music_records_that_cannot_be_asked_are_counted(tmp_path):
     good = REAL["music_avqa"][2]
     others = [music(i, ("Audio-Visual", "Counting"), "How many?", answer) for i, answer in enumerate(("two", "three"))]
-    put(tmp_path, "music_avqa", [{**good, **change}, *others])
+    put(tmp_path, "music_avqa", [*({**good, **change} for change, _ in MUSIC_REFUSALS), *others])
     assert run(tmp_path, "music_avqa", train=put(tmp_path, "music_avqa", others, "train.json")) == 0
-    assert drops(tmp_path) == [(1, reason)] and len(manifest(tmp_path, "music_avqa")) == 2
+    assert drops(tmp_path) == [(number, reason) for number, (_, reason) in enumerate(MUSIC_REFUSALS, 1)]
+    assert len(manifest(tmp_path, "music_avqa")) == 2
 
 
 def test_questions_share_their_clip_which_is_opened_once_and_may_last_a_minute(tmp_path, monkeypatch, capsys):
@@ -314,38 +350,40 @@ def test_fuzzed_records_are_all_kept_or_counted(tmp_path, name, lines):
     assert all(e.options[e.answer] and e.question.strip() for e in examples)
 
 
-def text_of(data):
-    return lambda path: path.write_bytes(data if isinstance(data, bytes) else data.encode())
+FILE_REFUSALS = [  # what the file of questions holds, what stderr says
+    (b"", "0 records, and none has"),
+    (b"[]", "0 records, and none has"),
+    (b"[{]", "not JSON: Expecting property name"),
+    (b"[" * 100_000, "not JSON: "),
+    (b'[{"question": "a"}, 3]', "2 records, and none has"),
+    (b'{"a": 1}', "1 records, and none has"),
+    (b"id,question\n1,what\n", "2 records, and none has"),
+    ("[]".encode("utf-16"), "not JSON: 'utf-8' codec can't decode"),
+    ("a folder", "Is a directory"),
+    (None, "No such file or directory"),
+]
 
 
 @pytest.mark.parametrize("name", TOOLS)
-@pytest.mark.parametrize("change, said", [
-    (lambda path: path.unlink(), "No such file or directory"),
-    (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
-    (text_of(""), "0 records, and none has"),
-    (text_of("[]"), "0 records, and none has"),
-    (text_of("[{]"), "not JSON: Expecting property name"),
-    (text_of("[" * 100_000), "not JSON: "),
-    (text_of('[{"question": "a"}, 3]'), "2 records, and none has"),
-    (text_of('{"a": 1}'), "1 records, and none has"),
-    (text_of("id,question\n1,what\n"), "2 records, and none has"),
-    (text_of("[]".encode("utf-16")), "not JSON: 'utf-8' codec can't decode"),
-])
-def test_wrong_files_are_one_clear_line(tmp_path, capsys, name, change, said):
-    change(put(tmp_path, name, REAL[name]))
-    assert run(tmp_path, name, train=DATA / FILES["music_avqa"]) == 1
-    err = capsys.readouterr().err.strip()
-    assert err.startswith(f"prepare_{name}: ") and said in err and "\n" not in err
-    assert not (tmp_path / "out" / f"{SPLITS[name]}.jsonl").exists()
+def test_wrong_files_are_one_clear_line(tmp_path, capsys, name):
+    for i, (content, said) in enumerate(FILE_REFUSALS):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        if isinstance(content, bytes):
+            (folder / FILES[name]).write_bytes(content)
+        elif content is not None:
+            (folder / FILES[name]).mkdir()
+        assert run(folder, name, train=DATA / FILES["music_avqa"]) == 1
+        err = capsys.readouterr().err.strip()
+        assert err.startswith(f"prepare_{name}: ") and said in err and "\n" not in err, err
+        assert not (folder / "out" / f"{SPLITS[name]}.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", TOOLS)
-def test_another_data_sets_file_is_said_to_be_one(tmp_path, capsys, name):
-    for other in TOOLS:
-        if other != name:
-            path = put(tmp_path, name, REAL[other])
-            assert run(tmp_path, name, files=[path], train=DATA / FILES["music_avqa"]) == 1
-            assert f"{path}: {len(REAL[other])} records, and none has" in capsys.readouterr().err
+def test_another_data_sets_file_is_said_to_be_one(tmp_path, capsys):
+    for name, other in itertools.permutations(TOOLS, 2):
+        path = put(tmp_path, name, REAL[other])
+        assert run(tmp_path, name, files=[path], train=DATA / FILES["music_avqa"]) == 1
+        assert f"{path}: {len(REAL[other])} records, and none has" in capsys.readouterr().err
 
 
 def test_nothing_is_written_over_and_nothing_left_is_an_error(tmp_path, capsys):

@@ -13,8 +13,8 @@ from minixmd.config.load import load_config
 from minixmd.papers.sightsound import LADDER, avqa
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))  # beside one another, the tools are no package
-from questions import split_of  # noqa: E402
+sys.path.insert(0, str(ROOT / "tools"))
+from prepare.questions import split_name  # noqa: E402
 
 RECIPES = sorted(path.stem for path in Path(minixmd.recipes.__file__).parent.glob("[!_]*.py"))
 
@@ -105,7 +105,7 @@ def test_sightsound_reads_the_manifests_that_readmes_commands_write():
                               (ROOT / "README.md").read_text(), re.MULTILINE):
         _, *given = shlex.split(command.partition(" --")[0])
         *files, _, out = given
-        written |= {f"{out}/{split_of(Path(file))}.jsonl" for file in files}
+        written |= {f"{out}/{split_name(Path(file))}.jsonl" for file in files}
     for recipe in ("sightsound", "sightsound_endpoint"):
         stages = load_config(recipe).stages
         read = {value for stage in stages for name in ("manifest", "val_manifest", "clips")

@@ -15,10 +15,9 @@ from minixmd import generate, load  # noqa: E402
 
 
 class Streamer:
-    """Writes the text of a growing list of ids, never half a character.
+    """generate's on_token: writes the text of a growing list of ids, never half a character.
 
-    A token of a byte-level BPE may end inside a character, which then decodes to U+FFFD: such an end waits for the next
-    token.
+    A token of a byte-level BPE may end inside a character. That end decodes to U+FFFD and waits for the next token.
     """
 
     def __init__(self, decode, out):
@@ -28,21 +27,30 @@ class Streamer:
         self.write(self.decode(ids).rstrip("\ufffd"))
 
     def write(self, text):
+        """Writes what is new in the text so far."""
         self.out.write(text[self.written:])
         self.out.flush()
         self.written = max(self.written, len(text))
 
 
 def conversation_of(args):
-    parts = [{"type": "audio", "audio": path} for path in args.audio]
+    """A user turn with the clips and the question, as the processor takes it."""
+    content = []
+    for path in args.audio:
+        content.append({"type": "audio", "audio": path})
     for path in args.video:
-        options = {"fps": args.fps, "use_audio": args.use_audio or None}
-        parts.append({"type": "video", "video": path} | {k: v for k, v in options.items() if v is not None})
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": args.question}]}]
+        part = {"type": "video", "video": path}
+        if args.fps is not None:
+            part["fps"] = args.fps
+        if args.use_audio:
+            part["use_audio"] = True
+        content.append(part)
+    content.append({"type": "text", "text": args.question})
+    return [{"role": "user", "content": content}]
 
 
-def ask(args):
-    """Raises ValueError and OSError for what is wrong with the input."""
+def check_arguments(args):
+    """Raises ValueError for what can be known before a large model is read."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch sees no GPU")
     if args.fps is not None and not 0 < args.fps < float("inf"):
@@ -51,22 +59,38 @@ def ask(args):
         raise ValueError(f"--temperature must be 0 (the likeliest token) or above, got {args.temperature}")
     if not args.video and (args.use_audio or args.fps is not None):
         raise ValueError("--use-audio and --fps are about a video, and there is no --video")
-    if missing := [path for path in args.audio + args.video if not Path(path).is_file()]:
-        raise ValueError(f"{missing[0]}: no such file")  # known before a large model is read
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    dtype = ("bfloat16" if device == "cuda" else "float32") if args.dtype == "auto" else args.dtype
-    where = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(f"loading {args.model} in {dtype} on {where}", file=sys.stderr, flush=True)
+    for path in args.audio + args.video:
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file")
+
+
+def load_model(args):
+    """(model, processor), with a line on stderr before and after."""
+    device, dtype, hardware = args.device, args.dtype, f"cpu, {torch.get_num_threads()} threads"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    if device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    print(f"loading {args.model} in {dtype} on {hardware}", file=sys.stderr, flush=True)
     torch.backends.cudnn.allow_tf32 = False  # float32 convolutions would multiply with 10 bits
     start = time.monotonic()
     model, processor = load(args.model, device=device, dtype=getattr(torch, dtype))
     count = sum(p.numel() for p in model.parameters())
     print(f"{processor.family.model_type}, {count:,} parameters, loaded in {time.monotonic() - start:.1f} s",
           file=sys.stderr, flush=True)
+    return model, processor
+
+
+def ask(args):
+    """Prints the model's answer. Raises ValueError and OSError for what is wrong with the input."""
+    check_arguments(args)
+    model, processor = load_model(args)
     stream = Streamer(processor.decode, sys.stdout)
     [[answer]] = generate(model, processor, [conversation_of(args)], max_new_tokens=args.max_new_tokens,
                           temperature=args.temperature, seed=args.seed, on_token=stream)
-    stream.write(answer.text)
+    stream.write(answer.text)  # with bytes that never became a character
     print(flush=True)
     if not answer.finished:
         print(f"cut after {args.max_new_tokens} tokens; --max-new-tokens allows more", file=sys.stderr)

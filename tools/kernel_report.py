@@ -55,16 +55,23 @@ def source(kernel, types, constants):
     """
     from triton.compiler import ASTSource
 
+    types = types.split()
     runtime = [param.name for param in kernel.params if not param.is_constexpr]
-    wanted = {param.name for param in kernel.params if param.is_constexpr}
-    if len(types.split()) != len(runtime) or set(constants) != wanted:
-        raise ValueError(f"{kernel.__name__} has runtime arguments {runtime} and constants {sorted(wanted)}, "
-                         f"got {len(types.split())} types and constants {sorted(constants)}")
-    given = dict(zip(runtime, types.split(), strict=True))
-    signature = {name: given[name].split(":")[0] if name in given else "constexpr" for name in kernel.arg_names}
-    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]]
-             for name, kind in given.items() if kind.endswith(":16")}  # fmt: skip
-    return ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attrs)
+    constexprs = sorted(param.name for param in kernel.params if param.is_constexpr)
+    if len(types) != len(runtime) or sorted(constants) != constexprs:
+        raise ValueError(f"{kernel.__name__} has runtime arguments {runtime} and constants {constexprs}, got "
+                         f"{len(types)} types and constants {sorted(constants)}")
+    type_of = dict(zip(runtime, types, strict=True))
+    signature, values, attrs = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            values[(i,)] = constants[name]
+            continue
+        signature[name] = type_of[name].split(":")[0]
+        if type_of[name].endswith(":16"):
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, values, attrs)
 
 
 def measure(kernel, types, constants, num_warps, num_stages, arch):
@@ -93,16 +100,28 @@ def faults(found, kind, arch):
         wrong.append("spills")
     if found["shared"] > SHARED_LIMIT[arch]:
         wrong.append(f"shared memory over {SHARED_LIMIT[arch]}")
-    full_rate = found["wgmma"] if arch >= 90 else found["mma"]
-    if kind == "gemm" and not full_rate or kind == "dot" and not found["mma"] + found["wgmma"]:
-        wrong.append("no tensor-core instruction" if kind == "dot" or arch < 90 else "no wgmma")
+    if kind == "gemm" and arch >= 90:
+        if not found["wgmma"]:
+            wrong.append("no wgmma")
+    elif kind in ("gemm", "dot") and not found["mma"] + found["wgmma"]:
+        wrong.append("no tensor-core instruction")
     if {"C7510", "C7515"} & set(found["warnings"]):
         wrong.append("wgmma serialised")
     return wrong
 
 
+def pointer_types(types):
+    """"*fp32:16 *fp32 i32 *bf16" -> "fp32x2 bf16"."""
+    pointers = [t[1:].split(":")[0] for t in types.split() if t.startswith("*")]
+    runs = []
+    for name, run in groupby(pointers):
+        length = len(list(run))
+        runs.append(name if length == 1 else f"{name}x{length}")
+    return " ".join(runs)
+
+
 def report(path, archs):
-    """Print the rows of one kernel file. Returns the number of bad ones."""
+    """Prints the rows of one kernel file. Returns the number of bad ones."""
     if "\nCONFIGS = " not in path.read_text(encoding="utf-8"):
         print(f"{path.name}: no configurations")
         return 0
@@ -111,11 +130,9 @@ def report(path, archs):
         if kind not in ("gemm", "dot", "row"):
             raise ValueError(f"{path.name}: kind must be gemm, dot or row, got {kind!r}")
         name = f"{path.stem}.{kernel.__name__.strip('_').removesuffix('_kernel')}"
-        pointers = [t[1:].split(":")[0] for t in types.split() if t.startswith("*")]
-        pointers = " ".join(f"{key}x{n}" if (n := len(list(run))) > 1 else key for key, run in groupby(pointers))
         blocks = " ".join(str(v) for v in constants.values())
         for arch in archs:
-            row = name, pointers, blocks, num_warps, num_stages, arch
+            row = name, pointer_types(types), blocks, num_warps, num_stages, arch
             try:
                 found = measure(kernel, types, constants, num_warps, num_stages, arch)
             except Exception as error:  # whatever the compiler raises is this row's result

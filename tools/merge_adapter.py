@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from minixmd.models.hub import base_folder, model_folder  # noqa: E402
 from minixmd.models.lora import merge_lora  # noqa: E402
@@ -28,29 +28,31 @@ from minixmd.models.weights import (  # noqa: E402
     write_adapter,
 )
 
-NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+DTYPE_OF = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}  # by its name
 
 
 def stored_dtype(folder):
-    """The dtype of a checkpoint's tensors; of several, the one that holds them all."""
-    held, _ = survey(folder, config_of(folder).family)
-    dtypes = {DTYPES[found.dtype] for found in held.values() if found.dtype in DTYPES}
+    """The dtype of a checkpoint's tensors; if they have several, one that represents them all."""
+    tensors, _ = survey(folder, config_of(folder).family)
+    dtypes = {DTYPES[tensor.dtype] for tensor in tensors.values() if tensor.dtype in DTYPES}
     return reduce(torch.promote_types, dtypes) if dtypes else torch.float32  # load_model says what is wrong
 
 
 def merge(adapter, base, out, dtype=None):
-    """Write the base at `out` with the adapter in its weights, in `dtype` or the base's own."""
+    """Writes the base to `out` with the adapter in its weights. dtype: None = the base's own."""
     stored = stored_dtype(base)
-    dtype = dtype or stored
+    if dtype is None:
+        dtype = stored
     model = load_model(base, dtype=torch.promote_types(stored, dtype))  # rounded once, at the end
     load_adapter(model, adapter)
     merge_lora(model)
     save_model(model.to(dtype), base, out)
-    return f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters in {str(dtype).removeprefix('torch.')}"
+    count = sum(p.numel() for p in model.parameters())
+    return f"{out}: {count:,} parameters in {str(dtype).removeprefix('torch.')}"
 
 
 def rewrite(adapter, base, out, layout):
-    """Write the adapter at `out` with transformers 5's module paths ("new") or the published file's ("old")."""
+    """Writes the adapter to `out` with transformers 5's module paths ("new") or the published checkpoint's ("old")."""
     model = build(config_of(base))
     config, pairs = read_adapter(model, adapter)
     family = model.config.family
@@ -63,7 +65,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", metavar="ADAPTER")
     parser.add_argument("out", metavar="OUT", type=Path)
-    parser.add_argument("--dtype", choices=NAMES, help="of the merged model; the default is the base's own")
+    parser.add_argument("--dtype", choices=DTYPE_OF, help="of the merged model; the default is the base's own")
     parser.add_argument("--layout", choices=("new", "old"), help="do not merge: write the adapter with the module "
                         "paths of transformers 5 (new; what train writes) or of the published checkpoint (old; what "
                         "transformers 4 and programs of its time look for)")
@@ -78,13 +80,13 @@ def main(argv=None):
             raise ValueError(f"{args.adapter}: holds no adapter_config.json, so it is no adapter")
         base = base_folder(adapter)
         if args.layout:
-            said = rewrite(adapter, base, args.out, args.layout)
+            summary = rewrite(adapter, base, args.out, args.layout)
         else:
-            said = merge(adapter, base, args.out, args.dtype and NAMES[args.dtype])
+            summary = merge(adapter, base, args.out, DTYPE_OF.get(args.dtype))
     except (ValueError, OSError) as error:
         print(f"merge_adapter: {error}", file=sys.stderr)
         return 1
-    print(said)
+    print(summary)
     return 0
 
 

@@ -13,33 +13,47 @@ import json
 import re
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+from prepare.clip_checks import Row, check_clips, dropped
+from prepare.command_line import csv_parser, run_tool
+from prepare.manifests import ManifestWriter
+from prepare.official_files import DATA, YOUTUBE_ID, RepeatedIds, read_csv
+from prepare.option_sampling import OptionSampler, uniforms
+from prepare_vggsound import csv_files, example_id, official_segments
 
-from clips import Row, judge  # noqa: E402
-from prepare import (  # noqa: E402
-    DATA,
-    YOUTUBE_ID,
-    Manifests,
-    Options,
-    Repeats,
-    parser_of,
-    read_csv,
-    run_tool,
-    uniforms,
-)
-from prepare_vggsound import csv_files, example_id, official_rows  # noqa: E402
+from minixmd.config.schema import nearest
 
-from minixmd.config.schema import nearest  # noqa: E402
-
-FILES = {"rows": "eval_segments.csv", "classes": "class_labels_indices.csv", "ontology": "ontology.json"}
-NO_OBJECT = ("Source-ambiguous sounds", "Channel, environment and background")
+SEGMENTS_CSV, CLASSES_CSV, ONTOLOGY_JSON = "eval_segments.csv", "class_labels_indices.csv", "ontology.json"
+FILES = SEGMENTS_CSV, CLASSES_CSV, ONTOLOGY_JSON
+NO_OBJECT = {"Source-ambiguous sounds", "Channel, environment and background"}  # branches of the ontology
 TIME = r"\d{1,6}(?:\.\d+)?"
 
 
+@dataclass
+class Segment:
+    """One row of AudioSet's csv file."""
+
+    youtube: str
+    start_s: float
+    end_s: float
+    labels: list[str]  # ids of its classes
+
+    @property
+    def id(self):
+        return example_id(self.youtube, int(self.start_s))
+
+    def file_names(self):
+        """Names in use for the segment's file."""
+        start_ms, end_ms = f"{self.start_s * 1000:.0f}", f"{self.end_s * 1000:.0f}"
+        stems = (self.id, f"{self.youtube}_{self.start_s:.3f}", f"{self.youtube}_{start_ms}_{end_ms}", self.youtube,
+                 f"Y{self.youtube}")
+        return tuple(stem + suffix for suffix in (".mp4", ".wav", ".flac") for stem in stems)
+
+
 class Ontology:
-    """What is narrower and what is broader than a class, over ids such as /m/09x0r."""
+    """Which classes are narrower and which are broader than a class, over ids such as /m/09x0r."""
 
     def __init__(self, path):
         try:
@@ -48,26 +62,34 @@ class Ontology:
             children = {node["id"]: node["child_ids"] for node in nodes}
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: not AudioSet's ontology: {error!r}") from None
-        self.narrower = {id: _closure(id, children) for id in children}
-        self.broader = {id: {other for other in children if id in self.narrower[other]} for id in children}
+        self.narrower = {id: _descendants(id, children) for id in children}
+        self.broader = {id: set() for id in children}
+        for id, narrower in self.narrower.items():
+            for other in narrower & children.keys():
+                self.broader[other].add(id)
 
     def roots(self, id):
-        return {self.names[i] for i in self.broader[id] | {id} if not self.broader[i]}
+        """Names of the top-level classes above a class, or its own."""
+        return {self.names[other] for other in self.broader[id] | {id} if not self.broader[other]}
 
 
-def _closure(id, steps):
-    found, todo = set(), [id]
-    while todo:
-        new = set(steps.get(todo.pop(), ())) - found
+def _descendants(id, children):
+    found, waiting = set(), [id]
+    while waiting:
+        new = set(children.get(waiting.pop(), ())) - found
         found |= new
-        todo += new
+        waiting += new
     return found
+
+
+# ---- official files ----
 
 
 def read_classes(path, ontology):
     """{id: name} of the classes that AudioSet's segments are labelled with."""
     rows = read_csv(path, 3)
-    if [*next(rows, ("", ()))[1]] != ["index", "mid", "display_name"]:
+    _, header = next(rows, ("", []))
+    if header != ["index", "mid", "display_name"]:
         raise ValueError(f"{path}: must begin with index,mid,display_name")
     classes = {}
     for where, (_, id, name) in rows:
@@ -77,10 +99,9 @@ def read_classes(path, ontology):
     return classes
 
 
-def read_seen(path, classes):
-    """Ids of the classes in the first column of a csv file."""
-    ids, seen = {name: id for id, name in classes.items()}, set()
-    rows = read_csv(path, 2)
+def read_seen(path, ids):
+    """Ids of the classes in the first column of a csv file. ids: {name: id}."""
+    rows, seen = read_csv(path, 2), set()
     next(rows, None)  # the header
     for where, (name, _) in rows:
         if name not in ids:
@@ -89,97 +110,118 @@ def read_seen(path, classes):
     return seen
 
 
-def official_segments(path, classes):
-    """Yield (YouTube id, start in seconds, end, ids of classes) of a csv of segments, in any of its published forms."""
-    rows, announced = 0, None
+def audioset_segments(path, classes):
+    """Yields the Segments of a csv file, in any of its published forms."""
+    announced, num_rows = _announced_rows(path), 0
+    for where, (youtube, start, end, labels) in read_csv(path, 4):
+        if not re.fullmatch(YOUTUBE_ID, youtube) or not re.fullmatch(TIME, start) or not re.fullmatch(TIME, end):
+            got = f"{youtube},{start},{end}"
+            raise ValueError(f"{where}: id, start, end and classes are expected, got {got!r}")
+        labels = labels.split(",")
+        for label in labels:
+            if label not in classes:
+                raise ValueError(f"{where}: class {label!r} is not in {CLASSES_CSV}")
+        num_rows += 1
+        yield Segment(youtube, float(start), float(end), labels)
+    if announced not in (None, num_rows):
+        raise ValueError(f"{path}: holds {num_rows} rows, and its head announces {announced}")
+    if not num_rows:
+        raise ValueError(f"{path}: holds 0 rows")
+
+
+def _announced_rows(path):
+    """The number of rows that a file's comment lines announce, or None."""
+    announced = None
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             if not line.startswith("#"):
                 break
-            announced = (re.search(r"num_segs=(\d+)", line) or [None, announced])[1]
-    for where, (id, start, end, labels) in read_csv(path, 4):
-        times = re.fullmatch(TIME, start) and re.fullmatch(TIME, end)
-        labels = labels.split(",")
-        if not re.fullmatch(YOUTUBE_ID, id) or not times:
-            raise ValueError(f"{where}: id, start, end and classes are expected, got {','.join((id, start, end))!r}")
-        if unknown := [label for label in labels if label not in classes]:
-            raise ValueError(f"{where}: class {unknown[0]!r} is not in {FILES['classes']}")
-        rows += 1
-        yield id, float(start), float(end), labels
-    if not rows or (announced and int(announced) != rows):
-        raise ValueError(f"{path}: holds {rows} rows" + f", and its head announces {announced}" * bool(announced))
+            match = re.search(r"num_segs=(\d+)", line)
+            if match:
+                announced = int(match[1])
+    return announced
 
 
-def names_of(id, start, end):
-    """File names in use for a segment."""
-    stems = (example_id(id, int(start)), f"{id}_{start:.3f}", f"{id}_{start * 1000:.0f}_{end * 1000:.0f}", id, f"Y{id}")
-    return tuple(stem + suffix for suffix in (".mp4", ".wav", ".flac") for stem in stems)
+# ---- rows and questions ----
 
 
-def rows_of(path, classes, unseen, taken, repeats):
-    """Yield the Row of every segment."""
-    repeats.start()
-    for youtube, start_s, end_s, labels in official_segments(path, classes):
-        id, drop = example_id(youtube, int(start_s)), None
-        if youtube in taken:
-            drop = "video in VGGSound", taken[youtube]
-        elif repeats.again(id):
-            drop = "repeated row", ""
-        elif not unseen & set(labels):
-            drop = "no unseen class", ""
-        facts = {"youtube": youtube, "start_s": start_s, "labels": [classes[label] for label in labels]}
-        yield Row(id, "eval", names_of(youtube, start_s, end_s), facts, drop)
+def rows_of(path, classes, unseen, in_vggsound, repeats):
+    """Yields the Row of every segment. unseen: ids of classes. in_vggsound: {YouTube id: split}."""
+    repeats.start_pass()
+    for segment in audioset_segments(path, classes):
+        drop = None
+        if segment.youtube in in_vggsound:
+            drop = dropped("video in VGGSound", in_vggsound[segment.youtube])
+        elif repeats.is_repeat(segment.id):
+            drop = dropped("repeated row")
+        elif not unseen & set(segment.labels):
+            drop = dropped("no unseen class")
+        facts = {"youtube": segment.youtube, "start_s": segment.start_s,
+                 "labels": [classes[label] for label in segment.labels]}
+        yield Row(segment.id, "eval", segment.file_names(), facts, drop)
 
 
-def question(row, ids, unseen, ontology, options):
-    """(id of the right class, options, index of the right one) for a clip with an unseen class."""
-    mine = {ids[name] for name in row.facts["labels"]}
-    specific = {id for id in mine if not ontology.narrower[id] & mine}
-    choice = sorted(id for id in mine & unseen if not ontology.narrower[id] & mine & unseen)
-    right = choice[int(next(uniforms(options.seed, "class", row.id)) * len(choice))]
-    true = mine.union(*(ontology.broader[id] for id in mine), *(ontology.narrower[id] for id in specific))
-    barred = frozenset(name for name, id in ids.items() if id in true)
-    return right, *options.draw(row.id, next(name for name, id in ids.items() if id == right), barred)
+def build_question(row, ids, unseen, ontology, options):
+    """(id of the right class, options, index of the right one) for a clip with an unseen class. ids: {name: id}."""
+    names = {id: name for name, id in ids.items()}
+    labels = {ids[name] for name in row.facts["labels"]}
+    candidates = sorted(_most_specific(labels & unseen, ontology))
+    right = candidates[int(next(uniforms(options.seed, "class", row.id)) * len(candidates))]
+    true = set(labels)  # all classes that are or may be heard in the clip
+    for id in labels:
+        true |= ontology.broader[id]
+    for id in _most_specific(labels, ontology):
+        true |= ontology.narrower[id]
+    excluded = frozenset(names[id] for id in true if id in names)
+    return right, *options.draw(row.id, names[right], excluded)
+
+
+def _most_specific(ids, ontology):
+    """Those of some classes below which none of the others stands."""
+    return {id for id in ids if not ontology.narrower[id] & ids}
 
 
 def prepare(args):
-    rows_csv, classes_csv, ontology_json = (args.csv / name for name in FILES.values())
-    for path in (rows_csv, classes_csv, ontology_json):
+    segments_csv, classes_csv, ontology_json = (args.csv / name for name in FILES)
+    for path in (segments_csv, classes_csv, ontology_json):
         if not path.exists():
-            raise ValueError(f"{args.csv}: holds no {path.name}; it must hold {', '.join(FILES.values())}")
+            raise ValueError(f"{args.csv}: holds no {path.name}; it must hold {', '.join(FILES)}")
     ontology = Ontology(ontology_json)
     classes = read_classes(classes_csv, ontology)
-    objects = {id: name for id, name in classes.items() if not ontology.roots(id) <= set(NO_OBJECT)}
-    seen = read_seen(args.seen, classes)
-    seen = seen.union(*(ontology.broader[id] | ontology.narrower[id] for id in seen))
-    unseen, ids = objects.keys() - seen, {name: id for id, name in classes.items()}
-    taken = {youtube: split for _, split, youtube, _, _ in official_rows(args.vggsound)}
-    if "train" not in taken.values():
+    ids = {name: id for id, name in classes.items()}
+    objects = {id: name for id, name in classes.items() if not ontology.roots(id) <= NO_OBJECT}
+    seen = read_seen(args.seen, ids)
+    for id in tuple(seen):
+        seen |= ontology.broader[id] | ontology.narrower[id]
+    unseen = objects.keys() - seen
+    in_vggsound = {segment.youtube: segment.split for segment in official_segments(args.vggsound)}
+    if "train" not in in_vggsound.values():
         print(f"note: {args.vggsound} lists no train split, so that videos of VGGSound's train split are not left out")
-    frequency, repeats, total = Counter(), Repeats(), 0
-    for youtube, start_s, _, labels in official_segments(rows_csv, classes):
-        frequency.update(objects[label] for label in labels if label in objects)
-        repeats.note(example_id(youtube, int(start_s)))
-        total += 1
-    options = Options({name: frequency[name] for name in objects.values()}, args.options, args.seed)
-    print(f"{total:,} rows; {len(unseen)} of {len(classes)} classes are unseen in VGGSound; {len(options.names)} are "
-          "drawn from")
-    with Manifests(args, "audioset", ["unseen"]) as manifests:
-        rows = rows_of(rows_csv, classes, unseen, taken, repeats)
-        for row, verdict in judge(rows, args, total, "opening clips"):
+    frequency, repeats = Counter({name: 0 for name in objects.values()}), RepeatedIds()
+    num_rows = 0
+    for segment in audioset_segments(segments_csv, classes):
+        frequency.update(objects[label] for label in segment.labels if label in objects)
+        repeats.add(segment.id)
+        num_rows += 1
+    options = OptionSampler(frequency, args.options, args.seed)
+    print(f"{num_rows:,} rows; {len(unseen)} of {len(classes)} classes are unseen in VGGSound; {len(options.names)} "
+          "are drawn from")
+    rows = rows_of(segments_csv, classes, unseen, in_vggsound, repeats)
+    with ManifestWriter(args, "audioset", ["unseen"]) as writer:
+        for row, verdict in check_clips(rows, args, num_rows, "opening clips"):
             if "reason" in verdict:
-                manifests.drop(row, verdict)
+                writer.drop(row, verdict)
                 continue
-            right, drawn, answer = question(row, ids, unseen, ontology, options)
-            manifests.keep("unseen", row, verdict, label=classes[right], options=drawn, answer=answer,
-                           group=min(ontology.roots(right) - set(NO_OBJECT)), labels=row.facts["labels"])
-    print(f"unseen: {manifests.kept['unseen']:,} clips")
-    manifests.tell([rows_csv, classes_csv, ontology_json, args.seen, *csv_files(args.vggsound).values()],
-                   unseen=sorted(classes[id] for id in unseen))
+            right, drawn, answer = build_question(row, ids, unseen, ontology, options)
+            writer.keep_class("unseen", row, verdict, label=classes[right], options=drawn, answer=answer,
+                              group=min(ontology.roots(right) - NO_OBJECT), labels=row.facts["labels"])
+    print(f"unseen: {writer.kept['unseen']:,} clips")
+    inputs = [segments_csv, classes_csv, ontology_json, args.seen, *csv_files(args.vggsound).values()]
+    writer.summarise(inputs, unseen=sorted(classes[id] for id in unseen))
 
 
 def main(argv=None):
-    parser = parser_of("prepare_audioset", __doc__, f"folder of {', '.join(FILES.values())}")
+    parser = csv_parser("prepare_audioset", __doc__, f"folder of {', '.join(FILES)}")
     parser.add_argument("--vggsound", type=Path, required=True, metavar="FOLDER",
                         help="of VGGSound's train.csv and test.csv, or vggsound.csv")
     parser.add_argument("--seen", type=Path, default=DATA / "audioset_seen.csv", metavar="FILE",

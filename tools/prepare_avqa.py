@@ -9,22 +9,20 @@ that are missing are left out and repeated ones merged; a record without its rig
 """
 import re
 import sys
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from reprlib import repr as shortly
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
-
-from prepare import YOUTUBE_ID, run_tool  # noqa: E402
-from questions import (  # noqa: E402
+from prepare.command_line import questions_parser, run_tool
+from prepare.official_files import YOUTUBE_ID
+from prepare.questions import (
     Question,
-    Unusable,
-    clip_of,
-    id_of,
-    options_of,
+    UnusableRecord,
+    as_text,
+    check_file_name,
+    id_field,
+    options_field,
     prepare_questions,
-    questions_parser,
-    text_in,
-    text_of,
+    text_field,
 )
 
 KEYS = ("question_text", "multi_choice", "answer")
@@ -32,48 +30,57 @@ META = {"relation": "question_relation", "type": "question_type"}
 VIDEO_NAME = re.compile(rf"({YOUTUBE_ID})_(\d{{1,6}})", re.ASCII)
 
 
-def read(record, path):
-    texts, odd = options_of(record, "multi_choice")
-    options = {}  # by their text without case: the first of repeated ones
+def read_question(record, path):
+    texts, oddities = options_field(record, "multi_choice")
+    options = {}  # lower-cased text -> text: the first of repeated ones
     for text in filter(None, texts):
         options.setdefault(text.casefold(), text)
     right = record.get("answer")
     if type(right) is not int or not 0 <= right < len(texts):
-        raise Unusable("no answer", f"{shortly(right)} of {len(texts)}")
+        raise UnusableRecord("no answer", f"{shortly(right)} of {len(texts)}")
     if texts[right] is None:
-        raise Unusable("right option missing", f"{right} of {len(texts)}")
+        raise UnusableRecord("right option missing", f"{right} of {len(texts)}")
     answer = list(options).index(texts[right].casefold())
-    asked = text_of(record, "question_text")
-    meta = {"video_question": asked}
+    question = text_field(record, "question_text")
+    clip, file_names = clip_and_files(record)
+    return Question(f"avqa_{id_field(record, 'id')}", clip, file_names, question.replace("video", "audio"),
+                    list(options.values()), answer, meta_of(record, question, clip), oddities)
+
+
+def meta_of(record, question, clip):
+    meta = {"video_question": question}
     for name, key in META.items():
-        if text := text_in(record.get(key)):
+        text = as_text(record.get(key))
+        if text:
             meta[name] = text
     if "type" in meta:
         meta["group"] = meta["type"]
-    clip, files = clip_and_files(record)
-    if match := VIDEO_NAME.fullmatch(clip):
+    match = VIDEO_NAME.fullmatch(clip)
+    if match:
         meta |= {"youtube": match[1], "start_s": int(match[2])}
-    return Question(f"avqa_{id_of(record, 'id')}", clip, files, asked.replace("video", "audio"),
-                    list(options.values()), answer, meta, odd)
+    return meta
 
 
 def clip_and_files(record):
-    """(name of the record's clip, names that its file may have), a video before a sound."""
-    sound = text_of(record, "audio_path") if record.get("audio_path") is not None else ""
-    clip = clip_of(text_of(record, "video_name") if record.get("video_name") is not None else PurePosixPath(sound).stem)
+    """(name of the record's clip, names that its file may have), videos before sounds."""
+    sound = PurePosixPath()
+    if record.get("audio_path") is not None:
+        sound = PurePosixPath(text_field(record, "audio_path"))
+    clip = check_file_name(sound.stem if record.get("video_name") is None else text_field(record, "video_name"))
     stems = [clip]
-    if match := VIDEO_NAME.fullmatch(clip):
-        start_s = int(match[2])
-        stems += [f"{match[1]}_{start_s * 1000}_{start_s * 1000 + 10_000}", f"{match[1]}_{start_s}"]
-    files = [stem + end for end in (".mp4", ".wav", ".flac") for stem in stems]
-    if sound:
-        parts = [clip_of(part) for part in PurePosixPath(sound).parts if part != "/"]
-        files += ["/".join(parts), parts[-1]] if parts else []
-    return clip, tuple(dict.fromkeys(files))
+    match = VIDEO_NAME.fullmatch(clip)
+    if match:
+        youtube, start_s = match[1], int(match[2])
+        stems += [f"{youtube}_{start_s * 1000}_{start_s * 1000 + 10_000}", f"{youtube}_{start_s}"]
+    names = [stem + suffix for suffix in (".mp4", ".wav", ".flac") for stem in stems]
+    parts = [check_file_name(part) for part in sound.parts if part != "/"]
+    if parts:
+        names += ["/".join(parts), parts[-1]]
+    return clip, tuple(dict.fromkeys(names))
 
 
 def prepare(args):
-    prepare_questions(args, "avqa", KEYS, read)
+    prepare_questions(args, "avqa", KEYS, read_question)
 
 
 def main(argv=None):

@@ -9,55 +9,53 @@ meta has the hash of the one it came from, and `version`, so that accuracies on 
 import sys
 from hashlib import sha256
 from math import inf
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
-
-from prepare import run_tool  # noqa: E402
-from questions import (  # noqa: E402
+from prepare.command_line import questions_parser, run_tool
+from prepare.questions import (
     Question,
-    Unusable,
-    clip_of,
-    id_of,
-    options_of,
+    UnusableRecord,
+    check_file_name,
+    id_field,
+    options_field,
     prepare_questions,
-    questions_parser,
-    text_of,
+    text_field,
 )
 
 KEYS = ("audio_id", "choices", "task")
 META = {"task": "task", "difficulty": "difficulty", "sub_category": "sub-category", "dataset": "dataset"}
-KNOWN = {"9f18fda99f8dbc2bc5ecd6323fb5063309f54969810b5c6f1caeb3b8d904cf1c": "v05.15.25 of 2025-08-09"}
+KNOWN_VERSIONS = {  # sha256 of the file -> its version
+    "9f18fda99f8dbc2bc5ecd6323fb5063309f54969810b5c6f1caeb3b8d904cf1c": "v05.15.25 of 2025-08-09",
+}
 
 
-def reader(args):
-    """The function that reads a record, with its file's hash."""
-    sums = {path: sha256(path.read_bytes()).hexdigest() for path in args.questions}
-
-    def read(record, path):
-        texts, odd = options_of(record, "choices")
-        options, right = [text for text in texts if text], text_of(record, "answer")
-        if right not in options:
-            raise Unusable("answer not among the options", right[:60])
-        sound = PurePosixPath(text_of(record, "audio_id"))
-        files = tuple(dict.fromkeys(["/".join(map(clip_of, sound.parts)), sound.name]))
-        category = record.get("category")  # a list in 13 records
-        meta = {**{name: text_of(record, key) for name, key in META.items()},
-                "category": category[0] if isinstance(category, list) and len(category) == 1 else category,
-                "version": KNOWN.get(sums[path], f"sha256 {sums[path][:12]}"), "sha256": sums[path]}
-        meta["category"] = text_of(meta, "category")
-        return Question(id_of(record, "id"), clip_of(sound.stem), files, text_of(record, "question"), options,
-                        options.index(right), {**meta, "group": meta["task"]}, odd)
-
-    return read, sums
+def read_question(record, sha):
+    """The Question of a record. sha: SHA-256 of its file."""
+    texts, oddities = options_field(record, "choices")
+    options, right = [text for text in texts if text], text_field(record, "answer")
+    if right not in options:
+        raise UnusableRecord("answer not among the options", right[:60])
+    sound = PurePosixPath(text_field(record, "audio_id"))
+    path = "/".join(check_file_name(part) for part in sound.parts)
+    meta = {name: text_field(record, key) for name, key in META.items()}
+    category = record.get("category")
+    if isinstance(category, list) and len(category) == 1:  # so in 13 records
+        category = category[0]
+    meta["category"] = text_field({"category": category}, "category")
+    meta["version"] = KNOWN_VERSIONS.get(sha, f"sha256 {sha[:12]}")
+    meta["sha256"] = sha
+    meta["group"] = meta["task"]
+    return Question(id_field(record, "id"), check_file_name(sound.stem), tuple(dict.fromkeys([path, sound.name])),
+                    text_field(record, "question"), options, options.index(right), meta, oddities)
 
 
 def prepare(args):
-    read, sums = reader(args)
-    for path, sha in sums.items():
-        print(f"{path}: " + KNOWN.get(sha, "not a version that we know; accuracies compare on the same file only")
-              + f", sha256 {sha}")
-    prepare_questions(args, "mmau", KEYS, read, max_seconds=inf)
+    hashes = {}
+    for path in args.questions:
+        sha = hashes[path] = sha256(path.read_bytes()).hexdigest()
+        version = KNOWN_VERSIONS.get(sha, "not a version that we know; accuracies compare on the same file only")
+        print(f"{path}: {version}, sha256 {sha}")
+    prepare_questions(args, "mmau", KEYS, lambda record, path: read_question(record, hashes[path]), max_seconds=inf)
 
 
 def main(argv=None):

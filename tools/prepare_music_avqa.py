@@ -16,99 +16,95 @@ from collections import Counter, defaultdict
 from math import inf
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+from prepare.command_line import questions_parser, run_tool
+from prepare.official_files import read_json_records
+from prepare.option_sampling import MAX_OPTIONS
+from prepare.questions import Question, UnusableRecord, check_file_name, id_field, prepare_questions, text_field
 
-from prepare import LETTERS, run_tool  # noqa: E402
-from questions import (  # noqa: E402
-    Question,
-    Unusable,
-    clip_of,
-    id_of,
-    prepare_questions,
-    questions_parser,
-    read_records,
-    text_of,
-)
-
-from minixmd.tasks.benchmarks import TYPES  # noqa: E402
+from minixmd.tasks.benchmarks import TYPES
 
 KEYS = ("question_content", "templ_values", "anser")  # the last is spelled so
 MODALITIES = ("Audio", "Visual", "Audio-Visual")
-POLAR = re.compile(r"(?:Is|Are|Does|Do)\b")
+PLACEHOLDER = re.compile(r"<\w+>")  # such as <Object>
+YES_NO_QUESTION = re.compile(r"(?:Is|Are|Does|Do)\b")
 
 
-def strings_of(record, name):
-    """The list of strings that a JSON string of this name holds."""
+def strings_field(record, name):
+    """The list of strings in a field that holds it as JSON text."""
+    text = text_field(record, name)
     try:
-        found = json.loads(text_of(record, name))
+        found = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
         found = None
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise Unusable(f"no {name}", text_of(record, name)[:60])
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        raise UnusableRecord(f"no {name}", text[:60])
     return found
 
 
 def kind_of(record):
     """(modality, type) of a question."""
-    kind = strings_of(record, "type")
+    kind = strings_field(record, "type")
     if len(kind) != 2 or kind[0] not in MODALITIES or kind[1] not in TYPES:
-        raise Unusable("no type", str(kind)[:60])
+        raise UnusableRecord("no type", str(kind)[:60])
     return tuple(kind)
 
 
-def filled(template, values):
-    """The template with its placeholders, such as <Object>, replaced in order; a full-width question mark is one."""
-    if len(re.findall(r"<\w+>", template)) != len(values):
-        raise Unusable("values do not fit the template", f"{template[:60]} {values!r:.60}")
-    rest = iter(values)
-    return re.sub(r"<\w+>", lambda _: next(rest), template).replace("\uff1f", "?")
+def fill_template(template, values):
+    """The template with its placeholders replaced in order, and an ASCII question mark for a full-width one."""
+    if len(PLACEHOLDER.findall(template)) != len(values):
+        raise UnusableRecord("values do not fit the template", f"{template[:60]} {values!r:.60}")
+    remaining = iter(values)
+    return PLACEHOLDER.sub(lambda _: next(remaining), template).replace("\uff1f", "?")
 
 
 def read_answers(path):
-    """{(modality, type): Counter of answers} of the training file; records without them are left out."""
+    """{(modality, type): Counter of answers} of the training file; records without them are skipped."""
     answers = defaultdict(Counter)
-    for record in read_records(path):
+    for record, _ in read_json_records(path):
         try:
             if isinstance(record, dict) and not record.get("question_deleted"):
-                answers[kind_of(record)][text_of(record, "anser")] += 1
-        except Unusable:
+                answers[kind_of(record)][text_field(record, "anser")] += 1
+        except UnusableRecord:
             continue
     if not answers:
         raise ValueError(f"{path}: no record has type, anser; is it MUSIC-AVQA's training file?")
     return answers
 
 
-def offered(answers, template):
-    """The options of a question, from the Counter of its type's answers."""
-    if len(answers) > LETTERS:
-        polar = bool(POLAR.match(template))
-        answers = Counter({answer: n for answer, n in answers.items() if (answer in ("yes", "no")) == polar})
-    return sorted(answer for answer, _ in answers.most_common(LETTERS))
+def choose_options(answers, template):
+    """The options of a question, in alphabetical order. answers: Counter of its type's answers."""
+    if len(answers) > MAX_OPTIONS:
+        yes_or_no = bool(YES_NO_QUESTION.match(template))
+        answers = Counter({answer: n for answer, n in answers.items() if (answer in ("yes", "no")) == yes_or_no})
+    return sorted(answer for answer, _ in answers.most_common(MAX_OPTIONS))
 
 
-def reader(answers):
-    def read(record, path):
-        if record.get("question_deleted"):
-            raise Unusable("deleted", "")
-        kind, template, right = kind_of(record), text_of(record, "question_content"), text_of(record, "anser")
-        options = offered(answers.get(kind, Counter()), template)
-        if right not in options:
-            raise Unusable("answer not in the training file", right[:60])
-        clip = clip_of(text_of(record, "video_id"))
-        asked = text_of({"question": filled(template, strings_of(record, "templ_values"))}, "question")
-        return Question(f"music_avqa_{id_of(record, 'question_id')}", clip,
-                        tuple(clip + end for end in (".mp4", ".wav", ".flac")), asked, options, options.index(right),
-                        {"modality": kind[0], "type": kind[1], "group": " ".join(kind), "clip": clip})
-
-    return read
+def read_question(record, answers):
+    """The Question of a record. answers: of read_answers."""
+    if record.get("question_deleted"):
+        raise UnusableRecord("deleted")
+    kind, template = kind_of(record), text_field(record, "question_content")
+    right = text_field(record, "anser")
+    options = choose_options(answers.get(kind, Counter()), template)
+    if right not in options:
+        raise UnusableRecord("answer not in the training file", right[:60])
+    clip = check_file_name(text_field(record, "video_id"))
+    question = fill_template(template, strings_field(record, "templ_values"))
+    question = text_field({"question": question}, "question")
+    modality, type_name = kind
+    meta = {"modality": modality, "type": type_name, "group": f"{modality} {type_name}", "clip": clip}
+    return Question(f"music_avqa_{id_field(record, 'question_id')}", clip,
+                    tuple(clip + suffix for suffix in (".mp4", ".wav", ".flac")), question, options,
+                    options.index(right), meta)
 
 
 def prepare(args):
     answers = read_answers(args.train)
-    for kind, counts in sorted(answers.items()):
-        print(f"{' '.join(kind)}: {len(counts)} answers in {args.train.name}")
-    prepare_questions(args, "music_avqa", KEYS, reader(answers), max_seconds=inf, inputs=[args.train],
-                      answers={" ".join(kind): sorted(counts) for kind, counts in sorted(answers.items())})
+    by_kind = {" ".join(kind): sorted(counts) for kind, counts in sorted(answers.items())}
+    for kind, found in by_kind.items():
+        print(f"{kind}: {len(found)} answers in {args.train.name}")
+    prepare_questions(args, "music_avqa", KEYS, lambda record, path: read_question(record, answers), max_seconds=inf,
+                      inputs=[args.train], answers=by_kind)
 
 
 def main(argv=None):
