@@ -22,9 +22,9 @@ import torch
 from minixmd import load
 from minixmd.config import FactCheck
 from minixmd.inputs.examples import read_manifest
-from minixmd.models.lora import hash_seed
 from minixmd.papers.sightsound import CONTROLS, LADDER
 from minixmd.runs.files import read_json, write_json
+from minixmd.runs.seeds import hash_seed
 from minixmd.stages import verifier
 from minixmd.stages.multiple_choice import read_records
 from minixmd.stages.switch import hear

@@ -32,12 +32,13 @@ from minixmd.learning.policy import make_rollout, rollout_metrics
 from minixmd.learning.targets import resolve_targets
 from minixmd.models.head import CrossEntropy, DistillTopK, PolicyLoss
 from minixmd.models.hub import pinned
-from minixmd.models.lora import add_lora, hash_seed, merge_lora
+from minixmd.models.lora import add_lora, merge_lora
 from minixmd.models.multimodal import frozen_copy
 from minixmd.models.weights import adapted, save_adapter, save_model
 from minixmd.runs.device import runtime_of
 from minixmd.runs.files import write_safetensors
 from minixmd.runs.records import append_jsonl, count_bad
+from minixmd.runs.seeds import hash_seed
 from minixmd.runs.state import load_state, rewind_logs, save_state
 from minixmd.stages.multiple_choice import Writing, score_letters, write_answers
 from minixmd.tasks.rewards import REWARDS, parse_answer

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from minixmd.inputs.panns import MELS, front_end
-from minixmd.models.lora import hash_seed
 from minixmd.models.shards import open_safetensors
+from minixmd.runs.seeds import hash_seed
 
 CHANNELS = (64, 128, 256, 512, 1024, 2048)
 MIN_FRAMES = 32  # five poolings by 2 leave one

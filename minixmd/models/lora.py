@@ -1,11 +1,11 @@
 """The Linear that every model here is made of, with room for a low-rank adapter, and what makes and merges adapters."""
-import hashlib
 import re
 
 import torch
 from torch import nn
 
 from minixmd.kernels.lora import lora_linear, lora_linears
+from minixmd.runs.seeds import hash_seed
 
 
 class Linear(nn.Linear):
@@ -83,8 +83,3 @@ def merge_lora(model):
                 module.weight.copy_((module.weight.float() + delta).to(module.weight.dtype))
             module.lora_A = module.lora_B = None
             module.scale = 0.0
-
-
-def hash_seed(*parts):
-    """A 63-bit seed that is a pure function of its parts (ints and strings)."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1

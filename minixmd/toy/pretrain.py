@@ -20,9 +20,9 @@ from minixmd.config import PROMPT
 from minixmd.inputs.examples import read_manifest
 from minixmd.inputs.tokenizer import Processor
 from minixmd.learning.optim import learning_rate
-from minixmd.models.lora import hash_seed
 from minixmd.models.weights import save_model
 from minixmd.runs.files import write_safetensors, write_text
+from minixmd.runs.seeds import hash_seed
 from minixmd.toy.checker import teach_checker
 from minixmd.toy.lessons import Form, batches, descend, lesson, lesson_loss, show
 from minixmd.toy.models import make_model, write_processor
