@@ -20,14 +20,15 @@ from tiny import published_config, randomise
 
 import minixmd
 from minixmd.config import Evaluate
-from minixmd.config.references import check_files, repository
+from minixmd.config.references import check_files
 from minixmd.models import hub
 from minixmd.models.families import read_config
 from minixmd.models.hub import pinned
 from minixmd.models.lora import add_lora
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.weights import load_model, save_adapter, save_model
-from minixmd.train import main
+from minixmd.runner import main
+from minixmd.runs.hub_names import parse_hub_name
 
 COMMIT, OTHER = "1" * 40, "2" * 40
 BRACKETS = ["<|audio_bos|>", "<|audio_eos|>", "<|vision_bos|>", "<|vision_eos|>"]
@@ -317,9 +318,9 @@ def test_each_way_that_the_hub_can_fail_is_one_line_that_names_the_repository(se
     ("./a", None), ("../a", None), ("/a/b", None), ("~/a", None), ("a/", None), ("a/b@", None), ("a/b@c d", None),
     ("@train/best", None), ("a/b@c@d", None), (".a/b", None), ("ä/b", None)])
 def test_a_name_on_the_hub_is_told_from_a_path(value, found):
-    assert repository(value) == found
+    assert parse_hub_name(value) == found
     if found:
-        assert repository(Path(value)) == found
+        assert parse_hub_name(Path(value)) == found
 
 
 def test_a_config_may_name_a_repository_as_a_model_and_as_nothing_else(tmp_path):

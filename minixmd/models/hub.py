@@ -18,10 +18,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from minixmd.config.references import repository
 from minixmd.models.shards import INDEX, tensor_files
 from minixmd.models.weights import PROCESSOR_FILES, config_of
 from minixmd.runs.files import read_json
+from minixmd.runs.hub_names import parse_hub_name
 
 SMALL_FILES = ("config.json", "adapter_config.json", INDEX, *PROCESSOR_FILES)
 
@@ -56,9 +56,9 @@ def pinned(name):
     """
     if Path(name).is_dir():
         return str(Path(name).resolve())
-    if repository(name) is None:
+    if parse_hub_name(name) is None:
         raise ValueError(f"{name}: no such model folder")
-    return _commit(*repository(name))
+    return _commit(*parse_hub_name(name))
 
 
 def base_folder(folder):
@@ -69,9 +69,9 @@ def base_folder(folder):
     """
     config = read_json(Path(folder) / "adapter_config.json")
     name = config.get("base_model_name_or_path") or "unnamed"
-    if not isinstance(name, str) or not (Path(name).is_dir() or repository(name)):
+    if not isinstance(name, str) or not (Path(name).is_dir() or parse_hub_name(name)):
         raise ValueError(f"{folder}: the adapter's base model {name} is not there")
-    if not Path(name).is_dir() and config.get("revision") and repository(name)[1] is None:
+    if not Path(name).is_dir() and config.get("revision") and parse_hub_name(name)[1] is None:
         name = f"{name}@{config['revision']}"
     try:
         return model_folder(name)
@@ -89,7 +89,7 @@ def _commit(repo, revision):
 
 def _snapshot(name, files):
     """The cache's folder of a commit, with those of the files that the repository has."""
-    repo, revision = repository(name)
+    repo, revision = parse_hub_name(name)
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
     except GatedRepoError as error:

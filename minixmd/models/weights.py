@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minixmd.config.references import repository
 from minixmd.models.families import read_config
 from minixmd.models.lora import Linear
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.shards import DTYPES, open_safetensors, survey, write_shards
 from minixmd.runs.files import read_json, write_json, write_safetensors
+from minixmd.runs.hub_names import parse_hub_name
 
 SPEAKERS = "spk_dict.pt"  # Omni's voices
 PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
@@ -158,7 +158,7 @@ def save_adapter(model, base, folder):
     layers = adapted(model)
     pairs = {name: {"lora_A": module.lora_A, "lora_B": module.lora_B} for name, module in layers.items()}
     first = next(iter(layers.values()))
-    name, revision = (not Path(base).is_dir() and repository(base)) or (str(base), None)
+    name, revision = (not Path(base).is_dir() and parse_hub_name(base)) or (str(base), None)
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision,
         "r": first.lora_A.shape[0], "lora_alpha": first.scale * first.lora_A.shape[0], "lora_dropout": 0.0,
