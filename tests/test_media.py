@@ -132,7 +132,7 @@ def test_frames_hidden_by_an_edit_list_do_not_count(tmp_path):
 
 def test_a_video_too_big_to_hold_is_decoded_twice_to_the_same_frames(clip, monkeypatch):
     once = read_video(clip)
-    monkeypatch.setattr(media, "HELD_BYTES", 50_000)
+    monkeypatch.setattr(media, "KEPT_BYTES", 50_000)
     assert torch.equal(read_video(clip), once)
 
 
