@@ -35,7 +35,7 @@ def test_the_whole_omni_config_is_read_at_its_thinker():
              "token2wav_config": {}}  # fmt: skip
     alone, part = read_config(thinker), read_config(whole)
     assert (part.text, part.audio, part.vision) == (alone.text, alone.audio, alone.vision)
-    assert part.part == thinker and part.raw == whole and part.family.skipped
+    assert part.section == thinker and part.raw == whole and part.family.skipped
     assert (part.ids_per_s, part.chunk_s) == (25, 2)
     with pytest.raises(ValueError, match="config.json: thinker_config is missing"):
         read_config({"model_type": "qwen2_5_omni"})
@@ -103,7 +103,7 @@ def test_what_the_base_config_class_writes_into_every_section_is_read_past():
 REFUSED = {  # (kind, path of the field, value, what the line must say)
     "sliding window": ("windowed", ("use_sliding_window",), True, "use_sliding_window = True is not implemented"),
     "activation": ("windowed", ("vision_config", "hidden_act"), "gelu", "vision_config.hidden_act = 'gelu'"),
-    "yarn": ("windowed", ("rope_scaling",), {"type": "yarn", "factor": 4}, "rope scaling"),
+    "yarn": ("windowed", ("rope_scaling",), {"type": "yarn", "factor": 4}, "rope_scaling ['yarn'] is not implemented"),
     "no window": ("windowed", ("vision_config", "window_size"), 0, "vision_config.window_size must be a positive int"),
     "blocks": ("windowed", ("vision_config", "fullatt_block_indexes"), ["1"], "must be a list of block numbers"),
     "patches": ("vision", ("vision_config", "patch_size"), 16, "vision_config.patch_size = 16 is not implemented"),
@@ -117,7 +117,7 @@ REFUSED = {  # (kind, path of the field, value, what the line must say)
     "rope list": ("windowed", ("rope_scaling",), [1], "rope_scaling must be an object, got [1]"),
     "sections": ("windowed", ("rope_scaling",), {"mrope_section": [2, "a", 2]}, "mrope_section must be a list of"),
     "section": ("windowed", ("rope_scaling",), {"mrope_section": 6}, "mrope_section must be a list of positive ints"),
-    "rope kind": ("windowed", ("rope_scaling",), {"type": ["x"]}, "rope scaling"),
+    "rope kind": ("windowed", ("rope_scaling",), {"type": ["x"]}, "rope_scaling ["),
     "layers": ("windowed", ("layer_types",), 5, "layer_types = 5 is not implemented"),
     "nan": ("windowed", ("rms_norm_eps",), float("nan"), "rms_norm_eps must be a positive float"),
     "heads": ("windowed", ("vision_config", "num_heads"), 3, "vision_config.num_heads 3 does not divide 32"),

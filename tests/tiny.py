@@ -76,7 +76,7 @@ def tiny_model(kind, kv=2, tie=False, seed=0, **more):
 
 def processor_of(folder, config, limit=4096):
     """A Processor for a model whose config.json does not say the media tokens' ids."""
-    return Processor(folder, replace(config, part={}, text=replace(config.text, max_position_embeddings=limit)))
+    return Processor(folder, replace(config, section={}, text=replace(config.text, max_position_embeddings=limit)))
 
 
 def reference_audio(kv=2):

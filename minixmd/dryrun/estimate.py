@@ -111,7 +111,7 @@ def find(value, stages, home):
                          f"{', '.join(PUBLISHED)}")
     if (folder / "tokenizer.json").is_file():
         return Found(name, config, Listener(folder, config), source)
-    return Found(name, config, Listener(home, replace(config, part={})), source)  # part: ids of its own tokenizer
+    return Found(name, config, Listener(home, replace(config, section={})), source)  # section: ids of its own tokenizer
 
 
 # ---- the memory of a stage ----
