@@ -16,15 +16,15 @@ def packed_attention(q_NHK, k_NJK, v_NJK, segments, causal=True):
         (N, H, K), of q's dtype.
     """
     runs = [list(run) for _, run in groupby(segments, key=lambda s: (s.length, s.parent))]  # each is one batched call
-    run_and_place = [(i, place) for i, run in enumerate(runs) for place in range(len(run))]  # of each segment
     q_runs, k_runs, v_runs = (_split(x, runs) for x in (q_NHK, k_NJK, v_NJK))
+    keys, values = ([x_HTK for run in x_runs for x_HTK in run] for x_runs in (k_runs, v_runs))  # of each segment
     outputs = []
     for run, q, k, v in zip(runs, q_runs, k_runs, v_runs, strict=True):
-        mask_TS = None
-        if run[0].parent >= 0:
-            i, place = run_and_place[run[0].parent]
-            k = _prepend(k_runs[i][place], k)
-            v = _prepend(v_runs[i][place], v)
+        mask_TS, parent = None, run[0].parent
+        if parent >= 0:
+            children = (len(run), -1, -1, -1)
+            k = torch.cat([keys[parent].expand(children), k], dim=2)
+            v = torch.cat([values[parent].expand(children), v], dim=2)
             T, S = q.shape[2], k.shape[2]
             mask_TS = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         o_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TS, is_causal=causal and mask_TS is None,
@@ -36,12 +36,11 @@ def packed_attention(q_NHK, k_NJK, v_NJK, segments, causal=True):
 def _split(x_NHK, runs):
     """Each run's rows as (B segments, H, T, K), by one split: slices would each have a gradient of all N rows."""
     parts = x_NHK.split([run[0].length * len(run) for run in runs])
-    return [x.unflatten(0, (len(run), -1)).transpose(1, 2) for x, run in zip(parts, runs, strict=True)]
-
-
-def _prepend(parent_HSK, x_BHTK):
-    """The parent's keys or values before those of each of its children."""
-    return torch.cat([parent_HSK.expand(len(x_BHTK), -1, -1, -1), x_BHTK], dim=2)
+    split = []
+    for x, run in zip(parts, runs, strict=True):
+        x_BTHK = x.unflatten(0, (len(run), -1))
+        split.append(x_BTHK.transpose(1, 2))
+    return split
 
 
 def _turn(x_NHK, cos_NK, sin_NK):

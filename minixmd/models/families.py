@@ -10,12 +10,10 @@ from typing import NamedTuple, get_args
 SYSTEM = "You are a helpful assistant."  # the system turn that the chat template adds to a conversation without one
 
 
-# A default is the reference's value for a field that a config.json leaves out; families replace some of them. None
-# stands for a field that a family does not have.
-
-
 @dataclass(frozen=True)
 class TextConfig:
+    """Defaults, here and below, are the reference's; families replace some of them. None: there is no such field."""
+
     vocab_size: int = 152064
     hidden_size: int = 8192
     intermediate_size: int = 29568
@@ -66,7 +64,6 @@ class ClipTemplate(NamedTuple):
 
 
 VISION_NAMES = {"width": "hidden_size", "out_width": "out_hidden_size"}  # our field -> its name in vision_config
-TRANSFORMERS_PREFIXES = {"model.": "model.language_model.", "lm_head.": "lm_head.", "": "model."}
 
 
 @dataclass(frozen=True)
@@ -82,9 +79,7 @@ class Family:
     vision_names: dict[str, str] = field(default_factory=VISION_NAMES.copy)
     video: ClipTemplate | None = None
     time_fields: dict[str, int] = field(default_factory=dict)  # config fields of sounded videos -> their defaults
-    # A frame's time is counted by the rate of the chosen frames, as qwen-vl-utils does; False: by the rate that was
-    # asked for, as the published Omni processor does.
-    sampled_fps: bool = True
+    sampled_fps: bool = True  # frames' times follow the rate of the chosen frames; False: the rate that was asked for
     split_qkv: bool = False  # the vision tower's queries, keys and values are three matrices in the file
     checkpoint_prefixes: dict[str, str] = field(default_factory=lambda: {"": ""})  # our prefix -> the published file's
     section: str | None = None  # config.json describes several models; this field is the one that is built
@@ -92,16 +87,16 @@ class Family:
 
     def checkpoint_name(self, name):
         """The published file's name for our parameter or module `name`."""
-        return _replace_prefix(name, self.checkpoint_prefixes)
+        old = next(prefix for prefix in self.checkpoint_prefixes if name.startswith(prefix))
+        return self.checkpoint_prefixes[old] + name.removeprefix(old)
 
     def transformers_path(self, name):
-        """The path in transformers 5, and so in the adapters of PEFT, of our parameter or module `name`."""
-        return _replace_prefix(name, TRANSFORMERS_PREFIXES)
-
-
-def _replace_prefix(name, prefixes):
-    old = next(prefix for prefix in prefixes if name.startswith(prefix))
-    return prefixes[old] + name.removeprefix(old)
+        """The path in transformers 5, which PEFT's adapters use, of our parameter or module `name`."""
+        if name.startswith("lm_head."):
+            return name
+        if name.startswith("model."):
+            return "model.language_model." + name.removeprefix("model.")
+        return "model." + name
 
 
 @dataclass(frozen=True)
@@ -116,8 +111,6 @@ class ModelConfig:
     section: dict  # the part of config.json that describes this model
     raw: dict  # config.json as read, for saving
 
-
-# ---- the families ----
 
 WINDOWED_VISION = VisionConfig(width=3584, mlp_ratio=None, intermediate_size=3420, window_size=112,
                                fullatt_block_indexes=(7, 15, 23, 31))
@@ -164,8 +157,6 @@ OMNI = replace(OMNI_THINKER, model_type="qwen2_5_omni", section="thinker_config"
                skipped={"talker.": "talker", "token2wav.": "token2wav"})
 FAMILIES = {family.model_type: family for family in (QWEN2_AUDIO, QWEN2_VL, QWEN2_5_VL, OMNI_THINKER, OMNI)}
 
-# ---- reading config.json ----
-
 INERT = set(  # no forward pass depends on them; from add_cross_attention on, what transformers 4 wrote of every class
     """model_type architectures torch_dtype dtype transformers_version use_cache initializer_range init_std ignore_index
     bos_token_id eos_token_id pad_token_id sliding_window max_window_layers vocab_size vision_token_id user_token_id
@@ -204,22 +195,22 @@ def read_config(raw):
             raise ValueError(f"config.json: {family.section} is missing")
     if section.get("quantization_config"):
         raise ValueError(f"config.json: {path}quantization_config: quantised weights are not read")
-    text_section = _text_section(section, family, path)
-    text = _read_fields(family.text_defaults, text_section, path + "text_config.")
+    text_section = _text_section(family, section, path)
+    text = _read_fields(family, family.text_defaults, text_section, path + "text_config.")
     audio = vision = None
     if family.audio:
-        audio = _read_fields(family.audio_defaults, _object(section, "audio_config", path), path + "audio_config.")
+        audio_section = _object(section, "audio_config", path)
+        audio = _read_fields(family, family.audio_defaults, audio_section, path + "audio_config.")
     if family.video:
-        activation = "silu" if family.vision_defaults.window_size else "quick_gelu"
-        vision = _read_fields(family.vision_defaults, _object(section, "vision_config", path), path + "vision_config.",
-                              family.vision_names, activation)
+        vision_section = _object(section, "vision_config", path)
+        vision = _read_fields(family, family.vision_defaults, vision_section, path + "vision_config.")
     times = {name: section.get(name, default) for name, default in family.time_fields.items()}
     for name, value in times.items():
         if type(value) is not int or value <= 0:
             raise ValueError(f"config.json: {path}{name} must be a positive int, got {value!r}")
     tied = bool(section.get("tie_word_embeddings", text_section.get("tie_word_embeddings", False)))
     ids_per_s = times.get("position_id_per_seconds", vision.tokens_per_second if vision else None)
-    _check_sizes(text, audio, vision, family.vision_names, path)
+    _check_sizes(family, text, audio, vision, path)
     return ModelConfig(family, text, audio, vision, tied, ids_per_s, times.get("seconds_per_chunk"), section, raw)
 
 
@@ -231,33 +222,30 @@ def _object(section, name, path):
     return value
 
 
-def _text_section(section, family, path):
+def _text_section(family, section, path):
     """The decoder's fields: those of text_config, or in a flat file those beside the encoders' sections."""
-    elsewhere = {"text_config", *family.token_fields, *family.time_fields}
-    if family.audio:
-        elsewhere.add("audio_config")
-    if family.video:
-        elsewhere.add("vision_config")
-    beside = {name: value for name, value in section.items() if name not in elsewhere}
+    read_elsewhere = {"text_config", *family.token_fields, *family.time_fields}
+    read_elsewhere.update(["audio_config"] if family.audio else [], ["vision_config"] if family.video else [])
+    beside = {name: value for name, value in section.items() if name not in read_elsewhere}
     nested = _object(section, "text_config", path)
     if nested is None:
         return beside
     beside.pop("vocab_size", None)
-    _read_fields(family.text_defaults, beside, path)  # only to refuse what is not implemented
+    _read_fields(family, family.text_defaults, beside, path)  # only to refuse what is not implemented
     return {name: value for name, value in nested.items() if name not in family.token_fields}
 
 
-def _read_fields(defaults, section, path, names=None, activation="silu"):
-    """A section of config.json as a dataclass of the type of `defaults`.
+def _read_fields(family, defaults, section, path):
+    """A section of config.json, which may be None, as a dataclass of the type of `defaults`.
 
-    Args:
-        section: the section; None is an empty one.
-        path: where it stands, as messages write it, such as "vision_config.".
-        names: {field of the dataclass: its name in config.json} where the two differ.
-        activation: the value of hidden_act that is implemented.
+    path: where the section stands, as messages write it, such as "vision_config.".
     """
-    names = names or {}
-    known = {names.get(f.name, f.name): f for f in fields(defaults) if getattr(defaults, f.name) is not None}
+    known = {}  # name in config.json -> field
+    for f in fields(defaults):
+        if getattr(defaults, f.name) is not None:
+            known[family.vision_names.get(f.name, f.name)] = f
+    plain_vision = isinstance(defaults, VisionConfig) and defaults.window_size is None
+    allowed = {**ALLOWED, "hidden_act": ("quick_gelu",) if plain_vision else ("silu",)}
     values = {}
     for name, value in _flatten_rope(section or {}, path).items():
         if value is None:
@@ -266,29 +254,26 @@ def _read_fields(defaults, section, path, names=None, activation="silu"):
             values[known[name].name] = _checked_value(name, value, known[name].type, path)
             implemented = value == FRONT_END.get(name, value)
         else:
-            implemented = _changes_nothing(name, value, activation)
+            changes_nothing = name in INERT or name.startswith("_") or value in allowed.get(name, ())
+            implemented = changes_nothing or _is_full_attention(name, value)
         if not implemented:
             must = f"; it must be {FRONT_END[name]}" if name in FRONT_END else ""
             raise ValueError(f"config.json: {path}{name} = {value!r} is not implemented{must}")
     return replace(defaults, **values)
 
 
-def _changes_nothing(name, value, activation):
-    """Whether a field that is not read leaves the reference's model as it is."""
-    if name == "layer_types":
-        return isinstance(value, list) and all(kind == "full_attention" for kind in value)
-    allowed = (activation,) if name == "hidden_act" else ALLOWED.get(name, ())
-    return name in INERT or name.startswith("_") or value in allowed
+def _is_full_attention(name, value):
+    return name == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value)
 
 
 def _flatten_rope(section, path):
-    """A section in which rope_theta and mrope_section are fields like others.
-
-    Published files have them in rope_scaling, transformers 5 writes them in rope_parameters.
-    """
-    rope = {**(_object(section, "rope_parameters", path) or {}), **(_object(section, "rope_scaling", path) or {})}
+    """The section with rope_theta and mrope_section taken out of rope_scaling (published files) or rope_parameters
+    (transformers 5)."""
+    flat, rope = dict(section), {}
+    for name in ("rope_parameters", "rope_scaling"):
+        rope.update(_object(section, name, path) or {})
+        flat.pop(name, None)
     kinds = {str(rope.pop(name, "default")) for name in ("rope_type", "type")} - {"default", "mrope", "axial"}
-    flat = {name: value for name, value in section.items() if name not in ("rope_parameters", "rope_scaling")}
     for name in ("rope_theta", "mrope_section"):
         if name in rope:
             flat[name] = rope.pop(name)
@@ -298,7 +283,7 @@ def _flatten_rope(section, path):
 
 
 def _checked_value(name, value, annotation, path):
-    """The value of a field, if it is of the annotated type and positive; a list becomes a tuple."""
+    """The value, if it is of the annotated type and positive; a list becomes a tuple."""
     if name in LISTS:
         of, least = LISTS[name]
         if not isinstance(value, list) or not all(type(item) is int and item >= least for item in value):
@@ -310,7 +295,7 @@ def _checked_value(name, value, annotation, path):
     return value
 
 
-def _check_sizes(text, audio, vision, vision_names, path):
+def _check_sizes(family, text, audio, vision, path):
     """Raises ValueError for sizes that do not fit each other."""
     divisors = [("text_config.num_attention_heads", text.num_attention_heads, text.hidden_size),
                 ("text_config.num_key_value_heads", text.num_key_value_heads, text.num_attention_heads)]
@@ -321,7 +306,7 @@ def _check_sizes(text, audio, vision, vision_names, path):
             widths.append(("audio_config.output_dim", audio.output_dim))
     if vision:
         divisors.append(("vision_config.num_heads", vision.num_heads, vision.width))
-        widths.append((f"vision_config.{vision_names['out_width']}", vision.out_width))
+        widths.append((f"vision_config.{family.vision_names['out_width']}", vision.out_width))
         if vision.window_size is not None and vision.window_size < 28:
             raise ValueError(f"config.json: {path}vision_config.window_size {vision.window_size} is less than a "
                              "merged token's 28 pixels")

@@ -1,8 +1,8 @@
 """A model's folder by path or by its name on the Hugging Face hub, "owner/name" or "owner/name@revision".
 
-Only what is read is fetched: config and tokenizer, the index, then the shards that hold tensors we build. All of it
-stays in the hub's own cache, which serves without a network what it has. Name a commit, and a run can be repeated;
-without one the name stands for the commit that `main` is when this process first asks, and stderr says which.
+Only what is read is fetched: config and tokenizer, the index, then the shards that hold tensors we build. It stays in
+the hub's own cache, which works without a network. Name a commit, and a run can be repeated; without one the name
+stands for the commit that `main` is when this process first asks, and stderr says which.
 """
 import sys
 from functools import cache
@@ -21,8 +21,7 @@ SMALL_FILES = ("config.json", "adapter_config.json", INDEX, *PROCESSOR_FILES)
 def model_folder(name):
     """The local folder of a model or adapter, fetched from the hub if it is a name there and no folder here.
 
-    Raises:
-        ValueError: no such folder, repository, revision or file; access refused; neither a network nor a cached copy.
+    Raises ValueError: no such folder, repository, revision or file; access refused; no network and no cached copy.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -41,11 +40,7 @@ def model_folder(name):
 
 
 def pinned(name):
-    """What a model's name stands for now: a folder's absolute path, or "owner/name@commit".
-
-    Raises:
-        ValueError: as model_folder.
-    """
+    """What a model's name stands for now: a folder's absolute path, or "owner/name@commit". Raises as model_folder."""
     if Path(name).is_dir():
         return str(Path(name).resolve())
     if parse_hub_name(name) is None:
@@ -56,8 +51,7 @@ def pinned(name):
 def base_folder(folder):
     """The local folder of the model that an adapter's folder names as its base, fetched if need be.
 
-    Raises:
-        ValueError: as model_folder; the line names the adapter.
+    Raises ValueError as model_folder; the line names the adapter.
     """
     config = read_json(Path(folder) / "adapter_config.json")
     name = config.get("base_model_name_or_path") or "unnamed"

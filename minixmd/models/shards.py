@@ -1,5 +1,4 @@
-"""Safetensors checkpoints on disk: one file, or shards and their index. Only headers are read until a tensor is needed."""
-from collections import Counter
+"""Safetensors checkpoints on disk: one file, or shards and their index. Headers only, until a tensor is needed."""
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +12,6 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class TensorInfo(NamedTuple):
-    """A tensor as its file's header describes it."""
-
     file: str
     shape: list[int]
     dtype: str  # a key of DTYPES, or another that is not read
@@ -56,13 +53,11 @@ def read_headers(folder, family):
     """What the files hold of the parts that are built, from their headers alone.
 
     Returns:
-        ({tensor: TensorInfo}, {tensor: fault}). A fault is a tensor in two shards, in another one than the index says,
-        or that the index does not name.
+        ({tensor: TensorInfo}, {tensor: fault}); a fault is a tensor in two shards, or not where the index says.
     Raises:
         ValueError: a missing or truncated file, or an unusable index.
     """
-    folder = Path(folder)
-    index = _read_index(folder)
+    folder, index = Path(folder), _read_index(Path(folder))
     infos, faults = {}, {}
     for file in tensor_files(folder, family):
         with open_safetensors(folder / file) as shard:
@@ -84,13 +79,13 @@ def read_headers(folder, family):
 
 
 def tensor_faults(actual, expected):
-    """{tensor: fault} of those that are missing, unexpected or misshapen. actual, expected: {tensor: shape}."""
+    """{name: fault} of tensors that are missing, unexpected or misshapen. Both: {name: what has a .shape}."""
     faults = {name: f"missing {name}" for name in expected.keys() - actual.keys()}
-    for name, shape in actual.items():
+    for name, tensor in actual.items():
         if name not in expected:
             faults[name] = f"unexpected {name}"
-        elif list(shape) != list(expected[name]):
-            faults[name] = f"{name} has shape {list(shape)}, expected {list(expected[name])}"
+        elif list(tensor.shape) != list(expected[name].shape):
+            faults[name] = f"{name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
     return faults
 
 
@@ -102,9 +97,7 @@ def skipped_parts(folder, family):
     if names is None:
         with open_safetensors(Path(folder) / SINGLE) as file:
             names = file.keys()
-    counts = Counter()
-    for prefix, part in family.skipped.items():
-        counts[part] += sum(name.startswith(prefix) for name in names)
+    counts = {part: sum(name.startswith(prefix) for name in names) for prefix, part in family.skipped.items()}
     return {part: count for part, count in counts.items() if count}
 
 

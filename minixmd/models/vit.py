@@ -97,21 +97,6 @@ class Merger(nn.Module):
         return self.mlp(self.ln_q(x_PE).reshape(-1, self.width))
 
 
-def window_order(grid_thw, side):
-    """The merged tokens of a clip, window by window: their numbers in frame order, and each window's token count.
-
-    Windows are `side` x `side` merged tokens, cut from a frame's top left corner; those at the right and lower edge
-    hold what is left.
-    """
-    t, h, w = grid_thw[0], grid_thw[1] // 2, grid_thw[2] // 2
-    windows = []
-    for rows in torch.arange(h * w).view(h, w).split(side):
-        windows += [window.flatten() for window in rows.split(side, dim=1)]
-    frame_order = torch.cat(windows)
-    order = torch.cat([frame_order + i * h * w for i in range(t)])
-    return order, [len(window) for window in windows] * t
-
-
 class ViT(nn.Module):
     def __init__(self, config, split_qkv=False):
         super().__init__()
@@ -127,57 +112,58 @@ class ViT(nn.Module):
         """
         half = self.config.width // self.config.num_heads // 2
         merge = self.config.spatial_merge_size
-        angles = []
+        device = media[0].features.device
+        frequencies = 1.0 / 10000.0 ** (torch.arange(0, half, 2, device=device).float() / half)
+        places = []
         for clip in media:
             t, h, w = clip.grid_thw
-            device = clip.features.device
-            frequencies = 1.0 / 10000.0 ** (torch.arange(0, half, 2, device=device).float() / half)
-            grid = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
-            place_hw2 = torch.stack(grid, -1)
-            blocks = place_hw2.unflatten(0, (h // merge, merge)).unflatten(2, (w // merge, merge)).transpose(1, 2)
-            place_P2 = blocks.reshape(-1, 2).repeat(t, 1)
-            angles.append((place_P2[..., None].float() * frequencies).flatten(1))
-        angle_PK = torch.cat(angles).repeat(1, 2)
+            sizes = (h // merge, w // merge, merge, merge)  # rows and columns of blocks, then those inside a block
+            place_P4 = torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
+            places.append((merge * place_P4[:, :2] + place_P4[:, 2:]).repeat(t, 1))
+        place_P2 = torch.cat(places)
+        angle_PK = (place_P2[..., None].float() * frequencies).flatten(1).repeat(1, 2)
         return angle_PK.cos(), angle_PK.sin()
 
     def forward(self, media):
-        """Clips to video tokens.
+        """Video tokens of a list of Media, (sum of t h w / 4, D).
 
-        Args:
-            media: list of video Media; features patches_PC in merge-block order.
-        Returns:
-            (sum of t h w / 4, D): patches of one frame pair see each other (in most blocks of a tower with windows:
-            those of one window), pairs do not.
+        Patches of one frame pair see each other (in most blocks of a tower with windows: those of one window), pairs do
+        not.
         """
         x_PE = self.patch_embed(torch.cat([clip.features for clip in media]))
         cos_PK, sin_PK = self.rotary(media)
-        frame_lengths = []
-        for clip in media:
-            t, h, w = clip.grid_thw
-            frame_lengths += [h * w] * t
-        frames = consecutive_segments(frame_lengths)
+        grids = [clip.grid_thw for clip in media]
+        frames = consecutive_segments([h * w for t, h, w in grids for _ in range(t)])
         if self.config.window_size is None:
             for block in self.blocks:
                 x_PE = block(x_PE, cos_PK, sin_PK, frames)
             return self.merger(x_PE)
 
-        order, windows = self._windows(media)
-        merge = self.config.spatial_merge_size**2
+        order, windows = self._windows(grids)
         order = order.to(x_PE.device)
-        x_PE, cos_PK, sin_PK = (x.unflatten(0, (-1, merge))[order].flatten(0, 1) for x in (x_PE, cos_PK, sin_PK))
+        patches = self.config.spatial_merge_size**2  # of a merged token
+        rows_P = (patches * order[:, None] + torch.arange(patches, device=order.device)).flatten()
+        x_PE, cos_PK, sin_PK = x_PE[rows_P], cos_PK[rows_P], sin_PK[rows_P]
         for i, block in enumerate(self.blocks):
             segments = frames if i in self.config.fullatt_block_indexes else windows
             x_PE = block(x_PE, cos_PK, sin_PK, segments)
         return self.merger(x_PE)[order.argsort()]
 
-    def _windows(self, media):
-        """The merged tokens of all clips in window order, and the windows as Segments of patches."""
+    def _windows(self, grids):
+        """The merged tokens of clips in window order, (sum of t h w / 4,), and the windows as Segments of patches.
+
+        Windows are squares, cut from a frame's top left corner; those at the right and lower edge hold what is left.
+        """
         merge = self.config.spatial_merge_size
         side = self.config.window_size // self.config.patch_size // merge
         orders, lengths, first = [], [], 0
-        for clip in media:
-            order, counts = window_order(clip.grid_thw, side)
-            orders.append(order + first)
-            lengths += [merge**2 * count for count in counts]
-            first += len(order)
+        for t, h, w in grids:
+            number_hw = torch.arange(h * w // merge**2).view(h // merge, w // merge)
+            windows = []
+            for rows in number_hw.split(side):
+                windows += [window.flatten() for window in rows.split(side, dim=1)]
+            frame_start_t = first + number_hw.numel() * torch.arange(t)
+            orders.append((frame_start_t[:, None] + torch.cat(windows)).flatten())
+            lengths += [merge**2 * len(window) for window in windows] * t
+            first += t * number_hw.numel()
         return torch.cat(orders), consecutive_segments(lengths)

@@ -3,6 +3,7 @@ file, and those of the model.
 """
 import re
 import shutil
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -25,8 +26,6 @@ NOT_PLAIN_LORA = ("peft_type", "bias", "fan_in_fan_out", "use_rslora", "use_dora
                   "alpha_pattern", "layer_replication", "alora_invocation_tokens")
 DTYPE_FIELDS = {"dtype", "torch_dtype"}  # of config.json, in transformers 5 and 4
 
-# ---- whole models ----
-
 
 def config_of(folder):
     """ModelConfig from a folder's config.json; ValueError, naming file and field, if it is not supported."""
@@ -47,10 +46,10 @@ def build(config):
 
 
 def load_model(folder, *, device="cpu", dtype=torch.float32):
-    """Build on `meta` from config.json, then stream every tensor of the folder's safetensors files into its place.
+    """Build on `meta` from config.json, then copy every tensor of the folder's safetensors files into it, one by one.
 
-    The headers of all files are read and compared first. Then each tensor gets memory of its own and is copied there
-    from its file, so the peak is the model, and no parameter keeps a file open.
+    The headers of all files are read and compared first. Each tensor gets memory of its own, so the peak is the model,
+    and no parameter keeps a file open.
 
     Args:
         folder: config.json and model.safetensors (or shards with their index) in fp32, bf16 or fp16. Shards that hold
@@ -64,33 +63,10 @@ def load_model(folder, *, device="cpu", dtype=torch.float32):
     config = config_of(folder)
     model = build(config)
     parameters = {config.family.checkpoint_name(name): name for name, _ in model.named_parameters()}
-    infos, faults = read_headers(folder, config.family)
+    infos, header_faults = read_headers(folder, config.family)
     head = config.family.checkpoint_name("lm_head.weight")
     head_copy = infos.pop(head, None) if config.tie_word_embeddings else None
-    _check_tensors(folder, model, parameters, infos, faults)
-    names_in = {}
-    for name, info in infos.items():
-        names_in.setdefault(info.file, []).append(name)
-    for file, names in names_in.items():
-        with open_safetensors(folder / file) as tensors:
-            for name in names:
-                tensor = torch.empty(infos[name].shape, device=device, dtype=dtype)
-                tensor.copy_(tensors.get_tensor(name))
-                module, _, leaf = parameters[name].rpartition(".")
-                setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
-    model.tie()
-    if head_copy is not None:
-        with open_safetensors(folder / head_copy.file) as tensors:
-            if not torch.equal(tensors.get_tensor(head).to(device, dtype), model.lm_head.weight):
-                embedding = config.family.checkpoint_name("model.embed_tokens.weight")
-                raise ValueError(f"{folder}: config.json ties {head} to {embedding}, but the file's two differ")
-    return model
-
-
-def _check_tensors(folder, model, parameters, infos, header_faults):
-    """Raises one ValueError for all that does not fit. parameters: {name in the file: ours} of the model's."""
-    expected = {name: model.get_parameter(ours).shape for name, ours in parameters.items()}
-    faults = tensor_faults({name: info.shape for name, info in infos.items()}, expected)
+    faults = tensor_faults(infos, {name: model.get_parameter(ours) for name, ours in parameters.items()})
     for name, info in infos.items():
         if name not in faults and info.dtype not in DTYPES:
             faults[name] = f"{name} is {info.dtype}, expected {', '.join(DTYPES)}"
@@ -98,13 +74,27 @@ def _check_tensors(folder, model, parameters, infos, header_faults):
     if faults:
         listed = "; ".join(sorted(faults.values()))
         raise ValueError(f"{folder}: {len(faults)} tensors do not fit config.json: {listed}")
+    for path, names in groupby(infos, key=lambda name: folder / infos[name].file):
+        with open_safetensors(path) as file:
+            for name in names:
+                tensor = torch.empty(infos[name].shape, device=device, dtype=dtype)
+                tensor.copy_(file.get_tensor(name))
+                module, _, leaf = parameters[name].rpartition(".")
+                setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+    model.tie()
+    if head_copy is not None:
+        with open_safetensors(folder / head_copy.file) as file:
+            if not torch.equal(file.get_tensor(head).to(device, dtype), model.lm_head.weight):
+                embedding = config.family.checkpoint_name("model.embed_tokens.weight")
+                raise ValueError(f"{folder}: config.json ties {head} to {embedding}, but the file's two differ")
+    return model
 
 
 def save_model(model, processor_folder, folder, shard_bytes=SHARD_BYTES):
     """Write a model without adapters in the published layout, with the tokenizer and processor files of its source.
 
-    config.json names the dtype written. It is written last, and an older one is removed first: without it nothing loads
-    the folder, so a kill leaves no mixture. Of Qwen2.5-Omni the thinker is written, and config.json says so.
+    config.json names the dtype written. An older one is removed first, and the new one is written last: without it
+    nothing loads the folder, so a kill leaves no mixture. Of Qwen2.5-Omni the thinker is written.
 
     Args:
         processor_folder: where the tokenizer's files are; may be `folder`.
@@ -149,9 +139,6 @@ def _with_dtype(section, dtype):
     return copy
 
 
-# ---- adapters ----
-
-
 def adapted(model):
     """{module name: Linear} of the layers that carry an adapter."""
     return {name: layer for name, layer in named_linears(model).items() if layer.lora_A is not None}
@@ -183,8 +170,7 @@ def write_adapter(folder, config, pairs, path_of):
     Args:
         config: adapter_config.json, but for target_modules.
         pairs: {our module name: {"lora_A": (R, in), "lora_B": (out, R)}}.
-        path_of: our module name -> its path in the program that is to read the adapter: Family.transformers_path, or
-            Family.checkpoint_name for programs of transformers 4's time.
+        path_of: Family.transformers_path, or Family.checkpoint_name for programs of transformers 4's time.
     """
     tensors, targets = {}, []
     for name, pair in sorted(pairs.items()):
@@ -202,8 +188,7 @@ def read_adapter(model, folder):
     Returns:
         (adapter_config.json, pairs as write_adapter takes them, fp32 on the CPU)
     Raises:
-        ValueError: a tensor that belongs to no linear layer of the model, half a pair, another shape, or an adapter
-            that is not plain LoRA.
+        ValueError: an adapter that does not fit the model or is not plain LoRA.
     """
     folder = Path(folder)
     config = read_json(folder / "adapter_config.json")
@@ -241,13 +226,10 @@ def read_adapter(model, folder):
 
 
 def _module_paths(family, name):
-    """The paths that an adapter's file may have for one of our modules.
-
-    Ours; transformers 5's; the published file's, which older adapters have; and, of a family with several models,
-    transformers 5's in the class that holds them all.
-    """
+    """The paths that an adapter's file may have for one of our modules: ours, transformers 5's, and the published
+    file's, which older adapters have."""
     paths = [name, family.transformers_path(name), family.checkpoint_name(name)]
-    if family.section:
+    if family.section:  # transformers 5's in the class that holds all of the family's models
         paths.append(family.section.removesuffix("_config") + "." + family.transformers_path(name))
     return paths
 

@@ -5,7 +5,7 @@ frames, which the log-mel carries as a halo. Without the padding the clip's own 
 the same blocks, but cuts a clip into chunks of 2 s that do not see each other.
 """
 import math
-from itertools import accumulate, groupby
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -66,13 +66,9 @@ class Whisper(nn.Module):
             self.audio_bos_eos_token = nn.Embedding(2, config.output_dim)  # in the file; nothing reads it
 
     def forward(self, media):
-        """Clips to audio tokens.
+        """Audio tokens of a list of Media, (sum of tokens, E), in Omni's tower of the decoder's width.
 
-        Args:
-            media: list of audio Media; features mel_MA with up to two frames of halo after `frames`.
-        Returns:
-            (sum of tokens, E), with chunks in the decoder's width. A clip has A = ceil(frames / 2) positions, averaged
-            in pairs (an odd last one drops).
+        A clip has A = ceil(frames / 2) positions, which are averaged in pairs (an odd last one drops).
         """
         x_AE, lengths = self.convolve(media)
         segments = consecutive_segments(lengths)
@@ -84,11 +80,8 @@ class Whisper(nn.Module):
         return self.proj(self.ln_post(x_AE))
 
     def convolve(self, media):
-        """The first block's input, (sum of A, E), and the length A of each clip or chunk.
-
-        Neighbours of one size share a call.
-        """
-        chunks = []  # mel frames, and how many of them are not halo
+        """The first block's input, (sum of A, E), and A of each clip or chunk. Neighbours of one size share a call."""
+        chunks = []  # mel_MA, and how many of its frames are not halo
         for m in media:
             if self.config.n_window is None:
                 chunks.append((m.features, m.frames))
@@ -99,9 +92,10 @@ class Whisper(nn.Module):
         rows, lengths = [], []
         for (frames, _), run in groupby(chunks, key=lambda chunk: (chunk[1], chunk[0].shape)):
             A = (frames + 1) // 2
-            mel_BMA = torch.stack([mel_MA for mel_MA, _ in run]).to(self.conv1.weight.dtype)
-            x_BEA = F.gelu(self.conv2(F.gelu(self.conv1(mel_BMA))))[:, :, :A]
-            x_BAE = x_BEA.transpose(1, 2) + positions_AE[:A].to(x_BEA.dtype)
+            mel_BMA = torch.stack([mel_MA for mel_MA, _ in run])
+            x_BEA = F.gelu(self.conv1(mel_BMA.to(self.conv1.weight.dtype)))
+            x_BEA = F.gelu(self.conv2(x_BEA))
+            x_BAE = x_BEA[:, :, :A].transpose(1, 2) + positions_AE[:A].to(x_BEA.dtype)
             rows.append(x_BAE.flatten(0, 1))
             lengths += [A] * len(mel_BMA)
         return torch.cat(rows), lengths
@@ -119,6 +113,6 @@ class Whisper(nn.Module):
 
 def _pool(x_AE, lengths):
     """The mean of each clip's neighbouring rows, two by two; an odd last row drops."""
-    starts = [torch.arange(end - A, end - 1, 2) for A, end in zip(lengths, accumulate(lengths), strict=True)]
+    starts = [torch.arange(s.start, s.start + s.length - 1, 2) for s in consecutive_segments(lengths)]
     first = torch.cat(starts).to(x_AE.device)
     return (x_AE[first] + x_AE[first + 1]) / 2
