@@ -1,10 +1,8 @@
 """PANN's Cnn14_16k: six blocks of 3 x 3 convolutions over a clip's log-mel frames, one embedding, then classes.
 
 Attribute names equal the published file's, Cnn14_16k_mAP=0.438.pth. Three of its tensors are the front end's, which
-inputs/panns.py computes before the model. The model keeps them, frozen and unused, so that every tensor of a file is
-accounted for, and a file with another front end is refused.
-
-Letters: B clips, A frames of 10 ms, M = 64 mel bins, C channels, E the embedding's width, K classes.
+inputs/panns.py computes before the model: they are kept, frozen and unused, so that a file with another front end is
+refused. Letters: B clips, A frames of 10 ms, M = 64 mel bins, C channels, E the embedding's width, K classes.
 """
 import pickle
 from itertools import pairwise
@@ -141,11 +139,8 @@ def make_cnn14(classes, width, seed):
 def load_weights(model, path, head=True):
     """Fill a Cnn14 from a checkpoint: PANNs' .pth ({"model": tensors, …} or the tensors alone) or safetensors.
 
-    Args:
-        head: False leaves the model its own fc_audioset, for other classes than the file's.
-    Raises:
-        ValueError: no checkpoint that can be read without running code; or missing, unexpected and misshapen tensors
-            and a front end that is not ours, all in one message.
+    head: False leaves the model its own fc_audioset, for other classes than the file's. Raises ValueError: the file
+    cannot be read without running code; or missing, unexpected and misshapen tensors and another front end, all at once.
     """
     tensors, state = _read(Path(path)), model.state_dict()
     if not head:

@@ -1,7 +1,7 @@
 """The model families: what differs between them, as data, and config.json read into dataclasses.
 
-Reading is strict. A field that is absent takes the reference's default. A field that would make the reference another
-model, and that is not implemented here, raises, unless it has the value under which it changes nothing.
+A field that is absent takes the reference's default. One that is not implemented here raises, unless it has the value
+under which it does not change the reference's model.
 """
 import math
 from dataclasses import dataclass, field, fields, replace

@@ -40,10 +40,7 @@ def named_linears(model):
 
 
 def set_backend(model, backend):
-    """Chooses the kernels of a model, "triton" or "torch": of its adapters, its head and its rollouts.
-
-    New models use "torch".
-    """
+    """Chooses the kernels of a model's adapters, head and rollouts: "triton" or "torch", which new models have."""
     model.backend = backend
     for layer in named_linears(model).values():
         layer.backend = backend
@@ -56,17 +53,14 @@ def add_lora(model, *, rank, alpha, targets, seed):
         model: MultimodalLM. rank, alpha: as in the LoRA paper; the product is scaled by alpha / rank.
         targets: regular expression over module names. seed: of A; each module's draw depends on its name only.
     Returns:
-        The list of adapted module names.
-    Raises:
-        ValueError: the pattern matches no Linear.
+        The list of adapted module names; ValueError if the pattern matches no Linear.
     """
     model.requires_grad_(False)
     layers = {name: layer for name, layer in named_linears(model).items() if re.fullmatch(targets, name)}
     if not layers:
         raise ValueError(f"lora_targets {targets!r} matches no linear layer of this model")
     for name, layer in layers.items():
-        out_features, in_features = layer.weight.shape
-        device = layer.weight.device
+        (out_features, in_features), device = layer.weight.shape, layer.weight.device
         generator = torch.Generator().manual_seed(hash_seed(seed, name))
         bound = in_features ** -0.5  # kaiming_uniform with a = sqrt(5), the field's convention
         a_RD = (torch.rand(rank, in_features, generator=generator) * 2 - 1) * bound

@@ -25,8 +25,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.H = config.num_attention_heads
         self.J = config.num_key_value_heads
-        D = config.hidden_size
-        K = D // self.H
+        D, K = config.hidden_size, config.hidden_size // self.H
         self.q_proj = Linear(D, self.H * K)
         self.k_proj = Linear(D, self.J * K)
         self.v_proj = Linear(D, self.J * K)
@@ -71,8 +70,8 @@ class Block(nn.Module):
 class Qwen2(nn.Module):
     """Embeddings to hidden states.
 
-    How rows see each other is the caller's `attend(layer, q_NHK, k_NJK, v_NJK) -> o_NHK`. Packed training, prefill
-    that keeps keys and values, and one-token decoding are three such functions over this one forward pass.
+    How rows see each other is the caller's `attend(layer, q_NHK, k_NJK, v_NJK) -> o_NHK`: packed training, prefill that
+    keeps keys and values, and one-token decoding are three such functions.
     """
 
     def __init__(self, config):

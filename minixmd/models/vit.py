@@ -106,10 +106,8 @@ class ViT(nn.Module):
         self.merger = Merger(config)
 
     def rotary(self, media):
-        """cos, sin (P, K) fp32 in the order of the patches, merge block by merge block.
-
-        The first half of the frequencies turns by the patch's row, the second by its column.
-        """
+        """cos, sin (P, K) fp32 in the order of the patches, merge block by merge block. The first half of the
+        frequencies turns by the patch's row, the second by its column."""
         half = self.config.width // self.config.num_heads // 2
         merge = self.config.spatial_merge_size
         device = media[0].features.device
@@ -125,11 +123,7 @@ class ViT(nn.Module):
         return angle_PK.cos(), angle_PK.sin()
 
     def forward(self, media):
-        """Video tokens of a list of Media, (sum of t h w / 4, D).
-
-        Patches of one frame pair see each other (in most blocks of a tower with windows: those of one window), pairs do
-        not.
-        """
+        """Video tokens of a list of Media, (sum of t h w / 4, D); patches see their frame pair or their window."""
         x_PE = self.patch_embed(torch.cat([clip.features for clip in media]))
         cos_PK, sin_PK = self.rotary(media)
         grids = [clip.grid_thw for clip in media]
@@ -150,10 +144,8 @@ class ViT(nn.Module):
         return self.merger(x_PE)[order.argsort()]
 
     def _windows(self, grids):
-        """The merged tokens of clips in window order, (sum of t h w / 4,), and the windows as Segments of patches.
-
-        Windows are squares, cut from a frame's top left corner; those at the right and lower edge hold what is left.
-        """
+        """The merged tokens of clips in window order, and the windows as Segments of patches. Windows are squares, cut
+        from a frame's top left corner; those at the right and lower edge hold what is left."""
         merge = self.config.spatial_merge_size
         side = self.config.window_size // self.config.patch_size // merge
         orders, lengths, first = [], [], 0

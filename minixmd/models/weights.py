@@ -1,6 +1,4 @@
-"""Checkpoints in the published layout and adapters in PEFT's. Both ways every tensor is accounted for: those of the
-file, and those of the model.
-"""
+"""Checkpoints in the published layout and adapters in PEFT's; every tensor of file and model is accounted for."""
 import re
 import shutil
 from itertools import groupby
@@ -53,7 +51,7 @@ def load_model(folder, *, device="cpu", dtype=torch.float32):
 
     Args:
         folder: config.json and model.safetensors (or shards with their index) in fp32, bf16 or fp16. Shards that hold
-            nothing but parts that are not built (shards.skipped_parts) need not be there.
+            nothing that is built need not be there.
     Returns:
         MultimodalLM, frozen, in `dtype` on `device`.
     Raises:
@@ -96,11 +94,8 @@ def save_model(model, processor_folder, folder, shard_bytes=SHARD_BYTES):
     config.json names the dtype written. An older one is removed first, and the new one is written last: without it
     nothing loads the folder, so a kill leaves no mixture. Of Qwen2.5-Omni the thinker is written.
 
-    Args:
-        processor_folder: where the tokenizer's files are; may be `folder`.
-        shard_bytes: above this size in all, the weights are cut into files of at most it.
-    Raises:
-        ValueError: the model carries an adapter, or `folder` holds one.
+    processor_folder: where the tokenizer's files are; may be `folder`. shard_bytes: above this size in all, the weights
+    are cut into files of at most it. Raises ValueError: the model carries an adapter, or `folder` holds one.
     """
     folder, family = Path(folder), model.config.family
     if adapted(model):
@@ -114,11 +109,10 @@ def save_model(model, processor_folder, folder, shard_bytes=SHARD_BYTES):
         if source.is_file() and source.resolve() != (folder / name).resolve():
             shutil.copyfile(source, folder / name)
     write_shards(folder, {family.checkpoint_name(name): p for name, p in model.named_parameters()}, shard_bytes)
-    raw = dict(model.config.raw)
-    dtype = str(model.dtype).removeprefix("torch.")
+    raw = model.config.raw
     if not DTYPE_FIELDS & raw.keys():
-        raw["torch_dtype"] = dtype
-    raw = _with_dtype(raw, dtype)
+        raw = {**raw, "torch_dtype": None}
+    raw = _with_dtype(raw, str(model.dtype).removeprefix("torch."))
     if model.config.tie_word_embeddings:  # transformers does not look for it in Omni's text_config
         section = raw[family.section] if family.section else raw
         section["tie_word_embeddings"] = True
@@ -131,12 +125,8 @@ def save_model(model, processor_folder, folder, shard_bytes=SHARD_BYTES):
 
 def _with_dtype(section, dtype):
     """A copy of a config in which all dtypes that it names, also in inner sections, are `dtype`."""
-    copy = {}
-    for name, value in section.items():
-        if name in DTYPE_FIELDS:
-            value = dtype
-        copy[name] = _with_dtype(value, dtype) if isinstance(value, dict) else value
-    return copy
+    copy = {**section, **dict.fromkeys(DTYPE_FIELDS & section.keys(), dtype)}
+    return {name: _with_dtype(value, dtype) if isinstance(value, dict) else value for name, value in copy.items()}
 
 
 def adapted(model):
@@ -147,8 +137,7 @@ def adapted(model):
 def save_adapter(model, base, folder):
     """Write the model's adapter in PEFT's format, with transformers 5 module paths (of Omni: the thinker class's).
 
-    Args:
-        base: the model it belongs to, recorded for `load` and PEFT: a path, or "owner/name@revision" on the hub.
+    base: the model it belongs to, recorded for `load` and PEFT: a path, or "owner/name@revision" on the hub.
     """
     layers = adapted(model)
     pairs = {name: {"lora_A": layer.lora_A, "lora_B": layer.lora_B} for name, layer in layers.items()}
