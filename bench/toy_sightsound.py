@@ -23,11 +23,11 @@ import torch
 from minixmd import load
 from minixmd.config import FactCheck
 from minixmd.inputs.examples import read_manifest
-from minixmd.models.lora import hash_seed
 from minixmd.papers.sightsound import CONTROLS, LADDER
 from minixmd.recipes.toy_sightsound_ablation import MODES
 from minixmd.runs.files import read_json, write_json
 from minixmd.runs.records import read_jsonl
+from minixmd.runs.seeds import hash_seed
 from minixmd.stages import verifier
 from minixmd.stages.switch import load_logmel
 from minixmd.tasks.answers import thoughts

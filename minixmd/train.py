@@ -29,10 +29,11 @@ from minixmd.learning.optim import adamw, learning_rate
 from minixmd.learning.policy import make_rollout, rollout_metrics, score_completions
 from minixmd.learning.targets import resolve_targets, stored_rows
 from minixmd.models.head import CrossEntropy, DistillTopK, PolicyLoss
-from minixmd.models.lora import hash_seed, make_trainable
+from minixmd.models.lora import make_trainable
 from minixmd.models.multimodal import frozen_copy
 from minixmd.runs.device import runtime_of
 from minixmd.runs.records import append_jsonl
+from minixmd.runs.seeds import hash_seed
 from minixmd.stages.multiple_choice import validation_accuracy
 
 GRPO_NOTE = ("the GRPO loss is about 0 while the ratio is 1, as it is in the first update after a rollout: what is "

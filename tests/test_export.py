@@ -6,21 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import (
+    TARGETS,
+    assert_close,
+    assert_same_weights,
+    error_of,
+    fill,
+    logits_of,
+    reference_logits,
+    with_adapter,
+)
 from mini import write_model
 from safetensors.torch import load_file, save_file
-from tiny import (
-    REFERENCES,
-    audio_media,
-    prompt,
-    published_config,
-    reference_forward,
-    tiny_model,
-    video_media,
-)
+from tiny import REFERENCES, published_config, tiny_model
 
-from minixmd import pack
 from minixmd.models import shards, weights
-from minixmd.models.lora import add_lora, merge_lora
+from minixmd.models.lora import merge_lora
 from minixmd.models.weights import adapted, load_adapter, load_model, save_adapter, save_model
 
 transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
@@ -37,12 +38,6 @@ KINDS = ["audio", "vision", "windowed", "omni"]
 CLASSES = {"audio": "Qwen2AudioForConditionalGeneration", "vision": "Qwen2VLForConditionalGeneration",
            "windowed": "Qwen2_5_VLForConditionalGeneration", "omni": "Qwen2_5OmniThinkerForConditionalGeneration"}
 WHOLE = "Qwen2_5OmniForConditionalGeneration"
-TARGETS = {  # decoder; towers; what lies between them
-    "decoder": r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
-    "towers": r"(audio_tower\.layers|visual\.blocks)\..*",
-    "projector": r"multi_modal_projector\.linear|audio_tower\.proj|visual\.merger\.mlp\.[02]",
-}
-LINEARS = "|".join(TARGETS.values())
 OLD = {  # transformers 5's module paths -> the published file's
     "audio": {"model.language_model.": "language_model.model.", "model.audio_tower.": "audio_tower.",
               "model.multi_modal_projector.": "multi_modal_projector."},
@@ -52,61 +47,16 @@ OLD = {  # transformers 5's module paths -> the published file's
 }  # fmt: skip
 
 
-def example_of(kind):
-    clips = []
-    if kind in ("audio", "omni"):
-        clips.append(audio_media(75, 0, 1)[0])
-    if kind != "audio":
-        clips.append(video_media((2, 6, 8), 0, 1))
-    return prompt([4, *clips, 3])
-
-
-def logits_of(model, kind):
-    with torch.no_grad():
-        return model.logits(model(pack([example_of(kind)])))
-
-
-def reference_logits(reference, kind):
-    with torch.no_grad():
-        return reference_forward(kind, reference, example_of(kind))[1]
-
-
-def assert_close(ours, theirs, bound=1e-5):
-    error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    assert ours.shape == theirs.shape and error <= bound * scale, f"max error {error:.2e} of {scale:.2e}"
-
-
 def in_transformers(folder, kind):
     return getattr(transformers, CLASSES[kind]).from_pretrained(folder).eval()
 
 
-def fill(named_parameters):
-    """Random LoRA matrices: as made, B is zero and hides every mistake. Twice the size of B makes the logits of two
-    layers ten times as sensitive to rounding: half an ulp on every weight then moves them by 8e-6 of their size."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in sorted(named_parameters, key=lambda item: item[0].replace("default.", "")):
-            if "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if "lora_A" in name else 0.1))
+BASES = [("audio", 2, False), ("vision", 1, True), ("windowed", 2, False), ("omni", 1, True),
+         *(pytest.param(case, marks=pytest.mark.slow)
+           for case in (("vision", 2, False), ("windowed", 1, True), ("omni", 2, False)))]  # fmt: skip
 
 
-def with_adapter(folder, targets=LINEARS):
-    model = load_model(folder)
-    add_lora(model, rank=3, alpha=5, targets=targets, seed=0)
-    fill(model.named_parameters())
-    return model
-
-
-def error_of(call):
-    with pytest.raises(ValueError) as caught:
-        call()
-    assert "\n" not in str(caught.value) and len(str(caught.value)) > 20
-    return str(caught.value)
-
-
-@pytest.fixture(scope="module", params=[(kind, kv, tie) for kind in KINDS for kv, tie in ((2, False), (1, True))
-                                        if not (kind == "audio" and tie)],
-                ids=lambda p: f"{p[0]}-{p[1]}kv{'-tied' * p[2]}")
+@pytest.fixture(scope="module", params=BASES, ids=lambda p: f"{p[0]}-{p[1]}kv{'-tied' * p[2]}")
 def base(request, tmp_path_factory):
     """A checkpoint that transformers wrote: (kind, folder)."""
     kind, kv, tie = request.param
@@ -115,7 +65,8 @@ def base(request, tmp_path_factory):
     return kind, folder
 
 
-@pytest.fixture(scope="module", params=[(2, False), (1, True)], ids=["2kv", "1kv-tied"])
+@pytest.fixture(scope="module", params=[(2, False), pytest.param((1, True), marks=pytest.mark.slow)],
+                ids=["2kv", "1kv-tied"])
 def whole(request, tmp_path_factory):
     """A Qwen2.5-Omni checkpoint, talker's and vocoder's tensors included, in shards, the last without the thinker."""
     folder = tmp_path_factory.mktemp("omni")
@@ -266,8 +217,8 @@ def test_an_export_over_another_leaves_nothing_of_it(tmp_path):
         save_model(new, tmp_path, tmp_path, shard_bytes=second)
         assert torch.equal(logits_of(load_model(tmp_path), "vision"), logits_of(new, "vision"))
         files = {path.name for path in tmp_path.glob("*.safetensors")}
-        held, _ = shards.survey(tmp_path, new.config.family)
-        assert {found.file for found in held.values()} == files
+        infos, _ = shards.read_headers(tmp_path, new.config.family)
+        assert {info.file for info in infos.values()} == files
 
 
 def test_a_whole_model_is_not_written_over_an_adapter(tmp_path):
@@ -290,6 +241,9 @@ def test_an_adapter_of_ours_gives_the_same_logits_in_peft(base, tmp_path, where)
     assert_close(reference_logits(reference, kind), ours)
     theirs = {name for name, _ in reference.named_modules() if name.endswith(".lora_A")}
     assert len(theirs) == len(adapted(model))
+    again = load_model(folder)
+    load_adapter(again, tmp_path)
+    assert_same_weights(again, model)
 
 
 def peft_adapter(model, kind, out):
@@ -315,8 +269,7 @@ def test_an_adapter_of_pefts_gives_the_same_logits_here_under_new_and_old_module
     save_file(state, path)
     again = load_model(folder)
     load_adapter(again, tmp_path)
-    assert adapted(again).keys() == adapted(model).keys()
-    assert torch.equal(logits_of(again, kind), logits_of(model, kind))
+    assert_same_weights(again, model)
 
 
 def test_adapters_of_the_whole_omni_class_and_of_its_thinker_load_on_the_whole_checkpoint(whole, tmp_path):

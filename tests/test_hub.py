@@ -20,14 +20,15 @@ from tiny import published_config, randomise
 
 import minixmd
 from minixmd.config import Evaluate
-from minixmd.config.references import check_files, repository
+from minixmd.config.references import check_files
 from minixmd.models import hub
 from minixmd.models.families import read_config
 from minixmd.models.hub import pinned
 from minixmd.models.lora import add_lora
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.weights import load_model, save_adapter, save_model
-from minixmd.train import main
+from minixmd.runner import main
+from minixmd.runs.hub_names import parse_hub_name
 
 COMMIT, OTHER = "1" * 40, "2" * 40
 BRACKETS = ["<|audio_bos|>", "<|audio_eos|>", "<|vision_bos|>", "<|vision_eos|>"]
@@ -108,10 +109,10 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE",
                         huggingface_hub.constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    hub._commit.cache_clear()
+    hub._pin.cache_clear()
     yield http.hub
     close()
-    hub._commit.cache_clear()
+    hub._pin.cache_clear()
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ def test_a_process_sees_one_commit_of_a_name_and_the_next_one_sees_the_new_main(
     other = write_model(tmp_path / "other", "audio", seed=1)
     server.put("owner/ears", other, commit=OTHER)
     assert_same("owner/ears", ears)
-    hub._commit.cache_clear()  # as in a new process
+    hub._pin.cache_clear()  # as in a new process
     assert pinned("owner/ears") == f"owner/ears@{OTHER}"
     assert_same("owner/ears", other)
     assert_same(f"owner/ears@{COMMIT}", ears)
@@ -219,7 +220,7 @@ def test_an_adapter_finds_its_base_on_the_hub_at_the_commit_that_it_records(serv
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/ears", COMMIT)  # as PEFT reads them
     server.put("owner/ears", write_model(tmp_path / "other", "audio", seed=1), commit=OTHER)
-    hub._commit.cache_clear()
+    hub._pin.cache_clear()
     loaded, processor = minixmd.load(tmp_path / "adapter")
     for (name, p), q in zip(model.named_parameters(), loaded.parameters(), strict=True):
         assert torch.equal(p, q), name
@@ -250,7 +251,7 @@ def test_what_is_cached_loads_without_a_network_and_a_commit_without_a_question(
     assert_same(f"owner/ears@{COMMIT}", ears)
     assert not server.asked
     server.close()
-    hub._commit.cache_clear()
+    hub._pin.cache_clear()
     capsys.readouterr()
     assert_same("owner/ears", ears)
     assert f"owner/ears is taken at its main, {COMMIT}" in capsys.readouterr().err
@@ -317,9 +318,9 @@ def test_each_way_that_the_hub_can_fail_is_one_line_that_names_the_repository(se
     ("./a", None), ("../a", None), ("/a/b", None), ("~/a", None), ("a/", None), ("a/b@", None), ("a/b@c d", None),
     ("@train/best", None), ("a/b@c@d", None), (".a/b", None), ("ä/b", None)])
 def test_a_name_on_the_hub_is_told_from_a_path(value, found):
-    assert repository(value) == found
+    assert parse_hub_name(value) == found
     if found:
-        assert repository(Path(value)) == found
+        assert parse_hub_name(Path(value)) == found
 
 
 def test_a_config_may_name_a_repository_as_a_model_and_as_nothing_else(tmp_path):
@@ -341,7 +342,7 @@ def test_a_run_on_a_repository_is_finished_for_its_commit_only(server, ears, tmp
     assert prints["model"] == f"owner/ears@{COMMIT}"
     assert main(argv) == 0 and "skipped" in capsys.readouterr().out
     server.put("owner/ears", write_model(tmp_path / "other", "audio", seed=1), commit=OTHER)
-    hub._commit.cache_clear()
+    hub._pin.cache_clear()
     assert main(argv) == 1
     assert "model owner/ears changed" in capsys.readouterr().err
     argv[1] = f"run_dir={tmp_path / 'pinned'}"

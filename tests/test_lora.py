@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minixmd.kernels import lora, lora_triton
 from minixmd.kernels.lora import lora_linear, lora_linear_ref, lora_linears
-from minixmd.models.lora import Linear, linears
+from minixmd.models.lora import Linear, apply_linears
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -132,7 +132,7 @@ def test_only_adapted_layers_are_taken_together():
             if i in chosen:
                 module.lora_A, module.lora_B = (torch.nn.Parameter(t.detach()) for t in layers[i][2:4])
                 module.scale = 0.5
-        for y, module in zip(linears(x_ND, *modules), modules, strict=True):
+        for y, module in zip(apply_linears(x_ND, *modules), modules, strict=True):
             torch.testing.assert_close(y, module(x_ND))
 
 

@@ -132,7 +132,7 @@ def test_frames_hidden_by_an_edit_list_do_not_count(tmp_path):
 
 def test_a_video_too_big_to_hold_is_decoded_twice_to_the_same_frames(clip, monkeypatch):
     once = read_video(clip)
-    monkeypatch.setattr(media, "HELD_BYTES", 50_000)
+    monkeypatch.setattr(media, "KEPT_BYTES", 50_000)
     assert torch.equal(read_video(clip), once)
 
 
@@ -329,6 +329,7 @@ def test_the_rate_of_the_chosen_frames_is_theirs_and_not_the_one_asked_for(clip,
     assert read_frames(odd, fps=0.9)[1] == pytest.approx(4 / 5.5)  # 4.95 wanted, an even number taken
 
 
+@pytest.mark.slow
 def test_ffmpegs_notes_do_not_reach_stderr(clip, tmp_path):
     data = bytearray(clip.read_bytes())
     data[len(data) // 2 :] = b"\xff" * (len(data) - len(data) // 2)

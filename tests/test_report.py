@@ -15,9 +15,9 @@ from minixmd.config.schema import ConfigError
 from minixmd.inputs.examples import read_manifest
 from minixmd.report import gather as report
 from minixmd.report.render import ROLES, markdown, page, ticks
+from minixmd.runner import main
 from minixmd.stages.evaluate import letters_beside
 from minixmd.tasks.statistics import digest, groups, tabulate, wilson
-from minixmd.runner import main
 
 ROOT = Path(__file__).parents[1]
 ODD = "<b>&\"'|</script>"  # a class, a group, an option, a row and a column of this name

@@ -13,11 +13,11 @@ from minixmd.papers.sightsound import LADDER, MODES
 from minixmd.report import gather as report
 from minixmd.report.published import PAPERS
 from minixmd.report.render import page
+from minixmd.runner import main
 from minixmd.stages import evaluate, factcheck, traces
 from minixmd.stages.verifier import agreement
 from minixmd.tasks.benchmarks import TYPES
 from minixmd.tasks.statistics import wilson
-from minixmd.runner import main
 
 ODD = "</script><i>'\"&|"
 MMAU_META = {"version": "v05.15.25 of 2025-08-09", "sha256": "9f18fda99f8d0000"}

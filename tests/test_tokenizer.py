@@ -73,7 +73,7 @@ def processor_of(folder, kind, *, vocab_size=400, max_positions=4096, config=Non
     part = raw.get("thinker_config", raw)
     text = part.get("text_config", part)
     text["vocab_size"], text["max_position_embeddings"] = vocab_size, max_positions
-    return Processor(folder, replace(read_config(raw), part=config or {}))
+    return Processor(folder, replace(read_config(raw), section=config or {}))
 
 
 @pytest.fixture(scope="module")

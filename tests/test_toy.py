@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.inputs.media import MediaError, read_audio, read_frames
 from minixmd.inputs.tokenizer import Processor
-from minixmd.models.lora import hash_seed
+from minixmd.runs.seeds import hash_seed
 from minixmd.models.weights import load_model, save_model
 from minixmd.papers import sightsound
 from minixmd.tasks.answers import thoughts

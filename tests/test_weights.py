@@ -6,22 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import LINEARS, assert_close, assert_same_weights, error_of, logits_of, reference_logits, with_adapter
 from mini import write_tokenizer
 from safetensors.torch import load_file, save_file
-from tiny import (
-    audio_media,
-    prompt,
-    published_config,
-    randomise,
-    reference_audio,
-    reference_forward,
-    reference_vision,
-    tiny_model,
-    video_media,
-)
+from tiny import REFERENCES, published_config, randomise, reference_audio, tiny_model
 
 import minixmd
-from minixmd import pack
 from minixmd.models import shards, weights
 from minixmd.models.families import FAMILIES, read_config
 from minixmd.models.lora import add_lora, merge_lora
@@ -33,45 +23,16 @@ transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("p
 # PEFT asks transformers for an attribute by its old name
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-LINEARS = r"(model\.layers|audio_tower|visual|multi_modal_projector)\..*"
+WRITTEN = [("audio", 2, False), ("vision", 1, True),
+           *(pytest.param(case, marks=pytest.mark.slow) for case in (("audio", 4, False), ("vision", 2, False)))]
 
 
-def reference_of(kind, kv=2, tie=False):
-    return reference_audio(kv) if kind == "audio" else reference_vision(kv, tie)
-
-
-def example_of(kind):
-    clip = audio_media(22, 0, 1)[0] if kind == "audio" else video_media((2, 4, 6), 0, 1)
-    return prompt([4, clip, 3])
-
-
-def logits_of(model, kind):
-    with torch.no_grad():
-        return model.logits(model(pack([example_of(kind)])))
-
-
-def reference_logits(reference, kind):
-    with torch.no_grad():
-        return reference_forward(kind, reference, example_of(kind))[1]
-
-
-def assert_close(ours, theirs, bound=1e-5):
-    error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    assert ours.shape == theirs.shape and error <= bound * scale, f"max error {error:.2e} of {scale:.2e}"
-
-
-def assert_same_weights(ours, theirs):
-    ours, theirs = dict(ours.named_parameters()), dict(theirs.named_parameters())
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-@pytest.fixture(scope="module", params=[("audio", 2, False), ("audio", 4, False), ("vision", 2, False),
-                                        ("vision", 1, True)], ids=lambda p: f"{p[0]}-{p[1]}kv{'-tied' * p[2]}")
+@pytest.fixture(scope="module", params=WRITTEN, ids=lambda p: f"{p[0]}-{p[1]}kv{'-tied' * p[2]}")
 def written(request, tmp_path_factory):
     """A checkpoint that transformers wrote: (kind, whether tied, folder)."""
     kind, kv, tie = request.param
     folder = tmp_path_factory.mktemp("written")
-    reference_of(kind, kv, tie).save_pretrained(folder)
+    REFERENCES[kind](kv, tie).save_pretrained(folder)
     return kind, tie, folder
 
 
@@ -305,14 +266,6 @@ def test_the_tokenizers_files_go_with_a_saved_model(folders, tmp_path):
 # ---- whole models that do not fit ----
 
 
-def error_of(call):
-    """The one line that a call fails with."""
-    with pytest.raises(ValueError) as caught:
-        call()
-    assert "\n" not in str(caught.value) and len(str(caught.value)) > 20
-    return str(caught.value)
-
-
 def broken(folder, tmp_path, tensors=lambda state: None, config=lambda raw: None):
     """A copy of a checkpoint whose tensors and config the two functions have changed in place."""
     copy = tmp_path / "broken"
@@ -340,6 +293,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed_in_one_message(fold
         "unexpected language_model.model.layers.0.self_attn.q_norm.weight")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["audio", "vision"])
 def test_each_missing_tensor_is_found(folders, tmp_path, kind):
     state = load_file(folders[kind] / "model.safetensors")
@@ -399,133 +353,27 @@ def test_a_config_that_is_no_config_is_one_line_that_names_it(folders, tmp_path,
     assert error_of(lambda: load_model(folder)).startswith(f"{folder / 'config.json'}: ")
 
 
-FIELDS = [  # kind, where, what is set, what the message names
-    ("vision", "", {"use_sliding_window": True}, "use_sliding_window = True"),
-    ("audio", "text_config", {"use_sliding_window": True}, "use_sliding_window = True"),
-    ("audio", "text_config", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
-    ("vision", "", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
-    ("audio", "text_config", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}}, "dynamic"),
-    ("vision", "", {"rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 1]}}, "mrope_section"),
-    ("vision", "", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-    ("vision", "", {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu'"),
-    ("vision", "vision_config", {"hidden_act": "silu"}, "vision_config.hidden_act = 'silu'"),
-    ("audio", "audio_config", {"activation_function": "relu"}, "audio_config.activation_function = 'relu'"),
-    ("audio", "audio_config", {"scale_embedding": True}, "audio_config.scale_embedding = True"),
-    ("audio", "text_config", {"attention_dropout": 0.1}, "attention_dropout = 0.1"),
-    ("audio", "text_config", {"num_experts": 8}, "num_experts = 8"),
-    ("vision", "vision_config", {"window_size": 112}, "vision_config.window_size = 112"),
-    ("vision", "vision_config", {"hidden_size": 40}, "hidden_size 40"),
-    ("vision", "", {"hidden_size": "48"}, "hidden_size must be a positive int, got '48'"),
-    ("audio", "audio_config", {"d_model": 36.0}, "audio_config.d_model must be a positive int, got 36.0"),
-    ("audio", "text_config", {"vocab_size": 0}, "vocab_size must be a positive int, got 0"),
-    ("audio", "text_config", {"rms_norm_eps": True}, "rms_norm_eps must be a positive float, got True"),
-    ("audio", "", {"text_config": "qwen2"}, "text_config"),
-    ("audio", "", {"audio_config": [1]}, "audio_config"),
-    ("vision", "", {"model_type": "qwen3_vl"}, "model_type 'qwen3_vl' is not supported; supported: qwen2_audio, "),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("kind, where, change, message", FIELDS, ids=str)
-def test_a_config_field_that_is_not_implemented_at_its_value_is_named(kind, where, change, message):
-    raw = published_config(kind)
-    read_config(raw)
-    (raw[where] if where else raw).update(change)
-    line = error_of(lambda: read_config(raw))
-    assert line.startswith("config.json: ") and message in line
-
-
 # ---- adapters ----
 
 
-def fill(named_parameters):
-    """Random LoRA matrices: as made, B is zero and hides every mistake. A and B differ in size to tell them apart."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in sorted(named_parameters, key=lambda item: item[0].replace("default.", "")):
-            if "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if "lora_A" in name else 0.2))
-
-
-def with_adapter(folder, targets=LINEARS):
-    model = load_model(folder)
-    names = add_lora(model, rank=3, alpha=5, targets=targets, seed=0)
-    fill(model.named_parameters())
-    return model, names
-
-
-@pytest.fixture(scope="module", params=["audio", "vision"])
-def base(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    reference_of(request.param).save_pretrained(folder)
-    return request.param, folder
-
-
-@pytest.mark.parametrize("targets, count", [(LINEARS, None), (r"model\.layers\.\d+\.self_attn\.(q|v)_proj", 4),
-                                            (r".*(fc1|linear|qkv|merger\.mlp\.0)", None)],
-                         ids=["all", "decoder", "towers"])
-def test_an_adapter_of_ours_gives_the_same_logits_in_peft_and_loaded_again(base, tmp_path, targets, count):
-    kind, folder = base
-    plain = logits_of(load_model(folder), kind)
-    model, names = with_adapter(folder, targets)
-    assert count in (None, len(names)) and adapted(model).keys() == set(names)
-    save_adapter(model, folder, tmp_path)
-    assert_close(logits_of(model, kind), logits_of(model, kind))
-    assert (logits_of(model, kind) - plain).abs().max() > 0.1 * plain.abs().max()
-    reference = transformers.AutoModelForMultimodalLM.from_pretrained(folder)
-    reference = peft.PeftModel.from_pretrained(reference, tmp_path)
-    assert_close(logits_of(model, kind), reference_logits(reference, kind))
-    again = load_model(folder)
-    load_adapter(again, tmp_path)
-    assert_same_weights(again, model)
-    assert torch.equal(logits_of(again, kind), logits_of(model, kind))
-
-
-def peft_adapter(kind, folder, out, **options):
-    """An adapter made by PEFT in `out`, and the logits that it gives there."""
-    reference = transformers.AutoModelForMultimodalLM.from_pretrained(folder)
-    modules = ["q_proj", "v_proj", "down_proj", *(["fc1", "linear"] if kind == "audio" else ["qkv", "mlp.2"])]
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": modules, "task_type": "CAUSAL_LM"} | options)
-    model = peft.get_peft_model(reference, config).eval()
-    fill(model.named_parameters())
-    model.save_pretrained(out)
-    return reference_logits(model, kind)
-
-
-def test_an_adapter_of_pefts_gives_the_same_logits_here_under_new_and_old_module_paths(base, tmp_path):
-    kind, folder = base
-    theirs = peft_adapter(kind, folder, tmp_path)
-    model = load_model(folder)
-    load_adapter(model, tmp_path)
-    assert_close(logits_of(model, kind), theirs)
-    old = {"audio": {"model.language_model.": "language_model.model.", "model.audio_tower.": "audio_tower.",
-                     "model.multi_modal_projector.": "multi_modal_projector."},
-           "vision": {"model.language_model.": "model.", "model.visual.": "visual."}}[kind]  # fmt: skip
-    state = {}
-    for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
-        path = key.removeprefix("base_model.model.")
-        new = next(prefix for prefix in old if path.startswith(prefix))
-        state[f"base_model.model.{old[new]}{path.removeprefix(new)}"] = tensor
-    save_file(state, tmp_path / "adapter_model.safetensors")
-    again = load_model(folder)
-    load_adapter(again, tmp_path)
-    assert_same_weights(again, model)
-
-
-def test_a_merged_adapter_gives_the_logits_of_the_unmerged_one_and_can_be_saved(base, tmp_path):
-    kind, folder = base
-    model, _ = with_adapter(folder)
-    unmerged = logits_of(model, kind)
-    assert "merge the adapter first" in error_of(lambda: save_model(model, folder, tmp_path / "merged"))
+def test_a_model_with_an_adapter_is_not_saved_as_plain_weights_until_it_is_merged(folders, tmp_path):
+    model = with_adapter(folders["audio"])
+    assert "merge the adapter first" in error_of(lambda: save_model(model, folders["audio"], tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
     merge_lora(model)
     assert not adapted(model) and not [name for name, _ in model.named_parameters() if "lora" in name]
-    assert_close(logits_of(model, kind), unmerged)
-    save_model(model, folder, tmp_path / "merged")
-    assert torch.equal(logits_of(load_model(tmp_path / "merged"), kind), logits_of(model, kind))
+    save_model(model, folders["audio"], tmp_path / "merged")
+    assert torch.equal(logits_of(load_model(tmp_path / "merged"), "audio"), logits_of(model, "audio"))
 
 
-def test_a_new_adapter_changes_nothing_and_its_draw_depends_on_seed_and_module_name_alone(base):
-    kind, folder = base
+def test_the_targets_are_a_pattern_over_whole_module_names(folders):
+    model = load_model(folders["vision"])
+    names = add_lora(model, rank=3, alpha=5, targets=r"model\.layers\.\d+\.self_attn\.(q|v)_proj", seed=0)
+    assert len(names) == 4 and adapted(model).keys() == set(names)
+
+
+def test_a_new_adapter_changes_nothing_and_its_draw_depends_on_seed_and_module_name_alone(folders):
+    kind, folder = "audio", folders["audio"]
     models = [load_model(folder) for _ in range(3)]
     add_lora(models[0], rank=3, alpha=5, targets=LINEARS, seed=0)
     add_lora(models[1], rank=3, alpha=5, targets=r"model\.layers\.1\..*", seed=0)
@@ -547,7 +395,7 @@ CONFIG_FAULTS = {"use_dora": True, "use_rslora": True, "bias": "all", "peft_type
 
 @pytest.mark.parametrize("field", CONFIG_FAULTS)
 def test_an_adapter_kind_that_is_not_plain_lora_is_refused_by_field(folders, tmp_path, field):
-    model, _ = with_adapter(folders["audio"])
+    model = with_adapter(folders["audio"])
     save_adapter(model, folders["audio"], tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: CONFIG_FAULTS[field]}))
@@ -556,14 +404,16 @@ def test_an_adapter_kind_that_is_not_plain_lora_is_refused_by_field(folders, tmp
     assert line.startswith(f"{tmp_path}: ") and field in line and not adapted(again)
 
 
-def test_pefts_dora_is_refused(base, tmp_path):
-    kind, folder = base
-    peft_adapter(kind, folder, tmp_path, use_dora=True)
-    assert "use_dora" in error_of(lambda: load_adapter(load_model(folder), tmp_path))
+def test_pefts_dora_is_refused(tmp_path):
+    reference_audio().save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForMultimodalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", use_dora=True)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    assert "use_dora" in error_of(lambda: load_adapter(load_model(tmp_path / "base"), tmp_path))
 
 
 def test_misfitting_adapter_tensors_are_listed_in_one_message(folders, tmp_path):
-    model, _ = with_adapter(folders["audio"])
+    model = with_adapter(folders["audio"])
     save_adapter(model, folders["audio"], tmp_path)
     path, prefix = tmp_path / "adapter_model.safetensors", "base_model.model.model.language_model.layers.0."
     state = load_file(path)
@@ -581,7 +431,7 @@ def test_misfitting_adapter_tensors_are_listed_in_one_message(folders, tmp_path)
 
 
 def test_an_adapter_without_tensors_file_or_base_is_one_line_that_says_so(folders, tmp_path):
-    model, _ = with_adapter(folders["audio"])
+    model = with_adapter(folders["audio"])
     save_adapter(model, tmp_path / "gone", tmp_path)
     assert f"base model {tmp_path / 'gone'} is not there" in error_of(lambda: minixmd.load(tmp_path))
     config = tmp_path / "adapter_config.json"

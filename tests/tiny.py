@@ -89,7 +89,7 @@ def trainer_of(stage, model, suppressed_ids=(), num_items=1, folder=None, log=No
 
 def processor_of(folder, config, limit=4096):
     """A Processor for a model whose config.json does not say the media tokens' ids."""
-    return Processor(folder, replace(config, part={}, text=replace(config.text, max_position_embeddings=limit)))
+    return Processor(folder, replace(config, section={}, text=replace(config.text, max_position_embeddings=limit)))
 
 
 def reference_audio(kv=2):

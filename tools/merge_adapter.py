@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from minixmd.models.hub import base_folder, model_folder  # noqa: E402
 from minixmd.models.lora import merge_lora  # noqa: E402
-from minixmd.models.shards import DTYPES, survey  # noqa: E402
+from minixmd.models.shards import DTYPES, read_headers  # noqa: E402
 from minixmd.models.weights import (  # noqa: E402
     build,
     config_of,
@@ -32,9 +32,9 @@ DTYPE_OF = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values(
 
 
 def stored_dtype(folder):
-    """The dtype of a checkpoint's tensors; if they have several, one that represents them all."""
-    tensors, _ = survey(folder, config_of(folder).family)
-    dtypes = {DTYPES[tensor.dtype] for tensor in tensors.values() if tensor.dtype in DTYPES}
+    """The dtype of a checkpoint's tensors; of several, the one that holds them all."""
+    infos, _ = read_headers(folder, config_of(folder).family)
+    dtypes = {DTYPES[info.dtype] for info in infos.values() if info.dtype in DTYPES}
     return reduce(torch.promote_types, dtypes) if dtypes else torch.float32  # load_model says what is wrong
 
 
@@ -56,7 +56,7 @@ def rewrite(adapter, base, out, layout):
     model = build(config_of(base))
     config, pairs = read_adapter(model, adapter)
     family = model.config.family
-    write_adapter(out, config, pairs, family.modules if layout == "new" else family.published)
+    write_adapter(out, config, pairs, family.transformers_path if layout == "new" else family.checkpoint_name)
     return f"{out}: {len(pairs)} adapted layers under {layout} module paths"
 
 

@@ -1,11 +1,11 @@
 """What a field that names a file stands for: "@name", the output of an earlier stage; "@name/file", another of its
 files; a path; or, for a model, "owner/name" or "owner/name@revision" on the hub where there is no such folder.
 """
-import re
 from dataclasses import fields
 from pathlib import Path
 
 from minixmd.config.schema import ConfigError, kind, nearest
+from minixmd.runs.hub_names import parse_hub_name
 
 OUTPUTS = {  # what a bare "@name" means
     "distill": "best",
@@ -38,12 +38,6 @@ INPUTS = {  # the fields that name a file or folder, and the kinds of stage that
 }
 
 
-def repository(value):
-    """(owner/name, revision or None) of what could be a hub repository's name; None if it can only be a path."""
-    found = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w-][\w.-]*)(?:@([^@\s]+))?", str(value), re.ASCII)
-    return found and found.groups()
-
-
 def references(item):
     """The (field, stage name) pairs of a stage's "@name" and "@name/file" references."""
     return [(field, value[1:].partition("/")[0]) for field, value, _ in _inputs(item) if value.startswith("@")]
@@ -67,7 +61,7 @@ def check_files(stages):
     """Raises ConfigError for a file or folder that the user must bring and has not. Called before any work starts."""
     for item in stages:
         for field, value, _ in _inputs(item):
-            if field == "model" and repository(value):
+            if field == "model" and parse_hub_name(value):
                 continue  # which commit it is, the stage's fingerprint asks the hub
             if not value.startswith("@") and not Path(value).exists():
                 raise ConfigError(f"config: {kind(type(item))} {item.name!r} {field} {value!r} does not exist")

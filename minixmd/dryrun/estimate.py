@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 
 from minixmd.config import GRPO, TRAINING, Distill, Evaluate, FactCheck, Label, Switch, Toy, Traces
-from minixmd.config.references import repository
 from minixmd.dryrun.memory import tracing
 from minixmd.dryrun.shapes import PUBLISHED
 from minixmd.inputs.audio import SAMPLE_RATE
@@ -29,6 +28,7 @@ from minixmd.models.families import ModelConfig, read_config
 from minixmd.models.lora import add_lora, set_backend
 from minixmd.models.weights import build, config_of, load_adapter
 from minixmd.runs.files import read_json
+from minixmd.runs.hub_names import parse_hub_name
 from minixmd.stages.multiple_choice import BATCH_TOKENS, Writing
 from minixmd.stages.traces import CLIPS
 from minixmd.stages.verifier import WIDTH
@@ -94,8 +94,8 @@ def find(value, stages, home):
     if by is not None:
         raise ValueError(f"model {value!r} is not known before the run")
     folder = Path(value)
-    if not folder.is_dir() and repository(value):
-        repo, revision = repository(value)
+    if not folder.is_dir() and parse_hub_name(value):
+        repo, revision = parse_hub_name(value)
         cached = try_to_load_from_cache(repo, "config.json", revision=revision)
         folder = Path(cached).parent if isinstance(cached, str) else folder
     if (folder / "adapter_config.json").is_file():
@@ -111,7 +111,7 @@ def find(value, stages, home):
                          f"{', '.join(PUBLISHED)}")
     if (folder / "tokenizer.json").is_file():
         return Found(name, config, Listener(folder, config), source)
-    return Found(name, config, Listener(home, replace(config, part={})), source)  # part: ids of its own tokenizer
+    return Found(name, config, Listener(home, replace(config, section={})), source)  # section: ids of its own tokenizer
 
 
 # ---- the memory of a stage ----

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 
 from minixmd.config import GRPO, TRAINING, Evaluate, FactCheck, Label, Switch, Toy, Traces
-from minixmd.config.references import input_paths, repository
+from minixmd.config.references import input_paths
 from minixmd.config.schema import kind
 from minixmd.dryrun.estimate import CLIP_S, FRAME, PARTS, RATE, estimate, find
 from minixmd.inputs.batch import Prompt
@@ -23,6 +23,7 @@ from minixmd.inputs.positions import positions_of
 from minixmd.inputs.prompts import build_prompt, check_length
 from minixmd.models.families import FAMILIES, SYSTEM
 from minixmd.models.weights import build
+from minixmd.runs.hub_names import parse_hub_name
 from minixmd.stages.factcheck import conversation
 from minixmd.tasks.answers import thoughts
 from minixmd.toy.models import QWEN2_WORDS
@@ -186,7 +187,7 @@ def to_bring(config):
     for item in config.stages:
         for field, path in input_paths(item, config.run_dir, config.stages).items():
             if not path.exists() and config.run_dir not in path.parents:
-                (names if field == "model" and repository(path) else files)[str(path)] = None
+                (names if field == "model" and parse_hub_name(path) else files)[str(path)] = None
     return files, names
 
 

@@ -1,5 +1,5 @@
 """The shapes of published checkpoints, for a dry run where none is at hand: config.json without what is the family's
-default (families.DEFAULTS) and without what no shape depends on.
+default (models/families.py) and without what no shape depends on.
 """
 _VL = dict(vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
            num_key_value_heads=4, rms_norm_eps=1e-6)

@@ -4,6 +4,7 @@ A segment sees itself (causally) and all of its parent. A Prompt is one segment;
 that hang on it as children, so that the prompt is computed once for all of them.
 """
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
@@ -52,6 +53,11 @@ class Segment:
     parent: int = -1
 
 
+def consecutive_segments(lengths):
+    """Segments of the given lengths, one after another and without parents."""
+    return [Segment(end - length, length) for length, end in zip(lengths, accumulate(lengths), strict=True)]
+
+
 @dataclass(frozen=True)
 class Batch:
     """N packed rows. Targets are parallel vectors: the hidden state of row target_row predicts token target_id."""
@@ -72,53 +78,52 @@ class Batch:
 
 
 def pack(items):
-    """Concatenate Prompts and Groups into one Batch.
+    """Concatenate a non-empty list of Prompts and Groups into one Batch.
 
-    Args:
-        items: non-empty list of Prompt | Group.
-    Returns:
-        Batch; item i's rows are `spans[i]`, its prompt first, then its completions.
+    Item i's rows are `spans[i]`, its prompt first, then its completions.
+
     Raises:
         ValueError: no items, an empty completion, or a target that nothing precedes.
     """
     if not items:
         raise ValueError("pack needs at least one Prompt or Group")
     ids, positions, segments, media, spans = [], [], [], [], []
-    rows, targets, owners = [], [], []
-    at = 0
+    target_rows, target_ids, target_segments = [], [], []
+    end = 0  # rows so far
     for item in items:
         prompt, completions = (item.prompt, item.completions) if isinstance(item, Group) else (item, ())
-        first, parent = at, len(segments)
-        segments.append(Segment(at, len(prompt)))
+        first, parent = end, len(segments)
+        segments.append(Segment(first, len(prompt)))
         ids.append(prompt.ids_N)
         positions.append(prompt.positions_3N)
-        media += [replace(m, rows_P=m.rows_P + at) for m in prompt.media]
+        media += [replace(m, rows_P=m.rows_P + first) for m in prompt.media]
         if prompt.target_N is not None and not isinstance(item, Group):
-            learn_T = prompt.target_N.nonzero().squeeze(1)
-            if len(learn_T) and learn_T[0] == 0:
+            target_T = prompt.target_N.nonzero().squeeze(1)
+            if len(target_T) and target_T[0] == 0:
                 raise ValueError("the first token of a Prompt cannot be a target: nothing precedes it")
-            rows.append(at + learn_T - 1)
-            targets.append(prompt.ids_N[learn_T])
-            owners.append(torch.full_like(learn_T, parent))
-        at += len(prompt)
-        last = at - 1
+            target_rows.append(first + target_T - 1)
+            target_ids.append(prompt.ids_N[target_T])
+            target_segments.append(torch.full_like(target_T, parent))
+        end += len(prompt)
+        prompt_end = end
         for completion_T in completions:
-            if len(completion_T) == 0:
+            count = len(completion_T)
+            if count == 0:
                 raise ValueError("a Group has an empty completion")
-            start = int(prompt.positions_3N[:, -1].max()) + 1
-            segments.append(Segment(at, len(completion_T), parent))
+            position = int(prompt.positions_3N[:, -1].max()) + 1
+            target_rows.append(torch.tensor([prompt_end - 1, *range(end, end + count - 1)]))
+            target_ids.append(completion_T)
+            target_segments.append(torch.full_like(completion_T, len(segments)))
+            segments.append(Segment(end, count, parent))
             ids.append(completion_T)
-            positions.append(torch.arange(start, start + len(completion_T)).expand(3, -1))
-            rows.append(torch.cat([torch.tensor([last]), torch.arange(at, at + len(completion_T) - 1)]))
-            targets.append(completion_T)
-            owners.append(torch.full_like(completion_T, len(segments) - 1))
-            at += len(completion_T)
-        spans.append((first, at))
-    none = torch.empty(0, dtype=torch.int64)
-    target_id_T = torch.cat(targets) if targets else none
+            positions.append(torch.arange(position, position + count).expand(3, -1))
+            end += count
+        spans.append((first, end))
+    no_target = [torch.empty(0, dtype=torch.int64)]
+    target_id_T = torch.cat(target_ids or no_target)
     return Batch(
         ids_N=torch.cat(ids), positions_3N=torch.cat(positions, dim=1), segments=tuple(segments), media=tuple(media),
-        target_row_T=torch.cat(rows) if rows else none, target_id_T=target_id_T,
-        target_weight_T=torch.ones(len(target_id_T)), target_segment_T=torch.cat(owners) if owners else none,
+        target_row_T=torch.cat(target_rows or no_target), target_id_T=target_id_T,
+        target_weight_T=torch.ones(len(target_id_T)), target_segment_T=torch.cat(target_segments or no_target),
         spans=tuple(spans),
     )  # fmt: skip

@@ -1,8 +1,10 @@
 """Example: one line of a manifest, and the conversation that asks its question."""
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from string import ascii_uppercase
+
+MEDIA_KINDS = {"audio": ("audio",), "video": ("video",), "both": ("video", "audio"), "sounded": ("video",)}
 
 
 @dataclass(frozen=True)
@@ -20,31 +22,37 @@ class Example:
     meta: dict = field(default_factory=dict)
 
 
-def _example(line, where):
-    record = json.loads(line)
+FIELDS = sorted(f.name for f in fields(Example))
+
+
+def _parse_line(line, place):
+    """The Example of a manifest's line; ValueError, naming `place`, if it is none."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON: {error.msg}") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: a manifest line must be a JSON object, got {type(record).__name__}")
-    names = {f.name for f in fields(Example)}
-    if extra := sorted(set(record) - names):
-        raise ValueError(f"{where}: unknown field {extra[0]!r}; an example has {', '.join(sorted(names))}")
+        raise ValueError(f"{place}: a manifest line must be a JSON object, got {type(record).__name__}")
+    if extra := sorted(record.keys() - FIELDS):
+        raise ValueError(f"{place}: unknown field {extra[0]!r}; an example has {', '.join(FIELDS)}")
     if missing := [name for name in ("id", "question", "options") if name not in record]:
-        raise ValueError(f"{where}: field {missing[0]!r} is missing")
+        raise ValueError(f"{place}: field {missing[0]!r} is missing")
     for name in ("id", "question"):
         if not isinstance(record[name], str) or not record[name]:
-            raise ValueError(f"{where}: field {name!r} must be a non-empty string, got {record[name]!r}")
+            raise ValueError(f"{place}: field {name!r} must be a non-empty string, got {record[name]!r}")
     for name in ("audio", "video"):
         if not isinstance(record.setdefault(name, None), str | None):
-            raise ValueError(f"{where}: field {name!r} must be a path or null, got {record[name]!r}")
-    options, answer = record["options"], record.get("answer")
+            raise ValueError(f"{place}: field {name!r} must be a path or null, got {record[name]!r}")
+    options, answer, meta = record["options"], record.get("answer"), record.get("meta", {})
     if not isinstance(options, list) or not all(isinstance(o, str) for o in options) or not 2 <= len(options) <= 26:
-        raise ValueError(f"{where}: field 'options' must be a list of 2 to 26 strings, got {options!r}")
+        raise ValueError(f"{place}: field 'options' must be a list of 2 to 26 strings, got {options!r}")
     if answer is not None and (type(answer) is not int or not 0 <= answer < len(options)):
-        raise ValueError(f"{where}: field 'answer' must be null or an index below {len(options)}, got {answer!r}")
-    meta = record.get("meta", {})
+        raise ValueError(f"{place}: field 'answer' must be null or an index below {len(options)}, got {answer!r}")
     if not isinstance(meta, dict):
-        raise ValueError(f"{where}: field 'meta' must be an object, got {meta!r}")
-    if not isinstance(asked := meta.get("video_question", record["question"]), str) or not asked:
-        raise ValueError(f"{where}: field 'meta': 'video_question' must be a non-empty string, got {asked!r}")
+        raise ValueError(f"{place}: field 'meta' must be an object, got {meta!r}")
+    video_question = meta.get("video_question", record["question"])
+    if not isinstance(video_question, str) or not video_question:
+        raise ValueError(f"{place}: field 'meta': 'video_question' must be a non-empty string, got {video_question!r}")
     return Example(**{**record, "options": tuple(options)})
 
 
@@ -56,21 +64,18 @@ def read_manifest(path):
         OSError: the file cannot be read.
     """
     path = Path(path)
-    examples, seen = [], {}
+    folder = path.parent.absolute()
+    examples, line_of = [], {}
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
-        where = f"{path}:{number}"
-        try:
-            example = _example(line, where)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON: {error.msg}") from None
-        if example.id in seen:
-            raise ValueError(f"{where}: field 'id' {example.id!r} already stands in line {seen[example.id]}")
-        seen[example.id] = number
-        near = {name: str(path.parent.absolute() / clip) for name in ("audio", "video")
-                if (clip := getattr(example, name)) is not None}
-        examples.append(Example(**{**vars(example), **near}))
+        example = _parse_line(line, f"{path}:{number}")
+        if example.id in line_of:
+            raise ValueError(f"{path}:{number}: field 'id' {example.id!r} already stands in line {line_of[example.id]}")
+        line_of[example.id] = number
+        paths = {kind: getattr(example, kind) for kind in ("audio", "video")}
+        absolute = {kind: str(folder / name) for kind, name in paths.items() if name is not None}
+        examples.append(replace(example, **absolute))
     if not examples:
         raise ValueError(f"{path}: the manifest holds no example")
     return examples
@@ -82,27 +87,28 @@ def manifest_text(examples):
 
 
 def build_conversation(example, *, media, prompt, answer=None, trace="", video_options=None):
-    """The conversation that shows `example` and asks its question: meta's "video_question", if there is one, where the
-    video is shown alone and silent.
+    """The conversation that shows `example` and asks its question; for a silent video alone that of meta's
+    "video_question", if there is one.
 
     Args:
         media: "audio", "video", "both" (video first), or "sounded": the video and its own sound track.
         prompt: format string over {question} {options} {first} {last} {trace}; options are lettered lines.
-        trace: what stands at {trace}.
         answer: what the assistant turn gives, the index of an option or a text; None for no such turn.
-        video_options: the video part's fps, min_pixels, max_pixels, nframes.
+        trace: text for {trace}. video_options: the video part's fps, min_pixels, max_pixels, nframes.
     Raises:
         ValueError: the example lacks the medium.
     """
     content = []
-    for kind in ("video", "audio"):
-        if media in (kind, "both") or (media == "sounded" and kind == "video"):
-            path = getattr(example, kind)
-            if path is None:
-                raise ValueError(f"example {example.id!r} has no {kind}")
-            content.append({"type": kind, kind: path, **((video_options or {}) if kind == "video" else {})})
-            if media == "sounded":
-                content[-1]["use_audio"] = True
+    for kind in MEDIA_KINDS[media]:
+        path = getattr(example, kind)
+        if path is None:
+            raise ValueError(f"example {example.id!r} has no {kind}")
+        part = {"type": kind, kind: path}
+        if kind == "video":
+            part.update(video_options or {})
+        if media == "sounded":
+            part["use_audio"] = True
+        content.append(part)
     letters = ascii_uppercase[: len(example.options)]
     options = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, example.options, strict=True))
     question = example.meta.get("video_question", example.question) if media == "video" else example.question
@@ -115,8 +121,7 @@ def build_conversation(example, *, media, prompt, answer=None, trace="", video_o
 
 def check_media(name, manifest, examples, media):
     """Raises ValueError for the first of a manifest's examples that lacks what stage `name` shows."""
-    kinds = {"both": ("video", "audio"), "sounded": ("video",)}.get(media, (media,))
     for example in examples:
-        for kind in kinds:
+        for kind in MEDIA_KINDS[media]:
             if getattr(example, kind) is None:
                 raise ValueError(f"{name}: {manifest}: example {example.id!r} has no {kind}")

@@ -1,21 +1,19 @@
-"""Decode clips: sound to 16 kHz mono float32, video to a few RGB frames. Whatever is wrong with a file is a
-MediaError.
+"""Decode clips: sound to 16 kHz mono float32, video to a few RGB frames. A fault of a file is a MediaError.
 
 The content, not the name, decides who decodes: libsndfile (soundfile) reads what starts like WAV, FLAC, OGG or MP3;
 FFmpeg's libraries (PyAV) read everything else and what libsndfile refuses. Neither is run as a program.
 
-Policy for broken files: nothing is repaired and no part of a clip is passed off as the whole. A file is `truncated`
-when it is shorter than its own header says (WAV data chunk, FLAC frame count, OGG end-of-stream flag, MP3 frame
-count, MP4 boxes) or when the decoder reports an error after some frames came out; when none came out it is
-`unreadable`. A WAV whose size field is the placeholder of a program that wrote to a pipe is whole. Not seen: errors
-that a video decoder hides, and a cut in a format that does not say how long it is (Matroska between two clusters).
-Both libraries are silent, except that libsndfile's MP3 decoder prints notes of its own on a damaged MP3.
+Broken files: nothing is repaired, and no part of a clip is passed off as the whole. A file is `truncated` when it is
+shorter than its own header says (WAV data chunk, FLAC frame count, OGG end-of-stream flag, MP3 frame count, MP4 boxes)
+or when decoding fails after some frames came out; when none came out it is `unreadable`. Not noticed: errors that a
+video decoder hides, and a cut in a format that does not say how long it is (Matroska between two clusters). On a
+damaged MP3 libsndfile prints notes of its own.
 """
-
 import os
 import re
 import stat
 import struct
+from contextlib import contextmanager
 
 import av
 import numpy as np
@@ -26,7 +24,7 @@ from minixmd.inputs.audio import SAMPLE_RATE, resample
 from minixmd.inputs.image import sample_frames
 
 BLOCK_SAMPLES = 1 << 18  # soundfile allocates what the header promises: in blocks a lying header costs nothing
-HELD_BYTES = 256 << 20  # decoded frames kept while their number is unknown; a longer video is decoded twice
+KEPT_BYTES = 256 << 20  # decoded frames kept while their number is unknown; a longer video is decoded twice
 MP4_BOXES = (b"ftyp", b"styp", b"sidx", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"uuid")
 MP3_SLACK = 2 * 1152  # samples: an MP3's announced length is right to a frame or two
 RATES = range(1_000, 768_001)  # Hz; outside, a header is broken and would ask for gigabytes
@@ -40,12 +38,12 @@ av.logging.set_level(av.logging.PANIC)  # FFmpeg writes its notes straight to st
 class MediaError(ValueError):
     """A clip that cannot be used, and why.
 
-    Attributes: path; reason, a short phrase from a fixed set that a ledger can count (missing, not a file, empty
-    file, unreadable, truncated, no audio track, no video track, no samples, no frames, no frame rate, not finite,
-    too short, bad shape); detail, free text. str() is one line that names the file.
+    Attributes: path; reason, one of a fixed set of phrases, so that reasons can be counted (missing, not a file, empty
+    file, unreadable, truncated, no audio track, no video track, no samples, no frames, no frame rate, not finite, too
+    short, bad shape); detail, free text. str() is one line that names the file.
     """
 
-    def __init__(self, path, reason: str, detail: str = ""):
+    def __init__(self, path, reason, detail=""):
         super().__init__(path, reason, detail)  # all three in args: the error survives pickling out of a worker process
         self.path, self.reason, self.detail = path, reason, detail
 
@@ -55,22 +53,22 @@ class MediaError(ValueError):
         return f"{name}: {self.reason}" + (f" ({' '.join(self.detail.split())})" if self.detail else "")
 
 
-def read_audio(path, *, sample_rate: int = SAMPLE_RATE) -> torch.Tensor:
+def read_audio(path, *, sample_rate=SAMPLE_RATE):
     """Decode the first audio track of a sound or video file to mono.
 
-    Channels are averaged (opposite channels cancel), then `audio.resample` sets the rate. Values are not clipped to
-    +-1. In a file with pictures, sound that starts later than they do is preceded by silence, so sample n is heard at
+    Channels are averaged (opposite channels cancel), then resampled (`audio.resample`). Values are not clipped to +-1.
+    In a file with pictures, sound that starts later than they do is preceded by silence, so that sample n is heard at
     n / sample_rate on the video's clock; codec priming is dropped; gaps inside the track are closed up.
 
     Args:
-        path: str or os.PathLike; taken literally, never as a URL or pattern.
-        sample_rate: of the result, in Hz.
+        path: str or os.PathLike; taken literally, never as a URL or pattern. sample_rate: of the result, in Hz.
     Returns:
         wave_S: (S,) float32, finite, S >= 1; S is round(samples * sample_rate / the file's rate), halves up.
     Raises:
         MediaError: see the module's policy.
     """
-    mono, rate = _read_sndfile(path) if _is_sndfile(_check_file(path)) else (None, 0)
+    head = _check_file(path)
+    mono, rate = _read_sndfile(path) if _is_sndfile(head) else (None, 0)
     if mono is None:
         mono, rate = _read_pyav_audio(path)
     if not len(mono):
@@ -85,18 +83,16 @@ def read_audio(path, *, sample_rate: int = SAMPLE_RATE) -> torch.Tensor:
     return torch.from_numpy(wave_S)
 
 
-def read_frames(path, *, fps: float = 1.0, nframes: int | None = None) -> tuple[torch.Tensor, float | None]:
+def read_frames(path, *, fps=1.0, nframes=None):
     """Decode the frames that Qwen's rule picks (`image.sample_frames`) from the first video track, never the sound.
 
-    What counts is the number of frames that decode, not the header's: clips cut without re-encoding list frames that
-    an edit list hides. The rate is the track's average. As in the reference, a rotation tag and a sample aspect
-    ratio are ignored. Every frame is decoded, as which to keep depends on their number; they are held in the codec's
-    own format up to HELD_BYTES, a longer clip is decoded twice, and only the chosen ones become RGB.
+    The number of frames is that of those that decode, not the header's: clips cut without re-encoding list frames that
+    an edit list hides. The rate is the track's average. As in the reference, a rotation tag and a sample aspect ratio
+    are ignored. All frames are decoded, and kept in the codec's own format up to KEPT_BYTES; a longer clip is decoded
+    twice. Only the chosen ones become RGB.
 
     Args:
-        path: str or os.PathLike; taken literally.
-        fps: frames to pick per second of video.
-        nframes: a fixed number of frames instead, even and >= 2.
+        path: taken literally. fps: frames to pick per second of video. nframes: a fixed number instead, even and >= 2.
     Returns:
         frames_TCHW: (T, 3, H, W) uint8 RGB. T is even, or 1 for a video of one frame.
         Frames picked per second, T / all frames * the track's rate; None when the file does not say its rate.
@@ -106,15 +102,15 @@ def read_frames(path, *, fps: float = 1.0, nframes: int | None = None) -> tuple[
     """
     sample_frames(1 << 20, 1.0, fps=fps, nframes=nframes)  # a wrong argument is the caller's fault, not the file's
     _check_file(path)
-    held, total, held_bytes = [], 0, 0
+    kept, total, decoded_bytes = [], 0, 0
     with _open(path) as container:
         stream = _first_video(container, path)
         rate = stream.average_rate  # None in a few formats
         for frame in _decode(container, stream, path):
             total += 1
-            held_bytes += sum(plane.buffer_size for plane in frame.planes)
-            if held_bytes <= HELD_BYTES:
-                held.append(frame)
+            decoded_bytes += sum(plane.buffer_size for plane in frame.planes)
+            if decoded_bytes <= KEPT_BYTES:
+                kept.append(frame)
     if not total:
         raise MediaError(path, "no frames")
     if not rate and nframes is None:
@@ -122,21 +118,21 @@ def read_frames(path, *, fps: float = 1.0, nframes: int | None = None) -> tuple[
     if nframes is not None and nframes > total:
         raise MediaError(path, "too short", f"{nframes} frames wanted, {total} in the file")
     index_T = sample_frames(total, float(rate or 1), fps=fps, nframes=nframes)
-    if len(held) == total:
-        images = [_to_rgb(held[i], path) for i in index_T]
+    if len(kept) == total:
+        images = [_to_rgb(kept[i], path) for i in index_T]
     else:
-        del held
-        wanted = set(index_T)  # strictly increasing: there are never more picks than frames
+        del kept
+        chosen = set(index_T)  # strictly increasing: there are never more picks than frames
         with _open(path) as container:
-            decoded = enumerate(_decode(container, _first_video(container, path), path))
-            images = [_to_rgb(frame, path) for i, frame in decoded if i in wanted]
+            frames = enumerate(_decode(container, _first_video(container, path), path))
+            images = [_to_rgb(frame, path) for i, frame in frames if i in chosen]
     if len({image.shape for image in images}) > 1:
         raise MediaError(path, "unreadable", "the picture size changes in the middle")
     frames_TCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return frames_TCHW, float(len(index_T) / total * rate) if rate else None
 
 
-def _check_file(path) -> bytes:
+def _check_file(path):
     """The file's first 12 bytes. Refuses what is missing, no regular file (a pipe would block), empty or cut short."""
     try:
         status = os.stat(path)
@@ -152,41 +148,45 @@ def _check_file(path) -> bytes:
     except MediaError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise MediaError(path, "unreadable", _why(error)) from None
+        raise MediaError(path, "unreadable", _message(error)) from None
     if declared > status.st_size:
         raise MediaError(path, "truncated", f"{status.st_size} bytes of the {declared} its header announces")
     return head
 
 
-def _declared_bytes(file, head: bytes, size: int) -> int:
+def _declared_bytes(file, head, size):
     """How long the container itself says the file is at least, in bytes; 0 if it does not say."""
-    at = 0
+    end = 0
     if head[4:8] == b"ftyp":  # MP4: a chain of boxes, each 4 bytes of size and 4 of name
-        while at + 16 <= size:
-            file.seek(at)
+        while end + 16 <= size:
+            file.seek(end)
             length, name, long_length = struct.unpack(">I4sQ", file.read(16))
             length = long_length if length == 1 else length
             if length < 8 or name not in MP4_BOXES:
                 break  # 0 means "to the end"; anything else is padding or junk, the decoder's business
-            at += length
+            end += length
     elif head[:4] == b"RIFF" and head[8:12] == b"WAVE":
-        at = 12
-        while at + 8 <= size:
-            file.seek(at)
+        start = 12
+        while start + 8 <= size:
+            file.seek(start)
             name, length = struct.unpack("<4sI", file.read(8))
             if name == b"data":
-                return at + 8 + length if length < 0x7FFFF000 else 0  # above: a placeholder for a length not yet known
-            at += 8 + length + length % 2
-        at = 0
+                return start + 8 + length if length < 0x7FFFF000 else 0  # above: written to a pipe, length not known
+            start += 8 + length + length % 2
     elif head[:4] == b"OggS":
         file.seek(max(0, size - (1 << 17)))  # a page is at most 65,307 bytes
         pages = re.findall(rb"OggS\0[\0-\7]", file.read())
         if not pages or not pages[-1][5] & 4:  # the flag "last page of the stream"
             return size + 1
-    return at
+    return end
 
 
-def _is_sndfile(head: bytes) -> bool:
+def _message(error):
+    return getattr(error, "strerror", None) or str(error)  # strerror leaves out the path, which MediaError names
+
+
+def _is_sndfile(head):
+    """Whether a file that starts so is for libsndfile."""
     mpeg = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06  # layer bits 00 would be AAC
     return head[:4] in (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS") or head[:3] == b"ID3" or bool(mpeg)
 
@@ -198,27 +198,36 @@ def _read_sndfile(path):
     except (soundfile.LibsndfileError, UnicodeError):
         return None, 0
     with file:
-        parts, count, why = [], 0, ""
+        blocks, failed = [], False
         try:
             while len(block := file.read(BLOCK_SAMPLES, dtype="float32", always_2d=True)):
-                parts.append(block.mean(1))
-                count += len(block)
-        except soundfile.LibsndfileError as error:
-            why = str(error)
-        if why or count + (MP3_SLACK if file.format == "MP3" else 0) < file.frames < 1 << 62:  # above: length unknown
+                blocks.append(block.mean(1))
+        except soundfile.LibsndfileError:
+            failed = True
+        count = sum(map(len, blocks))
+        slack = MP3_SLACK if file.format == "MP3" else 0
+        if failed or count + slack < file.frames < 1 << 62:  # above: length unknown
             raise MediaError(path, "truncated", f"decoding stops after {count} of {file.frames} samples")
-        return np.concatenate(parts) if parts else np.zeros(0, np.float32), file.samplerate
+        return np.concatenate(blocks) if blocks else np.zeros(0, np.float32), file.samplerate
+
+
+@contextmanager
+def _unreadable(path, doing=""):
+    """Turns PyAV's errors into a MediaError."""
+    try:
+        yield
+    except AV_ERRORS as error:
+        raise MediaError(path, "unreadable", doing + _message(error)) from None
 
 
 def _open(path):
-    try:  # "file:": a name with a colon is no URL, and FFmpeg keeps a playlist inside such a file off the network
+    with _unreadable(path):  # "file:": a name with a colon is no URL, and a playlist in it stays off the network
         return av.open("file:" + os.fspath(path), metadata_errors="replace")
-    except AV_ERRORS as error:
-        raise MediaError(path, "unreadable", _why(error)) from None
 
 
-def _why(error) -> str:
-    return getattr(error, "strerror", None) or str(error)  # strerror leaves out the path, which MediaError names
+def _pictures(container):
+    """The video tracks; the cover picture of a song is none."""
+    return [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
 
 
 def _first_video(container, path):
@@ -227,53 +236,46 @@ def _first_video(container, path):
     return streams[0]
 
 
-def _pictures(container) -> list:
-    """The video tracks; the cover picture of a song is none."""
-    return [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-
-
 def _decode(container, stream, path):
     """Yield the stream's frames; whatever goes wrong becomes a MediaError."""
-    count, why = 0, ""
+    count, fault = 0, ""
     try:
         for packet in container.demux(stream):
             if packet.is_corrupt:
-                why = "a packet is incomplete"
+                fault = "a packet is incomplete"
                 break
             for frame in packet.decode():
                 count += 1
                 yield frame
     except AV_ERRORS as error:
-        why = _why(error)
-    if why:
-        raise MediaError(path, "truncated" if count else "unreadable", f"decoding fails after {count} frames: {why}")
+        fault = _message(error)
+    if fault:
+        raise MediaError(path, "truncated" if count else "unreadable", f"decoding fails after {count} frames: {fault}")
 
 
 def _to_rgb(frame, path):
-    try:
-        return frame.to_ndarray(format="rgb24")  # (H, W, 3)
-    except AV_ERRORS as error:
-        raise MediaError(path, "unreadable", f"no RGB from {frame.format.name}: {error}") from None
+    with _unreadable(path, f"no RGB from {frame.format.name}: "):
+        return frame.to_ndarray(format="rgb24")
 
 
 def _read_pyav_audio(path):
+    """(mono float32 samples, rate) of the first audio track."""
     with _open(path) as container:
         if not container.streams.audio:
             raise MediaError(path, "no audio track")
-        stream = container.streams.audio[0]
-        parts, rate, late_s = [], 0, 0.0
-        for frame in _decode(container, stream, path):
-            if not parts:
+        blocks, rate, late_s = [], 0, 0.0
+        for frame in _decode(container, container.streams.audio[0], path):
+            if not blocks:
                 rate, late_s = frame.sample_rate, _late_seconds(container, frame)
             if frame.sample_rate != rate:
                 raise MediaError(path, "unreadable", "the sample rate changes in the middle")
-            parts.append(_mono(frame, path))
+            blocks.append(_mono(frame, path))
     if late_s > MAX_LATE_S:
         raise MediaError(path, "unreadable", f"the sound starts {late_s:.0f} s after the picture")
-    return np.concatenate([np.zeros(round(late_s * rate), np.float32), *parts]), rate
+    return np.concatenate([np.zeros(round(late_s * rate), np.float32), *blocks]), rate
 
 
-def _late_seconds(container, first_frame) -> float:
+def _late_seconds(container, first_frame):
     """How much later than the picture the sound starts, >= 0; 0 without pictures, when the clock is the sound's own."""
     streams = _pictures(container)
     if not streams or first_frame.pts is None:
@@ -282,12 +284,11 @@ def _late_seconds(container, first_frame) -> float:
     return max(0.0, float(first_frame.pts * first_frame.time_base - start))
 
 
-def _mono(frame, path) -> np.ndarray:
-    try:
+def _mono(frame, path):
+    with _unreadable(path, f"no samples from {frame.format.name}: "):
         x = frame.to_ndarray()  # (channels, samples) or, packed, (1, samples * channels)
-    except AV_ERRORS as error:
-        raise MediaError(path, "unreadable", f"no samples from {frame.format.name}: {error}") from None
-    x = x if frame.format.is_planar else x.reshape(-1, len(frame.layout.channels)).T
+    if not frame.format.is_planar:
+        x = x.reshape(-1, len(frame.layout.channels)).T
     if x.dtype == np.uint8:
         x = (x.astype(np.float32) - 128) / 128
     elif x.dtype.kind == "i":

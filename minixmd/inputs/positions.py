@@ -1,8 +1,7 @@
-"""Rotary positions in three rows (time, height, width): a pure function of where the media stand and of their grids.
+"""Rotary positions in three rows: time, height, width.
 
 Text and audio advance all three rows by one a token. A block (a video, or a video with its sound) has positions of its
-own, counted from the position reached; what follows resumes at the largest one used + 1, the rule under which the
-published checkpoints were trained.
+own, counted from the position reached; what follows resumes at the largest one used + 1, as in the models' training.
 """
 import torch
 
@@ -11,17 +10,18 @@ def positions_of(length, blocks):
     """Positions (3, length) of a sequence.
 
     Args:
-        blocks: (first row, offsets_3P) of every stretch of rows that is not one step a row, in any order.
+        blocks: (first row, offsets_3P) of every stretch of rows that does not advance by one, in any order.
     """
     positions_3N = torch.empty(3, length, dtype=torch.int64)
-    row, at = 0, 0
+    row = position = 0  # the next of each
     for start, offsets_3P in sorted(blocks, key=lambda block: block[0]):
-        positions_3N[:, row:start] = torch.arange(at, at + start - row)
-        at += start - row
+        text = start - row
+        positions_3N[:, row:start] = torch.arange(position, position + text)
+        position += text
         row = start + offsets_3P.shape[1]
-        positions_3N[:, start:row] = at + offsets_3P
-        at += int(offsets_3P.max()) + 1
-    positions_3N[:, row:] = torch.arange(at, at + length - row)
+        positions_3N[:, start:row] = position + offsets_3P
+        position += int(offsets_3P.max()) + 1
+    positions_3N[:, row:] = torch.arange(position, position + length - row)
     return positions_3N
 
 
@@ -38,7 +38,7 @@ def grid_offsets(grid_thw, *, ids_per_s=None, fps=None):
     if ids_per_s is not None:
         time_t = (time_t * torch.tensor(2 / fps) * ids_per_s).long()  # in fp32, as the reference
     grid = torch.meshgrid(time_t, torch.arange(h), torch.arange(w), indexing="ij")
-    return torch.stack(grid).reshape(3, -1)
+    return torch.stack(grid).flatten(1)
 
 
 def interleave(video_3P, audio_tokens, chunk):
@@ -52,13 +52,18 @@ def interleave(video_3P, audio_tokens, chunk):
     audio_3A = torch.arange(audio_tokens).expand(3, -1)
     offsets_3P = torch.cat([video_3P, audio_3A], dim=1)
     is_audio_P = torch.arange(offsets_3P.shape[1]) >= video_3P.shape[1]
-    chunk_P = torch.tensor([*_chunks(video_3P[0].tolist(), chunk), *_chunks(range(audio_tokens), chunk)])
+    video_chunks = _chunk_numbers(video_3P[0].tolist(), chunk)
+    audio_chunks = _chunk_numbers(range(audio_tokens), chunk)
+    chunk_P = torch.tensor(video_chunks + audio_chunks)
     order_P = (2 * chunk_P + is_audio_P).argsort(stable=True)
     return ~is_audio_P[order_P], offsets_3P[:, order_P]
 
 
-def _chunks(ids, size):
-    number = 0
-    for i in ids:
-        number += i >= (number + 1) * size
-        yield number
+def _chunk_numbers(times, size):
+    """The chunk of each token: the next one from the token on whose time is past the current one's end."""
+    numbers, number = [], 0
+    for time in times:
+        if time >= (number + 1) * size:
+            number += 1
+        numbers.append(number)
+    return numbers

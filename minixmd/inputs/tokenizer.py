@@ -1,5 +1,5 @@
 """Processor: a conversation to a Prompt, in the family's chat template, placeholders expanded to their exact count."""
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,8 +11,8 @@ from minixmd.inputs.image import patchify, resize
 from minixmd.inputs.media import MediaError, read_audio, read_frames
 from minixmd.inputs.positions import grid_offsets, interleave, positions_of
 
-END = "<|im_end|>"
-VIDEO_OPTIONS = ("fps", "min_pixels", "max_pixels", "nframes", "use_audio")
+START, END = "<|im_start|>", "<|im_end|>"
+VIDEO_DEFAULTS = {"fps": 1.0, "min_pixels": 100_352, "max_pixels": 262_144, "nframes": None}
 
 
 def common_vocab_size(processor, labels_path):
@@ -30,6 +30,29 @@ def common_vocab_size(processor, labels_path):
         if tables[0].get(i) != tables[1].get(i):
             return i
     return count
+
+
+@dataclass
+class Draft:
+    """A Prompt that is being written."""
+
+    ids: list = field(default_factory=list)
+    target: list = field(default_factory=list)
+    media: list = field(default_factory=list)
+    blocks: list = field(default_factory=list)  # as positions_of takes them
+    audios: int = 0  # so far
+
+    def add(self, ids, target=False):
+        self.ids += ids
+        self.target += [target] * len(ids)
+
+    def add_clips(self, ids, clips, offsets_3P):
+        """Adds Media whose rows count from the first of `ids`; offsets_3P: the ids' positions, None = one step each."""
+        first = len(self.ids)
+        self.media += [replace(clip, rows_P=clip.rows_P + first) for clip in clips]
+        if offsets_3P is not None:
+            self.blocks.append((first, offsets_3P))
+        self.add(ids)
 
 
 class Processor:
@@ -53,20 +76,20 @@ class Processor:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the tokenizers library raises a bare Exception
             raise ValueError(f"{path}: not a tokenizer: {error}") from None
-        family, part = config.family, config.part
-        wanted = [END, "<|im_start|>"] + [kind[1] for kind in (family.audio, family.video) if kind]
-        for token in wanted:
+        placeholders = [template.placeholder for template in (self.family.audio, self.family.video) if template]
+        for token in (END, START, *placeholders):
             if self.tokenizer.token_to_id(token) is None:
-                raise ValueError(f"{path}: has no token {token}; it is not a {family.model_type} tokenizer")
-        for name, token in family.token_fields.items():
-            found = self.tokenizer.token_to_id(token)
-            if part.get(name, found) != found:
-                raise ValueError(f"{path}: {token} is {found}, but config.json has {name} {part[name]}; wrong "
+                raise ValueError(f"{path}: has no token {token}; it is not a {self.family.model_type} tokenizer")
+        for name, token in self.family.token_fields.items():
+            token_id = self.tokenizer.token_to_id(token)
+            config_id = self.config.section.get(name, token_id)
+            if config_id != token_id:
+                raise ValueError(f"{path}: {token} is {token_id}, but config.json has {name} {config_id}; wrong "
                                  "tokenizer for the model")
-        top = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
-        if top >= self.vocab_size:
-            raise ValueError(f"{path}: highest id {top}, but the model has {self.vocab_size} rows; wrong tokenizer for "
-                             "the model")
+        highest = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        if highest >= self.vocab_size:
+            raise ValueError(f"{path}: highest id {highest}, but the model has {self.vocab_size} rows; wrong tokenizer "
+                             "for the model")
         self.end_id = self.tokenizer.token_to_id(END)
 
     @property
@@ -84,147 +107,153 @@ class Processor:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def letter_ids(self, count):
-        """Ids of "A", "B", ... as the assistant's first token.
-
-        Raises:
-            ValueError: a letter is not one token.
-        """
-        ids = [self.encode(chr(ord("A") + i)) for i in range(count)]
-        for i, one in enumerate(ids):
-            if len(one) != 1:
-                raise ValueError(f"{self.folder / 'tokenizer.json'}: letter {chr(ord('A') + i)} is {len(one)} tokens, "
-                                 "not one")
-        return [one[0] for one in ids]
+        """Ids of "A", "B", … as the assistant's first token; ValueError if a letter is not one token."""
+        letter_ids = []
+        for i in range(count):
+            letter = chr(ord("A") + i)
+            ids = self.encode(letter)
+            if len(ids) != 1:
+                raise ValueError(f"{self.folder / 'tokenizer.json'}: letter {letter} is {len(ids)} tokens, not one")
+            letter_ids += ids
+        return letter_ids
 
     def __call__(self, conversation):
-        """A conversation in the ecosystem's form to a Prompt.
+        """A conversation in transformers' form to a Prompt, which is never truncated.
 
         Args:
             conversation: [{"role": "user", "content": [{"type": "audio", "audio": path}, {"type": "text", …}]}]; media
-                are paths, 16 kHz mono waves (float tensor (S,)) or frames (uint8 tensor (T, 3, H, W)); a video
-                part may carry fps, min_pixels, max_pixels, nframes, and `"use_audio": True` (Omni): its sound track is
-                heard too, in turns with the picture. A last assistant turn becomes the target; without one the prompt
-                ends where the assistant would speak.
-        Returns:
-            Prompt, never truncated.
+                are paths, 16 kHz mono waves (float tensor (S,)) or frames (uint8 tensor (T, 3, H, W)). A video part may
+                carry fps, min_pixels, max_pixels, nframes, and `"use_audio": True` (Omni): its sound track is heard
+                too, in turns with the picture. A last assistant turn becomes the target; without one the prompt ends
+                where the assistant would speak.
         Raises:
             MediaError: a clip that cannot be used, with its reason.
             ValueError: a malformed conversation, media the family does not take, or a prompt over the model's limit.
         """
         if not conversation or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in conversation):
             raise ValueError("a conversation is a non-empty list of {'role': …, 'content': …}")
-        ids, target, media, blocks, audios = [], [], [], [], 0
-
-        def text(string, learn=False):
-            new = self.encode(string)
-            ids.extend(new)
-            target.extend([learn] * len(new))
-
+        draft = Draft()
         if conversation[0]["role"] != "system":
-            text(f"<|im_start|>system\n{self.family.system}{END}\n")
+            draft.add(self.encode(f"{START}system\n{self.family.system}{END}\n"))
         for number, turn in enumerate(conversation):
-            role, content = turn["role"], turn["content"]
+            role = turn["role"]
             if role not in ("system", "user", "assistant"):
                 raise ValueError(f"turn {number}: role must be system, user or assistant, got {role!r}")
-            learn = role == "assistant" and number == len(conversation) - 1
-            pending = f"<|im_start|>{role}\n"
-            if learn:  # a boundary that generation has too, so that no token spans it
-                text(pending)
-                pending = ""
-            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-                raise ValueError(f"turn {number}: content must be a string or a list of {{'type': …}} parts")
-            for part in parts:
-                kind = part.get("type")
-                if kind == "text":
-                    pending += self._text(part, number)
+            is_target = role == "assistant" and number == len(conversation) - 1
+            text = f"{START}{role}\n"  # what is still to be tokenised, up to the next clip
+            if is_target:  # a boundary that generation has too, so that no token spans it
+                draft.add(self.encode(text))
+                text = ""
+            for part in _parts(turn, number):
+                if part.get("type") == "text":
+                    text += self._text(part, number)
                     continue
-                if learn:
+                if is_target:
                     raise ValueError(f"turn {number}: the last assistant turn is the target and must be text")
-                before, ids_P, clips, offsets_3P, after = self._media(part, kind, number)
-                audios += kind == "audio"
-                text(pending + before.format(n=audios))
-                media += [replace(clip, rows_P=clip.rows_P + len(ids)) for clip in clips]
-                if offsets_3P is not None:
-                    blocks.append((len(ids), offsets_3P))
-                ids.extend(ids_P)
-                target.extend([False] * len(ids_P))
-                pending = after
-            text(pending + END, learn)
-            text("\n")
+                text = self._add_media(draft, text, part, number)
+            draft.add(self.encode(text + END), is_target)
+            draft.add(self.encode("\n"))
         if conversation[-1]["role"] != "assistant":
-            text("<|im_start|>assistant\n")
-        if len(ids) > self.max_positions:
-            raise ValueError(f"the prompt has {len(ids)} tokens, over the model's limit of {self.max_positions}")
-        return Prompt(torch.tensor(ids), positions_of(len(ids), blocks), tuple(media), torch.tensor(target))
+            draft.add(self.encode(f"{START}assistant\n"))
+        length = len(draft.ids)
+        if length > self.max_positions:
+            raise ValueError(f"the prompt has {length} tokens, over the model's limit of {self.max_positions}")
+        return Prompt(torch.tensor(draft.ids), positions_of(length, draft.blocks), tuple(draft.media),
+                      torch.tensor(draft.target))
 
     def _text(self, part, number):
         string = part.get("text")
         if not isinstance(string, str):
             raise ValueError(f"turn {number}: a text part's 'text' must be a string, got {string!r}")
-        for kind in (self.family.audio, self.family.video):
-            if kind and kind[1] in string:
-                raise ValueError(f"text must not hold the placeholder {kind[1]}; give the clip as a media part")
+        for template in (self.family.audio, self.family.video):
+            if template and template.placeholder in string:
+                sign = template.placeholder
+                raise ValueError(f"text must not hold the placeholder {sign}; give the clip as a media part")
         return string
 
-    def _media(self, part, kind, number):
-        """What a media part becomes: text before, ids of its rows, its clips (rows counted from the first of them), the
-        rows' position offsets (None: one step a row), text after."""
-        if kind not in ("audio", "video") or getattr(self.family, kind) is None:
+    def _add_media(self, draft, text, part, number):
+        """Adds an audio or video part after `text` to the draft. Returns the text that follows it."""
+        kind = part.get("type")
+        template = getattr(self.family, kind) if kind in ("audio", "video") else None
+        if template is None:
             raise ValueError(f"turn {number}: a {self.family.model_type} model cannot take a part of type {kind!r}")
-        if extra := sorted(set(part) - {"type", kind} - set(VIDEO_OPTIONS if kind == "video" else ())):
+        known = {"type", kind, *VIDEO_DEFAULTS, "use_audio"} if kind == "video" else {"type", kind}
+        if extra := sorted(part.keys() - known):
             raise ValueError(f"turn {number}: {kind} part has an unknown key {extra[0]!r}")
         if kind not in part:
             raise ValueError(f"turn {number}: {kind} part has no key {kind!r}")
-        before, placeholder, after = getattr(self.family, kind)
-        token = self.tokenizer.token_to_id(placeholder)
         if kind == "audio":
-            clip = self._audio(part["audio"])
-            return before, [token] * len(clip.rows_P), [clip], None, after
-        clip, offsets_3P = self._video(part)
-        if not part.get("use_audio"):
-            return before, [token] * len(clip.rows_P), [clip], offsets_3P, after
-        if self.config.chunk_s is None:
-            raise ValueError(f"turn {number}: a {self.family.model_type} model cannot take a video with its sound")
-        if isinstance(part["video"], torch.Tensor):
-            raise ValueError(f"turn {number}: use_audio needs a video file; frames have no sound")
-        sound = self._audio(part["video"])
-        is_video_P, offsets_3P = interleave(offsets_3P, len(sound.rows_P), self.config.chunk_s * self.config.ids_per_s)
-        # the two begin signs share the position before the block's, the two end signs the one after
-        offsets_3P = torch.cat([torch.zeros(3, 2, dtype=torch.int64), offsets_3P + 1], dim=1)
-        offsets_3P = torch.cat([offsets_3P, (offsets_3P.max() + 1).expand(3, 2)], dim=1)
-        signs = [self.encode(before + self.family.audio[0]), self.encode(self.family.audio[2] + after)]
-        heard = self.tokenizer.token_to_id(self.family.audio[1])
-        ids_P = [*signs[0], *torch.where(is_video_P, token, heard).tolist(), *signs[1]]
-        clips = [replace(clip, rows_P=is_video_P.nonzero()[:, 0] + 2),
-                 replace(sound, rows_P=(~is_video_P).nonzero()[:, 0] + 2)]
-        return "", ids_P, clips, offsets_3P, ""
+            draft.audios += 1
+            media, offsets_3P = self._audio(part["audio"]), None
+        else:
+            media, offsets_3P = self._video(part)
+        if part.get("use_audio"):
+            if self.config.chunk_s is None:
+                raise ValueError(f"turn {number}: a {self.family.model_type} model cannot take a video with its sound")
+            if isinstance(part["video"], torch.Tensor):
+                raise ValueError(f"turn {number}: use_audio needs a video file; frames have no sound")
+            draft.add(self.encode(text))
+            self._add_sounded(draft, media, offsets_3P, self._audio(part["video"]))
+            return ""
+        draft.add(self.encode(text + template.before.format(n=draft.audios)))
+        placeholder = self.tokenizer.token_to_id(template.placeholder)
+        draft.add_clips([placeholder] * len(media.rows_P), [media], offsets_3P)
+        return template.after
+
+    def _add_sounded(self, draft, video, video_3P, audio):
+        """Adds a video and its sound, which take turns. The two tokens that begin them share a position, as do the two
+        that end them."""
+        is_video_P, offsets_3P = interleave(video_3P, len(audio.rows_P), self.config.chunk_s * self.config.ids_per_s)
+        begin_3P = torch.zeros(3, 2, dtype=torch.int64)
+        end_3P = (offsets_3P.max() + 2).expand(3, 2)
+        video_sign, audio_sign = self.family.video, self.family.audio
+        video_id = self.tokenizer.token_to_id(video_sign.placeholder)
+        audio_id = self.tokenizer.token_to_id(audio_sign.placeholder)
+        ids = self.encode(video_sign.before + audio_sign.before)
+        ids += torch.where(is_video_P, video_id, audio_id).tolist()
+        ids += self.encode(audio_sign.after + video_sign.after)
+        clips = [replace(video, rows_P=is_video_P.nonzero()[:, 0] + 2),
+                 replace(audio, rows_P=(~is_video_P).nonzero()[:, 0] + 2)]
+        draft.add_clips(ids, clips, torch.cat([begin_3P, offsets_3P + 1, end_3P], dim=1))
 
     def _audio(self, source):
+        """The Media of a sound file or wave; its rows count from 0."""
         wave_S = source if isinstance(source, torch.Tensor) else read_audio(source)
-        frames = num_mel_frames(len(wave_S), self.family.audio_s)
+        frames = num_mel_frames(len(wave_S), self.family.max_audio_s)
         tokens = num_audio_tokens(frames)
         if tokens == 0:
             name = "audio" if isinstance(source, torch.Tensor) else source
             raise MediaError(name, "too short", f"{len(wave_S)} samples at 16 kHz; one audio token takes 321")
-        return Media("audio", log_mel(wave_S, self.family.audio_s), torch.arange(tokens), frames=frames)
+        return Media("audio", log_mel(wave_S, self.family.max_audio_s), torch.arange(tokens), frames=frames)
 
     def _video(self, part):
+        """The Media of a video part, whose rows count from 0, and the rows' position offsets."""
         source = part["video"]
-        options = {"fps": 1.0, "min_pixels": 100_352, "max_pixels": 262_144, "nframes": None}
-        options.update({k: part[k] for k in options if part.get(k) is not None})
-        name, fps = "video", options["fps"]
-        frames_TCHW = source
-        if not isinstance(source, torch.Tensor):
+        given = {name: part[name] for name in VIDEO_DEFAULTS if part.get(name) is not None}
+        fps, min_pixels, max_pixels, nframes = {**VIDEO_DEFAULTS, **given}.values()
+        if isinstance(source, torch.Tensor):
+            name, frames_TCHW = "video", source
+        else:
             name = source
-            frames_TCHW, sampled_fps = read_frames(source, fps=options["fps"], nframes=options["nframes"])
-            fps = sampled_fps if self.family.sampled_fps or options["nframes"] else options["fps"]
+            frames_TCHW, sampled_fps = read_frames(source, fps=fps, nframes=nframes)
+            if self.family.sampled_fps or nframes:
+                fps = sampled_fps
             if fps is None and self.config.ids_per_s is not None:
                 raise MediaError(source, "no frame rate", "this model places frames by their time")
         try:
-            frames_TCHW = resize(frames_TCHW, min_pixels=options["min_pixels"], max_pixels=options["max_pixels"])
+            frames_TCHW = resize(frames_TCHW, min_pixels=min_pixels, max_pixels=max_pixels)
         except ValueError as error:
             raise MediaError(name, "bad shape", str(error)) from None
         patches_PC, grid_thw = patchify(frames_TCHW)
         offsets_3P = grid_offsets(grid_thw, ids_per_s=self.config.ids_per_s, fps=fps)
         return Media("video", patches_PC, torch.arange(offsets_3P.shape[1]), grid_thw=grid_thw), offsets_3P
+
+
+def _parts(turn, number):
+    """The content of a turn as a list of parts."""
+    content = turn["content"]
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise ValueError(f"turn {number}: content must be a string or a list of {{'type': …}} parts")
+    return content

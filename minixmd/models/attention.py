@@ -1,4 +1,4 @@
-"""Attention over packed rows: one scaled-dot-product call for each run of like segments, so no N x N mask exists."""
+"""Attention over packed rows: one scaled-dot-product call a run of like segments, so that no N x N mask exists."""
 from itertools import groupby
 
 import torch
@@ -6,37 +6,45 @@ import torch.nn.functional as F
 
 
 def packed_attention(q_NHK, k_NJK, v_NJK, segments, causal=True):
-    """softmax(q kᵀ / sqrt(K)) v, where a segment's rows see its parent's rows and (causally, unless told) their own.
+    """softmax(q kᵀ / sqrt(K)) v, where a segment's rows see all rows of its parent and their own segment.
 
     Args:
         q_NHK: (N, H, K) queries. k_NJK, v_NJK: (N, J, K) keys and values; J divides H.
         segments: Segments in packed order that cover the N rows; parents stand before their children.
-        causal: False for the encoders; needs parentless segments.
+        causal: rows see their own segment up to themselves; False, for encoders, needs parentless segments.
     Returns:
         (N, H, K), of q's dtype.
     """
-    runs = [list(run) for _, run in groupby(segments, key=lambda s: (s.length, s.parent))]  # go through one call each
-    rows = [run[0].length * len(run) for run in runs]
-    at = {segment.start: (i, j) for i, run in enumerate(runs) for j, segment in enumerate(run)}
-    # split once: a slice's derivative would fill N rows with zeros for each of the segments
-    q_R, k_R, v_R = ([part.unflatten(0, (len(run), -1)).transpose(1, 2)  # B h T K
-                      for part, run in zip(x.split(rows), runs, strict=True)] for x in (q_NHK, k_NJK, v_NJK))
-    out = []
-    for run, q, k, v in zip(runs, q_R, k_R, v_R, strict=True):
-        mask_TS = None
-        if run[0].parent >= 0:
-            i, j = at[segments[run[0].parent].start]
-            k, v = (torch.cat([x_R[i][j].expand(len(run), -1, -1, -1), own], dim=2)
-                    for x_R, own in ((k_R, k), (v_R, v)))
+    runs = [list(run) for _, run in groupby(segments, key=lambda s: (s.length, s.parent))]  # each is one batched call
+    q_runs, k_runs, v_runs = (_split(x, runs) for x in (q_NHK, k_NJK, v_NJK))
+    keys, values = ([x_HTK for run in x_runs for x_HTK in run] for x_runs in (k_runs, v_runs))  # of each segment
+    outputs = []
+    for run, q, k, v in zip(runs, q_runs, k_runs, v_runs, strict=True):
+        mask_TS, parent = None, run[0].parent
+        if parent >= 0:
+            children = (len(run), -1, -1, -1)
+            k = torch.cat([keys[parent].expand(children), k], dim=2)
+            v = torch.cat([values[parent].expand(children), v], dim=2)
             T, S = q.shape[2], k.shape[2]
             mask_TS = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TS, is_causal=causal and mask_TS is None,
-                                           enable_gqa=q.shape[1] != k.shape[1])
-        out.append(o.transpose(1, 2).flatten(0, 1))
-    return torch.cat(out)
+        o_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TS, is_causal=causal and mask_TS is None,
+                                                enable_gqa=q.shape[1] != k.shape[1])
+        outputs.append(o_BHTK.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
+
+
+def _split(x_NHK, runs):
+    """Each run's rows as (B segments, H, T, K), by one split: slices would each have a gradient of all N rows."""
+    parts = x_NHK.split([run[0].length * len(run) for run in runs])
+    split = []
+    for x, run in zip(parts, runs, strict=True):
+        x_BTHK = x.unflatten(0, (len(run), -1))
+        split.append(x_BTHK.transpose(1, 2))
+    return split
 
 
 def _turn(x_NHK, cos_NK, sin_NK):
+    """Rotates the pairs (x[i], x[i + K/2]) of fp32 vectors."""
     half = x_NHK.shape[-1] // 2
     sin = sin_NK[:, None, :half]  # both halves hold the same angles
     y_NHK = x_NHK * cos_NK[:, None]
@@ -46,7 +54,7 @@ def _turn(x_NHK, cos_NK, sin_NK):
 
 
 class _Rotate(torch.autograd.Function):
-    """A rotation's gradient is the rotation back: autograd would keep and add up five tensors of x's size instead."""
+    """The gradient of a rotation is the rotation back; autograd would keep and add up five tensors of x's size."""
 
     @staticmethod
     def forward(ctx, x_NHK, cos_NK, sin_NK):
@@ -54,9 +62,9 @@ class _Rotate(torch.autograd.Function):
         return _turn(x_NHK.float(), cos_NK, sin_NK).to(x_NHK.dtype)
 
     @staticmethod
-    def backward(ctx, g_NHK):
+    def backward(ctx, grad_NHK):
         cos_NK, sin_NK = ctx.saved_tensors
-        return _turn(g_NHK.float(), cos_NK, -sin_NK).to(g_NHK.dtype), None, None
+        return _turn(grad_NHK.float(), cos_NK, -sin_NK).to(grad_NHK.dtype), None, None
 
 
 def rotate(x_NHK, cos_NK, sin_NK):

@@ -1,11 +1,11 @@
-"""The Linear that every model here is made of, with room for a low-rank adapter, and what makes and merges adapters."""
-import hashlib
+"""The Linear that all models here are made of, with room for a low-rank adapter; adding and merging adapters."""
 import re
 
 import torch
 from torch import nn
 
 from minixmd.kernels.lora import lora_linear, lora_linears
+from minixmd.runs.seeds import hash_seed
 
 
 class Linear(nn.Linear):
@@ -24,25 +24,26 @@ class Linear(nn.Linear):
         return lora_linear(x_ND, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, self.backend)
 
 
-def linears(x_ND, *layers):
-    """What several Linears make of the same x; adapters of two or more of them share its reads."""
+def apply_linears(x_ND, *layers):
+    """Applies several Linears to one input and returns the list of outputs; their adapters share the reads of x."""
     adapted = [layer for layer in layers if layer.lora_A is not None]
     if len(adapted) < 2:
         return [layer(x_ND) for layer in layers]
-    outputs = iter(lora_linears(x_ND, [(layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scale)
-                                       for layer in adapted], adapted[0].backend))
+    operands = [(layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scale) for layer in adapted]
+    outputs = iter(lora_linears(x_ND, operands, adapted[0].backend))
     return [layer(x_ND) if layer.lora_A is None else next(outputs) for layer in layers]
 
 
-def set_backend(model, backend):
-    """Chooses the kernels of a model, "triton" or "torch": of its adapters, its head and its rollouts.
+def named_linears(model):
+    """{module name: Linear} of a model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
 
-    New models use "torch".
-    """
+
+def set_backend(model, backend):
+    """Chooses the kernels of a model's adapters, head and rollouts: "triton" or "torch", which new models have."""
     model.backend = backend
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.backend = backend
+    for layer in named_linears(model).values():
+        layer.backend = backend
 
 
 def add_lora(model, *, rank, alpha, targets, seed):
@@ -52,26 +53,21 @@ def add_lora(model, *, rank, alpha, targets, seed):
         model: MultimodalLM. rank, alpha: as in the LoRA paper; the product is scaled by alpha / rank.
         targets: regular expression over module names. seed: of A; each module's draw depends on its name only.
     Returns:
-        The list of adapted module names.
-    Raises:
-        ValueError: the pattern matches no Linear.
+        The list of adapted module names; ValueError if the pattern matches no Linear.
     """
     model.requires_grad_(False)
-    linears = [name for name, module in model.named_modules() if isinstance(module, Linear)]
-    names = [name for name in linears if re.fullmatch(targets, name)]
-    if not names:
+    layers = {name: layer for name, layer in named_linears(model).items() if re.fullmatch(targets, name)}
+    if not layers:
         raise ValueError(f"lora_targets {targets!r} matches no linear layer of this model")
-    for name in names:
-        module = model.get_submodule(name)
-        out_features, in_features = module.weight.shape
+    for name, layer in layers.items():
+        (out_features, in_features), device = layer.weight.shape, layer.weight.device
         generator = torch.Generator().manual_seed(hash_seed(seed, name))
         bound = in_features ** -0.5  # kaiming_uniform with a = sqrt(5), the field's convention
         a_RD = (torch.rand(rank, in_features, generator=generator) * 2 - 1) * bound
-        device = module.weight.device
-        module.lora_A = nn.Parameter(a_RD.to(device))
-        module.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
-        module.scale = alpha / rank
-    return names
+        layer.lora_A = nn.Parameter(a_RD.to(device))
+        layer.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
+        layer.scale = alpha / rank
+    return list(layers)
 
 
 def make_trainable(model, what, *, name, **adapter):
@@ -95,15 +91,11 @@ def make_trainable(model, what, *, name, **adapter):
 
 def merge_lora(model):
     """Fold every adapter into its weight (in fp32, then rounded to the storage dtype) and drop it."""
-    for module in model.modules():
-        if isinstance(module, Linear) and module.lora_A is not None:
-            with torch.no_grad():
-                delta = module.scale * (module.lora_B @ module.lora_A)
-                module.weight.copy_((module.weight.float() + delta).to(module.weight.dtype))
-            module.lora_A = module.lora_B = None
-            module.scale = 0.0
-
-
-def hash_seed(*parts):
-    """A 63-bit seed that is a pure function of its parts (ints and strings)."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+    for layer in named_linears(model).values():
+        if layer.lora_A is None:
+            continue
+        with torch.no_grad():
+            delta = layer.scale * (layer.lora_B @ layer.lora_A)
+            layer.weight.copy_((layer.weight.float() + delta).to(layer.weight.dtype))
+        layer.lora_A = layer.lora_B = None
+        layer.scale = 0.0

@@ -14,7 +14,7 @@ from minixmd.models.head import CHUNK, head_loss, raw_logits
 from minixmd.models.lora import Linear
 from minixmd.models.qwen2 import Qwen2
 from minixmd.models.vit import ViT
-from minixmd.models.whisper import ChunkedWhisper, Whisper
+from minixmd.models.whisper import Whisper
 
 # Whisper's sinusoids are a table, not weights, and nothing reads Omni's begin and end vectors
 NEVER_TRAINED = ("embed_positions.weight", "audio_bos_eos_token.weight")
@@ -42,9 +42,8 @@ class MultimodalLM(nn.Module):
         self.config = config
         self.backend = "torch"  # of the kernels: lora.set_backend
         if config.audio is not None:
-            whole_clip = config.audio.n_window is None
-            self.audio_tower = Whisper(config.audio) if whole_clip else ChunkedWhisper(config.audio)
-            self.multi_modal_projector = Projector(config) if whole_clip else None
+            self.audio_tower = Whisper(config.audio)
+            self.multi_modal_projector = Projector(config) if config.audio.output_dim is None else None
         if config.vision is not None:
             self.visual = ViT(config.vision, config.family.split_qkv)
         self.model = Qwen2(config.text)

@@ -1,9 +1,10 @@
 """The Qwen2 decoder: pre-norm blocks of grouped-query attention and a SwiGLU MLP, over packed rows."""
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from minixmd.models.attention import rotate
-from minixmd.models.lora import Linear, linears
+from minixmd.models.lora import Linear, apply_linears
 
 
 class RMSNorm(nn.Module):
@@ -14,38 +15,43 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_ND):
         x = x_ND.float()  # statistics in fp32: a 16-bit mean of squares loses the small channels
-        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)).to(x_ND.dtype)
+        scale_N1 = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (x * scale_N1).to(x_ND.dtype)
 
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        D, self.H, self.J = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        K = D // self.H
         self.layer = layer
+        self.H = config.num_attention_heads
+        self.J = config.num_key_value_heads
+        D, K = config.hidden_size, config.hidden_size // self.H
         self.q_proj = Linear(D, self.H * K)
         self.k_proj = Linear(D, self.J * K)
         self.v_proj = Linear(D, self.J * K)
         self.o_proj = Linear(self.H * K, D, bias=False)
 
     def forward(self, x_ND, cos_NK, sin_NK, attend):
-        q, k, v = linears(x_ND, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = apply_linears(x_ND, self.q_proj, self.k_proj, self.v_proj)
         q_NHK = rotate(q.unflatten(-1, (self.H, -1)), cos_NK, sin_NK)
         k_NJK = rotate(k.unflatten(-1, (self.J, -1)), cos_NK, sin_NK)
         v_NJK = v.unflatten(-1, (self.J, -1))
-        return self.o_proj(attend(self.layer, q_NHK, k_NJK, v_NJK).flatten(1))
+        o_NHK = attend(self.layer, q_NHK, k_NJK, v_NJK)
+        return self.o_proj(o_NHK.flatten(1))
 
 
-class MLP(nn.Module):
-    def __init__(self, config):
+class GatedMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). Also the MLP of Qwen2.5's vision tower, there with biases."""
+
+    def __init__(self, width, hidden, bias):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(width, hidden, bias)
+        self.up_proj = Linear(width, hidden, bias)
+        self.down_proj = Linear(hidden, width, bias)
 
     def forward(self, x_ND):
-        gate_NF, up_NF = linears(x_ND, self.gate_proj, self.up_proj)
-        return self.down_proj(nn.functional.silu(gate_NF) * up_NF)
+        gate_NF, up_NF = apply_linears(x_ND, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate_NF) * up_NF)
 
 
 class Block(nn.Module):
@@ -54,7 +60,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(self, x_ND, cos_NK, sin_NK, attend):
         x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), cos_NK, sin_NK, attend)
@@ -62,8 +68,11 @@ class Block(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """Embeddings to hidden states. How rows see each other is the caller's `attend(layer, q, k, v)`: packed training,
-    prefill that keeps keys and values, and one-token decoding are three such functions over this one forward."""
+    """Embeddings to hidden states.
+
+    How rows see each other is the caller's `attend(layer, q_NHK, k_NJK, v_NJK) -> o_NHK`: packed training, prefill that
+    keeps keys and values, and one-token decoding are three such functions.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -73,14 +82,15 @@ class Qwen2(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def rotary(self, positions_3N):
-        """cos, sin (N, K) in fp32. With M-RoPE each half-dimension turns by time, height or width (config sections)."""
+        """cos, sin (N, K) in fp32. With M-RoPE a frequency turns by time, height or width, section by section."""
         K = self.config.hidden_size // self.config.num_attention_heads
-        half_K = torch.arange(0, K, 2, device=positions_3N.device).float()
-        inv_freq_K = 1.0 / self.config.rope_theta ** (half_K / K)
+        exponent = torch.arange(0, K, 2, device=positions_3N.device).float() / K
+        frequencies = 1.0 / self.config.rope_theta ** exponent
         sections = self.config.mrope_section or (K // 2,)
-        parts = inv_freq_K.split(list(sections))
-        angle = torch.cat([positions_3N[i].float()[:, None] * f for i, f in enumerate(parts)], dim=-1)
-        angle_NK = torch.cat([angle, angle], dim=-1)
+        angles = []
+        for row, section in enumerate(frequencies.split(list(sections))):  # rows: time, height, width
+            angles.append(positions_3N[row].float()[:, None] * section)
+        angle_NK = torch.cat([*angles, *angles], dim=-1)
         return angle_NK.cos(), angle_NK.sin()
 
     def forward(self, x_ND, positions_3N, attend):

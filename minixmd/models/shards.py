@@ -1,7 +1,4 @@
-"""Which safetensors file holds which tensor: one file, or shards and their index. Headers only, until a tensor is asked
-for.
-"""
-from collections import Counter
+"""Safetensors checkpoints on disk: one file, or shards and their index. Headers only, until a tensor is needed."""
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +11,7 @@ SINGLE, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "mo
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-class Held(NamedTuple):
-    """Where a tensor is and what it is like, from its file's header."""
-
+class TensorInfo(NamedTuple):
     file: str
     shape: list[int]
     dtype: str  # a key of DTYPES, or another that is not read
@@ -32,68 +27,78 @@ def open_safetensors(path):
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
 
 
-def _file_of(folder):
-    """{tensor: file} as the index has it; None without an index."""
+def _read_index(folder):
+    """{tensor: file} of a folder's index; None without an index."""
     path = folder / INDEX
     if not path.is_file():
         return None
-    found = read_json(path).get("weight_map")
-    if not isinstance(found, dict):
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
         raise ValueError(f"{path}: has no weight_map that says which file holds which tensor")
-    if not found:
+    if not weight_map:
         raise ValueError(f"{path}: its weight_map names no tensor")
-    for name, file in found.items():
+    for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise ValueError(f"{path}: {name} must be in a file of the same folder, got {file!r}")
-    return found
+    return weight_map
 
 
 def tensor_files(folder, family):
-    """Names of the files that hold anything that is built; a shard of nothing but skipped tensors is not among them."""
-    file_of = _file_of(Path(folder)) or {"": SINGLE}
-    return sorted({file for name, file in file_of.items() if not name.startswith(tuple(family.skipped))})
+    """Names of the files that hold anything that is built, in order."""
+    index = _read_index(Path(folder)) or {"": SINGLE}
+    return sorted({file for name, file in index.items() if not name.startswith(tuple(family.skipped))})
 
 
-def survey(folder, family):
-    """Every tensor that is to be built, from the headers alone, and what is wrong with their distribution.
+def read_headers(folder, family):
+    """What the files hold of the parts that are built, from their headers alone.
 
     Returns:
-        ({tensor: Held}, {tensor: fault}): it is in two shards, in another one than the index says, or not in the index.
+        ({tensor: TensorInfo}, {tensor: fault}); a fault is a tensor in two shards, or not where the index says.
     Raises:
-        ValueError: a missing or truncated file, or an index that is none.
+        ValueError: a missing or truncated file, or an unusable index.
     """
-    folder, file_of = Path(folder), _file_of(Path(folder))
-    held, faults = {}, {}
+    folder, index = Path(folder), _read_index(Path(folder))
+    infos, faults = {}, {}
     for file in tensor_files(folder, family):
         with open_safetensors(folder / file) as shard:
             for name in shard.keys():
                 if name.startswith(tuple(family.skipped)):
                     continue
-                if name in held:
-                    faults[name] = f"{name} is in {held[name].file} and in {file}"
+                if name in infos:
+                    faults[name] = f"{name} is in {infos[name].file} and in {file}"
                     continue
-                part = shard.get_slice(name)
-                held[name] = Held(file, part.get_shape(), part.get_dtype())
-                if file_of is not None and name not in file_of:
+                header = shard.get_slice(name)
+                infos[name] = TensorInfo(file, header.get_shape(), header.get_dtype())
+                if index is not None and name not in index:
                     faults[name] = f"{name} is in {file}, but the index does not name it"
-    for name, file in (file_of or {}).items():
-        if not name.startswith(tuple(family.skipped)):
-            found = held[name].file if name in held else "no shard"
-            if found != file:
-                faults.setdefault(name, f"{name} is in {found}, but the index says {file}")
-    return held, faults
+    for name, file in (index or {}).items():
+        actual = infos[name].file if name in infos else "no shard"
+        if actual != file and not name.startswith(tuple(family.skipped)):
+            faults.setdefault(name, f"{name} is in {actual}, but the index says {file}")
+    return infos, faults
+
+
+def tensor_faults(actual, expected):
+    """{name: fault} of tensors that are missing, unexpected or misshapen. Both: {name: what has a .shape}."""
+    faults = {name: f"missing {name}" for name in expected.keys() - actual.keys()}
+    for name, tensor in actual.items():
+        if name not in expected:
+            faults[name] = f"unexpected {name}"
+        elif list(tensor.shape) != list(expected[name].shape):
+            faults[name] = f"{name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
+    return faults
 
 
 def skipped_parts(folder, family):
     """{part: number of tensors} of what the checkpoint holds beyond the model that is built, as Omni's talker."""
     if not family.skipped:
         return {}
-    folder = Path(folder)
-    names = _file_of(folder)
+    names = _read_index(Path(folder))
     if names is None:
-        with open_safetensors(folder / SINGLE) as file:
+        with open_safetensors(Path(folder) / SINGLE) as file:
             names = file.keys()
-    return dict(Counter(part for name in names for prefix, part in family.skipped.items() if name.startswith(prefix)))
+    counts = {part: sum(name.startswith(prefix) for name in names) for prefix, part in family.skipped.items()}
+    return {part: count for part, count in counts.items() if count}
 
 
 def write_shards(folder, state, shard_bytes):
@@ -111,10 +116,10 @@ def write_shards(folder, state, shard_bytes):
     if len(shards) == 1:
         write_safetensors(folder / SINGLE, state, {"format": "pt"})
         return
-    file_of = {}
+    index = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / file, shard, {"format": "pt"})
-        file_of.update(dict.fromkeys(shard, file))
+        index.update(dict.fromkeys(shard, file))
     total = sum(tensor.nbytes for tensor in state.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})

@@ -3,15 +3,13 @@
 Qwen2-VL: LayerNorm, a plain MLP, every block sees a whole frame pair. Qwen2.5-VL and Omni: RMSNorm, a gated MLP, and
 most blocks see windows of 112 pixels; the rows are put in window order once, so that a window is a run of neighbours.
 """
-from itertools import accumulate
-
 import torch
 from torch import nn
 
-from minixmd.inputs.batch import Segment
+from minixmd.inputs.batch import consecutive_segments
 from minixmd.models.attention import packed_attention, rotate
-from minixmd.models.lora import Linear, linears
-from minixmd.models.qwen2 import RMSNorm
+from minixmd.models.lora import Linear, apply_linears
+from minixmd.models.qwen2 import GatedMLP, RMSNorm
 
 
 class PatchEmbed(nn.Module):
@@ -23,59 +21,63 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.width, size, stride=size, bias=False)
 
     def forward(self, patches_PC):
-        return nn.functional.linear(patches_PC.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+        weight_EC = self.proj.weight.flatten(1)
+        return nn.functional.linear(patches_PC.to(weight_EC.dtype), weight_EC)
 
 
 class Attention(nn.Module):
     def __init__(self, config, split_qkv):
         super().__init__()
-        self.H, self.split_qkv = config.num_heads, split_qkv
+        self.H = config.num_heads
+        self.split_qkv = split_qkv
         if split_qkv:
-            self.q, self.k, self.v = (Linear(config.width, config.width) for _ in range(3))
+            self.q = Linear(config.width, config.width)
+            self.k = Linear(config.width, config.width)
+            self.v = Linear(config.width, config.width)
         else:
             self.qkv = Linear(config.width, 3 * config.width)
         self.proj = Linear(config.width, config.width)
 
     def forward(self, x_PE, cos_PK, sin_PK, segments):
-        three = linears(x_PE, self.q, self.k, self.v) if self.split_qkv else self.qkv(x_PE).chunk(3, dim=-1)
-        q, k, v = (x.unflatten(-1, (self.H, -1)) for x in three)
-        o_PHK = packed_attention(rotate(q, cos_PK, sin_PK), rotate(k, cos_PK, sin_PK), v, segments, causal=False)
+        if self.split_qkv:
+            projected = apply_linears(x_PE, self.q, self.k, self.v)
+        else:
+            projected = self.qkv(x_PE).chunk(3, dim=-1)
+        q, k, v_PHK = (x.unflatten(-1, (self.H, -1)) for x in projected)
+        q_PHK = rotate(q, cos_PK, sin_PK)
+        k_PHK = rotate(k, cos_PK, sin_PK)
+        o_PHK = packed_attention(q_PHK, k_PHK, v_PHK, segments, causal=False)
         return self.proj(o_PHK.flatten(1))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.fc1 = Linear(config.width, int(config.width * config.mlp_ratio))
-        self.fc2 = Linear(int(config.width * config.mlp_ratio), config.width)
+        hidden = int(config.width * config.mlp_ratio)
+        self.fc1 = Linear(config.width, hidden)
+        self.fc2 = Linear(hidden, config.width)
 
     def forward(self, x_PE):
-        x = self.fc1(x_PE)
-        return self.fc2(x * torch.sigmoid(1.702 * x))  # "quick" GELU
-
-
-class GatedMLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.gate_proj = Linear(config.width, config.intermediate_size)
-        self.up_proj = Linear(config.width, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.width)
-
-    def forward(self, x_PE):
-        gate_PF, up_PF = linears(x_PE, self.gate_proj, self.up_proj)
-        return self.down_proj(nn.functional.silu(gate_PF) * up_PF)
+        x_PF = self.fc1(x_PE)
+        return self.fc2(x_PF * torch.sigmoid(1.702 * x_PF))  # "quick" GELU
 
 
 def _norm(config):
-    return nn.LayerNorm(config.width, eps=1e-6) if config.window_size is None else RMSNorm(config.width, 1e-6)
+    if config.window_size is None:
+        return nn.LayerNorm(config.width, eps=1e-6)
+    return RMSNorm(config.width, 1e-6)
 
 
 class Block(nn.Module):
     def __init__(self, config, split_qkv):
         super().__init__()
-        self.norm1, self.norm2 = _norm(config), _norm(config)
+        self.norm1 = _norm(config)
+        self.norm2 = _norm(config)
         self.attn = Attention(config, split_qkv)
-        self.mlp = MLP(config) if config.window_size is None else GatedMLP(config)
+        if config.window_size is None:
+            self.mlp = MLP(config)
+        else:
+            self.mlp = GatedMLP(config.width, config.intermediate_size, bias=True)
 
     def forward(self, x_PE, cos_PK, sin_PK, segments):
         x_PE = x_PE + self.attn(self.norm1(x_PE), cos_PK, sin_PK, segments)
@@ -95,19 +97,6 @@ class Merger(nn.Module):
         return self.mlp(self.ln_q(x_PE).reshape(-1, self.width))
 
 
-def window_order(grid_thw, side):
-    """The merged tokens of a clip, window by window: their numbers in frame order, and each window's token count.
-
-    Windows are `side` x `side` merged tokens, cut from a frame's top left corner; those at the right and lower edge
-    hold what is left.
-    """
-    t, h, w = grid_thw[0], grid_thw[1] // 2, grid_thw[2] // 2
-    frame_hw = torch.arange(h * w).view(h, w)
-    windows = [tile.flatten() for rows in frame_hw.split(side) for tile in rows.split(side, dim=1)]
-    order = torch.cat([torch.cat(windows) + i * h * w for i in range(t)])
-    return order, [len(window) for window in windows] * t
-
-
 class ViT(nn.Module):
     def __init__(self, config, split_qkv=False):
         super().__init__()
@@ -117,55 +106,56 @@ class ViT(nn.Module):
         self.merger = Merger(config)
 
     def rotary(self, media):
-        """cos, sin (P, K) fp32: the first half of the frequencies turns by patch row, the second by patch column, in
-        the order of the patches (merge block by merge block)."""
-        K, m = self.config.width // self.config.num_heads, self.config.spatial_merge_size
-        angles = []
+        """cos, sin (P, K) fp32 in the order of the patches, merge block by merge block. The first half of the
+        frequencies turns by the patch's row, the second by its column."""
+        half = self.config.width // self.config.num_heads // 2
+        merge = self.config.spatial_merge_size
+        device = media[0].features.device
+        frequencies = 1.0 / 10000.0 ** (torch.arange(0, half, 2, device=device).float() / half)
+        places = []
         for clip in media:
             t, h, w = clip.grid_thw
-            device = clip.features.device
-            inv_freq = 1.0 / 10000.0 ** (torch.arange(0, K // 2, 2, device=device).float() / (K // 2))
-            rows_hw = torch.arange(h, device=device)[:, None].expand(h, w)
-            columns_hw = torch.arange(w, device=device).expand(h, w)
-            place_P2 = torch.stack([rows_hw, columns_hw], -1).unflatten(0, (h // m, m)).unflatten(2, (w // m, m))
-            place_P2 = place_P2.transpose(1, 2).reshape(-1, 2).repeat(t, 1)
-            angles.append((place_P2[..., None].float() * inv_freq).flatten(1))
-        angle_PK = torch.cat(angles).repeat(1, 2)
+            sizes = (h // merge, w // merge, merge, merge)  # rows and columns of blocks, then those inside a block
+            place_P4 = torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
+            places.append((merge * place_P4[:, :2] + place_P4[:, 2:]).repeat(t, 1))
+        place_P2 = torch.cat(places)
+        angle_PK = (place_P2[..., None].float() * frequencies).flatten(1).repeat(1, 2)
         return angle_PK.cos(), angle_PK.sin()
 
     def forward(self, media):
-        """Clips to video tokens.
-
-        Args:
-            media: list of video Media; features patches_PC in merge-block order.
-        Returns:
-            (sum of t h w / 4, D): patches of one frame pair see each other (in most blocks of a tower with windows:
-            those of one window), pairs do not.
-        """
+        """Video tokens of a list of Media, (sum of t h w / 4, D); patches see their frame pair or their window."""
         x_PE = self.patch_embed(torch.cat([clip.features for clip in media]))
         cos_PK, sin_PK = self.rotary(media)
-        frames = _runs(h * w for t, h, w in (clip.grid_thw for clip in media) for _ in range(t))
+        grids = [clip.grid_thw for clip in media]
+        frames = consecutive_segments([h * w for t, h, w in grids for _ in range(t)])
         if self.config.window_size is None:
             for block in self.blocks:
                 x_PE = block(x_PE, cos_PK, sin_PK, frames)
             return self.merger(x_PE)
-        merge = self.config.spatial_merge_size**2
-        side = self.config.window_size // self.config.patch_size // self.config.spatial_merge_size
-        orders, counts, at = [], [], 0
-        for clip in media:
-            order, lengths = window_order(clip.grid_thw, side)
-            orders.append(order + at)
-            counts += lengths
-            at += len(order)
-        order = torch.cat(orders).to(x_PE.device)
-        x_PE, cos_PK, sin_PK = (x.unflatten(0, (-1, merge))[order].flatten(0, 1) for x in (x_PE, cos_PK, sin_PK))
-        windows = _runs(merge * count for count in counts)
+
+        order, windows = self._windows(grids)
+        order = order.to(x_PE.device)
+        patches = self.config.spatial_merge_size**2  # of a merged token
+        rows_P = (patches * order[:, None] + torch.arange(patches, device=order.device)).flatten()
+        x_PE, cos_PK, sin_PK = x_PE[rows_P], cos_PK[rows_P], sin_PK[rows_P]
         for i, block in enumerate(self.blocks):
-            x_PE = block(x_PE, cos_PK, sin_PK, frames if i in self.config.fullatt_block_indexes else windows)
+            segments = frames if i in self.config.fullatt_block_indexes else windows
+            x_PE = block(x_PE, cos_PK, sin_PK, segments)
         return self.merger(x_PE)[order.argsort()]
 
-
-def _runs(lengths):
-    """Segments of these lengths, one after another."""
-    lengths = list(lengths)
-    return [Segment(end - length, length) for length, end in zip(lengths, accumulate(lengths), strict=True)]
+    def _windows(self, grids):
+        """The merged tokens of clips in window order, and the windows as Segments of patches. Windows are squares, cut
+        from a frame's top left corner; those at the right and lower edge hold what is left."""
+        merge = self.config.spatial_merge_size
+        side = self.config.window_size // self.config.patch_size // merge
+        orders, lengths, first = [], [], 0
+        for t, h, w in grids:
+            number_hw = torch.arange(h * w // merge**2).view(h // merge, w // merge)
+            windows = []
+            for rows in number_hw.split(side):
+                windows += [window.flatten() for window in rows.split(side, dim=1)]
+            frame_start_t = first + number_hw.numel() * torch.arange(t)
+            orders.append((frame_start_t[:, None] + torch.cat(windows)).flatten())
+            lengths += [merge**2 * len(window) for window in windows] * t
+            first += t * number_hw.numel()
+        return torch.cat(orders), consecutive_segments(lengths)

@@ -1,6 +1,4 @@
-"""Checkpoints in the published layout and adapters in PEFT's: every tensor of the file and of the model is accounted
-for, both ways.
-"""
+"""Checkpoints in the published layout and adapters in PEFT's; every tensor of file and model is accounted for."""
 import re
 import shutil
 from itertools import groupby
@@ -9,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minixmd.config.references import repository
 from minixmd.models.families import read_config
-from minixmd.models.lora import Linear
+from minixmd.models.lora import named_linears
 from minixmd.models.multimodal import MultimodalLM
-from minixmd.models.shards import DTYPES, open_safetensors, survey, write_shards
+from minixmd.models.shards import DTYPES, open_safetensors, read_headers, tensor_faults, write_shards
 from minixmd.runs.files import read_json, write_json, write_safetensors
+from minixmd.runs.hub_names import parse_hub_name
 
 SPEAKERS = "spk_dict.pt"  # Omni's voices
 PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
@@ -24,6 +22,7 @@ SHARD_BYTES = 5_000_000_000  # a file's size at most, as on the hub
 # fields of PEFT's LoraConfig under which an adapter is more than scale (x Aᵀ) Bᵀ with one rank and one scale
 NOT_PLAIN_LORA = ("peft_type", "bias", "fan_in_fan_out", "use_rslora", "use_dora", "use_qalora", "rank_pattern",
                   "alpha_pattern", "layer_replication", "alora_invocation_tokens")
+DTYPE_FIELDS = {"dtype", "torch_dtype"}  # of config.json, in transformers 5 and 4
 
 
 def config_of(folder):
@@ -38,12 +37,6 @@ def config_of(folder):
         raise ValueError(f"{folder}/{error}") from None
 
 
-def published_name(family, name):
-    """Our parameter name -> the published file's."""
-    ours = next(prefix for prefix in family.published if name.startswith(prefix))
-    return family.published[ours] + name[len(ours):]
-
-
 def build(config):
     """The model without memory: every parameter is on `meta`."""
     with torch.device("meta"):
@@ -51,14 +44,14 @@ def build(config):
 
 
 def load_model(folder, *, device="cpu", dtype=torch.float32):
-    """Build on `meta` from config.json, then stream every tensor of the folder's safetensors files into its place.
+    """Build on `meta` from config.json, then copy every tensor of the folder's safetensors files into it, one by one.
 
-    The headers of all files are read and compared first. Then each tensor gets memory of its own and is copied there
-    from its file, so the peak is the model, and no parameter keeps a file open.
+    The headers of all files are read and compared first. Each tensor gets memory of its own, so the peak is the model,
+    and no parameter keeps a file open.
 
     Args:
         folder: config.json and model.safetensors (or shards with their index) in fp32, bf16 or fp16. Shards that hold
-            nothing but parts that are not built (shards.skipped_parts) need not be there.
+            nothing that is built need not be there.
     Returns:
         MultimodalLM, frozen, in `dtype` on `device`.
     Raises:
@@ -67,35 +60,30 @@ def load_model(folder, *, device="cpu", dtype=torch.float32):
     folder = Path(folder)
     config = config_of(folder)
     model = build(config)
-    ours = {published_name(config.family, name): name for name, _ in model.named_parameters()}
-    head, embedding = (published_name(config.family, n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
-    held, faults = survey(folder, config.family)
-    copied_head = held.pop(head, None) if config.tie_word_embeddings else None
-    for name, found in held.items():
-        if name not in ours:
-            faults.setdefault(name, f"unexpected {name}")
-            continue
-        expected = list(model.get_parameter(ours[name]).shape)
-        if found.shape != expected:
-            faults[name] = f"{name} has shape {found.shape}, expected {expected}"
-        elif found.dtype not in DTYPES:
-            faults[name] = f"{name} is {found.dtype}, expected {', '.join(DTYPES)}"
-    for name in ours.keys() - held.keys():
-        faults.setdefault(name, f"missing {name}")
+    parameters = {config.family.checkpoint_name(name): name for name, _ in model.named_parameters()}
+    infos, header_faults = read_headers(folder, config.family)
+    head = config.family.checkpoint_name("lm_head.weight")
+    head_copy = infos.pop(head, None) if config.tie_word_embeddings else None
+    faults = tensor_faults(infos, {name: model.get_parameter(ours) for name, ours in parameters.items()})
+    for name, info in infos.items():
+        if name not in faults and info.dtype not in DTYPES:
+            faults[name] = f"{name} is {info.dtype}, expected {', '.join(DTYPES)}"
+    faults.update(header_faults)
     if faults:
         listed = "; ".join(sorted(faults.values()))
         raise ValueError(f"{folder}: {len(faults)} tensors do not fit config.json: {listed}")
-    for path, names in groupby(sorted(held, key=lambda name: held[name].file), lambda name: held[name].file):
-        with open_safetensors(folder / path) as file:
+    for path, names in groupby(infos, key=lambda name: folder / infos[name].file):
+        with open_safetensors(path) as file:
             for name in names:
-                module_name, _, leaf = ours[name].rpartition(".")
-                tensor = torch.empty(held[name].shape, device=device, dtype=dtype)
+                tensor = torch.empty(infos[name].shape, device=device, dtype=dtype)
                 tensor.copy_(file.get_tensor(name))
-                setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor, requires_grad=False))
+                module, _, leaf = parameters[name].rpartition(".")
+                setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
     model.tie()
-    if copied_head is not None:
-        with open_safetensors(folder / copied_head.file) as file:
+    if head_copy is not None:
+        with open_safetensors(folder / head_copy.file) as file:
             if not torch.equal(file.get_tensor(head).to(device, dtype), model.lm_head.weight):
+                embedding = config.family.checkpoint_name("model.embed_tokens.weight")
                 raise ValueError(f"{folder}: config.json ties {head} to {embedding}, but the file's two differ")
     return model
 
@@ -103,18 +91,14 @@ def load_model(folder, *, device="cpu", dtype=torch.float32):
 def save_model(model, processor_folder, folder, shard_bytes=SHARD_BYTES):
     """Write a model without adapters in the published layout, with the tokenizer and processor files of its source.
 
-    config.json names the dtype written. It is written last, and an older one is removed first: without it nothing loads
-    the folder, so a kill leaves no mixture. Of Qwen2.5-Omni the thinker is written, and config.json says so.
+    config.json names the dtype written. An older one is removed first, and the new one is written last: without it
+    nothing loads the folder, so a kill leaves no mixture. Of Qwen2.5-Omni the thinker is written.
 
-    Args:
-        processor_folder: where the tokenizer's files are; may be `folder`.
-        shard_bytes: above this size in all, the weights are cut into files of at most it.
-    Raises:
-        ValueError: the model carries an adapter, or `folder` holds one.
+    processor_folder: where the tokenizer's files are; may be `folder`. shard_bytes: above this size in all, the weights
+    are cut into files of at most it. Raises ValueError: the model carries an adapter, or `folder` holds one.
     """
     folder, family = Path(folder), model.config.family
-    state = {published_name(family, name): p for name, p in model.named_parameters()}
-    if any("lora_" in name for name in state):
+    if adapted(model):
         raise ValueError("save_model writes plain weights: merge the adapter first (merge_lora)")
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder}: holds an adapter; a whole model needs another folder")
@@ -124,10 +108,14 @@ def save_model(model, processor_folder, folder, shard_bytes=SHARD_BYTES):
         source = Path(processor_folder) / name
         if source.is_file() and source.resolve() != (folder / name).resolve():
             shutil.copyfile(source, folder / name)
-    write_shards(folder, state, shard_bytes)
-    raw = _typed(model.config.raw, str(model.lm_head.weight.dtype).removeprefix("torch."))
+    write_shards(folder, {family.checkpoint_name(name): p for name, p in model.named_parameters()}, shard_bytes)
+    raw = model.config.raw
+    if not DTYPE_FIELDS & raw.keys():
+        raw = {**raw, "torch_dtype": None}
+    raw = _with_dtype(raw, str(model.dtype).removeprefix("torch."))
     if model.config.tie_word_embeddings:  # transformers does not look for it in Omni's text_config
-        (raw[family.part] if family.part else raw)["tie_word_embeddings"] = True
+        section = raw[family.section] if family.section else raw
+        section["tie_word_embeddings"] = True
     if family.skipped:
         raw["enable_audio_output"] = False  # transformers then builds no talker
         if not (folder / SPEAKERS).exists():
@@ -135,55 +123,52 @@ def save_model(model, processor_folder, folder, shard_bytes=SHARD_BYTES):
     write_json(folder / "config.json", raw)
 
 
-def _typed(raw, dtype):
-    """config.json with `dtype` wherever one is named, and at least at the top."""
-    def typed(section):
-        return {key: dtype if key in ("dtype", "torch_dtype") else typed(value) if isinstance(value, dict) else value
-                for key, value in section.items()}
-
-    return typed(raw if {"dtype", "torch_dtype"} & raw.keys() else {**raw, "torch_dtype": dtype})
+def _with_dtype(section, dtype):
+    """A copy of a config in which all dtypes that it names, also in inner sections, are `dtype`."""
+    copy = {**section, **dict.fromkeys(DTYPE_FIELDS & section.keys(), dtype)}
+    return {name: _with_dtype(value, dtype) if isinstance(value, dict) else value for name, value in copy.items()}
 
 
 def adapted(model):
     """{module name: Linear} of the layers that carry an adapter."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.lora_A is not None}
+    return {name: layer for name, layer in named_linears(model).items() if layer.lora_A is not None}
 
 
 def save_adapter(model, base, folder):
     """Write the model's adapter in PEFT's format, with transformers 5 module paths (of Omni: the thinker class's).
 
-    Args:
-        base: the model it belongs to, recorded for `load` and PEFT: a path, or "owner/name@revision" on the hub.
+    base: the model it belongs to, recorded for `load` and PEFT: a path, or "owner/name@revision" on the hub.
     """
     layers = adapted(model)
-    pairs = {name: {"lora_A": module.lora_A, "lora_B": module.lora_B} for name, module in layers.items()}
+    pairs = {name: {"lora_A": layer.lora_A, "lora_B": layer.lora_B} for name, layer in layers.items()}
     first = next(iter(layers.values()))
-    name, revision = (not Path(base).is_dir() and repository(base)) or (str(base), None)
+    rank = len(first.lora_A)
+    hub_name = None if Path(base).is_dir() else parse_hub_name(base)
+    name, revision = hub_name or (str(base), None)
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision,
-        "r": first.lora_A.shape[0], "lora_alpha": first.scale * first.lora_A.shape[0], "lora_dropout": 0.0,
-        "bias": "none", "inference_mode": True, "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
-        "init_lora_weights": True,
+        "r": rank, "lora_alpha": first.scale * rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+        "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
     }  # fmt: skip
-    write_adapter(folder, config, pairs, model.config.family.modules)
+    write_adapter(folder, config, pairs, model.config.family.transformers_path)
 
 
-def write_adapter(folder, config, pairs, paths):
+def write_adapter(folder, config, pairs, path_of):
     """Write an adapter as PEFT does.
 
     Args:
         config: adapter_config.json, but for target_modules.
         pairs: {our module name: {"lora_A": (R, in), "lora_B": (out, R)}}.
-        paths: our attribute prefix -> module path in the program that is to read it (family.modules or .published).
+        path_of: Family.transformers_path, or Family.checkpoint_name for programs of transformers 4's time.
     """
     tensors, targets = {}, []
     for name, pair in sorted(pairs.items()):
-        ours = next(prefix for prefix in paths if name.startswith(prefix))
-        targets.append(paths[ours] + name[len(ours):])
-        tensors.update({f"base_model.model.{targets[-1]}.{half}.weight": tensor for half, tensor in pair.items()})
+        path = path_of(name)
+        targets.append(re.escape(path))
+        for half, tensor in pair.items():
+            tensors[f"base_model.model.{path}.{half}.weight"] = tensor
     write_safetensors(Path(folder) / "adapter_model.safetensors", tensors, {"format": "pt"})
-    config = {**config, "target_modules": "|".join(re.escape(path) for path in targets)}
-    write_json(Path(folder) / "adapter_config.json", config)
+    write_json(Path(folder) / "adapter_config.json", {**config, "target_modules": "|".join(targets)})
 
 
 def read_adapter(model, folder):
@@ -192,8 +177,7 @@ def read_adapter(model, folder):
     Returns:
         (adapter_config.json, pairs as write_adapter takes them, fp32 on the CPU)
     Raises:
-        ValueError: a tensor that belongs to no linear layer of the model, half a pair, another shape, or an adapter
-            that is not plain LoRA.
+        ValueError: an adapter that does not fit the model or is not plain LoRA.
     """
     folder = Path(folder)
     config = read_json(folder / "adapter_config.json")
@@ -203,50 +187,50 @@ def read_adapter(model, folder):
     for name in ("r", "lora_alpha"):
         if type(config.get(name)) not in (int, float) or config[name] <= 0:
             raise ValueError(f"{folder}: adapter_config.json {name} must be a number above 0, got {config.get(name)!r}")
-    back = _our_prefixes(model.config.family)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+    layers = named_linears(model)
+    paths = {name: _module_paths(model.config.family, name) for name in layers}
+    name_of = {path: name for name, all_paths in paths.items() for path in all_paths}
     pairs, faults = {}, []
     with open_safetensors(folder / "adapter_model.safetensors") as file:
         for key in file.keys():
             path, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-            prefix = max((p for p in back if path.startswith(p)), key=len, default=None)
-            name = path if prefix is None else back[prefix] + path[len(prefix):]
-            if half not in ("lora_A", "lora_B") or name not in layers:
+            if half not in ("lora_A", "lora_B") or path not in name_of:
                 faults.append(f"{key} fits no linear layer")
                 continue
-            pairs.setdefault(name, {})[half] = file.get_tensor(key).to(torch.float32, copy=True)
-    if pairs:
-        faults += [f"missing {name}" for name in layers if name not in pairs and _targeted(config, name, back)]
+            pairs.setdefault(name_of[path], {})[half] = file.get_tensor(key).to(torch.float32, copy=True)
+    if not pairs and not faults:
+        faults.append("it holds no tensor")
     rank = config["r"]
-    for name, pair in pairs.items():
-        F, D = layers[name].weight.shape
-        found = {half: tuple(t.shape) for half, t in pair.items()}
-        if found != {"lora_A": (rank, D), "lora_B": (F, rank)}:
-            faults.append(f"{name}: expected lora_A {(rank, D)} and lora_B {(F, rank)}, got {found}")
-    if faults or not pairs:
-        raise ValueError(f"{folder}: adapter does not fit the model: " + "; ".join(faults or ["it holds no tensor"]))
+    for name, layer in layers.items():
+        out_features, in_features = layer.weight.shape
+        shapes = {half: tuple(tensor.shape) for half, tensor in pairs.get(name, {}).items()}
+        if shapes and shapes != {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}:
+            faults.append(f"{name}: expected lora_A {(rank, in_features)} and lora_B {(out_features, rank)}, got "
+                          f"{shapes}")
+        elif not shapes and pairs and _is_target(config, paths[name]):
+            faults.append(f"missing {name}")
+    if faults:
+        raise ValueError(f"{folder}: adapter does not fit the model: {'; '.join(faults)}")
     return config, pairs
 
 
-def _targeted(config, name, back):
-    """Does the adapter's own config say that it has a pair for this layer? Paths may be those of any program."""
+def _module_paths(family, name):
+    """The paths that an adapter's file may have for one of our modules: ours, transformers 5's, and the published
+    file's, which older adapters have."""
+    paths = [name, family.transformers_path(name), family.checkpoint_name(name)]
+    if family.section:  # transformers 5's in the class that holds all of the family's models
+        paths.append(family.section.removesuffix("_config") + "." + family.transformers_path(name))
+    return paths
+
+
+def _is_target(config, paths):
+    """Whether the adapter's own config names the layer that has these paths, so that a pair for it must be there."""
     targets = config.get("target_modules")
     if targets == "all-linear" or config.get("exclude_modules") or config.get("layers_to_transform"):
-        return False  # what these leave out is PEFT's to say
-    paths = [theirs + name[len(ours):] for theirs, ours in back.items() if name.startswith(ours)]
+        return False  # which layers these leave out only PEFT knows
     if isinstance(targets, str):
         return any(re.fullmatch(targets, path) for path in paths)
     return any(f".{path}".endswith(f".{target}") for path in paths for target in targets or ())
-
-
-def _our_prefixes(family):
-    """Module path prefix in another program -> ours: transformers 5's, and the published file's, which older adapters
-    have; of a family with several models also transformers 5's in the whole."""
-    back = {theirs: ours for paths in (family.published, family.modules) for ours, theirs in paths.items()}
-    if family.part:
-        whole = family.part.removesuffix("config").replace("_", ".")
-        back.update({whole + theirs: ours for ours, theirs in family.modules.items()})
-    return back
 
 
 def load_adapter(model, folder):
@@ -254,6 +238,6 @@ def load_adapter(model, folder):
     config, pairs = read_adapter(model, folder)
     for name, pair in pairs.items():
         layer = model.get_submodule(name)
-        layer.lora_A, layer.lora_B = (
-            nn.Parameter(pair[half].to(layer.weight.device), requires_grad=False) for half in ("lora_A", "lora_B"))
+        for half, tensor in pair.items():
+            setattr(layer, half, nn.Parameter(tensor.to(layer.weight.device), requires_grad=False))
         layer.scale = config["lora_alpha"] / config["r"]

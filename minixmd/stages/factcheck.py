@@ -18,11 +18,11 @@ from minixmd import load, pack
 from minixmd.inputs.examples import build_conversation, check_media, read_manifest
 from minixmd.inputs.media import MediaError
 from minixmd.inputs.prompts import batch_by_tokens, prefetch
-from minixmd.models.lora import hash_seed
 from minixmd.runs.device import runtime_of
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import read_json, write_json
 from minixmd.runs.records import bad_record, count_bad, read_traces, read_verdicts, write_jsonl
+from minixmd.runs.seeds import hash_seed
 from minixmd.stages import verifier as small
 from minixmd.stages.endpoint import ask_endpoint, audio_part, key_from, log_odds, yes_no
 from minixmd.stages.switch import load_logmel

@@ -20,11 +20,11 @@ from minixmd.inputs.panns import log_mel
 from minixmd.inputs.prompts import prefetch
 from minixmd.learning.optim import learning_rate, optimizer_tensors, restore_optimizer
 from minixmd.models.cnn14 import load_weights, make_cnn14, mixup, spec_augment
-from minixmd.models.lora import hash_seed
 from minixmd.runs.device import resolve_device
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
 from minixmd.runs.records import answers_beside, bad_record, count_bad, write_jsonl
+from minixmd.runs.seeds import hash_seed
 from minixmd.runs.state import load_state, save_state
 from minixmd.tasks.statistics import digest, leads, pairs, summary, tabulate
 

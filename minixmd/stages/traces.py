@@ -15,11 +15,11 @@ from minixmd import generate, load
 from minixmd.inputs.examples import build_conversation, check_media, read_manifest
 from minixmd.inputs.prompts import build_prompt, check_length, prefetch
 from minixmd.learning.targets import SPECIAL_TOKEN
-from minixmd.models.lora import hash_seed
 from minixmd.runs.device import runtime_of
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
 from minixmd.runs.records import bad_record, count_bad, write_jsonl
+from minixmd.runs.seeds import hash_seed
 from minixmd.stages.endpoint import ask_endpoint, audio_part, key_from, silent_video_part
 from minixmd.tasks.rewards import FORMAT, parse_answer
 

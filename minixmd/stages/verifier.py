@@ -21,8 +21,8 @@ from minixmd.inputs.positions import positions_of
 from minixmd.inputs.prompts import batch_by_tokens
 from minixmd.learning.optim import learning_rate
 from minixmd.models.cnn14 import load_weights, make_cnn14, spec_augment
-from minixmd.models.lora import hash_seed
 from minixmd.runs.files import write_safetensors
+from minixmd.runs.seeds import hash_seed
 
 WIDTH = 128  # in which a clip and a trace meet
 HELD = 5  # one judged trace in so many is not trained on

@@ -14,10 +14,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from minixmd.config import PROMPT
 from minixmd.models.families import SYSTEM, read_config
-from minixmd.models.lora import hash_seed
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.whisper import sinusoids
 from minixmd.runs.files import write_json, write_text
+from minixmd.runs.seeds import hash_seed
 from minixmd.toy.world import LETTERS, NAMES, QUESTION
 
 QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"

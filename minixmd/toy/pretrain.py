@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from minixmd.inputs.examples import read_manifest
 from minixmd.inputs.tokenizer import Processor
 from minixmd.learning.optim import learning_rate
-from minixmd.models.lora import hash_seed
 from minixmd.models.multimodal import DECODER
 from minixmd.models.weights import save_model
 from minixmd.runs.files import write_safetensors, write_text
+from minixmd.runs.seeds import hash_seed
 from minixmd.toy.checker import train_checker
 from minixmd.toy.lessons import DIRECT, THINKING, Context, Fit, batches, lesson_loss, make_lesson, read_contexts
 from minixmd.toy.models import make_model, write_processor

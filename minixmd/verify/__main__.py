@@ -19,7 +19,6 @@ import torch
 from safetensors import safe_open
 
 from minixmd import generate, load, pack
-from minixmd.models.weights import published_name
 from minixmd.verify import invariances
 from minixmd.verify.invariances import QUESTION, TEMPERATURE, bare, close
 
@@ -84,8 +83,8 @@ class Subject:
 
 def tensors(s):
     """Every tensor of the files is accounted for, and the first row of each is the one in memory."""
-    wanted = {published_name(s.family, name): p for name, p in s.model.named_parameters() if "lora_" not in name}
-    head = published_name(s.family, "lm_head.weight")
+    wanted = {s.family.checkpoint_name(name): p for name, p in s.model.named_parameters() if "lora_" not in name}
+    head = s.family.checkpoint_name("lm_head.weight")
     seen, skipped, faults = set(), Counter(), []
 
     def part(name):  # of the checkpoint that is not built
@@ -154,7 +153,7 @@ def reference(s):
 
     transformers.utils.logging.disable_progress_bar()
     whole = transformers.AutoModelForMultimodalLM
-    kind = transformers.Qwen2_5OmniThinkerForConditionalGeneration if s.family.part else whole
+    kind = transformers.Qwen2_5OmniThinkerForConditionalGeneration if s.family.section else whole
     theirs = kind.from_pretrained(s.processor.folder, dtype=getattr(torch, s.dtype), attn_implementation="sdpa")
     theirs = theirs.eval().to(s.device)
     theirs.lm_head.register_forward_pre_hook(lambda module, inputs: inputs[0][:, -ROWS:])  # as ours: never (N, V)

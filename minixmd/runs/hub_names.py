@@ -1,0 +1,13 @@
+"""Names of models on the Hugging Face hub, "owner/name" or "owner/name@revision", told apart from paths."""
+import re
+
+HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w-][\w.-]*)(?:@([^@\s]+))?", re.ASCII)
+
+
+def parse_hub_name(value):
+    """(owner/name, revision or None) of a string or path that could name a hub repository; None for all others.
+
+    Whether there is such a repository is not asked. A folder of the same name takes precedence: callers test for it.
+    """
+    match = HUB_NAME.fullmatch(str(value))
+    return match.groups() if match else None
