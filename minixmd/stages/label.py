@@ -16,12 +16,10 @@ def run(stage, folder, log):
     """The manifest's true answers are not read: a record depends on the clip, the question and the model alone."""
     examples = read_manifest(stage.manifest)
     check_media(stage.name, stage.manifest, examples, stage.media)
-    runtime = runtime_of(stage)
-    model, processor = load(stage.model, device=runtime.device, dtype=runtime.dtype, backend=runtime.backend)
+    model, processor = load(stage.model, **vars(runtime_of(stage)))
     compute = partial(score_letters, model, processor, prompt_format=stage.prompt_format,
                       batch_tokens=stage.batch_tokens, top_k=stage.top_k, top_temperature=stage.temperature)
-    with tqdm(total=len(examples), desc=stage.name, unit="clip", smoothing=0.1) as bar:
-        records = compute_shards(compute, examples, folder / "shards", bar.update)
+    records = compute_shards(compute, examples, folder / "shards", stage.name, "clip")
     if records is not None:
         collect(stage, folder, log, records, processor)
 
