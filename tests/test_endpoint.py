@@ -24,15 +24,8 @@ from minixmd.config import Traces
 from minixmd.inputs.media import MediaError, read_audio, read_frames
 from minixmd.runs.records import append_jsonl
 from minixmd.stages import endpoint as module
-from minixmd.stages.endpoint import (
-    Request,
-    ask_endpoint,
-    audio_part,
-    key_from,
-    log_odds,
-    silent_video_part,
-    yes_no,
-)
+from minixmd.stages.endpoint import Request, ask_endpoint, audio_part, key_from, silent_video_part
+from minixmd.tasks.yes_no import log_odds, yes_no
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "sk-0123456789"

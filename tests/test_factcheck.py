@@ -15,7 +15,7 @@ from minixmd.stages import factcheck
 from minixmd.stages import verifier as small
 from minixmd.stages.switch import load_logmel
 from minixmd.tasks.answers import thoughts
-from minixmd.tasks.statistics import agreement, auc
+from minixmd.tasks.yes_no import agreement, auc
 
 PROMPT = "{trace}\nIs that true?"
 THRESHOLD = -0.2335  # about half of the untrained model's scores are above it
@@ -147,7 +147,7 @@ def test_which_traces_are_judged(world, tmp_path):
 
 def test_a_threshold_is_moved_without_asking_again(world, judged, tmp_path, monkeypatch):
     (tmp_path / "verdicts.jsonl").write_text("".join(json.dumps(v) + "\n" for v in judged["verdicts"]))
-    monkeypatch.setattr(factcheck, "load", None)  # nobody is asked
+    monkeypatch.setattr(factcheck, "load_model", None)  # nobody is asked
     scores = sorted(v["score"] for v in judged["verdicts"])
     stage = stage_of(world, trace_filter="all", model=None, checker="verdicts", threshold=scores[100],
                      verdicts=str(tmp_path / "verdicts.jsonl"))
@@ -171,7 +171,7 @@ def test_a_threshold_is_moved_without_asking_again(world, judged, tmp_path, monk
     ([], "must be a JSON object, got list"),
 ])
 def test_what_is_no_verdict_is_one_line(world, judged, tmp_path, monkeypatch, checker, change, says):
-    monkeypatch.setattr(factcheck, "load", None)  # before any model is loaded
+    monkeypatch.setattr(factcheck, "load_model", None)  # before any model is loaded
     lines = [dict(v) for v in judged["verdicts"]]
     lines[1] = lines[1] | change if isinstance(change, dict) else change
     (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -285,9 +285,10 @@ def test_the_words_alone_tell_the_verifier_nothing(world, trained):
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(48, generator=generator).tolist()
     audio = [examples[order[int(t["id"].removeprefix("clip"))]].audio for t in traces]
-    frames = [load_logmel(path, stage.clip_s) for path in audio]
     text_BD = small.trace_vectors(model, processor, [thoughts(t["text"]) for t in traces], 8192)
-    found = small.scores(verifier, frames, text_BD, 16)
+    pairs = [small.Pair(load_logmel(path, stage.clip_s), text_D, "")
+             for path, text_D in zip(audio, text_BD, strict=True)]
+    found = small.scores(verifier, pairs, 16)
     assert auc(found, [truth(t) for t in traces]) < 0.65
 
 

@@ -27,6 +27,7 @@ from minixmd.runs import distributed
 from minixmd.runs.records import append_jsonl
 from minixmd.stages import switch
 from minixmd.stages.fit import Schedule, train_epochs
+from minixmd.tasks import yes_no
 from minixmd.tasks.statistics import digest
 
 TEACHER, STUDENT = {"dog": 0.9, "cat": 0.6, "owl": 0.5}, {"dog": 0.5, "cat": 0.6, "owl": 0.9}  # won, tied, lost
@@ -214,7 +215,7 @@ def test_one_clip_in_ten_of_every_class_validates():
 
 
 def test_the_tally_by_hand():
-    tally = switch.tally([0.5, 0.9, 0.49, 0.2, 0.8], [True, False, True, False, True])
+    tally = yes_no.tally([0.5, 0.9, 0.49, 0.2, 0.8], [True, False, True, False, True])
     assert (tally["count"], tally["correct"], tally["accuracy"]) == (5, 3, 0.6)
     assert tally["confusion"] == [[1, 1], [1, 2]] and tally["majority"] == 0.6
 

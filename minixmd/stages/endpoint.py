@@ -12,7 +12,6 @@ import base64
 import io
 import math
 import os
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from functools import lru_cache
 from multiprocessing.pool import ThreadPool
 
 import av
-import numpy as np
 import soundfile
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HTTPError  # that of requests below version 1, then of httpx
@@ -55,7 +53,6 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
         stage: Traces or FactCheck, for its name, max_bad and the fields of config._Endpoint.
         requests: list of Request.
         path: JSONL file that grows by a line an answer: the records below that are not bad. What it holds is final.
-        unit: of the progress bar.
         logprobs: ask for the first token's log-probs too.
         is_usable: function(text) -> bool; an unusable answer is nonsense. None = any text is usable.
         environment: mapping with the key, if the endpoint wants one (key_from).
@@ -71,7 +68,10 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
     records = read_endpoint_answers(path)
     todo = [request for request in requests if request.key not in records]
     answered, failed_in_a_row = len(records), 0
-    client = _Client(stage, key_from(environment, stage), max_tokens, temperature, logprobs, is_usable)
+    options = {"model": stage.served, "max_tokens": max_tokens, "temperature": temperature}
+    if logprobs:
+        options.update(logprobs=True, top_logprobs=TOP_LOGPROBS)
+    client = _Client(stage, key_from(environment, stage), options, is_usable)
     # a ThreadPool's threads are daemons: an interrupt does not wait for their requests, as it would for an executor's
     pool = ThreadPool(max(1, min(stage.concurrency, len(todo))))
     with pool, tqdm(total=len(requests), initial=len(requests) - len(todo), desc=stage.name, unit=unit) as bar:
@@ -101,11 +101,8 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
 
 
 def key_from(environment, stage):
-    """The key in the environment variable that the stage names, None if there is none.
-
-    Raises:
-        ValueError: no HTTP header can hold it. The message does not show the key.
-    """
+    """The key in the environment variable that the stage names, None if there is none. Raises ValueError, without the
+    key, for one that no HTTP header can hold."""
     key = environment.get(stage.api_key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ValueError(f"{stage.name}: environment variable {stage.api_key_env} holds a character that no key has")
@@ -119,12 +116,9 @@ class _AttemptFailed(Exception):
 class _Client:
     """Makes requests; its methods are called by several threads. `stop` ends their waits and their work."""
 
-    def __init__(self, stage, api_key, max_tokens, temperature, logprobs, is_usable):
-        self.stage, self.api_key, self.logprobs, self.is_usable = stage, api_key, logprobs, is_usable
+    def __init__(self, stage, api_key, options, is_usable):
+        self.stage, self.api_key, self.options, self.is_usable = stage, api_key, options, is_usable
         self.stop = threading.Event()
-        self.options = {"model": stage.served, "max_tokens": max_tokens, "temperature": temperature}
-        if logprobs:
-            self.options.update(logprobs=True, top_logprobs=TOP_LOGPROBS)
         # given no key, InferenceClient would send the user's token for the hub
         self.http = InferenceClient(base_url=stage.endpoint, timeout=stage.timeout_s, api_key=api_key or "EMPTY")
 
@@ -163,7 +157,7 @@ class _Client:
         if self.is_usable is not None and not self.is_usable(text):
             raise ValueError(f"text {text!r}")
         record = {"text": text, "finished": reason == "stop"}
-        if self.logprobs and choice.logprobs and choice.logprobs.content:
+        if "logprobs" in self.options and choice.logprobs and choice.logprobs.content:
             record["top"] = _first_token_logprobs(choice.logprobs.content[0])
         return record
 
@@ -183,7 +177,7 @@ class _Client:
             key = f"{'the' if self.api_key else 'no'} key in environment variable {self.stage.api_key_env}"
             return ValueError(f"{self.stage.name}: {self.stage.endpoint} refuses model {self.stage.served!r}, asked "
                               f"with {key}: {detail}")
-        if self.logprobs and reason == "rejected" and "logprob" in response.text.lower():
+        if "logprobs" in self.options and reason == "rejected" and "logprob" in response.text.lower():
             detail += " (if the server gives no log-probs, set logprobs=False)"
         pause = response.headers.get("Retry-After", "")
         return _AttemptFailed(reason or "server error", detail, float(pause) if pause.isdecimal() else 0.0)
@@ -214,11 +208,7 @@ def user_message(clip, conversation):
 @lru_cache(CACHED_CLIPS)
 def silent_video_part(path):
     """The part of a message that shows a video without its sound: an MP4 with the packets of its first video track, as
-    they are, and nothing else.
-
-    Raises:
-        MediaError: as read_frames; also "unreadable" for a codec that MP4 does not take (VP8, GIF).
-    """
+    they are. Raises MediaError as read_frames, and "unreadable" for a codec that MP4 does not take (VP8, GIF)."""
     read_frames(path)  # refuses a broken clip, which a server's decoder might pass off as a shorter one
     mp4 = io.BytesIO()
     try:
@@ -244,33 +234,3 @@ def audio_part(path):
 
 def _base64(buffer):
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def yes_no(text):
-    """True or False if the first word is yes or no, in any case and between any marks, else None."""
-    return {"yes": True, "no": False}.get(_first_word(text))
-
-
-def log_odds(top):
-    """log p(yes) - log p(no), each over all its spellings, from the first token's {token: logprob}; None if neither is
-    listed.
-
-    If one is not listed, all that is known of it is that it is no likelier than the least likely token listed, nor
-    than all that are not listed together. The smaller of the two (at least a millionth) stands in for it.
-    """
-    listed = {"yes": [], "no": []}
-    for token, logprob in top.items():
-        if _first_word(token) in listed:
-            listed[_first_word(token)].append(logprob)
-    if not any(listed.values()):
-        return None
-    unlisted = max(1e-6, 1 - sum(math.exp(logprob) for logprob in top.values()))
-    bound = min(*top.values(), math.log(unlisted))
-    yes = np.logaddexp.reduce(listed["yes"] or [bound])
-    no = np.logaddexp.reduce(listed["no"] or [bound])
-    return float(yes - no)
-
-
-def _first_word(text):
-    found = re.search(r"[^\W_]+", text)
-    return found.group().lower() if found else ""

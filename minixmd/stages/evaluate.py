@@ -1,19 +1,16 @@
-"""Stage Evaluate: a model's accuracy on a manifest, by class, by group and overall, with Wilson intervals; on MMAU and
-MUSIC-AVQA also as those break it down.
-"""
+"""Stage Evaluate: accuracy on a manifest, overall, by class and by group, with Wilson intervals; on MMAU and MUSIC-AVQA
+also as those benchmarks break it down."""
 from collections import Counter
 from functools import partial
 
 from tqdm import tqdm
 
-from minixmd import load
 from minixmd.inputs.examples import check_media, read_manifest
 from minixmd.learning.targets import SPECIAL_TOKEN
-from minixmd.runs.device import runtime_of
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
 from minixmd.runs.records import count_bad, read_traces, write_jsonl
-from minixmd.stages.multiple_choice import Writing, score_letters, write_answers
+from minixmd.stages.multiple_choice import Writing, load_model, score_letters, write_answers
 from minixmd.tasks.benchmarks import WAYS, benchmark_of, mmau_table, music_table, same
 from minixmd.tasks.statistics import digest, summary, tabulate
 
@@ -32,7 +29,7 @@ def run(stage, folder, log):
     check_media(stage.name, stage.manifest, examples, stage.media)
     benchmark = describe_benchmark(stage, examples)
     traces, without_trace = first_traces(stage, examples)
-    model, processor = load(stage.model, **vars(runtime_of(stage)))
+    model, processor = load_model(stage)
     options = dict(prompt_format=stage.prompt_format, batch_tokens=stage.batch_tokens, traces=traces)
     if stage.answer == "letters":
         compute = partial(score_letters, model, processor, **options)
@@ -139,9 +136,7 @@ def describe_benchmark(stage, examples):
                    f"is {'not ' if official else ''}MMAU's own")
     if name != "mmau":
         return name and {"name": name}
-    versions = set()
-    for example in examples:
-        versions.add((str(example.meta.get("version", "unknown")), str(example.meta.get("sha256", "unknown"))))
+    versions = {(str(e.meta.get("version", "unknown")), str(e.meta.get("sha256", "unknown"))) for e in examples}
     if len(versions) > 1:
         listed = "; ".join(" ".join(version) for version in sorted(versions))
         raise ValueError(f"{stage.manifest}: mixes {len(versions)} versions of MMAU, whose accuracies do not compare: "
@@ -178,9 +173,7 @@ def print_results(stage, results):
                  f"{100 * results['disagreement']:.1f} % (read by {results['how']})")
     if results.get("without_trace"):
         line += f"; asked without a trace: {results['without_trace']}"
-    if results["bad"]:
-        line += f", bad: {results['bad']}"
-    tqdm.write(line)
+    tqdm.write(line + (f", bad: {results['bad']}" if results["bad"] else ""))
     if "benchmark" in results:
         tqdm.write(f"{stage.name}: " + "\n  ".join(rows_of(results["benchmark"])))
 

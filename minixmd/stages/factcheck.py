@@ -4,7 +4,7 @@ SightSound-R1.
 Four checkers: an audio model, by the log-odds of yes against no where its answer would start; an OpenAI-compatible
 endpoint that hears; a small verifier trained on verdicts of one of those (verifier.py); or verdicts that exist, to
 apply another threshold. A checker judges the thoughts and is not shown the answer after them: whether the two agree can
-be seen without listening. Each verdict is kept with its score. A trace that could not be judged is not accepted.
+be seen without listening. Each verdict keeps its score. A trace that could not be judged is not accepted.
 """
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -13,21 +13,20 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from minixmd import load
 from minixmd.inputs.examples import Example, build_conversation, check_media, read_manifest
 from minixmd.inputs.media import MediaError
 from minixmd.inputs.prompts import batch_by_tokens, prefetch
 from minixmd.models.lora import hash_seed
-from minixmd.runs.device import runtime_of
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import read_json, write_json, write_safetensors
 from minixmd.runs.records import count_bad, read_traces, read_verdicts, write_jsonl
 from minixmd.stages import endpoint
 from minixmd.stages import verifier as small
 from minixmd.stages.fit import Schedule
-from minixmd.stages.multiple_choice import next_token_logits
+from minixmd.stages.multiple_choice import load_model, next_token_logits
 from minixmd.stages.switch import load_logmels
 from minixmd.tasks.answers import thoughts
+from minixmd.tasks.yes_no import log_odds, yes_no
 
 YES = ("yes", "Yes", "YES", " yes", " Yes")
 NO = ("no", "No", "NO", " no", " No")
@@ -39,18 +38,13 @@ class Trace:
 
     example: Example  # whose clip it is about
     sample: int  # its number among the clip's
+    text: str
     record: dict  # its line of traces.jsonl, with "sample" and "unanimous"
 
     @property
     def key(self):
-        """By which verdicts are looked up."""
+        """(clip id, sample number), by which verdicts are looked up."""
         return self.example.id, self.sample
-
-    def verdict(self, score):
-        return {"id": self.example.id, "sample": self.sample, "score": round(score, 5)}
-
-    def bad_verdict(self, reason, detail):
-        return {"id": self.example.id, "sample": self.sample, "bad": reason, "detail": detail}
 
 
 def run(stage, folder, log):
@@ -81,10 +75,16 @@ def collect(stage, folder, log, traces, verdicts, calibration):
             verdict["accepted"] = verdict["score"] > stage.threshold
             if verdict["accepted"]:
                 accepted.append({**record, "score": verdict["score"]})
-    results = {"checker": stage.checker, "threshold": stage.threshold, "traces": len(judged), "accepted": len(accepted),
-               "rejected": len(judged) - len(accepted) - sum(bad.values()), "bad": bad}
-    results["clips"] = len({record["id"] for record in judged})
-    results["clips_with_accepted"] = len({record["id"] for record in accepted})
+    results = {
+        "checker": stage.checker,
+        "threshold": stage.threshold,
+        "traces": len(judged),
+        "accepted": len(accepted),
+        "rejected": len(judged) - len(accepted) - sum(bad.values()),
+        "bad": bad,
+        "clips": len({record["id"] for record in judged}),
+        "clips_with_accepted": len({record["id"] for record in accepted}),
+    }
     if calibration is not None:
         results["calibration"] = calibration
     results["first"] = {"judged": sum(record["sample"] == 0 for record in judged),
@@ -115,7 +115,7 @@ def select_traces(stage, examples):
         if clip_id not in examples:
             raise ValueError(f"{stage.traces}: trace {number} is of {clip_id!r}, which is not in {stage.manifest}")
         record = {"sample": counts[clip_id], "unanimous": True, **record}
-        trace = Trace(examples[clip_id], record["sample"], record)
+        trace = Trace(examples[clip_id], record["sample"], record["text"], record)
         if type(trace.sample) is not int:
             raise ValueError(f"{stage.traces}: trace {number}: 'sample' must be an int, got {trace.sample!r}")
         if trace.key in traces:
@@ -142,6 +142,15 @@ def draw_calibration(traces, limit, seed):
     return [trace for trace in traces if trace.key in kept]
 
 
+def score_verdict(key, score):
+    """A line of verdicts.jsonl. key: Trace.key."""
+    return {"id": key[0], "sample": key[1], "score": round(score, 5)}
+
+
+def bad_verdict(key, reason, detail):
+    return {"id": key[0], "sample": key[1], "bad": reason, "detail": detail}
+
+
 def conversation(stage, example, text):
     """What a checker is asked about a clip: whether the thoughts of a trace are true of it."""
     return build_conversation(example, media="audio", prompt=stage.prompt, trace=thoughts(text))
@@ -152,7 +161,7 @@ class ModelChecker:
 
     def __init__(self, stage):
         self.stage = stage
-        self.model, self.processor = load(stage.model, **vars(runtime_of(stage)))
+        self.model, self.processor = load_model(stage)
         yes, no = ({self.processor.encode(word)[0] for word in words} for words in (YES, NO))
         self.yes_ids = sorted(yes - no)  # a blank that is a token of its own tells nothing
         self.no_ids = sorted(no - yes)
@@ -170,15 +179,15 @@ class ModelChecker:
                 raise ValueError(f"{self.stage.name}: the logits are not finite: the weights of {self.stage.model} are "
                                  f"broken, or too large for {self.stage.dtype}")
             for (trace, _), score in zip(pairs, score_B.tolist(), strict=True):
-                verdicts[trace.key] = trace.verdict(score)
+                verdicts[trace.key] = score_verdict(trace.key, score)
         return [verdicts[trace.key] for trace in traces]
 
     def _prompts(self, traces, verdicts):
         """Yields (Trace, Prompt) of every trace that can be judged; the verdicts on the others are filled in."""
         clip_id, encoded = None, ()
-        for trace, prompt, bad_verdict in prefetch(self._build, traces, self._on_bad):
+        for trace, prompt, failure in prefetch(self._build, traces, self._on_bad):
             if prompt is None:
-                verdicts[trace.key] = bad_verdict
+                verdicts[trace.key] = failure
                 continue
             if trace.example.id != clip_id:  # the tower encodes a clip once, however many traces it has
                 clip_id, encoded = trace.example.id, self.model.encode_media(prompt).media
@@ -188,14 +197,14 @@ class ModelChecker:
     def _build(self, trace):
         """(the Trace, its Prompt, None), or without a Prompt and with a bad verdict. Raises MediaError."""
         try:
-            return trace, self.processor(conversation(self.stage, trace.example, trace.record["text"])), None
+            return trace, self.processor(conversation(self.stage, trace.example, trace.text)), None
         except MediaError:
             raise
         except ValueError as error:  # too long, or with a placeholder in its text
-            return trace, None, trace.bad_verdict("no prompt", str(error))
+            return trace, None, bad_verdict(trace.key, "no prompt", str(error))
 
     def _on_bad(self, trace, error):
-        return trace, None, trace.bad_verdict(error.reason, str(error))
+        return trace, None, bad_verdict(trace.key, error.reason, str(error))
 
 
 def judge_by_endpoint(stage, folder, traces):
@@ -203,27 +212,26 @@ def judge_by_endpoint(stage, folder, traces):
     for trace in traces:
         requests.append(endpoint.Request(f"{trace.example.id}/{trace.sample}", partial(messages, stage, trace)))
     answers = endpoint.ask_endpoint(stage, requests, folder / "endpoint.jsonl", "trace", max_tokens=8, temperature=0.0,
-                                    logprobs=stage.logprobs,
-                                    is_usable=lambda text: endpoint.yes_no(text) is not None)
+                                    logprobs=stage.logprobs, is_usable=lambda text: yes_no(text) is not None)
     verdicts = []
     for trace, answer in zip(traces, answers, strict=True):
         if "bad" in answer:
-            verdicts.append(trace.bad_verdict(answer["bad"], answer["detail"]))
+            verdicts.append(bad_verdict(trace.key, answer["bad"], answer["detail"]))
         else:
-            verdicts.append(trace.verdict(endpoint_score(answer)))
+            verdicts.append(score_verdict(trace.key, endpoint_score(answer)))
     return verdicts
 
 
 def messages(stage, trace):
     """What an endpoint is asked about a trace."""
     clip = endpoint.audio_part(trace.example.audio)
-    return endpoint.user_message(clip, conversation(stage, trace.example, trace.record["text"]))
+    return endpoint.user_message(clip, conversation(stage, trace.example, trace.text))
 
 
 def endpoint_score(answer):
     """The log-odds of an endpoint's first token if they are given and agree with what it wrote, else +1 or -1."""
-    yes = endpoint.yes_no(answer["text"])
-    odds = endpoint.log_odds(answer["top"]) if answer.get("top") else None
+    yes = yes_no(answer["text"])
+    odds = log_odds(answer.get("top", {}))
     if odds is not None and (odds > 0) == yes:
         return odds
     return 1.0 if yes else -1.0
@@ -235,21 +243,18 @@ def judge_by_verifier(stage, folder, traces, log):
     judged = [trace for trace in traces if "score" in known.get(trace.key, {})]
     if not judged:
         raise ValueError(f"{stage.name}: {stage.verdicts} judges none of the traces in {stage.traces}")
-    runtime = runtime_of(stage)
-    model, processor = load(stage.model, **vars(runtime))
+    model, processor = load_model(stage)
     text_width = model.config.text.hidden_size
-    read = partial(read_clips_and_traces, model, processor, stage.clip_s, stage.batch_tokens)
+    read = partial(read_pairs, model, processor, known, stage.clip_s, stage.batch_tokens)
     weights_path, calibration_path = folder / "verifier.safetensors", folder / "calibration.json"
     if calibration_path.exists():  # written last
-        verifier = small.load_verifier(weights_path, text_width, stage.width).to(runtime.device)
+        verifier = small.load_verifier(weights_path, text_width, stage.width).to(model.device)
         calibration = read_json(calibration_path)
     else:
-        verifier = small.make_verifier(text_width, stage.width, stage.weights, stage.seed).to(runtime.device)
-        usable, frames, text_BD, _ = read(judged)
-        pairs = small.Pairs(frames, text_BD, [known[trace.key]["accepted"] for trace in usable],
-                            [trace.record.get("option", trace.record["text"]) for trace in usable])
+        verifier = small.make_verifier(text_width, stage.width, stage.weights, stage.seed).to(model.device)
         schedule = Schedule(stage.name, stage.epochs, stage.batch_size, stage.lr, stage.warmup_ratio, stage.seed)
-        calibration = small.fit(verifier, pairs, schedule, log)
+        pairs, _ = read(judged)
+        calibration = small.fit(verifier, list(pairs.values()), schedule, log)
         write_safetensors(weights_path, verifier.state_dict())
         write_json(calibration_path, calibration)
     tqdm.write(f"{stage.name}: agrees with the checker on {100 * calibration['agreement']:.1f} % of "
@@ -260,37 +265,34 @@ def judge_by_verifier(stage, folder, traces, log):
 
 
 def judge_with(verifier, read, batch_size, traces):
-    """A verdict a trace. read: as read_clips_and_traces, of the traces alone."""
-    usable, frames, text_BD, verdicts = read(traces)
-    scores = small.scores(verifier, frames, text_BD, batch_size)
-    for trace, score in zip(usable, scores, strict=True):
-        verdicts[trace.key] = trace.verdict(score)
+    """A verdict a trace. read: read_pairs of the traces."""
+    pairs, verdicts = read(traces)
+    scores = small.scores(verifier, list(pairs.values()), batch_size)
+    for key, score in zip(pairs, scores, strict=True):
+        verdicts[key] = score_verdict(key, score)
     return [verdicts[trace.key] for trace in traces]
 
 
-def read_clips_and_traces(model, processor, clip_s, batch_tokens, traces):
-    """What a verifier scores, held in memory.
-
-    Returns:
-        The traces whose clips can be used, the log-mel frames of each one's clip, the vectors of their thoughts, and
-        {key: bad verdict} of the other traces.
-    """
+def read_pairs(model, processor, known, clip_s, batch_tokens, traces):
+    """({key: Pair} of traces, {key: bad verdict} of those with a bad clip). known: the larger checker's verdicts."""
     clips = {trace.example.id: trace.example for trace in traces}
     logmels, bad = load_logmels(clips.values(), clip_s)
-    usable, verdicts = [], {}
+    texts = [thoughts(trace.text) for trace in traces if trace.example.id in logmels]
+    vectors = iter(small.trace_vectors(model, processor, texts, batch_tokens))
+    pairs, verdicts = {}, {}
     for trace in traces:
         clip_id = trace.example.id
-        if clip_id in bad:
-            verdicts[trace.key] = trace.bad_verdict(bad[clip_id]["bad"], bad[clip_id]["detail"])
+        if clip_id in logmels:
+            accepted = known.get(trace.key, {}).get("accepted")
+            option = trace.record.get("option", trace.text)
+            pairs[trace.key] = small.Pair(logmels[clip_id], next(vectors), option, accepted)
         else:
-            usable.append(trace)
-    frames = [logmels[trace.example.id] for trace in usable]
-    texts = [thoughts(trace.record["text"]) for trace in usable]
-    return usable, frames, small.trace_vectors(model, processor, texts, batch_tokens), verdicts
+            verdicts[trace.key] = bad_verdict(trace.key, bad[clip_id]["bad"], bad[clip_id]["detail"])
+    return pairs, verdicts
 
 
 def look_up_verdicts(stage, traces):
-    """The verdicts that another stage FactCheck gave on the same traces."""
+    """The verdicts on the same traces that stand in another stage's file."""
     known = read_verdicts(stage.verdicts)
     for trace in traces:
         if trace.key not in known:

@@ -23,7 +23,7 @@ class Schedule:
 
 
 def new_cnn14(outputs, width, weights, seed):
-    """A Cnn14 with a new head for `outputs` values. weights: path of a checkpoint to start from; None = from scratch."""
+    """A Cnn14 with a new head. weights: path of a checkpoint for the rest of it; None = from scratch."""
     model = make_cnn14(outputs, width, seed)
     if weights:
         load_weights(model, weights, head=False)

@@ -4,19 +4,17 @@ from functools import partial
 
 from tqdm import tqdm
 
-from minixmd import load
 from minixmd.inputs.examples import check_media, read_manifest
-from minixmd.runs.device import runtime_of
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.records import count_bad, write_jsonl
-from minixmd.stages.multiple_choice import score_letters
+from minixmd.stages.multiple_choice import load_model, score_letters
 
 
 def run(stage, folder, log):
     """The manifest's true answers are not read: a record depends on the clip, the question and the model alone."""
     examples = read_manifest(stage.manifest)
     check_media(stage.name, stage.manifest, examples, stage.media)
-    model, processor = load(stage.model, **vars(runtime_of(stage)))
+    model, processor = load_model(stage)
     compute = partial(score_letters, model, processor, prompt_format=stage.prompt_format,
                       batch_tokens=stage.batch_tokens, top_k=stage.top_k, top_temperature=stage.temperature)
     records = compute_shards(compute, examples, folder / "shards", stage.name, "clip")

@@ -8,12 +8,14 @@ from functools import partial
 
 import torch
 
+from minixmd import load
 from minixmd.config.prompts import PromptFormat
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import Example
 from minixmd.inputs.prompts import batch_by_tokens, build_prompt, check_length, prefetch
 from minixmd.inputs.tokenizer import Processor
 from minixmd.learning.rollout import decode, uniforms
+from minixmd.runs.device import runtime_of
 from minixmd.runs.records import bad_record
 from minixmd.tasks.benchmarks import vote
 
@@ -39,6 +41,11 @@ class Writing:
         return max(self.num_samples, SAMPLED_TOKENS * batch_tokens // self.max_new_tokens)
 
 
+def load_model(stage):
+    """(MultimodalLM, Processor) of a stage, where and as it says."""
+    return load(stage.model, **vars(runtime_of(stage)))
+
+
 @dataclass
 class Questions:
     """Examples whose questions are put to a model: the Prompts of those that can be used, and a record of each."""
@@ -52,10 +59,11 @@ class Questions:
 
     def prompts(self):
         """Yields (Example, Prompt) of every usable example; the others get bad records."""
-        for built in prefetch(self._build, self.examples, self._on_bad):
-            if built is not None:
-                check_length(self.processor, *built, self.max_new_tokens)
-                yield built
+        for pair in prefetch(self._build, self.examples, self._on_bad):
+            if pair is not None:
+                example, prompt = pair
+                check_length(self.processor, example, prompt, self.max_new_tokens)
+                yield pair
 
     def _build(self, example):
         trace = (self.traces or {}).get(example.id, "")
@@ -94,8 +102,7 @@ def score_letters(model, processor, examples, prompt_format, *, batch_tokens=BAT
     Args:
         prompt_format, traces: as in Questions.
         batch_tokens: packed into a forward pass.
-        top_k: best ids to keep of those that are not suppressed, with the logsumexp of all of them at
-            `top_temperature`.
+        top_k: best ids to keep that are not suppressed, with the logsumexp of all such at `top_temperature`.
     Returns:
         A JSON-able record an example, in order: {"id", "answer": index, "option", "logits"} or {"id", "bad", "detail"};
         with top_k also "top": {"ids", "logits", "temperature", "logsumexp"}.
@@ -108,8 +115,8 @@ def score_letters(model, processor, examples, prompt_format, *, batch_tokens=BAT
         for (example, _), logits_V in zip(pairs, logits_BV, strict=True):
             questions.read_letters(example, logits_V)
             if top_k:
-                top = _topk(logits_V, processor.suppressed_ids, top_k, top_temperature)
-                questions.records[example.id]["top"] = top
+                record = questions.records[example.id]
+                record["top"] = _topk(logits_V, processor.suppressed_ids, top_k, top_temperature)
     return questions.in_order()
 
 
@@ -125,9 +132,8 @@ def _topk(logits_V, suppressed_ids, top_k, temperature):
 
 @torch.inference_mode()
 def write_answers(model, processor, examples, prompt_format, writing, *, batch_tokens=BATCH_TOKENS, traces=None):
-    """Lets the model write its answers, and reads which option each means (tasks/benchmarks.py).
+    """Lets the model write its answers, and reads which option each means. Args: as score_letters; writing: Writing.
 
-    Args: as score_letters, and writing: Writing.
     Returns:
         A record an example as score_letters gives it, where "answer" and "option" may be None, and with "by_letters":
         index by the logits, "how": one of benchmarks.WAYS, "text", and "finished": the model ended its turn or wrote a
@@ -165,12 +171,8 @@ def _read_completions(record, example, completions, rule):
     """Adds to an example's record what its completions mean."""
     texts = [completion.text for completion in completions]
     chosen, index, how, votes = vote(texts, example.options, rule)
-    record["by_letters"] = record["answer"]
-    record["answer"] = index
-    record["how"] = how
-    record["text"] = texts[chosen]
-    record["option"] = None if index is None else example.options[index]
-    record["finished"] = completions[chosen].finished
+    option = None if index is None else example.options[index]
+    record.update(by_letters=record["answer"], answer=index, how=how, text=texts[chosen], option=option,
+                  finished=completions[chosen].finished)
     if len(texts) > 1:
-        record["votes"] = votes
-        record["texts"] = texts
+        record.update(votes=votes, texts=texts)

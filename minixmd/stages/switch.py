@@ -27,7 +27,8 @@ from minixmd.runs.files import write_json
 from minixmd.runs.records import answers_beside, bad_record, count_bad, write_jsonl
 from minixmd.runs.state import load_state, save_state
 from minixmd.stages.fit import Schedule, new_cnn14, train_epochs
-from minixmd.tasks.statistics import digest, leads, pairs, tabulate, tally
+from minixmd.tasks.statistics import digest, leads, pairs, tabulate
+from minixmd.tasks.yes_no import tally
 
 PAPER = {"validation": 88.8, "training": 89.1}  # % of clips for which the paper's switch was right
 
@@ -69,8 +70,7 @@ def collect(stage, folder, log, clips, records, gain, results):
 
 def count_classes(name, gain, labels):
     """How many classes the teacher wins, ties and loses, and how many were left out; also printed."""
-    won = sum(g > 0 for g in gain.values())
-    lost = sum(g < 0 for g in gain.values())
+    won, lost = sum(g > 0 for g in gain.values()), sum(g < 0 for g in gain.values())
     counts = {"classes_won": won, "classes_tied": len(gain) - won - lost, "classes_lost": lost,
               "classes_left_out": len(labels) - len(gain)}
     line = (f"{name}: the teacher wins {won} classes, ties {counts['classes_tied']}, loses {lost} "
@@ -84,9 +84,9 @@ def count_classes(name, gain, labels):
 def print_results(name, results):
     for split, paper in PAPER.items():
         if split in results:
-            right, majority = 100 * results[split]["accuracy"], 100 * results[split]["majority"]
-            tqdm.write(f"{name}: right for {right:.1f} % of the {split} clips (the paper: {paper} %); always giving "
-                       f"the more frequent answer would be for {majority:.1f} %")
+            part = results[split]
+            tqdm.write(f"{name}: right for {100 * part['accuracy']:.1f} % of the {split} clips (the paper: {paper} %); "
+                       f"always giving the more frequent answer would be for {100 * part['majority']:.1f} %")
     bad = f", bad: {results['bad']}" if results["bad"] else ""
     tqdm.write(f"{name}: {results['clips_to_teacher']} of {results['clips']} clips go to the teacher{bad}")
 
@@ -153,9 +153,7 @@ def load_logmels(examples, clip_s):
 
 def fit(stage, folder, log, examples, gain):
     """(the trained Cnn14, the tally of its validation). All clips' frames are held in memory, 256 KB a clip of 10 s.
-
-    The state is saved after every epoch, so a stopped stage resumes and, on the CPU, ends with the same weights.
-    """
+    The state is saved after every epoch: a stopped stage resumes and, on the CPU, ends with the same weights."""
     logmels, bad = load_logmels(examples, stage.clip_s)
     count_bad([bad.get(example.id, {}) for example in examples], stage.name, stage.max_bad)
     train, val = split(stage.seed, examples)
@@ -171,9 +169,8 @@ def fit(stage, folder, log, examples, gain):
     optimizer = torch.optim.Adam(parameters.values(), lr=stage.lr)
     lines = resume(folder, model, optimizer, parameters)
     if not lines:
-        size = sum(p.numel() for p in parameters.values())
-        lines = [{"epoch": 0, "train_clips": len(train), "validation_clips": len(val), "bad": len(bad),
-                  "parameters": size}]
+        lines.append({"epoch": 0, "train_clips": len(train), "validation_clips": len(val), "bad": len(bad),
+                      "parameters": sum(p.numel() for p in parameters.values())})
         log(lines[0])
     batch_size = stage.batch_size
     if stage.augment in ("both", "mixup"):
@@ -183,30 +180,30 @@ def fit(stage, folder, log, examples, gain):
     compute_loss = partial(batch_loss, model, logmels, gain, stage.augment)
     validate = partial(validation_tally, model, logmels, gain, val, stage.batch_size)
     for epoch, loss_S in train_epochs(model, optimizer, compute_loss, train, schedule, len(lines) - 1):
-        line = {"epoch": epoch, "loss": loss_S.mean().item(), "val_accuracy": validate()["accuracy"]}
-        lines.append(line)
-        log(line)
-        save_state(folder, {**model.state_dict(), **optimizer_tensors(optimizer, parameters)}, {"log": lines})
+        lines.append({"epoch": epoch, "loss": loss_S.mean().item(), "val_accuracy": validate()["accuracy"]})
+        log(lines[-1])
+        tensors = {**model.state_dict(), **optimizer_tensors(optimizer, parameters)}
+        save_state(folder, tensors, {"log": lines})
     return model, validate()
 
 
 def resume(folder, model, optimizer, parameters):
     """Loads the state of the last whole epoch, if there is one, and rewinds the log to it. Returns the log's lines."""
-    tensors, meta = load_state(folder) or ({}, {"log": []})
-    if tensors:
+    state, lines = load_state(folder), []
+    if state is not None:
+        tensors, meta = state
+        lines = meta["log"]
         model.load_state_dict({name: tensors[name] for name in model.state_dict()})
         restore_optimizer(optimizer, parameters, tensors)
-    write_jsonl(folder / "log.jsonl", meta["log"])
-    return meta["log"]
+    write_jsonl(folder / "log.jsonl", lines)
+    return lines
 
 
 def batch_loss(model, logmels, gain, augment, examples, noise):
     """Cross-entropy of a batch's examples. augment: as in config.Switch, drawn from the generator `noise`."""
-    device = noise.device
-    logmel_BAM = torch.stack([logmels[example.id] for example in examples])
-    target_B = torch.tensor([int(gain[example.label] > 0) for example in examples])
-    x_B1AM = model.normalise(logmel_BAM.to(device))
-    target_BK = F.one_hot(target_B, 2).float().to(device)
+    x_B1AM = model.normalise(torch.stack([logmels[example.id] for example in examples]).to(noise.device))
+    target_B = torch.tensor([int(gain[example.label] > 0) for example in examples], device=noise.device)
+    target_BK = F.one_hot(target_B, 2).float()
     if augment in ("both", "spec"):
         x_B1AM = spec_augment(x_B1AM, noise)
     if augment in ("both", "mixup"):

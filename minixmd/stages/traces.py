@@ -10,16 +10,15 @@ from functools import partial
 
 from tqdm import tqdm
 
-from minixmd import generate, load
+from minixmd import generate
 from minixmd.inputs.examples import build_conversation, check_media, read_manifest
 from minixmd.learning.targets import SPECIAL_TOKEN
 from minixmd.models.lora import hash_seed
-from minixmd.runs.device import runtime_of
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
 from minixmd.runs.records import count_bad, write_jsonl
 from minixmd.stages import endpoint
-from minixmd.stages.multiple_choice import Questions
+from minixmd.stages.multiple_choice import Questions, load_model
 from minixmd.tasks.rewards import FORMAT, parse_answer
 
 CLIPS = 64  # of a shard: their frames are held in memory, 13 MB a clip of 10 frames
@@ -64,16 +63,24 @@ def collect(stage, folder, log, examples, records):
                                "option": option, "unanimous": outcome == "unanimous"})
     count = uses.total()
     del uses["ok"]
-    results = {"clips": len(examples), "bad": bad, "samples": count, "usable": len(traces),
-               "unusable": dict(uses.most_common()), "clips_by": dict(clips.most_common()), "traces": len(traces),
-               "traces_of_unanimous": sum(trace["unanimous"] for trace in traces)}
+    results = {
+        "clips": len(examples),
+        "bad": bad,
+        "samples": count,
+        "usable": len(traces),
+        "unusable": dict(uses.most_common()),
+        "clips_by": dict(clips.most_common()),
+        "traces": len(traces),
+        "traces_of_unanimous": sum(trace["unanimous"] for trace in traces),
+    }
     write_jsonl(folder / "samples.jsonl", records)
     write_jsonl(folder / "traces.jsonl", traces)
     write_jsonl(folder / "labels.jsonl", labels)
     write_json(folder / "results.json", results)
     log(results)
-    tqdm.write(f"{stage.name}: {count:,} samples of {len(examples):,} clips, {len(traces):,} usable "
-               f"({results['unusable'] or 'no other'}); clips: {results['clips_by']}" + (f", bad: {bad}" if bad else ""))
+    line = (f"{stage.name}: {count:,} samples of {len(examples):,} clips, {len(traces):,} usable "
+            f"({results['unusable'] or 'no other'}); clips: {results['clips_by']}")
+    tqdm.write(line + (f", bad: {bad}" if bad else ""))
 
 
 def use_of(sample):
@@ -97,7 +104,7 @@ def outcome_of(example, samples):
 
 
 def sample_locally(stage, folder, examples):
-    model, processor = load(stage.model, **vars(runtime_of(stage)))
+    model, processor = load_model(stage)
     sampling = dict(num_samples=stage.num_samples, temperature=stage.temperature, max_new_tokens=stage.max_new_tokens,
                     seed=stage.seed, decode_slots=stage.decode_slots or 8 * stage.num_samples)
     compute = partial(sample_clips, model, processor, prompt_format=stage.prompt_format, sampling=sampling)

@@ -22,23 +22,20 @@ from minixmd.inputs.prompts import batch_by_tokens
 from minixmd.models.cnn14 import spec_augment
 from minixmd.models.lora import hash_seed
 from minixmd.stages.fit import new_cnn14, train_epochs
-from minixmd.tasks.statistics import agreement
+from minixmd.tasks.yes_no import agreement
 
 WIDTH = 128  # C: of the space in which a clip and a trace are compared
 HELD_OUT = 5  # one judged trace in so many is not trained on
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Clips, each with a trace that the larger checker judged."""
+class Pair:
+    """A clip and a trace about it."""
 
-    frames: list[torch.Tensor]  # log-mel frames (A, M) of each clip
-    text_BD: torch.Tensor  # trace_vectors of the traces
-    accepted: list[bool]
-    options: list[str]  # text of the option that each trace ends in
-
-    def __len__(self):
-        return len(self.frames)
+    logmel_AM: torch.Tensor  # frames of the clip
+    text_D: torch.Tensor  # the trace's row of trace_vectors
+    option: str  # text of the option that the trace ends in
+    accepted: bool | None = None  # by the larger checker; None = not judged
 
 
 class Verifier(nn.Module):
@@ -81,11 +78,8 @@ def load_verifier(path, D, width):
 
 @torch.inference_mode()
 def trace_vectors(model, processor, texts, batch_tokens):
-    """The mean hidden state of each text's tokens, with nothing before them: (B, D) fp32 on the CPU.
-
-    Raises:
-        ValueError: a text without a token, or over the model's limit.
-    """
+    """The mean hidden state of each text's tokens, with nothing before them: (B, D) fp32 on the CPU. Raises ValueError
+    for a text without a token, or over the model's limit."""
     prompts = []
     for text in texts:
         ids = processor.encode(text)
@@ -93,7 +87,7 @@ def trace_vectors(model, processor, texts, batch_tokens):
             raise ValueError(f"a trace of {len(ids)} tokens: {text[:60]!r}; the model's limit is "
                              f"{processor.max_positions}")
         prompts.append((text, Prompt(torch.tensor(ids), positions_of(len(ids), []))))
-    means = [torch.empty(0, model.config.text.hidden_size)]
+    means = [torch.empty(0, model.config.text.hidden_size)]  # for no text
     for run in batch_by_tokens(prompts, batch_tokens):
         batch = pack([prompt for _, prompt in run]).to(model.device)
         hidden_ND = model(batch).float()
@@ -105,74 +99,77 @@ def fit(verifier, pairs, schedule, log):
     """Trains a Verifier, on the device that it is on, and calibrates it on held-out pairs.
 
     Args:
-        pairs: Pairs. schedule: fit.Schedule.
+        pairs: list of judged Pairs. schedule: fit.Schedule.
     Returns:
         {"verdicts": how many pairs it was given, and the fields of agreement on the held-out ones}.
     Raises:
         ValueError: too few pairs, or all with the same verdict, to train or to calibrate with.
     """
     generator = torch.Generator().manual_seed(hash_seed(schedule.seed, "held"))
-    shuffled = torch.randperm(len(pairs), generator=generator).tolist()
+    shuffled = [pairs[i] for i in torch.randperm(len(pairs), generator=generator).tolist()]
     held_out = shuffled[:len(pairs) // HELD_OUT]
     train = shuffled[len(pairs) // HELD_OUT:]
-    for indices, purpose in ((train, "train"), (held_out, "validate")):
-        if len({pairs.accepted[i] for i in indices}) < 2:
-            raise ValueError(f"{schedule.name}: of {len(pairs)} verdicts the {len(indices)} to {purpose} with are all "
-                             "the same, or none: nothing can be learnt from them")
+    for part, purpose in ((train, "train"), (held_out, "validate")):
+        if len({pair.accepted for pair in part}) < 2:
+            raise ValueError(f"{schedule.name}: of {len(pairs)} verdicts the {len(part)} to {purpose} with are all the "
+                             "same, or none: nothing can be learnt from them")
     schedule = replace(schedule, batch_size=min(schedule.batch_size, len(train)))
-    verifier.mean_D.copy_(pairs.text_BD[train].mean(0))
-    verifier.std_D.copy_(pairs.text_BD[train].std(0).clamp(min=1e-6))
+    text_BD = torch.stack([pair.text_D for pair in train])
+    verifier.mean_D.copy_(text_BD.mean(0))
+    verifier.std_D.copy_(text_BD.std(0).clamp(min=1e-6))
     optimizer = torch.optim.Adam([p for p in verifier.parameters() if p.requires_grad], lr=schedule.lr)
-    compute_loss = partial(pair_loss, verifier, pairs)
-    for epoch, loss_S in train_epochs(verifier, optimizer, compute_loss, train, schedule):
+    for epoch, loss_S in train_epochs(verifier, optimizer, partial(batch_loss, verifier), train, schedule):
         log({"epoch": epoch, "loss": loss_S.double().mean().item()})
-    held_frames = [pairs.frames[i] for i in held_out]
-    score_B = torch.tensor(scores(verifier, held_frames, pairs.text_BD[held_out], schedule.batch_size))
-    accepted = [pairs.accepted[i] for i in held_out]
+    score_B = torch.tensor(scores(verifier, held_out, schedule.batch_size))
+    accepted = [pair.accepted for pair in held_out]
     scale, offset = platt(score_B, torch.tensor(accepted).float())
     verifier.scale.fill_(scale)
     verifier.offset.fill_(offset)
     return {"verdicts": len(pairs), **agreement((scale * score_B + offset).tolist(), accepted)}
 
 
-def pair_loss(verifier, pairs, chosen, noise):
-    """Binary cross-entropy of the pairs with the indices `chosen` and of as many mismatched ones, which count as false:
-    each clip with the trace of the next pair in the batch that gives another answer, if there is one."""
-    device = noise.device
-    x_B1AM = verifier.cnn.normalise(torch.stack([pairs.frames[i] for i in chosen]).to(device))
-    embedded_BE = verifier.cnn.embed(spec_augment(x_B1AM, noise), noise)
-    clip_BC = verifier.centre(verifier.cnn.fc_audioset(embedded_BE))
-    score_B = verifier.match(clip_BC, pairs.text_BD[chosen].to(device))
-    target_B = torch.tensor([float(pairs.accepted[i]) for i in chosen], device=device)
-    loss = F.binary_cross_entropy_with_logits(score_B, target_B, reduction="sum")
-    rows, others = [], []  # rows of the batch that have a mismatch, and the pair that it takes the trace of
-    for row, i in enumerate(chosen):
-        for j in chosen[row + 1:] + chosen[:row]:
-            if pairs.options[j] != pairs.options[i]:
+def batch_loss(verifier, pairs, noise):
+    """Binary cross-entropy of judged Pairs and of as many mismatched ones, which count as false: each clip with the
+    trace of the next pair in the batch that gives another answer, if there is one."""
+    logmel_BAM, text_BD = _stack(pairs, noise.device)
+    x_B1AM = spec_augment(verifier.cnn.normalise(logmel_BAM), noise)
+    clip_BC = verifier.centre(verifier.cnn.fc_audioset(verifier.cnn.embed(x_B1AM, noise)))
+    target_B = torch.tensor([float(pair.accepted) for pair in pairs], device=noise.device)
+    loss = F.binary_cross_entropy_with_logits(verifier.match(clip_BC, text_BD), target_B, reduction="sum")
+    rows, mismatches = [], []  # rows of the batch, and of the traces that they are wrongly paired with
+    for row, pair in enumerate(pairs):
+        for i in range(row + 1, row + len(pairs)):
+            other = i % len(pairs)
+            if pairs[other].option != pair.option:
                 rows.append(row)
-                others.append(j)
+                mismatches.append(other)
                 break
     if rows:
-        wrong = verifier.match(clip_BC[rows], pairs.text_BD[others].to(device))
-        loss = loss + F.binary_cross_entropy_with_logits(wrong, torch.zeros_like(wrong), reduction="sum")
-    return loss / (len(chosen) + len(rows))
+        wrong_B = verifier.match(clip_BC[rows], text_BD[mismatches])
+        loss = loss + F.binary_cross_entropy_with_logits(wrong_B, torch.zeros_like(wrong_B), reduction="sum")
+    return loss / (len(pairs) + len(rows))
 
 
 @torch.inference_mode()
-def scores(verifier, frames, text_BD, batch_size):
-    """Scores of clips' frames (A, M) with a trace vector each, a list of floats."""
+def scores(verifier, pairs, batch_size):
+    """The scores of Pairs, a list of floats."""
     verifier.eval()
-    device = verifier.scale.device
     found = []
-    for start in range(0, len(frames), batch_size):
-        end = start + batch_size
-        found += verifier(torch.stack(frames[start:end]).to(device), text_BD[start:end].to(device)).tolist()
+    for start in range(0, len(pairs), batch_size):
+        logmel_BAM, text_BD = _stack(pairs[start:start + batch_size], verifier.scale.device)
+        found += verifier(logmel_BAM, text_BD).tolist()
     return found
 
 
+def _stack(pairs, device):
+    """(logmel_BAM, text_BD) of Pairs."""
+    logmel_BAM = torch.stack([pair.logmel_AM for pair in pairs])
+    text_BD = torch.stack([pair.text_D for pair in pairs])
+    return logmel_BAM.to(device), text_BD.to(device)
+
+
 def platt(score_B, truth_B, steps=100):
-    """(scale > 0, offset) that make the scores the likeliest log-odds of the truth: Platt scaling, with his smoothed
-    targets."""
+    """(scale > 0, offset) that make the scores log-odds of the truth: Platt scaling, with his smoothed targets."""
     true, false = truth_B.sum(), (1 - truth_B).sum()
     smooth_B = torch.where(truth_B > 0, (true + 1) / (true + 2), 1 / (false + 2))
     log_scale = torch.zeros((), requires_grad=True)

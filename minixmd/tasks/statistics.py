@@ -1,9 +1,8 @@
-"""Accuracies with their intervals, two models on the same questions, and scores against yes or no."""
+"""Accuracies with their intervals, and the comparison of two models on the same questions."""
 import hashlib
 import json
-from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from math import ceil, sqrt
+from math import sqrt
 
 from minixmd.tasks.benchmarks import same
 
@@ -133,58 +132,3 @@ def groups(lead, most=10):
     behind = sorted((name for name in names if lead[name] < 0), key=lambda name: (lead[name], name))[:size]
     rest = sorted(set(names) - {*ahead, *behind}, key=lambda name: (abs(lead[name]), name))[:size]
     return {"The teacher is ahead": ahead, "The student is ahead": behind, "The smallest gaps among the others": rest}
-
-
-def tally(p_N, truth_N):
-    """How often decisions between no and yes are right.
-
-    Args:
-        p_N: probabilities of yes; the decision is yes from 0.5 on.
-        truth_N: 1 (or True) for yes, 0 for no.
-    Returns:
-        summary's fields, "majority": the share of the more frequent answer, and "confusion": rows are the truth,
-        columns the decision, each first no and then yes.
-    """
-    hits, confusion = [], [[0, 0], [0, 0]]
-    for p, truth in zip(p_N, truth_N, strict=True):
-        confusion[bool(truth)][p >= 0.5] += 1
-        hits.append(bool(truth) == (p >= 0.5))
-    return {**summary(hits), "majority": max(map(sum, confusion)) / len(hits), "confusion": confusion}
-
-
-def auc(scores, truths):
-    """Area under the ROC curve: the chance that a true one scores above a false one, ties counting a half; None where
-    all are true or all are false."""
-    false, true = _by_truth(scores, truths)
-    if not true or not false:
-        return None
-    false.sort()
-    wins = sum(bisect_left(false, score) + bisect_right(false, score) for score in true) / 2
-    return wins / (len(true) * len(false))
-
-
-def roc(scores, truths, points=50):
-    """[[false positive rate, true positive rate], …] at up to `points` thresholds, from (0, 0) to (1, 1)."""
-    sides = _by_truth(scores, truths)
-    thresholds = sorted(set(scores), reverse=True)
-    step = ceil(len(thresholds) / points)
-    curve = []
-    for threshold in thresholds[::step]:
-        curve.append([sum(score >= threshold for score in side) / max(1, len(side)) for side in sides])
-    return [[0.0, 0.0], *curve, [1.0, 1.0]]
-
-
-def agreement(scores, truths):
-    """Scores, which say yes above 0, against the truth: the share that agrees, the confusion matrix as in tally, and the
-    ROC curve with its area."""
-    counts = tally([float(score > 0) for score in scores], truths)
-    return {"count": len(truths), "agreement": counts["accuracy"], "confusion": counts["confusion"],
-            "auc": auc(scores, truths), "roc": roc(scores, truths)}
-
-
-def _by_truth(scores, truths):
-    """(scores of the false ones, scores of the true ones)."""
-    sides = [], []
-    for score, truth in zip(scores, truths, strict=True):
-        sides[bool(truth)].append(score)
-    return sides
