@@ -13,12 +13,14 @@ from minixmd.config import PROMPT, Evaluate, Label
 from minixmd.config.schema import ConfigError
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import build_conversation, read_manifest
+from minixmd.inputs.prompts import build_prompt
 from minixmd.models.families import FAMILIES, read_config
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.weights import save_model
-from minixmd.stages import evaluate, label
-from minixmd.stages import multiple_choice as scoring
-from minixmd.stages.multiple_choice import ask, read_records, score_letters
+from minixmd.runs import distributed
+from minixmd.runs.records import read_jsonl
+from minixmd.stages import evaluate, label, multiple_choice
+from minixmd.stages.multiple_choice import Writing, score_letters, write_answers
 from minixmd.tasks.statistics import compare, digest, paired_interval, wilson
 
 FRAMES = dict(min_pixels=3136, max_pixels=3136)
@@ -95,7 +97,7 @@ def run(folder, module=evaluate, *args, **more):
 
 
 def results(folder):
-    return json.loads((folder / "results.json").read_text()), read_records(folder / "answers.jsonl")
+    return json.loads((folder / "results.json").read_text()), read_jsonl(folder / "answers.jsonl")
 
 
 # ---- written answers ----
@@ -137,15 +139,14 @@ def test_a_written_answer_is_generates_and_the_letters_are_those_without_it(worl
     examples = [replace(example, question=f"Which one is number {i}?" + " Take care." * (25 * i % 60))
                 for i, example in enumerate(read_manifest(world / "clips" / "manifest.jsonl")[:6])]
     model, processor = minixmd.load(world / kind)
-    asked = stage(world / kind, world / "clips" / "manifest.jsonl", media=media)
-    lengths = [len(ask(asked, processor, example)) for example in examples]
+    asked = stage(world / kind, world / "clips" / "manifest.jsonl", media=media).prompt_format
+    lengths = [len(build_prompt(processor, example, asked)) for example in examples]
     assert max(lengths) > 2 * min(lengths)
     pairs = max(a + b for a, b in zip(lengths[::2], lengths[1::2], strict=True))  # two or more in a batch
-    letters = score_letters(model, processor, asked, examples, pairs)
-    written = score_letters(model, processor, asked, examples, pairs, max_new_tokens=9)
+    letters = score_letters(model, processor, examples, asked, batch_tokens=pairs)
+    written = write_answers(model, processor, examples, asked, Writing(9), batch_tokens=pairs)
     for example, plain, record in zip(examples, letters, written, strict=True):
-        options = {name: getattr(asked, name) for name in ("fps", "min_pixels", "max_pixels", "nframes")}
-        shown = build_conversation(example, media=media, prompt=asked.prompt, video_options=options)
+        shown = build_conversation(example, media=media, prompt=PROMPT, video_options=asked.video_options)
         [[said]] = minixmd.generate(model, processor, [shown], max_new_tokens=9, temperature=0, seed=0)
         assert (record["text"], record["finished"]) == (said.text, said.finished)
         assert (record["by_letters"], record["logits"]) == (plain["answer"], plain["logits"])
@@ -159,7 +160,7 @@ def test_letters_alone_give_the_results_that_they_gave_before(world, tmp_path):
     found, records = results(tmp_path)
     assert list(found) == ["model", "manifest", "media", "bad", "count", "correct", "accuracy", "interval", "groups",
                            "classes"]  # fmt: skip
-    shard = read_records(tmp_path / "shards" / "0000000.jsonl")
+    shard = read_jsonl(tmp_path / "shards" / "0000000.jsonl")
     for example, record, scored in zip(read_manifest(manifest), records, shard, strict=True):
         assert record == scored | {"question": digest(example), "right": record["answer"] == example.answer}
         assert list(scored) == ["id", "answer", "option", "logits"]
@@ -168,13 +169,13 @@ def test_letters_alone_give_the_results_that_they_gave_before(world, tmp_path):
 def test_a_prompt_that_leaves_no_room_for_the_answer_is_named(puppet, tmp_path):
     model, processor = minixmd.load(puppet)
     examples = read_manifest(puppet / "manifest.jsonl")
-    asked = stage(puppet, puppet / "manifest.jsonl")
-    tokens = len(ask(asked, processor, examples[0]))
+    asked = stage(puppet, puppet / "manifest.jsonl").prompt_format
+    tokens = len(build_prompt(processor, examples[0], asked))
     processor.max_positions = tokens + 3
-    score_letters(model, processor, asked, examples[:1], max_new_tokens=3)
+    write_answers(model, processor, examples[:1], asked, Writing(3))
     said = f"example 'clip0': the prompt's {tokens} tokens and max_new_tokens 4 are over .* {processor.max_positions}"
     with pytest.raises(ValueError, match=said):
-        score_letters(model, processor, asked, examples[:1], max_new_tokens=4)
+        write_answers(model, processor, examples[:1], asked, Writing(4))
 
 
 def test_wrong_ways_to_answer_are_refused():
@@ -194,8 +195,9 @@ def test_wrong_ways_to_answer_are_refused():
 @pytest.mark.parametrize("answer", ["letters", "generate"])
 def test_a_shard_that_is_missing_is_made_again_alone_and_the_same(puppet, tmp_path, monkeypatch, answer):
     asked = []
-    monkeypatch.setattr(scoring, "SHARD", 3)
-    monkeypatch.setattr(scoring, "ask", lambda *given, **more: asked.append(given[2].id) or ask(*given, **more))
+    monkeypatch.setattr(distributed, "SHARD", 3)
+    monkeypatch.setattr(multiple_choice, "build_prompt",
+                        lambda *given, **more: asked.append(given[1].id) or build_prompt(*given, **more))
     given = dict(answer=answer, max_new_tokens=4, batch_tokens=500)
     run(tmp_path, evaluate, puppet, puppet / "manifest.jsonl", **given)
     assert sorted(asked) == [f"clip{i}" for i in range(8)]
@@ -219,7 +221,7 @@ def test_the_top_is_that_of_a_full_row_without_the_banned_ids(world, tmp_path, t
     model, processor = minixmd.load(world / "ears")
     allowed = torch.tensor([i for i in range(340) if i not in processor.suppressed_ids])
     assert len(allowed) < 340
-    for example, record in zip(read_manifest(manifest), read_records(tmp_path / "labels.jsonl"), strict=True):
+    for example, record in zip(read_manifest(manifest), read_jsonl(tmp_path / "labels.jsonl"), strict=True):
         prompt = processor(build_conversation(example, media="audio", prompt=PROMPT))
         row_V = model.logits(model(pack([prompt])))[-1]
         assert record["logits"] == pytest.approx(row_V[processor.letter_ids(3)].tolist(), abs=1e-4)
@@ -235,7 +237,7 @@ def test_the_top_is_that_of_a_full_row_without_the_banned_ids(world, tmp_path, t
 def test_no_top_is_stored_unless_asked_for(world, tmp_path):
     run(tmp_path, label, world / "ears", world / "clips" / "manifest.jsonl", cls=Label)
     assert all(record.keys() == {"id", "answer", "option", "logits"}
-               for record in read_records(tmp_path / "labels.jsonl"))
+               for record in read_jsonl(tmp_path / "labels.jsonl"))
 
 
 # ---- two models compared ----
@@ -326,7 +328,7 @@ def test_models_evaluated_on_different_questions_are_not_compared(world, tmp_pat
         manifest.write_text("".join(json.dumps(line) + "\n" for line in changed))
         model = world / "ears" if name == "first" else write_model(tmp_path / name, "audio", seed=5)
         run(tmp_path / name, evaluate, model, manifest)
-        found[name] = read_records(tmp_path / name / "answers.jsonl")
+        found[name] = read_jsonl(tmp_path / name / "answers.jsonl")
     assert compare(found["first"], found["again"])["count"] == 4
     for pair in (("first", "second"), ("second", "again")):
         with pytest.raises(ValueError, match="clip '(clip2|other)': (the two are different questions|only the fi)"):

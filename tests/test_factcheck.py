@@ -10,10 +10,12 @@ from minixmd.config import FactCheck
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import read_manifest
 from minixmd.models.whisper import Whisper
+from minixmd.runs.records import read_jsonl
 from minixmd.stages import factcheck
 from minixmd.stages import verifier as small
-from minixmd.stages.multiple_choice import read_records
+from minixmd.stages.switch import load_logmel
 from minixmd.tasks.answers import thoughts
+from minixmd.tasks.yes_no import agreement, auc
 
 PROMPT = "{trace}\nIs that true?"
 THRESHOLD = -0.2335  # about half of the untrained model's scores are above it
@@ -49,7 +51,7 @@ def stage_of(world, **more):
 def run(stage, folder):
     folder.mkdir(exist_ok=True)
     factcheck.run(stage, folder, lambda line: None)
-    return {name: read_records(folder / f"{name}.jsonl") for name in ("verdicts", "traces")} | {
+    return {name: read_jsonl(folder / f"{name}.jsonl") for name in ("verdicts", "traces")} | {
         "results": json.loads((folder / "results.json").read_text())}
 
 
@@ -68,7 +70,7 @@ def test_a_score_is_the_log_odds_of_yes_where_the_answer_starts(world, judged):
     assert [processor.encode(word)[0] for word in (" yes", " no")] == processor.encode(" ") * 2  # which tells nothing
     yes, no = (sorted({processor.encode(word)[0] for word in words}) for words in (("yes", "Yes"), ("no", "No")))
     examples = {e.id: e for e in read_manifest(world / "clips" / "manifest.jsonl")}
-    traces = read_records(world / "traces.jsonl")
+    traces = read_jsonl(world / "traces.jsonl")
     assert keys(judged["verdicts"]) == keys(traces)
     for trace, verdict in list(zip(traces, judged["verdicts"], strict=True))[::13]:
         prompt = processor([{"role": "user", "content": [
@@ -92,14 +94,14 @@ def test_a_trace_and_its_clip_both_matter(judged):
 def test_the_answer_is_not_judged(world, judged, tmp_path):
     """It may give a false thought away, which would need no ears."""
     lines = [line | {"text": line["text"].replace(">A<", f">{line['option']}<")}
-             for line in read_records(world / "traces.jsonl")]
+             for line in read_jsonl(world / "traces.jsonl")]
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = run(stage_of(world, traces=str(tmp_path / "other.jsonl"), trace_filter="all"), tmp_path / "run")
     assert found["verdicts"] == judged["verdicts"]
 
 
 def test_accepted_traces_stand_as_they_were_with_their_score(world, judged):
-    traces = {(t["id"], t["sample"]): t for t in read_records(world / "traces.jsonl")}
+    traces = {(t["id"], t["sample"]): t for t in read_jsonl(world / "traces.jsonl")}
     scores = {(v["id"], v["sample"]): v["score"] for v in judged["verdicts"] if v["accepted"]}
     assert 0 < len(scores) < 144 and keys(judged["traces"]) == [key for key in traces if key in scores]
     assert all(trace == traces[trace["id"], trace["sample"]] | {"score": scores[trace["id"], trace["sample"]]}
@@ -114,9 +116,10 @@ def test_accepted_traces_stand_as_they_were_with_their_score(world, judged):
 
 def test_a_verdict_depends_on_no_other_trace(world, judged, tmp_path):
     scores = {(v["id"], v["sample"]): v["score"] for v in judged["verdicts"]}
-    lines = read_records(world / "traces.jsonl")[::-5]
+    lines = read_jsonl(world / "traces.jsonl")[::-5]
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = run(stage_of(world, traces=str(tmp_path / "some.jsonl"), trace_filter="all", batch_tokens=60), tmp_path / "run")
+    stage = stage_of(world, traces=str(tmp_path / "some.jsonl"), trace_filter="all", batch_tokens=60)
+    found = run(stage, tmp_path / "run")
     assert keys(found["verdicts"]) == keys(lines)
     assert all(v["score"] == pytest.approx(scores[v["id"], v["sample"]], abs=2e-4) for v in found["verdicts"])
 
@@ -129,7 +132,7 @@ def test_the_tower_hears_a_clip_once(world, tmp_path, monkeypatch):
 
 
 def test_which_traces_are_judged(world, tmp_path):
-    traces = read_records(world / "traces.jsonl")
+    traces = read_jsonl(world / "traces.jsonl")
     used = run(stage_of(world), tmp_path / "used")
     assert keys(used["verdicts"]) == [key for key, t in zip(keys(traces), traces, strict=True)
                                       if t["sample"] == 0 or t["unanimous"]]
@@ -144,10 +147,10 @@ def test_which_traces_are_judged(world, tmp_path):
 
 def test_a_threshold_is_moved_without_asking_again(world, judged, tmp_path, monkeypatch):
     (tmp_path / "verdicts.jsonl").write_text("".join(json.dumps(v) + "\n" for v in judged["verdicts"]))
-    monkeypatch.setattr(factcheck, "load", None)  # nobody is asked
+    monkeypatch.setattr(factcheck, "load_model", None)  # nobody is asked
     scores = sorted(v["score"] for v in judged["verdicts"])
-    stage = stage_of(world, trace_filter="all", model=None, checker="verdicts", verdicts=str(tmp_path / "verdicts.jsonl"),
-                     threshold=scores[100])
+    stage = stage_of(world, trace_filter="all", model=None, checker="verdicts", threshold=scores[100],
+                     verdicts=str(tmp_path / "verdicts.jsonl"))
     found = run(stage, tmp_path / "run")
     assert len(found["traces"]) == sum(score > scores[100] for score in scores)
     assert [v["score"] for v in found["verdicts"]] == [v["score"] for v in judged["verdicts"]]
@@ -161,20 +164,21 @@ def test_a_threshold_is_moved_without_asking_again(world, judged, tmp_path, monk
     (dict(sample=None), "record 2 needs 'sample', int, got None"),
     (dict(sample=[1]), r"record 2 needs 'sample', int, got \[1\]"),
     (dict(id=7), "record 2 needs 'id', str, got 7"),
-    (dict(score=None), "record 2 needs 'score', float, got None"),
-    (dict(score="yes"), "record 2 needs 'score', float, got 'yes'"),
+    (dict(score=None), "record 2 needs 'score', float or int, got None"),
+    (dict(score="yes"), "record 2 needs 'score', float or int, got 'yes'"),
     (dict(bad="missing"), "record 2 needs 'detail', str, got None"),
-    (7, "record 2 needs 'id', str, got None"),
-    ([], "record 2 needs 'id', str, got None"),
+    (7, "must be a JSON object, got int"),
+    ([], "must be a JSON object, got list"),
 ])
 def test_what_is_no_verdict_is_one_line(world, judged, tmp_path, monkeypatch, checker, change, says):
-    monkeypatch.setattr(factcheck, "load", None)  # before any model is loaded
+    monkeypatch.setattr(factcheck, "load_model", None)  # before any model is loaded
     lines = [dict(v) for v in judged["verdicts"]]
     lines[1] = lines[1] | change if isinstance(change, dict) else change
     (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    more = dict(model=None) if checker == "verdicts" else SMALL
-    stage = stage_of(world, **dict(trace_filter="all", verdicts=str(tmp_path / "v.jsonl")) | more | dict(checker=checker))
-    with pytest.raises(ValueError, match=f"v.jsonl: not the verdicts of a FactCheck stage: {says}"):
+    more = dict(model=None, checker="verdicts") if checker == "verdicts" else SMALL
+    stage = stage_of(world, trace_filter="all", verdicts=str(tmp_path / "v.jsonl"), **more)
+    where = "v.jsonl: not the verdicts of a FactCheck stage: " if isinstance(change, dict) else "v.jsonl:2: "
+    with pytest.raises(ValueError, match=where + says):
         run(stage, tmp_path / "run")
 
 
@@ -190,7 +194,7 @@ def test_a_verifier_needs_to_know_what_was_accepted_other_thresholds_do_not(worl
 def test_nothing_accepted_is_an_error_that_keeps_the_verdicts(world, tmp_path):
     with pytest.raises(ValueError, match=r"check: no trace was accepted: see the scores in .*verdicts.jsonl"):
         run(stage_of(world, threshold=1e6), tmp_path / "run")
-    assert len(read_records(tmp_path / "run" / "verdicts.jsonl")) == 120
+    assert len(read_jsonl(tmp_path / "run" / "verdicts.jsonl")) == 120
 
 
 def test_clips_and_traces_that_cannot_be_judged_are_counted(world, tmp_path):
@@ -199,7 +203,7 @@ def test_clips_and_traces_that_cannot_be_judged_are_counted(world, tmp_path):
         line["audio"] = f"{world}/clips/{line['audio']}"
     lines[5]["audio"] = "gone.wav"
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    traces = read_records(world / "traces.jsonl")
+    traces = read_jsonl(world / "traces.jsonl")
     traces[0]["text"] = "<think>I hear <|AUDIO|>.</think><answer>A</answer>"
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in traces))
     found = run(stage_of(world, manifest=str(tmp_path / "m.jsonl"), traces=str(tmp_path / "t.jsonl"), max_bad=0.1),
@@ -211,14 +215,14 @@ def test_clips_and_traces_that_cannot_be_judged_are_counted(world, tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda t: t[3].pop("text"), "trace 4 needs an 'id' and a 'text', both strings"),
+    (lambda t: t[3].pop("text"), "trace 4 needs 'text', str, got None"),
     (lambda t: t[3].update(id="nobody"), "trace 4 is of 'nobody', which is not in"),
     (lambda t: t[4].update(sample=0), "sample 0 of 'clip1' stands twice"),
     (lambda t: t[4].update(sample=[1]), r"trace 5: 'sample' must be an int, got \[1\]"),
     (lambda t: t.clear(), "holds no trace to judge"),
 ])
 def test_wrong_traces_are_refused(world, tmp_path, change, says):
-    traces = read_records(world / "traces.jsonl")
+    traces = read_jsonl(world / "traces.jsonl")
     change(traces)
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in traces))
     with pytest.raises(ValueError, match=says):
@@ -241,57 +245,69 @@ def truth(trace):
     return CLASSES[int(trace["id"].removeprefix("clip")) % 3] in trace["text"]
 
 
-@pytest.fixture(scope="module")
-def trained(world, tmp_path_factory):
-    """A verifier trained on the truth about 3 traces of each of clips 0 to 35."""
-    folder = tmp_path_factory.mktemp("verifier")
+def trained_on_the_truth(world, folder, **more):
+    """(stage, folder, outputs) of a verifier trained on the truth about 3 traces of each of clips 0 to 35."""
     lines = [{"id": t["id"], "sample": t["sample"], "score": 1.0 if truth(t) else -1.0, "accepted": truth(t)}
-             for t in read_records(world / "traces.jsonl") if int(t["id"].removeprefix("clip")) < 36]
+             for t in read_jsonl(world / "traces.jsonl") if int(t["id"].removeprefix("clip")) < 36]
     (folder / "verdicts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    stage = stage_of(world, verdicts=str(folder / "verdicts.jsonl"), trace_filter="all", **SMALL)
+    stage = stage_of(world, verdicts=str(folder / "verdicts.jsonl"), trace_filter="all", **SMALL | more)
     return stage, folder, run(stage, folder / "run")
 
 
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    return trained_on_the_truth(world, tmp_path_factory.mktemp("verifier"))
+
+
+@pytest.fixture(scope="module")
+def briefly_trained(world, tmp_path_factory):
+    return trained_on_the_truth(world, tmp_path_factory.mktemp("verifier"), epochs=1)
+
+
+@pytest.mark.slow
 def test_the_verifier_learns_to_hear_what_a_trace_says_of_other_clips(world, trained):
     _, folder, found = trained
-    unheard = [(v, t) for v, t in zip(found["verdicts"], read_records(world / "traces.jsonl"), strict=True)
+    unheard = [(v, t) for v, t in zip(found["verdicts"], read_jsonl(world / "traces.jsonl"), strict=True)
                if int(t["id"].removeprefix("clip")) >= 36]
     scores, truths = [v["score"] for v, _ in unheard], [truth(t) for _, t in unheard]
-    assert small.auc(scores, truths) > 0.9
+    assert auc(scores, truths) > 0.9
     told = found["results"]["calibration"]
     assert told["count"] == 108 // 5 and told["auc"] > 0.8 and sum(map(sum, told["confusion"])) == told["count"]
 
 
+@pytest.mark.slow
 def test_the_words_alone_tell_the_verifier_nothing(world, trained):
     """Of other clips' sound: every trace with the clip after the next, which is of the third class."""
     stage, folder, _ = trained
     model, processor = minixmd.load(world / "ears")
-    verifier = small.restore(stage, 32, folder / "run" / "verifier.safetensors", "cpu")
-    traces, examples = read_records(world / "traces.jsonl"), read_manifest(stage.manifest)
+    verifier = small.load_verifier(folder / "run" / "verifier.safetensors", 32, stage.width)
+    traces, examples = read_jsonl(world / "traces.jsonl"), read_manifest(stage.manifest)
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(48, generator=generator).tolist()
-    heard = [factcheck.hear(stage, examples[order[int(t["id"].removeprefix("clip"))]]) for t in traces]
+    audio = [examples[order[int(t["id"].removeprefix("clip"))]].audio for t in traces]
     text_BD = small.trace_vectors(model, processor, [thoughts(t["text"]) for t in traces], 8192)
-    found = small.scores(verifier, heard, text_BD, 16)
-    assert small.auc(found, [truth(t) for t in traces]) < 0.65
+    pairs = [small.Pair(load_logmel(path, stage.clip_s), text_D, "")
+             for path, text_D in zip(audio, text_BD, strict=True)]
+    found = small.scores(verifier, pairs, 16)
+    assert auc(found, [truth(t) for t in traces]) < 0.65
 
 
-def test_a_verifier_that_is_trained_is_not_trained_again(trained, tmp_path, monkeypatch):
-    stage, folder, found = trained
+def test_a_verifier_that_is_trained_is_not_trained_again(briefly_trained, tmp_path, monkeypatch):
+    stage, folder, found = briefly_trained
     for shard in (folder / "run" / "shards").iterdir():
         shard.unlink()
     monkeypatch.setattr(small, "fit", None)
     assert run(stage, folder / "run") == found
 
 
-def test_the_same_seed_trains_the_same_verifier(trained, tmp_path):
-    stage, _, found = trained
+def test_the_same_seed_trains_the_same_verifier(briefly_trained, tmp_path):
+    stage, _, found = briefly_trained
     assert run(stage, tmp_path / "run")["verdicts"] == found["verdicts"]
 
 
-def test_a_verifier_needs_verdicts_of_both_kinds_on_its_traces(world, trained, tmp_path):
-    stage, folder, _ = trained
-    lines = read_records(folder / "verdicts.jsonl")
+def test_a_verifier_needs_verdicts_of_both_kinds_on_its_traces(world, briefly_trained, tmp_path):
+    stage, folder, _ = briefly_trained
+    lines = read_jsonl(folder / "verdicts.jsonl")
     for change, says in ((lambda v: v | {"accepted": True}, "are all the same"),
                          (lambda v: v | {"id": "other"}, "judges none of the traces")):
         path = tmp_path / f"{says[:3]}.jsonl"
@@ -315,13 +331,13 @@ def test_a_text_is_read_as_the_mean_of_its_hidden_states(world):
 
 
 def test_the_area_under_roc_by_hand():
-    assert small.auc([3, 2, 1], [True, True, False]) == 1.0
-    assert small.auc([1, 2, 3], [True, True, False]) == 0.0
-    assert small.auc([1, 3, 2, 4], [True, True, False, False]) == 0.25
-    assert small.auc([1, 1, 1, 1], [True, False, True, False]) == 0.5
-    assert small.auc([2, 1, 1, 0], [True, True, False, False]) == pytest.approx(3.5 / 4)
-    assert small.auc([1, 2], [True, True]) is None
-    told = small.agreement([2.0, -1.0, 1.0, -3.0], [True, True, False, False])
+    assert auc([3, 2, 1], [True, True, False]) == 1.0
+    assert auc([1, 2, 3], [True, True, False]) == 0.0
+    assert auc([1, 3, 2, 4], [True, True, False, False]) == 0.25
+    assert auc([1, 1, 1, 1], [True, False, True, False]) == 0.5
+    assert auc([2, 1, 1, 0], [True, True, False, False]) == pytest.approx(3.5 / 4)
+    assert auc([1, 2], [True, True]) is None
+    told = agreement([2.0, -1.0, 1.0, -3.0], [True, True, False, False])
     assert told["confusion"] == [[1, 1], [1, 1]] and told["agreement"] == 0.5 and told["auc"] == 0.75
     assert told["roc"] == [[0.0, 0.0], [0.0, 0.5], [0.5, 0.5], [0.5, 1.0], [1.0, 1.0], [1.0, 1.0]]
 

@@ -17,14 +17,15 @@ from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.learning.rollout import Completion, decode
 from minixmd.models.weights import save_model
-from minixmd.stages import evaluate
-from minixmd.stages import multiple_choice as scoring
-from minixmd.stages.multiple_choice import read_records, score_letters
+from minixmd.runs import distributed
+from minixmd.runs.records import read_jsonl
+from minixmd.stages import evaluate, multiple_choice
+from minixmd.stages.multiple_choice import Writing, write_answers
 from minixmd.tasks.benchmarks import mmau_rule, vote
 from minixmd.tasks.statistics import compare, wilson
 
 DATA = Path(__file__).parent / "data"
-SAMPLED = dict(answer="generate", max_new_tokens=6, n=4, temperature=1.5)
+SAMPLED = dict(answer="generate", max_new_tokens=6, num_samples=4, temperature=1.5)
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +60,19 @@ def run(folder, world, manifest, **more):
     """The stage's results and records."""
     fields = dict(name="asked", model=str(world / "ears"), manifest=str(manifest), device="cpu", max_bad=0.3) | more
     evaluate.run(Evaluate(**fields), folder, lambda line: None)
-    return json.loads((folder / "results.json").read_text()), read_records(folder / "answers.jsonl")
+    return json.loads((folder / "results.json").read_text()), read_jsonl(folder / "answers.jsonl")
 
 
 def says(monkeypatch, texts):
     """The model writes these, clip by clip and sample by sample; "…" at the end: cut off there."""
     rest = iter(texts)
 
-    def speak(model, processor, prompts, uniform_BT, *, n, on_prompts, **options):
+    def speak(model, processor, prompts, uniform_BT, *, num_samples, on_prompts, **options):
         on_prompts(torch.arange(340.0).expand(len(prompts), -1).clone())
-        said = [next(rest) for _ in range(n * len(prompts))]
+        said = [next(rest) for _ in range(num_samples * len(prompts))]
         return [Completion(text.removesuffix("…"), (0,), (0.0,), not text.endswith("…")) for text in said]
 
-    monkeypatch.setattr(scoring, "decode", speak)
+    monkeypatch.setattr(multiple_choice, "decode", speak)
 
 
 # ---- sampled answers and votes ----
@@ -84,7 +85,7 @@ def test_the_samples_are_generates_and_their_vote_is_the_answer(world, manifest,
     model, processor = minixmd.load(world / "ears")
     for example, record, plain in zip(read_manifest(path), records, letters, strict=True):
         asked = build_conversation(example, media="audio", prompt=Evaluate.prompt)
-        [said] = minixmd.generate(model, processor, [asked], n=4, max_new_tokens=6, temperature=1.5, seed=3,
+        [said] = minixmd.generate(model, processor, [asked], num_samples=4, max_new_tokens=6, temperature=1.5, seed=3,
                                   keys=[example.id])
         assert record["texts"] == [one.text for one in said]
         at, index, how, votes = vote(record["texts"], CLASSES, "option")
@@ -94,7 +95,7 @@ def test_the_samples_are_generates_and_their_vote_is_the_answer(world, manifest,
         assert record["right"] == (index == example.answer)
         assert (record["by_letters"], record["logits"]) == (plain["answer"], plain["logits"])
     assert found["correct"] == sum(record["right"] for record in records) and found["count"] == 12
-    assert (found["n"], found["temperature"], found["seed"]) == (4, 1.5, 3) and "rule" not in found
+    assert (found["num_samples"], found["temperature"], found["seed"]) == (4, 1.5, 3) and "rule" not in found
     assert len({record["option"] for record in records}) > 1
     assert any(record["text"] != record["texts"][0] for record in records)
     assert any(len(set(record["texts"])) > 1 for record in records)
@@ -103,30 +104,30 @@ def test_the_samples_are_generates_and_their_vote_is_the_answer(world, manifest,
 def test_one_sampled_answer_is_the_first_of_many(world, manifest, tmp_path):
     path = manifest([{}] * 6)
     many = run(tmp_path / "many", world, path, **SAMPLED)[1]
-    found, one = run(tmp_path / "one", world, path, **SAMPLED | dict(n=1))
+    found, one = run(tmp_path / "one", world, path, **SAMPLED | dict(num_samples=1))
     assert [record["text"] for record in one] == [record["texts"][0] for record in many]
-    assert not any({"votes", "texts"} & record.keys() for record in one) and found["n"] == 1
-    greedy, records = run(tmp_path / "greedy", world, path, **SAMPLED | dict(n=1, temperature=0.0, seed=5))
+    assert not any({"votes", "texts"} & record.keys() for record in one) and found["num_samples"] == 1
+    greedy, records = run(tmp_path / "greedy", world, path, **SAMPLED | dict(num_samples=1, temperature=0.0, seed=5))
     assert [record["text"] for record in records] != [record["text"] for record in one]
-    assert not {"n", "temperature", "seed", "rule", "benchmark", "traces", "without_trace"} & greedy.keys()
+    assert not {"num_samples", "temperature", "seed", "rule", "benchmark", "traces", "without_trace"} & greedy.keys()
 
 
 def test_the_seed_and_the_id_choose_the_samples_and_the_batch_does_not(world, manifest, tmp_path, monkeypatch):
     examples = read_manifest(manifest([{}] * 8))
     model, processor = minixmd.load(world / "ears")
-    fields = dict(name="asked", model=str(world / "ears"), manifest="m", device="cpu", seed=1)
+    prompt_format = Evaluate(name="asked", model="m", manifest="m").prompt_format
     decode_slots, forced = [], {}
 
     def spy(*args, **options):
         decode_slots.append((len(args[2]), options["decode_slots"]))
         return decode(*args, **options | forced)
 
-    monkeypatch.setattr(scoring, "decode", spy)
+    monkeypatch.setattr(multiple_choice, "decode", spy)
 
-    def asked(of=examples, tokens=8192, **more):
+    def asked(of=examples, tokens=8192, seed=1):
         decode_slots.clear()
-        return score_letters(model, processor, Evaluate(**fields | more), of, tokens, max_new_tokens=6, n=4,
-                             temperature=1.5)
+        writing = Writing(max_new_tokens=6, num_samples=4, temperature=1.5, seed=seed)
+        return write_answers(model, processor, of, prompt_format, writing, batch_tokens=tokens)
 
     records = asked()
     assert decode_slots == [(8, 4 * 8192 // 6)]
@@ -169,20 +170,20 @@ def test_a_stopped_stage_ends_as_one_that_was_not(world, manifest, tmp_path, mon
     path = manifest([{}] * 7)
     if "traces" in more:
         more = more | dict(traces=str(write_traces(tmp_path, [("clip1", "It barks."), ("clip5", "<|im_end|>")])))
-    monkeypatch.setattr(scoring, "SHARD", 3)
+    monkeypatch.setattr(distributed, "SHARD", 3)
     run(tmp_path / "whole", world, path, **more)
-    asked = scoring.ask
+    build = multiple_choice.build_prompt
 
-    def dies(stage, processor, example, **more):
+    def dies(processor, example, prompt_format, **more):
         if example.id == "clip4":
             raise KeyboardInterrupt
-        return asked(stage, processor, example, **more)
+        return build(processor, example, prompt_format, **more)
 
-    monkeypatch.setattr(scoring, "ask", dies)
+    monkeypatch.setattr(multiple_choice, "build_prompt", dies)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", world, path, **more)
     assert [file.name for file in (tmp_path / "stopped").rglob("*.jsonl")] == ["0000000.jsonl"]
-    monkeypatch.setattr(scoring, "ask", asked)
+    monkeypatch.setattr(multiple_choice, "build_prompt", build)
     run(tmp_path / "stopped", world, path, **more)
     files = [{file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.json*")}
              for folder in (tmp_path / "whole", tmp_path / "stopped")]
@@ -230,8 +231,8 @@ def test_the_first_trace_of_each_clip_stands_in_its_prompt(world, manifest, tmp_
     ([{"id": "elsewhere", "text": "It barks."}], "holds no trace of a clip in .*manifest.jsonl that can be shown"),
     ([{"id": "clip0", "text": "<|video_pad|>"}], "holds no trace of a clip in .*manifest.jsonl that can be shown"),
     ([], "holds no trace of a clip"),
-    ([{"id": "clip0", "text": "It barks."}, {"id": "clip0"}], "trace 2 needs an 'id' and a 'text', both strings"),
-    ([["clip0", "It barks."]], "trace 1 needs an 'id' and a 'text', both strings"),
+    ([{"id": "clip0", "text": "It barks."}, {"id": "clip0"}], "trace 2 needs 'text', str, got None"),
+    ([["clip0", "It barks."]], "1: must be a JSON object, got list"),
 ])
 def test_traces_that_cannot_be_used_are_refused_before_the_model_loads(world, manifest, tmp_path, lines, said):
     path = tmp_path / "traces.jsonl"

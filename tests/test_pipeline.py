@@ -15,8 +15,8 @@ from mini import CLASSES, write_clips, write_config
 
 from minixmd.config import FactCheck, Traces
 from minixmd.config.load import load_config
-from minixmd.stages.multiple_choice import read_records
-from minixmd.train import main
+from minixmd.runner import main
+from minixmd.runs.records import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("traces/samples.jsonl", "traces/traces.jsonl", "traces/labels.jsonl", "traces/results.json",
@@ -51,9 +51,9 @@ def clips(tmp_path_factory):
 def config(folder, clips, url):
     remote = dict(endpoint=url, timeout_s=0.4, retry_backoff_s=0.001, attempts=3, concurrency=4)
     folder.mkdir(parents=True, exist_ok=True)
-    sampled = dict(name="traces", manifest=str(clips), n=4, served="teacher", **remote)
+    sampled = dict(name="traces", manifest=str(clips), num_samples=4, served="teacher", **remote)
     checked = dict(sampled, name="checked", traces="@traces", checker="endpoint", served="checker")
-    del checked["n"]
+    del checked["num_samples"]
     write_config(folder / "config.py", f"[Traces(**{sampled!r}), FactCheck(**{checked!r})]")
     return str(folder / "config.py")
 
@@ -178,6 +178,7 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_it_neither_loses_nor_repeats_a_sample(undisturbed, clips, tmp_path):
     def slowly(messages, seed):
         time.sleep(0.005)
@@ -241,10 +242,10 @@ def test_the_stages_fields_say_who_is_asked():
         FactCheck(name="c", traces="t", manifest="m", model="m", verdicts="v")
     with pytest.raises(ValueError, match="prompt '{options}' must hold the placeholder 'trace'"):
         FactCheck(name="c", traces="t", manifest="m", model="m", prompt="{options}")
-    with pytest.raises(ValueError, match="which 'calibration' with limit None"):
+    with pytest.raises(ValueError, match="trace_filter 'calibration' with limit None"):
         FactCheck(name="c", traces="t", manifest="m", model="m", trace_filter="calibration")
 
 
 def test_the_records_of_a_run_can_be_read(undisturbed, tmp_path):
     (tmp_path / "v.jsonl").write_text(undisturbed["checked/verdicts.jsonl"])
-    assert all(set(record) == {"id", "sample", "score", "accepted"} for record in read_records(tmp_path / "v.jsonl"))
+    assert all(set(record) == {"id", "sample", "score", "accepted"} for record in read_jsonl(tmp_path / "v.jsonl"))

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from mini import write_clips, write_config, write_model
 
-from minixmd.train import main
+from minixmd.runner import main
+from minixmd.runs import distributed
+from minixmd.runs.distributed import compute_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("before/results.json", "before/answers.jsonl", "labels/labels.jsonl", "traces/samples.jsonl",
@@ -16,17 +18,17 @@ FILES = ("before/results.json", "before/answers.jsonl", "labels/labels.jsonl", "
 STAGES = """[
     Evaluate(name="before", model={model!r}, manifest={manifest!r}),
     Label(name="labels", model={model!r}, manifest={manifest!r}),
-    Traces(name="traces", model={model!r}, manifest={manifest!r}, media="audio", n=2, max_new_tokens=5),
+    Traces(name="traces", model={model!r}, manifest={manifest!r}, media="audio", num_samples=2, max_new_tokens=5),
     FactCheck(name="checked", traces={traces!r}, manifest={manifest!r}, model={model!r}, threshold=-1e9),
-    Train(name="learnt", objective="sft", model={model!r}, manifest={manifest!r}, max_steps=2),
+    SFT(name="learnt", model={model!r}, manifest={manifest!r}, max_steps=2),
 ]"""
 # shards of 5 clips, so that there is something to share
 COMMAND = """
 import sys
-from minixmd.stages import multiple_choice as scoring
+from minixmd.runner import main
+from minixmd.runs import distributed
 from minixmd.stages import traces
-scoring.SHARD = traces.CLIPS = 5
-from minixmd.train import main
+distributed.SHARD = traces.CLIPS = 5
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -50,6 +52,7 @@ def outputs(run):
     return {name: lines(name) if name.endswith("jsonl") else json.loads((run / name).read_text()) for name in FILES}
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(config, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
                    "OMP_NUM_THREADS": "1"}
@@ -66,6 +69,7 @@ def test_two_processes_write_what_one_writes(config, tmp_path):
     assert outputs(tmp_path / "two") == outputs(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_all(config, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend",
@@ -73,3 +77,34 @@ def test_an_error_of_one_process_ends_all(config, tmp_path):
                            f"run_dir={tmp_path / 'run'}", "before.manifest=nowhere.jsonl"], env=environment,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "manifest 'nowhere.jsonl' does not exist" in done.stderr
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_each_shard_is_computed_by_one_process_and_collected_in_order_by_the_first(tmp_path, monkeypatch, world_size):
+    computed, waits = [], []
+
+    def compute(items):
+        computed.append((rank, items))
+        return [{"square": item * item} for item in items]
+
+    monkeypatch.setattr(distributed, "barrier", lambda: waits.append(rank))
+    for rank in reversed(range(world_size)):  # the first collects, when the others are done
+        monkeypatch.setattr(distributed, "rank_and_world_size", lambda rank=rank: (rank, world_size))
+        records = compute_shards(compute, list(range(11)), tmp_path, "squares", "item", shard_size=3)
+        assert (records is None) == (rank > 0)
+    assert records == [{"square": i * i} for i in range(11)] and len(waits) == world_size * (world_size > 1)
+    assert sorted(computed, key=lambda part: part[1]) == [
+        (0, [0, 1, 2]), (1 % world_size, [3, 4, 5]), (2 % world_size, [6, 7, 8]), (3 % world_size, [9, 10])]
+    (tmp_path / "0000006.jsonl").unlink()
+    computed.clear()
+    monkeypatch.setattr(distributed, "rank_and_world_size", lambda: (0, 1))
+    assert compute_shards(compute, list(range(11)), tmp_path, "squares", "item", shard_size=3) == records
+    assert computed == [(0, [6, 7, 8])]
+
+
+def test_a_stage_of_the_first_process_alone_computes_every_shard_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "rank_and_world_size", lambda: (0, 2))
+    monkeypatch.setattr(distributed, "barrier", None)  # the other would never come
+    records = compute_shards(lambda items: [{"item": item} for item in items], [1, 2, 3], tmp_path, "title", "item",
+                             shard_size=2, first_process_only=True)
+    assert [record["item"] for record in records] == [1, 2, 3]

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.inputs.media import MediaError, read_audio, read_frames
 from minixmd.inputs.tokenizer import Processor
-from minixmd.runs.seeds import hash_seed
 from minixmd.models.weights import load_model, save_model
 from minixmd.papers import sightsound
+from minixmd.runs.seeds import hash_seed
 from minixmd.tasks.answers import thoughts
 from minixmd.tasks.rewards import accuracy_reward, format_reward
 from minixmd.toy import checker, lessons, pretrain, world

@@ -4,11 +4,12 @@ import json
 import pytest
 from mini import write_clips, write_model
 
-from minixmd.config import Traces
+from minixmd.config import GRPO, SFT, Traces
 from minixmd.inputs.examples import read_manifest
 from minixmd.learning.rollout import Completion
+from minixmd.learning.targets import resolve_targets
+from minixmd.runs.records import read_jsonl
 from minixmd.stages import traces
-from minixmd.stages.multiple_choice import read_records
 
 FRAMES = dict(min_pixels=3136, max_pixels=3136)
 
@@ -22,8 +23,8 @@ def world(tmp_path_factory):
 
 
 def stage_of(world, **more):
-    given = dict(name="traces", model=str(world / "eyes"), manifest=str(world / "clips" / "manifest.jsonl"), n=3,
-                 max_new_tokens=6, **FRAMES)
+    given = dict(name="traces", model=str(world / "eyes"), manifest=str(world / "clips" / "manifest.jsonl"),
+                 num_samples=3, max_new_tokens=6, **FRAMES)
     return Traces(**given | more)
 
 
@@ -31,7 +32,7 @@ def run(stage, folder):
     folder.mkdir(exist_ok=True)
     lines = []
     traces.run(stage, folder, lines.append)
-    return {name: read_records(folder / f"{name}.jsonl") for name in ("samples", "traces", "labels")} | {
+    return {name: read_jsonl(folder / f"{name}.jsonl") for name in ("samples", "traces", "labels")} | {
         "results": json.loads((folder / "results.json").read_text()), "log": lines}
 
 
@@ -60,7 +61,7 @@ USES = [
 
 def puppet(monkeypatch, texts):
     """`generate` that says texts[clip's number][sample] as the model; a text None is one that was cut."""
-    def generate(model, processor, prompts, *, n, keys, **options):
+    def generate(model, processor, prompts, *, num_samples, keys, **options):
         return [[Completion(text or "<think>It", (1,), (0.0,), text is not None)
                  for text in texts[int(key.removeprefix("clip"))]] for key in keys]
 
@@ -74,7 +75,7 @@ def test_a_sample_is_of_use_if_it_ends_in_time_and_in_form(monkeypatch, world, t
     if not finished:
         monkeypatch.setattr(traces, "generate", lambda *a, keys, **k: [
             [Completion(text if key == "clip0" else said("A"), (1,), (0.0,), key != "clip0")] for key in keys])
-    found = run(stage_of(world, n=1), tmp_path / "run")
+    found = run(stage_of(world, num_samples=1), tmp_path / "run")
     assert found["samples"][0]["samples"][0]["use"] == reason
     assert found["results"]["unusable"] == ({} if reason == "ok" else {reason: 1})
     assert len(found["traces"]) == 11 + (reason == "ok") and found["results"]["usable"] == len(found["traces"])
@@ -110,7 +111,7 @@ def test_equal_options_under_two_letters_are_one_answer(monkeypatch, world, tmp_
         line.update({kind: f"{world}/clips/{line[kind]}" for kind in ("audio", "video")}, options=["dog", "cat", "dog"])
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     puppet(monkeypatch, [[said("A"), said("C")]] * 12)
-    found = run(stage_of(world, n=2, manifest=str(tmp_path / "m.jsonl")), tmp_path / "run")
+    found = run(stage_of(world, num_samples=2, manifest=str(tmp_path / "m.jsonl")), tmp_path / "run")
     assert found["results"]["clips_by"] == {"unanimous": 12}
 
 
@@ -121,12 +122,12 @@ def test_a_bad_clip_is_recorded_and_gives_nothing(monkeypatch, world, tmp_path):
     lines[4]["video"] = "gone.mp4"
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     puppet(monkeypatch, [[said("A")]] * 12)
-    stage = stage_of(world, n=1, manifest=str(tmp_path / "m.jsonl"), max_bad=0.1)
+    stage = stage_of(world, num_samples=1, manifest=str(tmp_path / "m.jsonl"), max_bad=0.1)
     found = run(stage, tmp_path / "run")
     assert sum(found["results"]["bad"].values()) == 1 and "bad" in found["samples"][4] and "bad" in found["labels"][4]
     assert len(found["traces"]) == 11 and "clip4" not in {trace["id"] for trace in found["traces"]}
     with pytest.raises(ValueError, match="traces: 1 of 12 clips are bad"):
-        run(stage_of(world, n=1, manifest=str(tmp_path / "m.jsonl"), max_bad=0.05), tmp_path / "other")
+        run(stage_of(world, num_samples=1, manifest=str(tmp_path / "m.jsonl"), max_bad=0.05), tmp_path / "other")
 
 
 def texts_of(found):
@@ -135,7 +136,7 @@ def texts_of(found):
 
 def test_the_first_sample_of_many_is_the_only_one_of_one_and_a_seed_changes_all(world, tmp_path):
     many = texts_of(run(stage_of(world), tmp_path / "many"))
-    one = texts_of(run(stage_of(world, n=1, decode_slots=2), tmp_path / "one"))
+    one = texts_of(run(stage_of(world, num_samples=1, decode_slots=2), tmp_path / "one"))
     assert [texts[0] for texts in many.values()] == [text for [text] in one.values()]
     assert len({text for texts in many.values() for text in texts}) > 30  # of 36
     other = texts_of(run(stage_of(world, seed=1), tmp_path / "other"))
@@ -162,17 +163,15 @@ def test_a_stopped_stage_goes_on_with_the_shards_it_has(monkeypatch, world, tmp_
 
 
 def test_the_labels_have_the_form_of_the_labels_that_training_reads(monkeypatch, world, tmp_path):
-    from minixmd.config import Train
-    from minixmd.learning.targets import sources
-
     puppet(monkeypatch, [[said("A"), said("A" if i % 2 else "B")] for i in range(12)])
-    run(stage_of(world, n=2), tmp_path / "run")
-    stage = Train(name="t", objective="grpo", model="m", manifest=str(world / "clips" / "manifest.jsonl"),
-                  teacher_labels=str(tmp_path / "run" / "labels.jsonl"))
-    chosen, counts = sources(stage, read_manifest(stage.manifest))
-    assert counts == {"teacher": 6, "left out: not unanimous": 6} and {e.answer for e, *_ in chosen} == {0}
-    for which, count in (("all", 24), ("first", 12), ("unanimous", 12)):
-        stage = Train(name="s", objective="sft", model="m", manifest=str(world / "clips" / "manifest.jsonl"),
-                      traces=str(tmp_path / "run" / "traces.jsonl"), trace_filter=which)
-        chosen, counts = sources(stage, read_manifest(stage.manifest))
-        assert counts["traces"] == count and sum(counts.values()) - counts.get("left out: no trace", 0) == 24
+    run(stage_of(world, num_samples=2), tmp_path / "run")
+    given = dict(model="m", manifest=str(world / "clips" / "manifest.jsonl"))
+    examples = read_manifest(given["manifest"])
+    stage = GRPO(name="t", teacher_labels=str(tmp_path / "run" / "labels.jsonl"), **given)
+    items, counts = resolve_targets(stage, examples)
+    assert counts == {"teacher": 6, "left out: not unanimous": 6} and {item.target for item in items} == {0}
+    for trace_filter, count in (("all", 24), ("first", 12), ("unanimous", 12)):
+        stage = SFT(name="s", traces=str(tmp_path / "run" / "traces.jsonl"), trace_filter=trace_filter, **given)
+        items, counts = resolve_targets(stage, examples)
+        assert counts["traces"] == len(items) == count
+        assert sum(counts.values()) - counts.get("left out: no trace", 0) == 24

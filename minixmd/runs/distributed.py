@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from minixmd.runs.records import read_jsonl, write_jsonl
 
@@ -47,7 +48,7 @@ def destroy():
         dist.destroy_process_group()
 
 
-def compute_shards(compute, items, folder, on_progress, shard_size=SHARD, first_process_only=False):
+def compute_shards(compute, items, folder, title, unit, shard_size=None, first_process_only=False):
     """The first of a stage's two phases: the records of all items, computed shard by shard on every process.
 
     A shard's file is written whole; one that is there already is read back.
@@ -55,19 +56,22 @@ def compute_shards(compute, items, folder, on_progress, shard_size=SHARD, first_
     Args:
         compute: function(items of a shard) -> records.
         folder: of the shards' files.
-        on_progress: called with the number of items that are done.
+        title, unit: of the progress bar.
+        shard_size: items of a shard; None = SHARD.
         first_process_only: the other processes do not take part in this stage.
     Returns:
         The records in the items' order on the first process, which collects them; None on the others.
     """
     rank, world_size = (0, 1) if first_process_only else rank_and_world_size()
+    size = shard_size or SHARD
     shards = []
-    for start in range(0, len(items), shard_size):
-        shards.append((items[start:start + shard_size], folder / f"{start:07d}.jsonl"))
-    for part, path in shards[rank::world_size]:
-        if not path.exists():
-            write_jsonl(path, compute(part))
-        on_progress(len(part))
+    for start in range(0, len(items), size):
+        shards.append((items[start:start + size], folder / f"{start:07d}.jsonl"))
+    with tqdm(total=len(items), desc=title, unit=unit, smoothing=0.1) as bar:
+        for part, path in shards[rank::world_size]:
+            if not path.exists():
+                write_jsonl(path, compute(part))
+            bar.update(len(part))
     if world_size > 1:
         barrier()
     if rank:

@@ -39,17 +39,27 @@ def append_jsonl(path, record, sync=False):
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
 
 
-def read_jsonl(path):
-    """The lines of a JSONL file. Raises ValueError with file and line for one that is not a JSON object."""
+def read_jsonl(path, own=False):
+    """The lines of a JSONL file; blank ones are passed over.
+
+    Args:
+        own: the file is one to which this program appends: a blank line is an error, and a last line without its end,
+            which a kill left behind, is passed over.
+    Raises:
+        ValueError: a line that is not a JSON object, with file and line.
+    """
+    data = Path(path).read_bytes()
+    if own:
+        data = data[:data.rfind(b"\n") + 1]
+    lines = data.removesuffix(b"\n").split(b"\n") if data else []
     records = []
-    # not splitlines, which would also cut at U+2028 and the like, inside a string
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-        if not line:
+    for number, line in enumerate(lines, 1):
+        if not own and not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error.msg}") from None
+            record = json.loads(line.decode())
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise ValueError(f"{path}:{number}: not JSON: {getattr(error, 'msg', error)}") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path}:{number}: must be a JSON object, got {type(record).__name__}")
         records.append(record)
@@ -107,16 +117,16 @@ def read_verdicts(path, needs_accepted=False):
 
 
 def read_endpoint_answers(path):
-    """{key: record} of endpoint.jsonl; empty if there is none. A torn last line is dropped."""
+    """{key: record} of endpoint.jsonl; empty if there is none. A torn last line is dropped if the others are good."""
     path = Path(path)
-    drop_torn_line(path, "; it is asked again")
     found = {}
-    for number, record in enumerate(read_jsonl(path) if path.exists() else [], 1):
+    for number, record in enumerate(read_jsonl(path, own=True) if path.exists() else [], 1):
         kinds = {"key": (str,), "text": (str,), "finished": (bool,)}
         check_record(record, kinds, f"{path}:{number}: not an answer of an endpoint: it")
         if record["key"] in found:
             raise ValueError(f"{path}:{number}: {record['key']!r} is answered for the second time")
         found[record["key"]] = record
+    drop_torn_line(path, "; it is asked again")
     return found
 
 

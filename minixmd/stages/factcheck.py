@@ -1,62 +1,96 @@
 """Stage FactCheck: does a trace claim only what its clip holds? Audio-grounded fact verification, section 3.2 of
 SightSound-R1.
 
-Who judges: an audio model, by the log-odds of yes against no where its answer would start; an OpenAI-compatible
-endpoint that hears; a small verifier trained on verdicts of one of those (learning/verifier.py); or verdicts given
-already, for another threshold. It judges the thoughts and is not shown the answer after them: whether the two agree can
-be seen without listening. Each verdict is kept with its score. A trace that nobody could judge is not accepted.
+Four checkers: an audio model, by the log-odds of yes against no where its answer would start; an OpenAI-compatible
+endpoint that hears; a small verifier trained on verdicts of one of those (verifier.py); or verdicts that exist, to
+apply another threshold. A checker judges the thoughts and is not shown the answer after them: whether the two agree can
+be seen without listening. Each verdict keeps its score. A trace that could not be judged is not accepted.
 """
-import os
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from tqdm import tqdm
 
-from minixmd import load, pack
-from minixmd.inputs.examples import build_conversation, check_media, read_manifest
+from minixmd.inputs.examples import Example, build_conversation, check_media, read_manifest
 from minixmd.inputs.media import MediaError
 from minixmd.inputs.prompts import batch_by_tokens, prefetch
-from minixmd.runs.device import runtime_of
 from minixmd.runs.distributed import compute_shards
-from minixmd.runs.files import read_json, write_json
-from minixmd.runs.records import bad_record, count_bad, read_traces, read_verdicts, write_jsonl
+from minixmd.runs.files import read_json, write_json, write_safetensors
+from minixmd.runs.records import count_bad, read_traces, read_verdicts, write_jsonl
 from minixmd.runs.seeds import hash_seed
+from minixmd.stages import endpoint
 from minixmd.stages import verifier as small
-from minixmd.stages.endpoint import ask_endpoint, audio_part, key_from, log_odds, yes_no
-from minixmd.stages.switch import load_logmel
-from minixmd.stages.traces import refuse_many
+from minixmd.stages.fit import Schedule
+from minixmd.stages.multiple_choice import load_model, next_token_logits
+from minixmd.stages.switch import load_logmels
 from minixmd.tasks.answers import thoughts
+from minixmd.tasks.yes_no import log_odds, yes_no
 
-WORDS = (("yes", "Yes", "YES", " yes", " Yes"), ("no", "No", "NO", " no", " No"))
+YES = ("yes", "Yes", "YES", " yes", " Yes")
+NO = ("no", "No", "NO", " no", " No")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A trace to judge."""
+
+    example: Example  # whose clip it is about
+    sample: int  # its number among the clip's
+    text: str
+    record: dict  # its line of traces.jsonl, with "sample" and "unanimous"
+
+    @property
+    def key(self):
+        """(clip id, sample number), by which verdicts are looked up."""
+        return self.example.id, self.sample
 
 
 def run(stage, folder, log):
-    """Writes verdicts.jsonl (each trace's score), traces.jsonl (the accepted ones, with it) and results.json."""
     examples = read_manifest(stage.manifest)
     check_media(stage.name, stage.manifest, examples, "audio")
-    traces = chosen(stage, {e.id: e for e in examples})
-    beside = {}
-    verdicts = {"model": by_model, "endpoint": by_endpoint, "verifier": by_verifier, "verdicts": by_verdicts}[
-        stage.checker](stage, folder, traces, beside, log)
+    traces = select_traces(stage, {example.id: example for example in examples})
+    calibration = None
+    if stage.checker == "model":
+        checker = ModelChecker(stage)
+        verdicts = compute_shards(checker.judge, traces, folder / "shards", stage.name, "trace")
+    elif stage.checker == "endpoint":
+        verdicts = judge_by_endpoint(stage, folder, traces)
+    elif stage.checker == "verifier":
+        verdicts, calibration = judge_by_verifier(stage, folder, traces, log)
+    else:
+        verdicts = look_up_verdicts(stage, traces)
     if verdicts is not None:
-        collect(stage, folder, log, traces, verdicts, beside)
+        collect(stage, folder, log, traces, verdicts, calibration)
 
 
-def collect(stage, folder, log, traces, verdicts, beside):
+def collect(stage, folder, log, traces, verdicts, calibration):
+    """Writes verdicts.jsonl (each trace's score), traces.jsonl (the accepted ones, with it) and results.json."""
     bad = count_bad(verdicts, stage.name, stage.max_bad)
-    for verdict in verdicts:
+    judged = [trace.record for trace in traces]
+    accepted = []
+    for record, verdict in zip(judged, verdicts, strict=True):
         if "bad" not in verdict:
             verdict["accepted"] = verdict["score"] > stage.threshold
-    accepted = [{**trace, "score": verdict["score"]} for (_, trace), verdict in zip(traces, verdicts, strict=True)
-                if verdict.get("accepted")]
-    results = {"checker": stage.checker, "threshold": stage.threshold, "traces": len(traces), "accepted": len(accepted),
-               "rejected": len(traces) - len(accepted) - sum(bad.values()), "bad": bad,
-               "clips": len({trace["id"] for _, trace in traces}),
-               "clips_with_accepted": len({trace["id"] for trace in accepted}), **beside}
-    for name, belongs in (("first", lambda one: one["sample"] == 0), ("unanimous", lambda one: one["unanimous"])):
-        results[name] = {"judged": sum(belongs(trace) for _, trace in traces), "accepted": sum(map(belongs, accepted))}
+            if verdict["accepted"]:
+                accepted.append({**record, "score": verdict["score"]})
+    results = {
+        "checker": stage.checker,
+        "threshold": stage.threshold,
+        "traces": len(judged),
+        "accepted": len(accepted),
+        "rejected": len(judged) - len(accepted) - sum(bad.values()),
+        "bad": bad,
+        "clips": len({record["id"] for record in judged}),
+        "clips_with_accepted": len({record["id"] for record in accepted}),
+    }
+    if calibration is not None:
+        results["calibration"] = calibration
+    results["first"] = {"judged": sum(record["sample"] == 0 for record in judged),
+                        "accepted": sum(record["sample"] == 0 for record in accepted)}
+    results["unanimous"] = {"judged": sum(record["unanimous"] for record in judged),
+                            "accepted": sum(record["unanimous"] for record in accepted)}
     write_jsonl(folder / "verdicts.jsonl", verdicts)
     write_jsonl(folder / "traces.jsonl", accepted)
     write_json(folder / "results.json", results)
@@ -67,48 +101,54 @@ def collect(stage, folder, log, traces, verdicts, beside):
         raise ValueError(f"{stage.name}: no trace was accepted: see the scores in {folder / 'verdicts.jsonl'}")
 
 
-def chosen(stage, examples):
-    """[(example, trace)] of the traces that `which` names, in the file's order. A file that is not stage Traces' may
-    leave out "sample" (counted then, clip by clip) and "unanimous" (true).
+def select_traces(stage, examples):
+    """The Traces that trace_filter names, in the file's order. examples: {id: Example}.
+
+    A file that is not stage Traces' may leave out "sample" (numbered then, clip by clip) and "unanimous" (true).
 
     Raises:
-        ValueError: a line that is no trace, of no clip of the manifest, or stands twice; or nothing to judge.
+        ValueError: a line that is no trace, of no clip of the manifest, or a duplicate; or nothing to judge.
     """
-    found, counts = {}, Counter()
-    for number, trace in enumerate(read_traces(stage.traces), 1):
-        if trace["id"] not in examples:
-            raise ValueError(f"{stage.traces}: trace {number} is of {trace['id']!r}, which is not in {stage.manifest}")
-        trace = {"sample": counts[trace["id"]], "unanimous": True, **trace}
-        if type(trace["sample"]) is not int:
-            raise ValueError(f"{stage.traces}: trace {number}: 'sample' must be an int, got {trace['sample']!r}")
-        counts[trace["id"]] += 1
-        if (trace["id"], trace["sample"]) in found:
-            raise ValueError(f"{stage.traces}: sample {trace['sample']} of {trace['id']!r} stands twice")
-        found[trace["id"], trace["sample"]] = trace
-    used = [trace for trace in found.values()
-            if stage.trace_filter == "all" or trace["sample"] == 0 or trace["unanimous"]]
+    traces, counts = {}, Counter()
+    for number, record in enumerate(read_traces(stage.traces), 1):
+        clip_id = record["id"]
+        if clip_id not in examples:
+            raise ValueError(f"{stage.traces}: trace {number} is of {clip_id!r}, which is not in {stage.manifest}")
+        record = {"sample": counts[clip_id], "unanimous": True, **record}
+        trace = Trace(examples[clip_id], record["sample"], record["text"], record)
+        if type(trace.sample) is not int:
+            raise ValueError(f"{stage.traces}: trace {number}: 'sample' must be an int, got {trace.sample!r}")
+        if trace.key in traces:
+            raise ValueError(f"{stage.traces}: sample {trace.sample} of {clip_id!r} stands twice")
+        counts[clip_id] += 1
+        traces[trace.key] = trace
+    selected = list(traces.values())
+    if stage.trace_filter != "all":
+        selected = [trace for trace in selected if trace.sample == 0 or trace.record["unanimous"]]
     if stage.trace_filter == "calibration":
-        used = calibration(stage, used)
-    if not used:
+        selected = draw_calibration(selected, stage.limit, stage.seed)
+    if not selected:
         raise ValueError(f"{stage.name}: {stage.traces} holds no trace to judge")
-    return [(examples[trace["id"]], trace) for trace in used]
+    return selected
 
 
-def calibration(stage, traces):
+def draw_calibration(traces, limit, seed):
     """`limit` traces of as many clips, drawn by seed, clip and sample alone."""
     drawn = {}
-    for trace in sorted(traces, key=lambda trace: hash_seed(stage.seed, trace["id"], trace["sample"])):
-        drawn.setdefault(trace["id"], trace)
-    kept = {id(trace) for trace in list(drawn.values())[:stage.limit]}
-    return [trace for trace in traces if id(trace) in kept]
+    for trace in sorted(traces, key=lambda trace: hash_seed(seed, *trace.key)):
+        if len(drawn) < limit:
+            drawn.setdefault(trace.example.id, trace.key)
+    kept = set(drawn.values())
+    return [trace for trace in traces if trace.key in kept]
 
 
-def verdict(trace, score):
-    return {"id": trace["id"], "sample": trace["sample"], "score": round(score, 5)}
+def score_verdict(key, score):
+    """A line of verdicts.jsonl. key: Trace.key."""
+    return {"id": key[0], "sample": key[1], "score": round(score, 5)}
 
 
-def bad_verdict(trace, reason, detail):
-    return {"id": trace["id"], "sample": trace["sample"], "bad": reason, "detail": detail}
+def bad_verdict(key, reason, detail):
+    return {"id": key[0], "sample": key[1], "bad": reason, "detail": detail}
 
 
 def conversation(stage, example, text):
@@ -116,145 +156,146 @@ def conversation(stage, example, text):
     return build_conversation(example, media="audio", prompt=stage.prompt, trace=thoughts(text))
 
 
-# ---- a model here ----
+class ModelChecker:
+    """An audio model, which scores a trace by the log-odds of the tokens with which yes begins against those of no."""
 
+    def __init__(self, stage):
+        self.stage = stage
+        self.model, self.processor = load_model(stage)
+        yes, no = ({self.processor.encode(word)[0] for word in words} for words in (YES, NO))
+        self.yes_ids = sorted(yes - no)  # a blank that is a token of its own tells nothing
+        self.no_ids = sorted(no - yes)
+        if not self.yes_ids or not self.no_ids:
+            raise ValueError(f"{stage.name}: in the tokenizer of {stage.model}, yes and no start with the same tokens")
 
-def by_model(stage, folder, traces, beside, log):
-    runtime = runtime_of(stage)
-    model, processor = load(stage.model, device=runtime.device, dtype=runtime.dtype, backend=runtime.backend)
-    yes, no = ({processor.encode(word)[0] for word in words} for words in WORDS)
-    yes, no = sorted(yes - no), sorted(no - yes)  # a blank that is a token of its own tells nothing
-    if not yes or not no:
-        raise ValueError(f"{stage.name}: in the tokenizer of {stage.model}, yes and no start with the same tokens")
-    with tqdm(total=len(traces), desc=stage.name, unit="trace", smoothing=0.1) as bar:
-        return compute_shards(partial(listen, stage, model, processor, yes, no), traces, folder / "shards", bar.update)
+    @torch.inference_mode()
+    def judge(self, traces):
+        """A verdict a trace."""
+        verdicts = {}
+        for pairs in batch_by_tokens(self._prompts(traces, verdicts), self.stage.batch_tokens):
+            logits_BV = next_token_logits(self.model, [prompt for _, prompt in pairs])
+            score_B = logits_BV[:, self.yes_ids].logsumexp(-1) - logits_BV[:, self.no_ids].logsumexp(-1)
+            if not score_B.isfinite().all():
+                raise ValueError(f"{self.stage.name}: the logits are not finite: the weights of {self.stage.model} are "
+                                 f"broken, or too large for {self.stage.dtype}")
+            for (trace, _), score in zip(pairs, score_B.tolist(), strict=True):
+                verdicts[trace.key] = score_verdict(trace.key, score)
+        return [verdicts[trace.key] for trace in traces]
 
+    def _prompts(self, traces, verdicts):
+        """Yields (Trace, Prompt) of every trace that can be judged; the verdicts on the others are filled in."""
+        clip_id, encoded = None, ()
+        for trace, prompt, failure in prefetch(self._build, traces, self._on_bad):
+            if prompt is None:
+                verdicts[trace.key] = failure
+                continue
+            if trace.example.id != clip_id:  # the tower encodes a clip once, however many traces it has
+                clip_id, encoded = trace.example.id, self.model.encode_media(prompt).media
+            media = [replace(clip, rows_P=own.rows_P) for clip, own in zip(encoded, prompt.media, strict=True)]
+            yield trace, replace(prompt, media=tuple(media))
 
-@torch.inference_mode()
-def listen(stage, model, processor, yes, no, part):
-    """Verdicts on (example, trace)s: the log-odds of the tokens with which yes begins against those of no."""
-    device, found, clips = model.device, {}, {}
-
-    def prompt(item):
-        example, trace = item
+    def _build(self, trace):
+        """(the Trace, its Prompt, None), or without a Prompt and with a bad verdict. Raises MediaError."""
         try:
-            return item, processor(conversation(stage, example, trace["text"]))
+            return trace, self.processor(conversation(self.stage, trace.example, trace.text)), None
         except MediaError:
             raise
         except ValueError as error:  # too long, or with a placeholder in its text
-            found[id(trace)] = bad_verdict(trace, "no prompt", str(error))
+            return trace, None, bad_verdict(trace.key, "no prompt", str(error))
 
-    def on_bad(item, error):
-        found[id(item[1])] = bad_verdict(item[1], error.reason, str(error))
-
-    def good():
-        for pair in prefetch(prompt, part, on_bad):
-            if pair is not None:
-                (example, trace), asked = pair
-                if example.id not in clips:  # the tower hears a clip once, however many traces it has
-                    clips.clear()
-                    clips[example.id] = model.encode_media(asked).media
-                media = tuple(replace(heard, rows_P=m.rows_P)
-                              for heard, m in zip(clips[example.id], asked.media, strict=True))
-                yield trace, replace(asked, media=media)
-
-    for run in batch_by_tokens(good(), stage.batch_tokens):
-        batch = pack([asked for _, asked in run]).to(device)
-        last_B = torch.tensor([end - 1 for _, end in batch.spans], device=device)
-        logits_BV = model.logits(model(batch)[last_B]).cpu()
-        score_B = logits_BV[:, yes].logsumexp(-1) - logits_BV[:, no].logsumexp(-1)
-        if not score_B.isfinite().all():
-            raise ValueError(f"{stage.name}: the logits are not finite: the weights of {stage.model} are broken, or "
-                             f"too large for {stage.dtype}")
-        for (trace, _), score in zip(run, score_B.tolist(), strict=True):
-            found[id(trace)] = verdict(trace, score)
-    return [found[id(trace)] for _, trace in part]
+    def _on_bad(self, trace, error):
+        return trace, None, bad_verdict(trace.key, error.reason, str(error))
 
 
-# ---- an endpoint ----
+def judge_by_endpoint(stage, folder, traces):
+    requests = []
+    for trace in traces:
+        requests.append(endpoint.Request(f"{trace.example.id}/{trace.sample}", partial(messages, stage, trace)))
+    answers = endpoint.ask_endpoint(stage, requests, folder / "endpoint.jsonl", "trace", max_tokens=8, temperature=0.0,
+                                    logprobs=stage.logprobs, is_usable=lambda text: yes_no(text) is not None)
+    verdicts = []
+    for trace, answer in zip(traces, answers, strict=True):
+        if "bad" in answer:
+            verdicts.append(bad_verdict(trace.key, answer["bad"], answer["detail"]))
+        else:
+            verdicts.append(score_verdict(trace.key, endpoint_score(answer)))
+    return verdicts
 
 
-def by_endpoint(stage, folder, traces, beside, log):
-    asked = [(f"{trace['id']}/{trace['sample']}", partial(messages, stage, example, trace), 0)
-             for example, trace in traces]
-    with tqdm(total=len(asked), desc=stage.name, unit="trace", smoothing=0.1) as bar:
-        said = ask_endpoint(stage, asked, folder / "endpoint.jsonl", bar.update, api_key=key_from(os.environ, stage),
-                            max_tokens=8, temperature=0.0, logprobs=stage.logprobs,
-                            valid=lambda text: yes_no(text) is not None)
-    refuse_many([one for one in said.values() if "bad" in one], len(said), stage)
-    return [bad_verdict(trace, said[key]["bad"], said[key]["detail"]) if "bad" in said[key] else
-            verdict(trace, remote_score(said[key])) for (key, *_), (_, trace) in zip(asked, traces, strict=True)]
+def messages(stage, trace):
+    """What an endpoint is asked about a trace."""
+    clip = endpoint.audio_part(trace.example.audio)
+    return endpoint.user_message(clip, conversation(stage, trace.example, trace.text))
 
 
-def messages(stage, example, trace):
-    [turn] = conversation(stage, example, trace["text"])
-    return [{"role": "user", "content": [audio_part(example.audio), turn["content"][-1]]}]
+def endpoint_score(answer):
+    """The log-odds of an endpoint's first token if they are given and agree with what it wrote, else +1 or -1."""
+    yes = yes_no(answer["text"])
+    odds = log_odds(answer.get("top", {}))
+    if odds is not None and (odds > 0) == yes:
+        return odds
+    return 1.0 if yes else -1.0
 
 
-def remote_score(said):
-    """The log-odds of an endpoint's first token, if it gave any that agree with what it said, else +1 or -1."""
-    yes = yes_no(said["text"])
-    odds = log_odds(said["top"]) if said.get("top") else None
-    return (1.0 if yes else -1.0) if odds is None or (odds > 0) != yes else odds
-
-
-# ---- a verifier trained on another checker's verdicts ----
-
-
-def by_verifier(stage, folder, traces, beside, log):
-    """Trained on the traces that `verdicts` judges, it judges all; frames are held in memory shard by shard."""
-    given = read_verdicts(stage.verdicts, needs_accepted=stage.checker == "verifier")
-    runtime = runtime_of(stage)
-    model, processor = load(stage.model, device=runtime.device, dtype=runtime.dtype, backend=runtime.backend)
-    judged = [(e, trace) for e, trace in traces if "score" in given.get((trace["id"], trace["sample"]), {})]
+def judge_by_verifier(stage, folder, traces, log):
+    """(verdicts, calibration) by a small verifier trained on those traces that `verdicts` judges; it judges all."""
+    known = read_verdicts(stage.verdicts, needs_accepted=True)
+    judged = [trace for trace in traces if "score" in known.get(trace.key, {})]
     if not judged:
         raise ValueError(f"{stage.name}: {stage.verdicts} judges none of the traces in {stage.traces}")
-
-    def read(part):  # what of it could be heard, its frames, and its traces' vectors; and the others' records
-        bad = [None] * len(part)
-
-        def on_bad(indexed, error):
-            i, (example, trace) = indexed
-            bad[i] = {**bad_record(example.id, error), "sample": trace["sample"]}
-
-        frames = list(prefetch(lambda indexed: load_logmel(indexed[1][0].audio, stage.clip_s), enumerate(part), on_bad))
-        good = [i for i, record in enumerate(bad) if record is None]
-        said = [thoughts(part[i][1]["text"]) for i in good]
-        text_BD = small.trace_vectors(model, processor, said, stage.batch_tokens)
-        return good, [frames[i] for i in good], text_BD, bad
-
-    kept, tally = folder / "verifier.safetensors", folder / "calibration.json"
-    if tally.exists():  # written last
-        verifier = small.restore(stage, model.config.text.hidden_size, kept, runtime_of(stage).device)
-        beside["calibration"] = read_json(tally)
+    model, processor = load_model(stage)
+    text_width = model.config.text.hidden_size
+    read = partial(read_pairs, model, processor, known, stage.clip_s, stage.batch_tokens)
+    weights_path, calibration_path = folder / "verifier.safetensors", folder / "calibration.json"
+    if calibration_path.exists():  # written last
+        verifier = small.load_verifier(weights_path, text_width, stage.width).to(model.device)
+        calibration = read_json(calibration_path)
     else:
-        good, frames, text_BD, _ = read(judged)
-        verifier, used = small.make_verifier(stage, text_BD.shape[1]), [judged[i][1] for i in good]
-        beside["calibration"] = small.fit(
-            stage, verifier, frames, text_BD, [given[trace["id"], trace["sample"]]["accepted"] for trace in used],
-            [trace.get("option", trace["text"]) for trace in used], log, runtime_of(stage).device)
-        small.save(verifier, kept)
-        write_json(tally, beside["calibration"])
-    one = beside["calibration"]
-    tqdm.write(f"{stage.name}: agrees with the checker on {100 * one['agreement']:.1f} % of {one['count']} held-out "
-               f"traces, area under ROC {one['auc']:.3f}")
-
-    def judge(part):
-        good, frames, text_BD, bad = read(part)
-        score = dict(zip(good, small.scores(verifier, frames, text_BD, stage.batch_size), strict=True))
-        return [bad[i] or verdict(trace, score[i]) for i, (_, trace) in enumerate(part)]
-
-    with tqdm(total=len(traces), desc=stage.name, unit="trace", smoothing=0.1) as bar:
-        return compute_shards(judge, traces, folder / "shards", bar.update, first_process_only=True)
+        verifier = small.make_verifier(text_width, stage.width, stage.weights, stage.seed).to(model.device)
+        schedule = Schedule(stage.name, stage.epochs, stage.batch_size, stage.lr, stage.warmup_ratio, stage.seed)
+        pairs, _ = read(judged)
+        calibration = small.fit(verifier, list(pairs.values()), schedule, log)
+        write_safetensors(weights_path, verifier.state_dict())
+        write_json(calibration_path, calibration)
+    tqdm.write(f"{stage.name}: agrees with the checker on {100 * calibration['agreement']:.1f} % of "
+               f"{calibration['count']} held-out traces, area under ROC {calibration['auc']:.3f}")
+    compute = partial(judge_with, verifier, read, stage.batch_size)
+    verdicts = compute_shards(compute, traces, folder / "shards", stage.name, "trace", first_process_only=True)
+    return verdicts, calibration
 
 
-# ---- verdicts given already ----
+def judge_with(verifier, read, batch_size, traces):
+    """A verdict a trace. read: read_pairs of the traces."""
+    pairs, verdicts = read(traces)
+    scores = small.scores(verifier, list(pairs.values()), batch_size)
+    for key, score in zip(pairs, scores, strict=True):
+        verdicts[key] = score_verdict(key, score)
+    return [verdicts[trace.key] for trace in traces]
 
 
-def by_verdicts(stage, folder, traces, beside, log):
-    given = read_verdicts(stage.verdicts, needs_accepted=stage.checker == "verifier")
-    missing = next((trace for _, trace in traces if (trace["id"], trace["sample"]) not in given), None)
-    if missing:
-        raise ValueError(f"{stage.name}: {stage.verdicts}: no verdict on sample {missing['sample']} of "
-                         f"{missing['id']!r}")
-    return [given[trace["id"], trace["sample"]] for _, trace in traces]
+def read_pairs(model, processor, known, clip_s, batch_tokens, traces):
+    """({key: Pair} of traces, {key: bad verdict} of those with a bad clip). known: the larger checker's verdicts."""
+    clips = {trace.example.id: trace.example for trace in traces}
+    logmels, bad = load_logmels(clips.values(), clip_s)
+    texts = [thoughts(trace.text) for trace in traces if trace.example.id in logmels]
+    vectors = iter(small.trace_vectors(model, processor, texts, batch_tokens))
+    pairs, verdicts = {}, {}
+    for trace in traces:
+        clip_id = trace.example.id
+        if clip_id in logmels:
+            accepted = known.get(trace.key, {}).get("accepted")
+            option = trace.record.get("option", trace.text)
+            pairs[trace.key] = small.Pair(logmels[clip_id], next(vectors), option, accepted)
+        else:
+            verdicts[trace.key] = bad_verdict(trace.key, bad[clip_id]["bad"], bad[clip_id]["detail"])
+    return pairs, verdicts
+
+
+def look_up_verdicts(stage, traces):
+    """The verdicts on the same traces that stand in another stage's file."""
+    known = read_verdicts(stage.verdicts)
+    for trace in traces:
+        if trace.key not in known:
+            raise ValueError(f"{stage.name}: {stage.verdicts}: no verdict on sample {trace.sample} of "
+                             f"{trace.example.id!r}")
+    return [known[trace.key] for trace in traces]

@@ -4,24 +4,20 @@ from functools import partial
 
 from tqdm import tqdm
 
-from minixmd import load
 from minixmd.inputs.examples import check_media, read_manifest
-from minixmd.runs.device import runtime_of
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.records import count_bad, write_jsonl
-from minixmd.stages.multiple_choice import score_letters
+from minixmd.stages.multiple_choice import load_model, score_letters
 
 
 def run(stage, folder, log):
     """The manifest's true answers are not read: a record depends on the clip, the question and the model alone."""
     examples = read_manifest(stage.manifest)
     check_media(stage.name, stage.manifest, examples, stage.media)
-    runtime = runtime_of(stage)
-    model, processor = load(stage.model, device=runtime.device, dtype=runtime.dtype, backend=runtime.backend)
+    model, processor = load_model(stage)
     compute = partial(score_letters, model, processor, prompt_format=stage.prompt_format,
                       batch_tokens=stage.batch_tokens, top_k=stage.top_k, top_temperature=stage.temperature)
-    with tqdm(total=len(examples), desc=stage.name, unit="clip", smoothing=0.1) as bar:
-        records = compute_shards(compute, examples, folder / "shards", bar.update)
+    records = compute_shards(compute, examples, folder / "shards", stage.name, "clip")
     if records is not None:
         collect(stage, folder, log, records, processor)
 

@@ -1,17 +1,22 @@
-"""Putting a manifest's multiple-choice questions to a model: by the letters' logits, or by what the model writes.
+"""Puts a manifest's multiple-choice questions to a model: by the letters' logits, or by what the model writes.
 
 A clip that cannot be used never stops a run and never vanishes: it becomes a record with the reason, and a stage fails
 only when more than its `max_bad` share are bad.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
+from minixmd import load
 from minixmd.config import GRPO
+from minixmd.config.prompts import PromptFormat
 from minixmd.inputs.batch import pack
+from minixmd.inputs.examples import Example
 from minixmd.inputs.prompts import batch_by_tokens, build_prompt, check_length, prefetch
+from minixmd.inputs.tokenizer import Processor
 from minixmd.learning.rollout import decode, uniforms
+from minixmd.runs.device import runtime_of
 from minixmd.runs.records import bad_record, count_bad
 from minixmd.tasks.answers import parse_answer
 from minixmd.tasks.benchmarks import vote
@@ -39,26 +44,33 @@ class Writing:
         return max(self.num_samples, SAMPLED_TOKENS * batch_tokens // self.max_new_tokens)
 
 
-class _Asked:
-    """The records of some examples while they are computed, and the Prompts of those that can be used."""
+def load_model(stage):
+    """(MultimodalLM, Processor) of a stage, where and as it says."""
+    return load(stage.model, **vars(runtime_of(stage)))
 
-    def __init__(self, processor, examples, prompt_format, traces, max_new_tokens):
-        self.processor, self.examples, self.prompt_format = processor, examples, prompt_format
-        self.traces, self.max_new_tokens = traces or {}, max_new_tokens
-        self.records = {}
+
+@dataclass
+class Questions:
+    """Examples whose questions are put to a model: the Prompts of those that can be used, and a record of each."""
+
+    processor: Processor
+    examples: list[Example]
+    prompt_format: PromptFormat
+    max_new_tokens: int = 0  # room that each prompt leaves for an answer; 0 = none is written
+    traces: dict | None = None  # {id: text for the prompt's {trace}}; empty for an id that is not there
+    records: dict = field(default_factory=dict)  # {id: record}, filled while the examples are computed
 
     def prompts(self):
-        """(Example, Prompt) of every usable example; the others get their records."""
-        built = prefetch(self._build, self.examples, self._on_bad)
-        for pair in built:
+        """Yields (Example, Prompt) of every usable example; the others get bad records."""
+        for pair in prefetch(self._build, self.examples, self._on_bad):
             if pair is not None:
                 example, prompt = pair
                 check_length(self.processor, example, prompt, self.max_new_tokens)
                 yield pair
 
     def _build(self, example):
-        return example, build_prompt(self.processor, example, self.prompt_format,
-                                     trace=self.traces.get(example.id, ""))
+        trace = (self.traces or {}).get(example.id, "")
+        return example, build_prompt(self.processor, example, self.prompt_format, trace=trace)
 
     def _on_bad(self, example, error):
         self.records[example.id] = bad_record(example.id, error)
@@ -70,11 +82,19 @@ class _Asked:
             raise ValueError(f"the logits of example {example.id!r} are not finite: the model's weights are broken, or "
                              "too large for its dtype")
         best = int(letters.argmax())
-        self.records[example.id] = {"id": example.id, "answer": best, "option": example.options[best],
-                                    "logits": [round(x, 4) for x in letters.tolist()]}
+        logits = [round(logit, 4) for logit in letters.tolist()]
+        self.records[example.id] = {"id": example.id, "answer": best, "option": example.options[best], "logits": logits}
 
     def in_order(self):
+        """The records in the examples' order."""
         return [self.records[example.id] for example in self.examples]
+
+
+def next_token_logits(model, prompts):
+    """Logits of the first token after each Prompt, from one packed forward pass: (B, V) on the CPU."""
+    batch = pack(prompts).to(model.device)
+    last_B = torch.tensor([end - 1 for _, end in batch.spans], device=model.device)
+    return model.logits(model(batch)[last_B]).cpu()
 
 
 @torch.inference_mode()
@@ -83,79 +103,82 @@ def score_letters(model, processor, examples, prompt_format, *, batch_tokens=BAT
     """Reads the letters' logits where the answer would start, in one forward pass a batch.
 
     Args:
-        prompt_format: config.PromptFormat.
+        prompt_format, traces: as in Questions.
         batch_tokens: packed into a forward pass.
-        traces: {id: text for the prompt's {trace}}; an id that is not there has an empty one. None = no ids.
-        top_k: best ids to keep of those that are not suppressed, with the logsumexp of all of them at
-            `top_temperature`.
+        top_k: best ids to keep that are not suppressed, with the logsumexp of all such at `top_temperature`.
     Returns:
         A JSON-able record an example, in order: {"id", "answer": index, "option", "logits"} or {"id", "bad", "detail"};
         with top_k also "top": {"ids", "logits", "temperature", "logsumexp"}.
     Raises:
         ValueError: an example that lacks the medium, a prompt over the model's limit, or logits that are not finite.
     """
-    asked = _Asked(processor, examples, prompt_format, traces, max_new_tokens=0)
-    suppressed = torch.tensor(processor.suppressed_ids if top_k else [], dtype=torch.long)
-    for pairs in batch_by_tokens(asked.prompts(), batch_tokens):
-        batch = pack([prompt for _, prompt in pairs]).to(model.device)
-        last_B = torch.tensor([end - 1 for _, end in batch.spans], device=model.device)
-        logits_BV = model.logits(model(batch)[last_B]).cpu()
+    questions = Questions(processor, examples, prompt_format, traces=traces)
+    for pairs in batch_by_tokens(questions.prompts(), batch_tokens):
+        logits_BV = next_token_logits(model, [prompt for _, prompt in pairs])
         for (example, _), logits_V in zip(pairs, logits_BV, strict=True):
-            asked.read_letters(example, logits_V)
+            questions.read_letters(example, logits_V)
             if top_k:
-                asked.records[example.id]["top"] = _topk(logits_V, suppressed, top_k, top_temperature)
-    return asked.in_order()
+                record = questions.records[example.id]
+                record["top"] = _topk(logits_V, processor.suppressed_ids, top_k, top_temperature)
+    return questions.in_order()
 
 
-def _topk(logits_V, suppressed, top_k, temperature):
+def _topk(logits_V, suppressed_ids, top_k, temperature):
     """The teacher's best ids as labels.jsonl stores them."""
+    suppressed = torch.tensor(suppressed_ids, dtype=torch.long)
     logits_V = logits_V.index_fill(0, suppressed, -torch.inf)
     top = logits_V.topk(top_k)
-    return {"ids": top.indices.tolist(), "logits": [round(x, 4) for x in top.values.tolist()],
-            "temperature": temperature, "logsumexp": round((logits_V / temperature).logsumexp(0).item(), 5)}
+    logsumexp = (logits_V / temperature).logsumexp(0).item()
+    return {"ids": top.indices.tolist(), "logits": [round(logit, 4) for logit in top.values.tolist()],
+            "temperature": temperature, "logsumexp": round(logsumexp, 5)}
 
 
 @torch.inference_mode()
 def write_answers(model, processor, examples, prompt_format, writing, *, batch_tokens=BATCH_TOKENS, traces=None):
-    """Lets the model write its answers, and reads which option each means (tasks/benchmarks.py).
+    """Lets the model write its answers, and reads which option each means. Args: as score_letters; writing: Writing.
 
-    Args: as score_letters, and writing: Writing.
     Returns:
         A record an example as score_letters gives it, where "answer" and "option" may be None, and with "by_letters":
         index by the logits, "how": one of benchmarks.WAYS, "text", and "finished": the model ended its turn or wrote a
-        stop. With num_samples > 1 those are the sample's that speaks for all, beside "votes": {option: count} and all
-        "texts".
+        stop. With num_samples > 1 those are of the sample that was chosen by vote, beside "votes": {option: count} and
+        all "texts".
     Raises:
         ValueError: as score_letters.
     """
-    asked = _Asked(processor, examples, prompt_format, traces, writing.max_new_tokens)
+    questions = Questions(processor, examples, prompt_format, writing.max_new_tokens, traces)
     n = writing.num_samples
-    for pairs in batch_by_tokens(asked.prompts(), batch_tokens):
+    for pairs in batch_by_tokens(questions.prompts(), batch_tokens):
         uniform_BT = None
         if writing.temperature:
-            uniform_BT = torch.stack([uniforms(writing.seed, 0, example.id, i, writing.max_new_tokens)
-                                      for example, _ in pairs for i in range(n)])
+            rows = []
+            for example, _ in pairs:
+                rows += [uniforms(writing.seed, 0, example.id, i, writing.max_new_tokens) for i in range(n)]
+            uniform_BT = torch.stack(rows)
         completions = decode(model, processor, [prompt for _, prompt in pairs], uniform_BT, num_samples=n,
                              max_new_tokens=writing.max_new_tokens, temperature=writing.temperature, stop=writing.stop,
                              suppressed_ids=processor.suppressed_ids, decode_slots=writing.decode_slots(batch_tokens),
-                             on_prompts=partial(_read_first_logits, asked, iter(pairs)))
+                             on_prompts=partial(_read_first_logits, questions, iter(pairs)))
         for i, (example, _) in enumerate(pairs):
-            group = completions[n * i:n * (i + 1)]
-            texts = [completion.text for completion in group]
-            chosen, index, how, votes = vote(texts, example.options, writing.rule)
-            record = asked.records[example.id]
-            record.update(by_letters=record["answer"], answer=index, how=how, text=texts[chosen],
-                          option=None if index is None else example.options[index], finished=group[chosen].finished)
-            if n > 1:
-                record.update(votes=votes, texts=texts)
-    return asked.in_order()
+            _read_completions(questions.records[example.id], example, completions[n * i:n * (i + 1)], writing.rule)
+    return questions.in_order()
 
 
-def _read_first_logits(asked, pairs, logits_GV):
+def _read_first_logits(questions, pairs, logits_GV):
     """Reads the letters' logits of the next G of the pairs, which were just prefilled."""
     for logits_V in logits_GV.cpu():
         example, _ = next(pairs)
-        asked.read_letters(example, logits_V)
+        questions.read_letters(example, logits_V)
+
+
+def _read_completions(record, example, completions, rule):
+    """Adds to an example's record what its completions mean."""
+    texts = [completion.text for completion in completions]
+    chosen, index, how, votes = vote(texts, example.options, rule)
+    option = None if index is None else example.options[index]
+    record.update(by_letters=record["answer"], answer=index, how=how, text=texts[chosen], option=option,
+                  finished=completions[chosen].finished)
+    if len(texts) > 1:
+        record.update(votes=votes, texts=texts)
 
 
 def validation_accuracy(model, processor, examples, stage):

@@ -1,13 +1,13 @@
 """Stage Switch: a Cnn14 that predicts from the sound, per clip, whether the teacher beats the student.
 
-Section 4.2 of "Bridging Ears and Eyes". Every clip of the analysis split gets its class's label: 1 where the teacher got
-more of the class right than the student, 0 where it got fewer or as many (a tie leaves the student its own answer,
-whichever of the two is the teacher). The Cnn14 learns that label on nine clips in ten of each class; the others validate
-it. Then it decides for every clip of another split. That split's own labels, where it has any, are read for two things
-only: how often the decision is right, and "oracle", what the true class would have said.
+Section 4.2 of "Bridging Ears and Eyes". Every clip of the analysis split gets its class's label: 1 where the teacher
+got more of the class right than the student, 0 where it got fewer or as many (a tie leaves the student its own answer,
+whichever of the two is the teacher). The Cnn14 learns that label on nine clips in ten of each class; the others
+validate it. Then it decides for every clip of another split. That split's own labels, where it has any, are read for
+two things only: how often the decision is right, and "oracle", what the true class would have said.
 """
-import math
 from collections import defaultdict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,30 +18,38 @@ from minixmd.inputs.examples import check_media, read_manifest
 from minixmd.inputs.media import read_audio
 from minixmd.inputs.panns import log_mel
 from minixmd.inputs.prompts import prefetch
-from minixmd.learning.optim import learning_rate, optimizer_tensors, restore_optimizer
-from minixmd.models.cnn14 import load_weights, make_cnn14, mixup, spec_augment
+from minixmd.learning.optim import optimizer_tensors, restore_optimizer
+from minixmd.models.cnn14 import mixup, spec_augment
 from minixmd.runs.device import resolve_device
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
 from minixmd.runs.records import answers_beside, bad_record, count_bad, write_jsonl
 from minixmd.runs.seeds import hash_seed
 from minixmd.runs.state import load_state, save_state
-from minixmd.tasks.statistics import digest, leads, pairs, summary, tabulate
+from minixmd.stages.fit import Schedule, new_cnn14, train_epochs
+from minixmd.tasks.statistics import digest, leads, pairs, tabulate
+from minixmd.tasks.yes_no import tally
 
 PAPER = {"validation": 88.8, "training": 89.1}  # % of clips for which the paper's switch was right
 
 
 def run(stage, folder, log):
-    """Writes results.json and switch.jsonl, {"id", "p_teacher", "oracle" if it is known} or {"id", "bad", "detail"}."""
-    examples, clips = read_manifest(stage.manifest), read_manifest(stage.train_manifest)
+    examples = read_manifest(stage.manifest)
+    clips = read_manifest(stage.train_manifest)
     check_media(stage.name, stage.manifest, examples, "audio")
     check_media(stage.name, stage.train_manifest, clips, "audio")
     gain = gains(stage, examples)
     results = count_classes(stage.name, gain, {example.label for example in examples})
-    model, results["validation"] = fit(stage, folder, log, [e for e in examples if e.label in gain], gain)
-    with tqdm(total=len(clips), desc=f"{stage.name}: decisions", unit="clip") as bar:
-        records = compute_shards(lambda part: decide(model, part, stage.clip_s, stage.batch_size), clips,
-                                 folder / "shards", bar.update, first_process_only=True)
+    usable = [example for example in examples if example.label in gain]
+    model, results["validation"] = fit(stage, folder, log, usable, gain)
+    compute = partial(decide, model, clip_s=stage.clip_s, batch_size=stage.batch_size)
+    records = compute_shards(compute, clips, folder / "shards", f"{stage.name}: decisions", "clip",
+                             first_process_only=True)
+    collect(stage, folder, log, clips, records, gain, results)
+
+
+def collect(stage, folder, log, clips, records, gain, results):
+    """Writes results.json and switch.jsonl, {"id", "p_teacher", "oracle" if it is known} or {"id", "bad", "detail"}."""
     results["bad"] = count_bad(records, stage.name, stage.max_bad)
     results["clips"] = len(records) - sum(results["bad"].values())
     results["clips_to_teacher"] = sum(record.get("p_teacher", 0) >= 0.5 for record in records)
@@ -61,7 +69,7 @@ def run(stage, folder, log):
 
 
 def count_classes(name, gain, labels):
-    """How many classes the teacher wins, ties and loses, and how many were left out; said on the screen."""
+    """How many classes the teacher wins, ties and loses, and how many were left out; also printed."""
     won, lost = sum(g > 0 for g in gain.values()), sum(g < 0 for g in gain.values())
     counts = {"classes_won": won, "classes_tied": len(gain) - won - lost, "classes_lost": lost,
               "classes_left_out": len(labels) - len(gain)}
@@ -76,9 +84,9 @@ def count_classes(name, gain, labels):
 def print_results(name, results):
     for split, paper in PAPER.items():
         if split in results:
-            right, majority = 100 * results[split]["accuracy"], 100 * results[split]["majority"]
-            tqdm.write(f"{name}: right for {right:.1f} % of the {split} clips (the paper: {paper} %); always giving the "
-                       f"more frequent answer would be for {majority:.1f} %")
+            part = results[split]
+            tqdm.write(f"{name}: right for {100 * part['accuracy']:.1f} % of the {split} clips (the paper: {paper} %); "
+                       f"always giving the more frequent answer would be for {100 * part['majority']:.1f} %")
     bad = f", bad: {results['bad']}" if results["bad"] else ""
     tqdm.write(f"{name}: {results['clips_to_teacher']} of {results['clips']} clips go to the teacher{bad}")
 
@@ -91,8 +99,8 @@ def gains(stage, examples):
     """
     for example in examples:
         if example.label is None:
-            raise ValueError(f"{stage.name}: {stage.manifest}: example {example.id!r} has no label, by which the switch "
-                             "learns who is better")
+            raise ValueError(f"{stage.name}: {stage.manifest}: example {example.id!r} has no label, by which the "
+                             "switch learns who is better")
     questions = [{"id": example.id, "question": digest(example)} for example in examples]
     classes = []
     for path in (stage.teacher, stage.student):
@@ -107,26 +115,15 @@ def gains(stage, examples):
     return gain
 
 
-def tally(p_N, truth_N):
-    """Accuracy with its interval, the more frequent answer's share, and the confusion matrix.
-
-    Its rows are the truth, its columns the decision, each first the student and then the teacher.
-    """
-    decided = [(bool(truth), p >= 0.5) for p, truth in zip(p_N, truth_N, strict=True)]
-    confusion = [[decided.count((truth, decision)) for decision in (False, True)] for truth in (False, True)]
-    return {**summary([truth == decision for truth, decision in decided]),
-            "majority": max(map(sum, confusion)) / len(decided), "confusion": confusion}
-
-
 def split(seed, examples):
-    """Indices of (training, validation) clips: of every class one clip in ten validates, at least one of two."""
-    members = defaultdict(list)
-    for i, example in enumerate(examples):
-        members[example.label].append(i)
+    """(training, validation) examples: of every class one clip in ten validates, at least one of two."""
+    classes = defaultdict(list)
+    for example in examples:
+        classes[example.label].append(example)
     train, val = [], []
-    for label, indices in sorted(members.items()):
+    for label, members in sorted(classes.items()):
         generator = torch.Generator().manual_seed(hash_seed(seed, "split", label))
-        order = [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]
+        order = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
         held_out = min(max(1, round(len(order) / 10)), len(order) - 1)
         val += order[:held_out]
         train += order[held_out:]
@@ -140,96 +137,83 @@ def load_logmel(path, clip_s):
 
 
 def load_logmels(examples, clip_s):
-    """Their log-mel frames, and {index: bad record} of those that have none (None stands in their place)."""
+    """({id: log-mel frames (A, M)} of the clips that can be used, {id: bad record} of the others), in order."""
     bad = {}
 
-    def on_bad(indexed, error):
-        i, example = indexed
-        bad[i] = bad_record(example.id, error)
+    def on_bad(example, error):
+        bad[example.id] = bad_record(example.id, error)
 
-    frames = list(prefetch(lambda indexed: load_logmel(indexed[1].audio, clip_s), enumerate(examples), on_bad))
-    return frames, bad
+    logmels = {}
+    loaded = prefetch(lambda example: load_logmel(example.audio, clip_s), examples, on_bad)
+    for example, logmel_AM in zip(examples, loaded, strict=True):
+        if logmel_AM is not None:
+            logmels[example.id] = logmel_AM
+    return logmels, bad
 
 
 def fit(stage, folder, log, examples, gain):
-    """The Cnn14 that has learnt which clips are the teacher's, and the tally of its validation.
-
-    The frames of all clips are held in memory, 256 KB a clip of 10 s. The state after every epoch is kept, so a stopped
-    stage goes on and, on the CPU, ends with the same weights.
-    """
-    frames, bad = load_logmels(examples, stage.clip_s)
-    count_bad([bad.get(i, {}) for i in range(len(examples))], stage.name, stage.max_bad)
-    train, val = ([i for i in indices if i not in bad] for indices in split(stage.seed, examples))
+    """(the trained Cnn14, the tally of its validation). All clips' frames are held in memory, 256 KB a clip of 10 s.
+    The state is saved after every epoch: a stopped stage resumes and, on the CPU, ends with the same weights."""
+    logmels, bad = load_logmels(examples, stage.clip_s)
+    count_bad([bad.get(example.id, {}) for example in examples], stage.name, stage.max_bad)
+    train, val = split(stage.seed, examples)
+    train = [example for example in train if example.id in logmels]
+    val = [example for example in val if example.id in logmels]
     if len(train) < 2 or not val:
         raise ValueError(f"{stage.manifest}: {len(examples)} examples are too few to learn from and to validate")
-    target_N = torch.tensor([int(gain[example.label] > 0) for example in examples])
     device = resolve_device(stage.name, stage.device)
-    model = make_cnn14(2, stage.width, stage.seed)
-    if stage.weights:
-        load_weights(model, stage.weights, head=False)
-    model.to(device)
+    model = new_cnn14(2, stage.width, stage.weights, stage.seed).to(device)
     if device == "cpu":
         model.to(memory_format=torch.channels_last)  # at 1/16 width 91 ms a step instead of 170
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(parameters.values(), lr=stage.lr)
     lines = resume(folder, model, optimizer, parameters)
     if not lines:
-        lines = [{"epoch": 0, "train_clips": len(train), "validation_clips": len(val), "bad": len(bad),
-                  "parameters": sum(p.numel() for p in parameters.values())}]
+        lines.append({"epoch": 0, "train_clips": len(train), "validation_clips": len(val), "bad": len(bad),
+                      "parameters": sum(p.numel() for p in parameters.values())})
         log(lines[0])
-    val_frames = [frames[i] for i in val]
-    with tqdm(total=stage.epochs, initial=len(lines) - 1, desc=stage.name, unit="epoch") as bar:
-        for epoch in range(len(lines) - 1, stage.epochs):
-            loss = train_epoch(stage, epoch, model, optimizer, frames, target_N, train)
-            accuracy = tally(teacher_probabilities(model, val_frames, stage.batch_size), target_N[val])["accuracy"]
-            lines.append({"epoch": epoch + 1, "loss": loss, "val_accuracy": accuracy})
-            log(lines[-1])
-            save_state(folder, {**model.state_dict(), **optimizer_tensors(optimizer, parameters)}, {"log": lines})
-            bar.set_postfix_str(f"loss {loss:.3f}, validation {100 * accuracy:.1f} %", refresh=False)
-            bar.update()
-    return model, tally(teacher_probabilities(model, val_frames, stage.batch_size), target_N[val])
+    batch_size = stage.batch_size
+    if stage.augment in ("both", "mixup"):
+        batch_size *= 2  # two clips in a row
+    batch_size = min(batch_size, len(train) // 2 * 2)
+    schedule = Schedule(stage.name, stage.epochs, batch_size, stage.lr, stage.warmup_ratio, stage.seed)
+    compute_loss = partial(batch_loss, model, logmels, gain, stage.augment)
+    validate = partial(validation_tally, model, logmels, gain, val, stage.batch_size)
+    for epoch, loss_S in train_epochs(model, optimizer, compute_loss, train, schedule, len(lines) - 1):
+        lines.append({"epoch": epoch, "loss": loss_S.mean().item(), "val_accuracy": validate()["accuracy"]})
+        log(lines[-1])
+        tensors = {**model.state_dict(), **optimizer_tensors(optimizer, parameters)}
+        save_state(folder, tensors, {"log": lines})
+    return model, validate()
 
 
 def resume(folder, model, optimizer, parameters):
-    """Goes on from the state of the last whole epoch, if there is one; the log becomes its lines, which are returned."""
-    tensors, meta = load_state(folder) or ({}, {"log": []})
-    if tensors:
+    """Loads the state of the last whole epoch, if there is one, and rewinds the log to it. Returns the log's lines."""
+    state, lines = load_state(folder), []
+    if state is not None:
+        tensors, meta = state
+        lines = meta["log"]
         model.load_state_dict({name: tensors[name] for name in model.state_dict()})
         restore_optimizer(optimizer, parameters, tensors)
-    write_jsonl(folder / "log.jsonl", meta["log"])
-    return meta["log"]
+    write_jsonl(folder / "log.jsonl", lines)
+    return lines
 
 
-def train_epoch(stage, epoch, model, optimizer, frames, target_N, train):
-    """One pass over the training clips in a new order, a smaller last batch left out. Returns the mean loss."""
-    device = model.fc1.weight.device
-    mixed = stage.augment in ("both", "mixup")
-    shuffle = torch.Generator().manual_seed(hash_seed(stage.seed, "order", epoch))
-    noise = torch.Generator(device).manual_seed(hash_seed(stage.seed, "noise", epoch))
-    order = [train[i] for i in torch.randperm(len(train), generator=shuffle).tolist()]
-    size = min(stage.batch_size * (2 if mixed else 1), len(order) // 2 * 2)
-    steps = len(order) // size
-    losses = []
-    model.train()
-    for step in range(steps):
-        chosen = order[step * size:(step + 1) * size]
-        x_B1AM = model.normalise(torch.stack([frames[i] for i in chosen]).to(device))
-        target_BK = F.one_hot(target_N[chosen], 2).float().to(device)
-        if stage.augment in ("both", "spec"):
-            x_B1AM = spec_augment(x_B1AM, noise)
-        if mixed:
-            x_B1AM, target_BK = mixup(x_B1AM, target_BK, noise)
-        loss = F.cross_entropy(model.fc_audioset(model.embed(x_B1AM, noise)), target_BK)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch * steps + step, stage.epochs * steps, stage.lr, stage.warmup_ratio)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    mean = torch.stack(losses).mean().item()
-    if not math.isfinite(mean):
-        raise ValueError(f"{stage.name}: the loss of epoch {epoch + 1} is {mean}; stopped")
-    return mean
+def batch_loss(model, logmels, gain, augment, examples, noise):
+    """Cross-entropy of a batch's examples. augment: as in config.Switch, drawn from the generator `noise`."""
+    x_B1AM = model.normalise(torch.stack([logmels[example.id] for example in examples]).to(noise.device))
+    target_B = torch.tensor([int(gain[example.label] > 0) for example in examples], device=noise.device)
+    target_BK = F.one_hot(target_B, 2).float()
+    if augment in ("both", "spec"):
+        x_B1AM = spec_augment(x_B1AM, noise)
+    if augment in ("both", "mixup"):
+        x_B1AM, target_BK = mixup(x_B1AM, target_BK, noise)
+    return F.cross_entropy(model.fc_audioset(model.embed(x_B1AM, noise)), target_BK)
+
+
+def validation_tally(model, logmels, gain, examples, batch_size):
+    p_N = teacher_probabilities(model, [logmels[example.id] for example in examples], batch_size)
+    return tally(p_N, [gain[example.label] > 0 for example in examples])
 
 
 @torch.inference_mode()
@@ -245,10 +229,10 @@ def teacher_probabilities(model, frames, batch_size):
 
 
 def decide(model, clips, clip_s, batch_size):
-    """A record a clip."""
-    frames, bad = load_logmels(clips, clip_s)
-    p = iter(teacher_probabilities(model, [f for f in frames if f is not None], batch_size))
-    records = []
-    for i, example in enumerate(clips):
-        records.append(bad[i] if i in bad else {"id": example.id, "p_teacher": round(next(p), 6)})
-    return records
+    """A record a clip: {"id", "p_teacher"}, or a bad one."""
+    logmels, bad = load_logmels(clips, clip_s)
+    records = dict(bad)
+    probabilities = teacher_probabilities(model, list(logmels.values()), batch_size)
+    for clip_id, p in zip(logmels, probabilities, strict=True):
+        records[clip_id] = {"id": clip_id, "p_teacher": round(p, 6)}
+    return [records[example.id] for example in clips]
