@@ -145,7 +145,7 @@ def whole_step(bench, model, name, G, n, P, C):
     taken, seconds = free - free_bytes(bench.device), time.perf_counter() - began
     ids_BC, logp_BC = sampled(d, prompts, C)
     groups = [Group(prompt, tuple(ids_GC)) for prompt, ids_GC in zip(prompts, ids_BC.split(n), strict=True)]
-    trained_T = score(Run(model, {}, None, 1, "triton", limit=limit, reference=model),
+    trained_T = score(Run(model, {}, None, 1, "triton", vocab_limit=limit, reference=model),
                       SimpleNamespace(micro_batch_size=1, temperature=1.0), groups)
     gap_T = (logp_BC.flatten() - trained_T).abs()
     if not gap_T.mean() <= MAX_GAP[dtype]:

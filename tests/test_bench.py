@@ -150,7 +150,7 @@ def test_wrong_code_is_not_measured(name, module, function, spoil, monkeypatch):
     ("the small ones are off, which the largest error does not see", [1.0, 2e-6, 4e-6], "mean"),
     ("the large one is off", [1.1, 1e-6, 2e-6], "largest"), ("not a number", [1.0, float("nan"), 2e-6], "largest"),
 ])  # fmt: skip
-@pytest.mark.parametrize("trace_filter", ["triton", "torch"])
+@pytest.mark.parametrize("which", ["triton", "torch"])
 def test_large_and_small_errors_are_seen(name, ours, verdict, which):
     truth = torch.tensor([1.0, *[1e-6, 2e-6] * 50_000], dtype=torch.float64)
     ours = torch.tensor([ours[0], *ours[1:] * 50_000])
