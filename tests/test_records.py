@@ -138,7 +138,7 @@ def shards_as(monkeypatch, tmp_path):
     def run(rank, world_size, items, **options):
         monkeypatch.setattr(distributed, "rank_and_world_size", lambda: (rank, world_size))
         monkeypatch.setattr(distributed, "barrier", lambda: waited.append(rank))
-        return compute_shards(compute, items, tmp_path, lambda count: None, **options)
+        return compute_shards(compute, items, tmp_path, "shards", "item", **options)
 
     run.computed, run.waited = computed, waited
     return run

@@ -15,9 +15,9 @@ from minixmd.report.published import PAPERS
 from minixmd.report.render import page
 from minixmd.runner import main
 from minixmd.stages import evaluate, factcheck, traces
-from minixmd.stages.verifier import agreement
 from minixmd.tasks.benchmarks import TYPES
 from minixmd.tasks.statistics import wilson
+from minixmd.tasks.yes_no import agreement
 
 ODD = "</script><i>'\"&|"
 MMAU_META = {"version": "v05.15.25 of 2025-08-09", "sha256": "9f18fda99f8d0000"}
@@ -45,7 +45,8 @@ def answered(patch, folder, path, right, **fields):
         text = f"<think>I hear {ODD}.</think><answer>{'ABC'[answer]}</answer>"
         records.append({"id": e.id, "answer": answer, "option": e.options[answer], "logits": [0.0] * 3,
                         "by_letters": 0, "how": "letter", "text": text, "finished": True})
-    patch.setattr(evaluate, "score", lambda *_: (examples, records, None))
+    patch.setattr(evaluate, "load_model", lambda *_: (None, None))
+    patch.setattr(evaluate, "compute_shards", lambda *_, **__: records)
     folder.mkdir()
     evaluate.run(Evaluate(name=folder.name, model="m", manifest=str(path), answer="generate", **fields), folder,
                  lambda line: None)
@@ -71,9 +72,9 @@ def sampled(patch, folder, path):
         elif c == 3:
             samples[1] = thought(e, (right + 1) % 3, 1)
         records.append({"id": e.id, "samples": samples} if c else {"id": e.id, "bad": "empty", "detail": "no frames"})
-    patch.setattr(traces, "sample_here", lambda *_: records)
+    patch.setattr(traces, "sample_locally", lambda *_: records)
     folder.mkdir()
-    traces.run(Traces(name="t", model="m", manifest=str(path), media="audio", n=4, max_bad=1.0), folder, lambda x: None)
+    traces.run(Traces(name="t", model="m", manifest=str(path), media="audio", num_samples=4, max_bad=1.0), folder, lambda x: None)
 
 
 def checked(patch, folder, path, decide, verifier=False):
@@ -88,11 +89,11 @@ def checked(patch, folder, path, decide, verifier=False):
     fields = dict(checker="verifier", model="m") if verifier else dict(checker="verdicts")
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        def judge(stage, folder, traces, beside, log):
-            beside["calibration"] = {"verdicts": 200, **agreement(HELD, [i < 24 for i in range(40)])}
-            return factcheck.by_verdicts(stage, folder, traces, beside, log)
+        def judge(stage, folder, traces, log):
+            calibration = {"verdicts": 200, **agreement(HELD, [i < 24 for i in range(40)])}
+            return factcheck.look_up_verdicts(stage, traces), calibration
 
-        patch.setattr(factcheck, "by_verifier", judge)
+        patch.setattr(factcheck, "judge_by_verifier", judge)
         factcheck.run(FactCheck(name="f", traces=str(folder.parent / "traces/traces.jsonl"), manifest=str(path),
                                 verdicts=str(given), max_bad=1.0, **fields), folder, lambda line: None)
 
@@ -496,9 +497,9 @@ def test_inputs_that_are_not_what_they_should_be_are_one_clear_line(world, tmp_p
     assert re.search(r"verdicts\.jsonl: sample 0 of 'test9' was judged with other words than it has in .*again\.jsonl",
                      said(traces=str(again)))
     for other in ("0_avqa/answers.jsonl", "traces/labels.jsonl", "grpo.jsonl"):
-        assert (f"{world}/{other}: not the verdicts of a FactCheck stage: record 1 needs 'id', 'sample' and either "
-                "'score'") in said(verdicts=f"{world}/{other}")
-    assert f"{world}/grpo.jsonl: trace 1 needs an 'id' and a 'text'" in said(traces=f"{world}/grpo.jsonl")
+        refused = rf"{world}/{other}: not the verdicts of a FactCheck stage: record 1 needs '(id|sample)', "
+        assert re.search(refused, said(verdicts=f"{world}/{other}"))
+    assert f"{world}/grpo.jsonl: trace 1 needs 'id', str" in said(traces=f"{world}/grpo.jsonl")
     strange = write_lines(tmp_path / "strange.jsonl", [{"id": "x", "text": "y"}])
     assert "report: " in (error := said(traces=str(strange), verdicts=None)) and "holds no trace of a clip in" in error
 
