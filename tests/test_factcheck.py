@@ -261,7 +261,10 @@ def trained(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def briefly_trained(world, tmp_path_factory):
-    return trained_on_the_truth(world, tmp_path_factory.mktemp("verifier"), epochs=1)
+    """The same after an epoch, when all scores are much alike; this calibration spreads them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small, "platt", lambda score_B, truth_B: (1000.0, 0.25))
+        return trained_on_the_truth(world, tmp_path_factory.mktemp("verifier"), epochs=1)
 
 
 @pytest.mark.slow
@@ -292,6 +295,22 @@ def test_the_words_alone_tell_the_verifier_nothing(world, trained):
     assert auc(found, [truth(t) for t in traces]) < 0.65
 
 
+def test_a_score_of_the_verifier_is_that_of_the_traces_own_clip_and_thoughts(world, briefly_trained):
+    stage, folder, found = briefly_trained
+    model, processor = minixmd.load(world / "ears")
+    verifier = small.load_verifier(folder / "run" / "verifier.safetensors", 32, stage.width).eval()
+    assert (verifier.scale, verifier.offset) == (1000, 0.25)
+    examples = {e.id: e for e in read_manifest(stage.manifest)}
+    traces = read_jsonl(world / "traces.jsonl")
+    assert keys(found["verdicts"]) == keys(traces)
+    for trace, verdict in list(zip(traces, found["verdicts"], strict=True))[::7]:
+        logmel_AM = load_logmel(examples[trace["id"]].audio, stage.clip_s)
+        text_BD = small.trace_vectors(model, processor, [thoughts(trace["text"])], 8192)
+        with torch.no_grad():
+            assert verdict["score"] == pytest.approx(verifier(logmel_AM[None], text_BD).item(), abs=1e-3)
+    assert len({verdict["score"] for verdict in found["verdicts"]}) > 90
+
+
 def test_a_verifier_that_is_trained_is_not_trained_again(briefly_trained, tmp_path, monkeypatch):
     stage, folder, found = briefly_trained
     for shard in (folder / "run" / "shards").iterdir():
@@ -300,8 +319,9 @@ def test_a_verifier_that_is_trained_is_not_trained_again(briefly_trained, tmp_pa
     assert run(stage, folder / "run") == found
 
 
-def test_the_same_seed_trains_the_same_verifier(briefly_trained, tmp_path):
+def test_the_same_seed_trains_the_same_verifier(briefly_trained, tmp_path, monkeypatch):
     stage, _, found = briefly_trained
+    monkeypatch.setattr(small, "platt", lambda score_B, truth_B: (1000.0, 0.25))
     assert run(stage, tmp_path / "run")["verdicts"] == found["verdicts"]
 
 
@@ -314,6 +334,25 @@ def test_a_verifier_needs_verdicts_of_both_kinds_on_its_traces(world, briefly_tr
         path.write_text("".join(json.dumps(change(line)) + "\n" for line in lines))
         with pytest.raises(ValueError, match=says):
             run(stage_of(world, verdicts=str(path), trace_filter="all", **SMALL), tmp_path / "run")
+
+
+@pytest.mark.parametrize("options, mismatches", [("ddcd", [2, 2, 3, 2]), ("abcd", [1, 2, 3, 0]), ("dddd", [])])
+def test_the_loss_sets_each_clip_beside_the_next_trace_with_another_answer_as_false(monkeypatch, options, mismatches):
+    monkeypatch.setattr(small, "spec_augment", lambda x_B1AM, noise: x_B1AM)
+    cnn = torch.nn.Module()  # whose output is the frames
+    cnn.normalise, cnn.embed, cnn.fc_audioset = (lambda x: x[:, None]), (lambda x, noise: x.flatten(1)), lambda x: x
+    verifier = small.Verifier(cnn, 5).eval()
+    verifier.std_D.fill_(2.0)
+    pairs = [small.Pair(torch.randn(2, small.WIDTH // 2), torch.randn(5), option, accepted)
+             for option, accepted in zip(options, (True, False, False, True), strict=True)]
+
+    def score(i, j):
+        return verifier.match(verifier.centre(pairs[i].logmel_AM.flatten()[None]), pairs[j].text_D[None])[0]
+
+    terms = [score(i, i).sigmoid() if pairs[i].accepted else 1 - score(i, i).sigmoid() for i in range(4)]
+    terms += [1 - score(i, j).sigmoid() for i, j in enumerate(mismatches)]
+    loss = small.batch_loss(verifier, pairs, torch.Generator())
+    assert loss.item() == pytest.approx(-torch.stack(terms).log().mean().item(), rel=1e-5)
 
 
 def test_a_text_is_read_as_the_mean_of_its_hidden_states(world):

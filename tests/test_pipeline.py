@@ -15,8 +15,10 @@ from mini import CLASSES, write_clips, write_config
 
 from minixmd.config import FactCheck, Traces
 from minixmd.config.load import load_config
+from minixmd.inputs.examples import read_manifest
 from minixmd.runner import main
 from minixmd.runs.records import read_jsonl
+from minixmd.stages.endpoint import audio_part
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("traces/samples.jsonl", "traces/traces.jsonl", "traces/labels.jsonl", "traces/results.json",
@@ -63,11 +65,28 @@ def outputs(folder):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(clips, tmp_path_factory):
+def undisturbed_run(clips, tmp_path_factory):
+    """(outputs, requests) where the endpoint never fails."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with FakeEndpoint(replies) as endpoint:
         assert main([config(folder, clips, endpoint.base_url), f"run_dir={folder / 'run'}"]) == 0
-    return outputs(folder)
+    return outputs(folder), endpoint.requests
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_run):
+    return undisturbed_run[0]
+
+
+def test_every_answer_goes_to_the_trace_that_was_asked_about(undisturbed_run, clips):
+    texts, requests = undisturbed_run
+    audio = {e.id: audio_part(e.audio) for e in read_manifest(clips)}
+    traces = {(t["id"], t["sample"]): t for t in map(json.loads, texts["traces/traces.jsonl"].splitlines())}
+    for verdict in map(json.loads, texts["checked/verdicts.jsonl"].splitlines()):
+        thought = traces[verdict["id"], verdict["sample"]]["text"].partition(":")[0].removeprefix("<think>")
+        [body] = [r.body for r in requests if f"{thought}:" in r.body["messages"][0]["content"][1]["text"]]
+        assert body["messages"][0]["content"][0] == audio[verdict["id"]]
+        assert verdict["accepted"] == (replies(body["messages"], body["seed"])["text"] == "Yes.")
 
 
 def test_what_the_endpoint_says_goes_through_both_stages(undisturbed):
@@ -139,6 +158,24 @@ def test_a_stage_that_gave_up_goes_on_elsewhere_with_more_patience_and_keeps_its
     assert {name: used[name] for name in changed} == changed
     assert main([*command, "checked.served=another"]) == 1
     assert 'by another config: served "checker" -> "another"; set' in capsys.readouterr().err
+
+
+def test_samples_that_never_came_are_counted_under_their_reason(clips, tmp_path):
+    def faults(n, body):  # the last sample of every clip, and all of the second clip's
+        return "422" if n < 48 and (n % 4 == 3 or n // 4 == 1) else None
+
+    with FakeEndpoint(replies, faults) as endpoint:
+        command = [config(tmp_path, clips, endpoint.base_url), f"run_dir={tmp_path / 'run'}", "traces.concurrency=1"]
+        assert main([*command, "traces.max_bad=0.4"]) == 0
+    folder = tmp_path / "run" / "traces"
+    samples, labels = lines_of(folder / "samples.jsonl"), lines_of(folder / "labels.jsonl")
+    bad = samples.pop(1)
+    assert bad["bad"] == labels.pop(1)["bad"] == "rejected" and "HTTP 422" in bad["detail"]
+    for record, label in zip(samples, labels, strict=True):
+        assert [sample["use"] for sample in record["samples"]] == ["ok"] * 3 + ["rejected"]
+        assert label["bad"] == "rejected"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["unusable"] == {"rejected": 11} and results["bad"] == {"rejected": 1} and results["usable"] == 33
 
 
 def test_a_server_that_refuses_log_probs_can_do_without(undisturbed, clips, tmp_path, capsys):

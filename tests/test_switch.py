@@ -321,6 +321,25 @@ def start(config, run_dir):
                             cwd=Path(__file__).resolve().parents[1])
 
 
+def test_a_stage_stopped_after_an_epoch_ends_bit_equal(world, tmp_path):
+    how = dict(augment="both", epochs=2)
+    run(world, tmp_path / "whole", **how)
+
+    def stop(line):
+        append_jsonl(tmp_path / "stopped/log.jsonl", line)
+        if line["epoch"] == 2:  # logged, but not saved
+            raise KeyboardInterrupt
+
+    (tmp_path / "stopped").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        switch.run(Switch(**fields(world, **how)), tmp_path / "stopped", stop)
+    run(world, tmp_path / "stopped", **how)
+    whole, again = (load_file(tmp_path / side / "state.safetensors") for side in ("whole", "stopped"))
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    for name in ("switch.jsonl", "results.json", "log.jsonl"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "stopped" / name).read_text(), name
+
+
 @pytest.mark.slow
 def test_a_killed_stage_ends_bit_equal(world, tmp_path):
     wanted = fields(world, augment="both")
