@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 SAMPLE_RATE = 16_000
 N_FFT, HOP, MELS = 400, 160, 128
-WINDOW_S = 30  # seconds that Qwen2-Audio's tower was made for: what comes later is not heard
+WINDOW_S = 30  # seconds that Qwen2-Audio's tower was made for: what comes later is ignored
 RESAMPLE_BLOCK = 1 << 20  # samples handed to libswresample at once
 HALO = 2  # frames after the last real one that sound still reaches; the tower's convolutions look no further ahead
 MIN_SAMPLES = 2 * HOP + 1  # fewer give no audio token
@@ -38,7 +38,7 @@ def log_mel(wave_S, window_s=WINDOW_S):
     over the halo too, as in the reference.
 
     Args:
-        wave_S: (S,) float32, 16 kHz mono; what lies beyond window_s seconds is not heard.
+        wave_S: (S,) float32, 16 kHz mono; what lies beyond window_s seconds is ignored.
     Returns:
         mel_MA: (128, min(l + 2, 100 window_s)) float32 where l = num_mel_frames(S, window_s).
     Raises:

@@ -80,10 +80,8 @@ class Batch:
 def pack(items):
     """Concatenate a non-empty list of Prompts and Groups into one Batch.
 
-    Item i's rows are `spans[i]`, its prompt first, then its completions.
-
-    Raises:
-        ValueError: no items, an empty completion, or a target that nothing precedes.
+    Item i's rows are `spans[i]`, its prompt first, then its completions. Raises ValueError: no items, an empty
+    completion, or a target that nothing precedes.
     """
     if not items:
         raise ValueError("pack needs at least one Prompt or Group")

@@ -22,9 +22,6 @@ class Example:
     meta: dict = field(default_factory=dict)
 
 
-FIELDS = sorted(f.name for f in fields(Example))
-
-
 def _parse_line(line, place):
     """The Example of a manifest's line; ValueError, naming `place`, if it is none."""
     try:
@@ -33,8 +30,9 @@ def _parse_line(line, place):
         raise ValueError(f"{place}: not JSON: {error.msg}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{place}: a manifest line must be a JSON object, got {type(record).__name__}")
-    if extra := sorted(record.keys() - FIELDS):
-        raise ValueError(f"{place}: unknown field {extra[0]!r}; an example has {', '.join(FIELDS)}")
+    known = sorted(f.name for f in fields(Example))
+    if extra := sorted(record.keys() - known):
+        raise ValueError(f"{place}: unknown field {extra[0]!r}; an example has {', '.join(known)}")
     if missing := [name for name in ("id", "question", "options") if name not in record]:
         raise ValueError(f"{place}: field {missing[0]!r} is missing")
     for name in ("id", "question"):
@@ -59,9 +57,7 @@ def _parse_line(line, place):
 def read_manifest(path):
     """The Examples of a JSONL manifest, media paths made absolute.
 
-    Raises:
-        ValueError: a line that is not an example (file, line and field are named), a repeated id, or no example at all.
-        OSError: the file cannot be read.
+    Raises ValueError, which names file, line and field: a line that is not an example, a repeated id, or no example.
     """
     path = Path(path)
     folder = path.parent.absolute()

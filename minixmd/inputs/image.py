@@ -26,8 +26,7 @@ def sample_frames(total, video_fps, *, fps=1.0, nframes=None):
     Args:
         total: frames that decode, >= 1. video_fps: their average rate, in 1/s.
         fps: frames to choose per second; unused when nframes is given. nframes: a fixed count, even, >= 2, <= total.
-    Raises:
-        ValueError: an argument out of range.
+    Raises ValueError: an argument out of range.
     """
     if total < 1:
         raise ValueError(f"total must be at least 1 frame, got {total}")
@@ -51,9 +50,7 @@ def smart_resize(height, width, *, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
     same shape.
 
     Rounding is Python's, halves to even. A side is never below 28, so a very flat frame may miss the upper limit.
-
-    Raises:
-        ValueError: an empty frame, sides in a ratio above 200, or contradicting limits.
+    Raises ValueError: an empty frame, sides in a ratio above 200, or contradicting limits.
     """
     if min(height, width) < 1:
         raise ValueError(f"frame sides must be at least 1 pixel, got {height} x {width}")
@@ -96,9 +93,7 @@ def patchify(frames_TCHW):
         patches_PC: (P, 1176) float32. Rows run over frame pairs, then rows and columns of 2 x 2 patches, then the
             four patches inside; a row is (colour 3, frame 2, height 14, width 14).
         grid_thw: (frame pairs, H / 14, W / 14); P is their product and the video takes P / 4 tokens.
-    Raises:
-        ValueError: another dtype or shape.
-    Source: transformers 5.23 Qwen2VLVideoProcessor, with its fused constants.
+    Raises ValueError: another dtype or shape. Source: transformers 5.23 Qwen2VLVideoProcessor, its fused constants.
     """
     T, C, H, W = frames_TCHW.shape
     if frames_TCHW.dtype != torch.uint8 or T < 1 or C != 3 or H % SIDE or W % SIDE:

@@ -13,7 +13,6 @@ import os
 import re
 import stat
 import struct
-from contextlib import contextmanager
 
 import av
 import numpy as np
@@ -84,12 +83,11 @@ def read_audio(path, *, sample_rate=SAMPLE_RATE):
 
 
 def read_frames(path, *, fps=1.0, nframes=None):
-    """Decode the frames that Qwen's rule picks (`image.sample_frames`) from the first video track, never the sound.
+    """Decode the frames that Qwen's rule picks (`image.sample_frames`) from the first video track.
 
-    The number of frames is that of those that decode, not the header's: clips cut without re-encoding list frames that
-    an edit list hides. The rate is the track's average. As in the reference, a rotation tag and a sample aspect ratio
-    are ignored. All frames are decoded, and kept in the codec's own format up to KEPT_BYTES; a longer clip is decoded
-    twice. Only the chosen ones become RGB.
+    Frames that decode count, not the header's number: clips cut without re-encoding list frames that an edit list
+    hides. The rate is the track's average. As in the reference, a rotation tag and a sample aspect ratio are ignored.
+    All frames are decoded, and kept in the codec's own format up to KEPT_BYTES; a longer clip is decoded twice.
 
     Args:
         path: taken literally. fps: frames to pick per second of video. nframes: a fixed number instead, even and >= 2.
@@ -211,18 +209,11 @@ def _read_sndfile(path):
         return np.concatenate(blocks) if blocks else np.zeros(0, np.float32), file.samplerate
 
 
-@contextmanager
-def _unreadable(path, doing=""):
-    """Turns PyAV's errors into a MediaError."""
-    try:
-        yield
-    except AV_ERRORS as error:
-        raise MediaError(path, "unreadable", doing + _message(error)) from None
-
-
 def _open(path):
-    with _unreadable(path):  # "file:": a name with a colon is no URL, and a playlist in it stays off the network
+    try:  # "file:": a name with a colon is no URL, and FFmpeg keeps a playlist inside such a file off the network
         return av.open("file:" + os.fspath(path), metadata_errors="replace")
+    except AV_ERRORS as error:
+        raise MediaError(path, "unreadable", _message(error)) from None
 
 
 def _pictures(container):
@@ -254,8 +245,10 @@ def _decode(container, stream, path):
 
 
 def _to_rgb(frame, path):
-    with _unreadable(path, f"no RGB from {frame.format.name}: "):
-        return frame.to_ndarray(format="rgb24")
+    try:
+        return frame.to_ndarray(format="rgb24")  # (H, W, 3)
+    except AV_ERRORS as error:
+        raise MediaError(path, "unreadable", f"no RGB from {frame.format.name}: {error}") from None
 
 
 def _read_pyav_audio(path):
@@ -285,8 +278,10 @@ def _late_seconds(container, first_frame):
 
 
 def _mono(frame, path):
-    with _unreadable(path, f"no samples from {frame.format.name}: "):
+    try:
         x = frame.to_ndarray()  # (channels, samples) or, packed, (1, samples * channels)
+    except AV_ERRORS as error:
+        raise MediaError(path, "unreadable", f"no samples from {frame.format.name}: {error}") from None
     if not frame.format.is_planar:
         x = x.reshape(-1, len(frame.layout.channels)).T
     if x.dtype == np.uint8:

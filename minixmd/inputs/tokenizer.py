@@ -76,8 +76,8 @@ class Processor:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the tokenizers library raises a bare Exception
             raise ValueError(f"{path}: not a tokenizer: {error}") from None
-        placeholders = [template.placeholder for template in (self.family.audio, self.family.video) if template]
-        for token in (END, START, *placeholders):
+        self.placeholders = [template.placeholder for template in (self.family.audio, self.family.video) if template]
+        for token in (END, START, *self.placeholders):
             if self.tokenizer.token_to_id(token) is None:
                 raise ValueError(f"{path}: has no token {token}; it is not a {self.family.model_type} tokenizer")
         for name, token in self.family.token_fields.items():
@@ -136,7 +136,7 @@ class Processor:
         if conversation[0]["role"] != "system":
             draft.add(self.encode(f"{START}system\n{self.family.system}{END}\n"))
         for number, turn in enumerate(conversation):
-            role = turn["role"]
+            role, parts = turn["role"], turn["content"]
             if role not in ("system", "user", "assistant"):
                 raise ValueError(f"turn {number}: role must be system, user or assistant, got {role!r}")
             is_target = role == "assistant" and number == len(conversation) - 1
@@ -144,7 +144,11 @@ class Processor:
             if is_target:  # a boundary that generation has too, so that no token spans it
                 draft.add(self.encode(text))
                 text = ""
-            for part in _parts(turn, number):
+            if isinstance(parts, str):
+                parts = [{"type": "text", "text": parts}]
+            if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+                raise ValueError(f"turn {number}: content must be a string or a list of {{'type': …}} parts")
+            for part in parts:
                 if part.get("type") == "text":
                     text += self._text(part, number)
                     continue
@@ -165,9 +169,8 @@ class Processor:
         string = part.get("text")
         if not isinstance(string, str):
             raise ValueError(f"turn {number}: a text part's 'text' must be a string, got {string!r}")
-        for template in (self.family.audio, self.family.video):
-            if template and template.placeholder in string:
-                sign = template.placeholder
+        for sign in self.placeholders:
+            if sign in string:
                 raise ValueError(f"text must not hold the placeholder {sign}; give the clip as a media part")
         return string
 
@@ -247,13 +250,3 @@ class Processor:
         patches_PC, grid_thw = patchify(frames_TCHW)
         offsets_3P = grid_offsets(grid_thw, ids_per_s=self.config.ids_per_s, fps=fps)
         return Media("video", patches_PC, torch.arange(offsets_3P.shape[1]), grid_thw=grid_thw), offsets_3P
-
-
-def _parts(turn, number):
-    """The content of a turn as a list of parts."""
-    content = turn["content"]
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise ValueError(f"turn {number}: content must be a string or a list of {{'type': …}} parts")
-    return content

@@ -128,7 +128,8 @@ def make_cnn14(classes, width, seed):
         if name in front_end():
             t.copy_(front_end()[name])
         elif t.ndim > 1:
-            bound = (6 / (t[0].numel() + t[:, 0].numel())) ** 0.5
+            fan_in, fan_out = t[0].numel(), t[:, 0].numel()
+            bound = (6 / (fan_in + fan_out)) ** 0.5
             generator = torch.Generator().manual_seed(hash_seed(seed, name))
             t.copy_(torch.rand(t.shape, generator=generator) * 2 * bound - bound)
         else:
@@ -140,7 +141,7 @@ def load_weights(model, path, head=True):
     """Fill a Cnn14 from a checkpoint: PANNs' .pth ({"model": tensors, …} or the tensors alone) or safetensors.
 
     head: False leaves the model its own fc_audioset, for other classes than the file's. Raises ValueError: the file
-    cannot be read without running code; or missing, unexpected and misshapen tensors and another front end, all at once.
+    cannot be read without running code; or missing, unexpected and misshapen tensors and another front end, together.
     """
     tensors, state = _read(Path(path)), model.state_dict()
     if not head:
@@ -178,8 +179,9 @@ def _read(path):
 
 def _numpy_globals():
     """What unpickles numpy arrays and numbers, as PANNs' training script stored them beside the weights."""
-    functions = {"_reconstruct": np.zeros(1).__reduce__()[0], "scalar": np.int64(0).__reduce__()[0]}
+    reconstruct, scalar = (value.__reduce__()[0] for value in (np.zeros(1), np.int64(0)))
     allowed = [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefdO"}]
     for core in ("core", "_core"):  # numpy 1's and 2's
-        allowed += [(function, f"numpy.{core}.multiarray.{name}") for name, function in functions.items()]
+        allowed.append((reconstruct, f"numpy.{core}.multiarray._reconstruct"))
+        allowed.append((scalar, f"numpy.{core}.multiarray.scalar"))
     return allowed

@@ -74,7 +74,7 @@ class Family:
     system: str = SYSTEM
     audio_defaults: AudioConfig | None = None
     audio: ClipTemplate | None = None  # None: the model takes no audio
-    max_audio_s: int = 0  # seconds of a clip that are heard
+    max_audio_s: int = 0  # seconds of a clip that are used
     vision_defaults: VisionConfig | None = None
     vision_names: dict[str, str] = field(default_factory=VISION_NAMES.copy)
     video: ClipTemplate | None = None
@@ -119,40 +119,33 @@ QWEN2_AUDIO = Family(
     text_defaults=TextConfig(vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
                              num_attention_heads=32, num_key_value_heads=32, rms_norm_eps=1e-6, rope_theta=10000.0,
                              mrope_section=None),
-    audio_defaults=AudioConfig(),
+    audio_defaults=AudioConfig(), max_audio_s=30,
     audio=ClipTemplate("Audio {n}: <|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>\n"),
-    max_audio_s=30,
     checkpoint_prefixes={"model.": "language_model.model.", "lm_head.": "language_model.lm_head.", "": ""},
     token_fields={"audio_token_index": "<|AUDIO|>", "audio_token_id": "<|AUDIO|>"},
-)
+)  # fmt: skip
 QWEN2_VL = Family(
-    model_type="qwen2_vl",
-    text_defaults=TextConfig(),
-    vision_defaults=VisionConfig(),
+    model_type="qwen2_vl", text_defaults=TextConfig(), vision_defaults=VisionConfig(),
     vision_names={"width": "embed_dim", "out_width": "hidden_size"},
     video=ClipTemplate("<|vision_start|>", "<|video_pad|>", "<|vision_end|>"),
     token_fields={"video_token_id": "<|video_pad|>", "image_token_id": "<|image_pad|>",
                   "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"},
-)
+)  # fmt: skip
 QWEN2_5_VL = replace(QWEN2_VL, model_type="qwen2_5_vl", vision_names=VISION_NAMES,
                      vision_defaults=replace(WINDOWED_VISION, tokens_per_second=4))
 OMNI_THINKER = Family(  # the model in Qwen2.5-Omni that listens, looks and writes; saved on its own
     model_type="qwen2_5_omni_thinker",
     text_defaults=TextConfig(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
                              num_key_value_heads=4, rms_norm_eps=1e-6),
-    audio_defaults=AudioConfig(n_window=100, output_dim=3584),
-    vision_defaults=WINDOWED_VISION,
+    audio_defaults=AudioConfig(n_window=100, output_dim=3584), max_audio_s=300, vision_defaults=WINDOWED_VISION,
     audio=ClipTemplate("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"),
     video=ClipTemplate("<|vision_bos|>", "<|VIDEO|>", "<|vision_eos|>"),
-    max_audio_s=300,
     token_fields={"audio_token_index": "<|AUDIO|>", "audio_token_id": "<|AUDIO|>", "video_token_index": "<|VIDEO|>",
                   "video_token_id": "<|VIDEO|>", "image_token_index": "<|IMAGE|>", "image_token_id": "<|IMAGE|>",
                   "audio_start_token_id": "<|audio_bos|>", "audio_end_token_id": "<|audio_eos|>",
                   "vision_start_token_id": "<|vision_bos|>", "vision_end_token_id": "<|vision_eos|>"},
-    time_fields={"position_id_per_seconds": 25, "seconds_per_chunk": 2},
-    sampled_fps=False,
-    split_qkv=True,
-)
+    time_fields={"position_id_per_seconds": 25, "seconds_per_chunk": 2}, sampled_fps=False, split_qkv=True,
+)  # fmt: skip
 OMNI = replace(OMNI_THINKER, model_type="qwen2_5_omni", section="thinker_config", checkpoint_prefixes={"": "thinker."},
                skipped={"talker.": "talker", "token2wav.": "token2wav"})
 FAMILIES = {family.model_type: family for family in (QWEN2_AUDIO, QWEN2_VL, QWEN2_5_VL, OMNI_THINKER, OMNI)}

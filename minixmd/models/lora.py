@@ -60,7 +60,8 @@ def add_lora(model, *, rank, alpha, targets, seed):
     if not layers:
         raise ValueError(f"lora_targets {targets!r} matches no linear layer of this model")
     for name, layer in layers.items():
-        (out_features, in_features), device = layer.weight.shape, layer.weight.device
+        out_features, in_features = layer.weight.shape
+        device = layer.weight.device
         generator = torch.Generator().manual_seed(hash_seed(seed, name))
         bound = in_features ** -0.5  # kaiming_uniform with a = sqrt(5), the field's convention
         a_RD = (torch.rand(rank, in_features, generator=generator) * 2 - 1) * bound

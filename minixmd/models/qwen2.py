@@ -25,7 +25,8 @@ class Attention(nn.Module):
         self.layer = layer
         self.H = config.num_attention_heads
         self.J = config.num_key_value_heads
-        D, K = config.hidden_size, config.hidden_size // self.H
+        D = config.hidden_size
+        K = D // self.H
         self.q_proj = Linear(D, self.H * K)
         self.k_proj = Linear(D, self.J * K)
         self.v_proj = Linear(D, self.J * K)

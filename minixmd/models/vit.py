@@ -112,14 +112,15 @@ class ViT(nn.Module):
         merge = self.config.spatial_merge_size
         device = media[0].features.device
         frequencies = 1.0 / 10000.0 ** (torch.arange(0, half, 2, device=device).float() / half)
-        places = []
+        positions = []
         for clip in media:
             t, h, w = clip.grid_thw
             sizes = (h // merge, w // merge, merge, merge)  # rows and columns of blocks, then those inside a block
             place_P4 = torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
-            places.append((merge * place_P4[:, :2] + place_P4[:, 2:]).repeat(t, 1))
-        place_P2 = torch.cat(places)
-        angle_PK = (place_P2[..., None].float() * frequencies).flatten(1).repeat(1, 2)
+            row_and_column_P2 = merge * place_P4[:, :2] + place_P4[:, 2:]
+            positions.append(row_and_column_P2.repeat(t, 1))
+        position_P2 = torch.cat(positions).float()
+        angle_PK = (position_P2[..., None] * frequencies).flatten(1).repeat(1, 2)
         return angle_PK.cos(), angle_PK.sin()
 
     def forward(self, media):

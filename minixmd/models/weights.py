@@ -108,7 +108,8 @@ def save_model(model, processor_folder, folder, shard_bytes=SHARD_BYTES):
         source = Path(processor_folder) / name
         if source.is_file() and source.resolve() != (folder / name).resolve():
             shutil.copyfile(source, folder / name)
-    write_shards(folder, {family.checkpoint_name(name): p for name, p in model.named_parameters()}, shard_bytes)
+    state = {family.checkpoint_name(name): p for name, p in model.named_parameters()}
+    write_shards(folder, state, shard_bytes)
     raw = model.config.raw
     if not DTYPE_FIELDS & raw.keys():
         raw = {**raw, "torch_dtype": None}
@@ -125,8 +126,13 @@ def save_model(model, processor_folder, folder, shard_bytes=SHARD_BYTES):
 
 def _with_dtype(section, dtype):
     """A copy of a config in which all dtypes that it names, also in inner sections, are `dtype`."""
-    copy = {**section, **dict.fromkeys(DTYPE_FIELDS & section.keys(), dtype)}
-    return {name: _with_dtype(value, dtype) if isinstance(value, dict) else value for name, value in copy.items()}
+    copy = dict(section)
+    for name, value in section.items():
+        if name in DTYPE_FIELDS:
+            copy[name] = dtype
+        elif isinstance(value, dict):
+            copy[name] = _with_dtype(value, dtype)
+    return copy
 
 
 def adapted(model):

@@ -110,13 +110,17 @@ class Whisper(nn.Module):
 def sinusoids(length, width, device="cpu"):
     """Positions (length, width), fp32: sines, then cosines, of width/2 wavelengths from 2 pi to 10,000 times that."""
     half = width // 2
-    speed_E = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half, device=device).float())
-    angle_AE = torch.arange(length, device=device)[:, None].float() * speed_E
+    step = -math.log(10000.0) / (half - 1)
+    speed_E = torch.exp(step * torch.arange(half, device=device).float())
+    time_A = torch.arange(length, device=device).float()
+    angle_AE = time_A[:, None] * speed_E
     return torch.cat([angle_AE.sin(), angle_AE.cos()], dim=1)
 
 
 def _pool(x_AE, lengths):
     """The mean of each clip's neighbouring rows, two by two; an odd last row drops."""
-    starts = [torch.arange(s.start, s.start + s.length - 1, 2) for s in consecutive_segments(lengths)]
+    starts = []
+    for segment in consecutive_segments(lengths):
+        starts.append(torch.arange(segment.start, segment.start + segment.length - 1, 2))
     first = torch.cat(starts).to(x_AE.device)
     return (x_AE[first] + x_AE[first + 1]) / 2
