@@ -17,6 +17,7 @@ setup(
         "av>=14.2",
         "numpy>=1.26",
         "tqdm>=4.66",
+        "jinja2>=3.1",
     ],
     extras_require={
         "test": ["pytest>=8", "ruff>=0.9", "transformers>=5", "peft>=0.18"],  # the last two: parity tests only
@@ -38,5 +39,6 @@ setup(
         "minixmd.verify",
         "minixmd.kernels",
     ],
+    package_data={"minixmd.dryrun": ["*.json", "*.j2"]},
     package_dir={"minixmd.kernels": "kernels"},
 )

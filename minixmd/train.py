@@ -72,16 +72,13 @@ class Trainer:
         stage: Distill, SFT or GRPO, with paths in place of "@name".
         num_items: Items that it learns from, for the number of steps.
         folder: the stage's directory. log: function that appends a dict to log.jsonl.
-        load: minixmd.load, or a dry run's, which loads no weights.
     """
 
     # ---- setup ----
 
-    def __init__(self, stage, num_items, folder=None, log=None, load=load):
+    def __init__(self, stage, num_items, folder=None, log=None):
         self.stage, self.num_items, self.folder, self.log = stage, num_items, folder, log
-        runtime = runtime_of(stage)
-        self.model, self.processor = load(stage.model, device=runtime.device, dtype=runtime.dtype,
-                                          backend=runtime.backend)
+        self.model, self.processor = self.load_model()
         self.choose_parameters()
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = adamw(self.parameters, lr=stage.lr, betas=stage.betas, eps=stage.eps,
@@ -95,12 +92,20 @@ class Trainer:
         self.validated_step = 0  # the last one after which validation was finished
         self.num_bad = 0  # clips that could not be read, over all epochs so far
         if isinstance(stage, Distill) and stage.teacher_loss != "ce":
-            teacher_tokenizer = Tokenizer.from_file(str(Path(stage.teacher_labels).parent / "tokenizer.json"))
-            self.common_vocab = common_vocab_size(self.processor.tokenizer, teacher_tokenizer)
-            self.suppressed_Z = torch.tensor(self.processor.suppressed_ids, device=self.model.device)
+            self.common_vocab, self.suppressed_Z = self.distilled_vocabulary()
         if isinstance(stage, GRPO):
             self.vocabulary = SampledVocabulary.of(self.model, self.processor, stage.temperature)
             self.reference = frozen_copy(self.model) if stage.beta else None
+
+    def load_model(self):
+        runtime = runtime_of(self.stage)
+        return load(self.stage.model, device=runtime.device, dtype=runtime.dtype, backend=runtime.backend)
+
+    def distilled_vocabulary(self):
+        """How many ids student and teacher share, and the suppressed ids, which the KL leaves out."""
+        teacher_tokenizer = Tokenizer.from_file(str(Path(self.stage.teacher_labels).parent / "tokenizer.json"))
+        suppressed_Z = torch.tensor(self.processor.suppressed_ids, device=self.model.device)
+        return common_vocab_size(self.processor.tokenizer, teacher_tokenizer), suppressed_Z
 
     def choose_parameters(self):
         """Adds the adapter, or unfreezes what trains."""

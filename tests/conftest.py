@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
+    config.addinivalue_line("markers", "slow: long; run by -m slow")
     config.addinivalue_line("filterwarnings", "error")
 
 
