@@ -41,5 +41,9 @@ setup(
         "minixmd.kernels",
     ],
     package_dir={"minixmd.kernels": "kernels"},
-    package_data={"minixmd.report": ["*.j2", "*.json"], "minixmd.toy": ["*.json", "*.jsonl"]},
+    package_data={
+        "minixmd.dryrun": ["*.json", "*.j2"],
+        "minixmd.report": ["*.json", "*.j2"],
+        "minixmd.toy": ["*.json", "*.jsonl"],
+    },
 )

@@ -1,10 +1,11 @@
-"""bench_memory: what --dry-run says a training stage takes against what it takes, on a Qwen2-Audio of 60 M parameters.
+"""bench_memory: a dry run's estimate of a training stage's memory against the measured peak, on a Qwen2-Audio of 60 M
+parameters.
 
-Measured is a whole stage, up to writing best/: the weights, and the most bytes beside them that torch's CPU allocator
-has handed out at a moment, from the profiler's record of every allocation, those inside operators included, and those
-of the clips that wait to be used too. (The weights are loaded before: their file, mapped meanwhile, is no memory, but
-would be recorded as such.) Two steps a stage, so that the second meets the optimizer's state. fp32, clips of 10 s. What
-the estimate takes for granted holds: the tokenizer is at hand, and hardly a completion ends before max_new_tokens.
+Measured is a whole stage, up to writing best/: the weights, and the most bytes beside them that PyTorch's CPU allocator
+had handed out at a moment, from the profiler's record of every allocation. That includes operators' work space and the
+clips that wait to be used. (The weights are loaded before, because the profiler would record their memory-mapped file.)
+Two steps a stage, so that the second meets the optimizer's state. fp32, clips of 10 s. The estimate's assumptions hold:
+the tokenizer is at hand, and hardly a completion ends before max_new_tokens.
 
 Run: python -m bench.bench_memory [--threads 1] [--out bench/results/memory_cpu.json]
 Exit status 1 if an estimate is off by more than 10 %. Takes 10 minutes on one core. The last line of stdout is JSON.
@@ -13,7 +14,6 @@ import argparse
 import json
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -23,9 +23,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from bench import measure
 from minixmd import load, train
-from minixmd.config import Train
-from minixmd.dryrun.estimate import CLIP_S, estimate
-from minixmd.dryrun.plan import EXAMPLE, know
+from minixmd.config import GRPO, SFT
+from minixmd.dryrun.estimate import estimate
+from minixmd.dryrun.models import CLIP_S
+from minixmd.dryrun.plan import EXAMPLE, plan_stage
 from minixmd.inputs.audio import SAMPLE_RATE
 from minixmd.inputs.examples import manifest_text
 from minixmd.models.families import read_config
@@ -36,24 +37,33 @@ from minixmd.runs.files import write_json
 ROWS, BOUND = 16_384, 0.10
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
 STEPS = 2
-SFT = {"objective": "sft", "batch_size": 8, "micro_batch_size": 4}
 TRACES = {"traces": "traces.jsonl", "max_new_tokens": 257}
-GRPO = {"objective": "grpo", "batch_size": 2, "group_size": 4, "max_new_tokens": 64, "micro_batch_size": 1}
+ROLLOUTS = {"batch_size": 2, "group_size": 4, "max_new_tokens": 64, "micro_batch_size": 1}
 CASES = {
-    "SFT, LoRA, 1 letter a pass": {**SFT, "batch_size": 2, "micro_batch_size": 1},
-    "SFT, LoRA, 4 letters a pass": SFT,
-    "SFT, LoRA, 2 traces of 256 tokens a pass": {**SFT, **TRACES, "batch_size": 4, "micro_batch_size": 2},
-    "SFT, decoder, 4 letters a pass": {**SFT, "trainable": "decoder"},
-    "SFT, full, 1 letter a pass": {**SFT, "batch_size": 2, "micro_batch_size": 1, "trainable": "full"},
-    "SFT, full, 4 letters a pass": {**SFT, "trainable": "full"},
-    "SFT, full, a step in one pass": {**SFT, "batch_size": 4, "trainable": "full"},
-    "GRPO, LoRA, 1 x 4 a pass": GRPO,
-    "GRPO, LoRA, 2 x 4 a pass": {**GRPO, "micro_batch_size": 2},
-    "GRPO, decoder, 1 x 4 a pass": {**GRPO, "trainable": "decoder"},
-    "GRPO, full, 1 x 4 a pass": {**GRPO, "trainable": "full"},
-    "GRPO, full, 2 x 4 a pass, no reference": {**GRPO, "micro_batch_size": 2, "trainable": "full", "beta": 0.0},
-    "GRPO, LoRA, 4 x 4 a step in 4 decode_slots": {**GRPO, "batch_size": 4, "decode_slots": 4},
+    "SFT, LoRA, 1 letter a pass": (SFT, {"batch_size": 2, "micro_batch_size": 1}),
+    "SFT, LoRA, 4 letters a pass": (SFT, {}),
+    "SFT, LoRA, 2 traces of 256 tokens a pass": (SFT, {**TRACES, "batch_size": 4, "micro_batch_size": 2}),
+    "SFT, decoder, 4 letters a pass": (SFT, {"trainable": "decoder"}),
+    "SFT, full, 1 letter a pass": (SFT, {"batch_size": 2, "micro_batch_size": 1, "trainable": "full"}),
+    "SFT, full, 4 letters a pass": (SFT, {"trainable": "full"}),
+    "SFT, full, a step in one pass": (SFT, {"batch_size": 4, "trainable": "full"}),
+    "GRPO, LoRA, 1 x 4 a pass": (GRPO, {}),
+    "GRPO, LoRA, 2 x 4 a pass": (GRPO, {"micro_batch_size": 2}),
+    "GRPO, decoder, 1 x 4 a pass": (GRPO, {"trainable": "decoder"}),
+    "GRPO, full, 1 x 4 a pass": (GRPO, {"trainable": "full"}),
+    "GRPO, full, 2 x 4 a pass, no reference": (GRPO, {"micro_batch_size": 2, "trainable": "full", "beta": 0.0}),
+    "GRPO, LoRA, 4 x 4 a step in 4 decode slots": (GRPO, {"batch_size": 4, "decode_slots": 4}),
 }  # fmt: skip
+
+
+def make_stage(title, home):
+    """The stage of a case."""
+    cls, fields = CASES[title]
+    fields = {**(ROLLOUTS if cls is GRPO else {"batch_size": 8, "micro_batch_size": 4}), **fields}
+    if "traces" in fields:
+        fields["traces"] = str(home / fields["traces"])
+    return cls(name="case", model=str(home / "model"), manifest=str(home / "clips.jsonl"), device="cpu",
+               max_steps=STEPS, **fields)
 
 
 def write_model(folder):
@@ -89,7 +99,7 @@ def measure_stage(stage, folder, log):
     """Bytes: the weights', and the peak of train.train beside them."""
     loaded = load(stage.model)
     weights = sum(p.nbytes for p in loaded[0].parameters())
-    with mock.patch.object(train, "build", partial(train.build, load=lambda *_, **__: loaded)):
+    with mock.patch.object(train, "load", lambda *_, **__: loaded):
         beside = measure.peak(lambda: train.train(stage, folder, log.append), "cpu")
     return weights + beside
 
@@ -106,26 +116,23 @@ def main():
         home = Path(name)
         result["parameters"] = write_model(home / "model")
         write_data(home, 8 * STEPS)
-        for title, how in CASES.items():
+        for title in CASES:
             if args.only not in title:
                 continue
-            how = how | ({"traces": str(home / how["traces"])} if "traces" in how else {})
-            stage = Train(name="case", model=str(home / "model"), manifest=str(home / "clips.jsonl"), device="cpu",
-                          max_steps=STEPS, **how)
+            stage = make_stage(title, home)
             folder = home / title.replace(" ", "_")
             folder.mkdir()
-            found, prompt, _ = know(stage, [stage], home)
-            rows = estimate(stage, found, prompt, train)
-            fullest = max(rows, key=lambda row: row.total)
+            plan = plan_stage(stage, [stage], home)
+            fullest = max(estimate(stage, plan.model, plan.prompt), key=lambda phase: phase.total)
             log = []
             measured = measure_stage(stage, folder, log)
             row = {"case": title, "estimated": fullest.total, "measured": measured, "over": fullest.total / measured,
-                   "in": fullest.doing, "parts": fullest.parts}
-            if stage.objective == "grpo":
+                   "in": fullest.name, "parts": fullest.bytes}
+            if isinstance(stage, GRPO):
                 row["completion_tokens"] = [line["completion_tokens"] for line in log if "completion_tokens" in line]
             result["rows"].append(row)
             print(f"{title:42} {fullest.total / 1e6:8.1f} MB estimated, {measured / 1e6:8.1f} MB measured: "
-                  f"{100 * (row['over'] - 1):+5.1f} %  ({fullest.doing})", flush=True)
+                  f"{100 * (row['over'] - 1):+5.1f} %  ({fullest.name})", flush=True)
     result["ok"] = all(abs(row["over"] - 1) <= BOUND for row in result["rows"])
     if args.out:
         write_json(args.out, result)

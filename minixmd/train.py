@@ -66,7 +66,7 @@ class Trainer:
         stage: Distill, SFT or GRPO, with paths in place of "@name".
         num_items: Items that it learns from, for the number of steps.
         folder: the stage's directory. log: function that appends a dict to log.jsonl.
-        load: minixmd.load, or a dry run's, which loads no weights.
+        load: minixmd.load, or a function like it.
     """
 
     # ---- setup ----
@@ -76,9 +76,7 @@ class Trainer:
         self.num_items = num_items
         self.folder = folder
         self.log = log
-        runtime = runtime_of(stage)
-        self.model, self.processor = load(
-            stage.model, device=runtime.device, dtype=runtime.dtype, backend=runtime.backend)
+        self.model, self.processor = self.load_model(load)
         make_trainable(
             self.model, stage.trainable, name=f"{stage.name}: {stage.model}", rank=stage.lora_rank,
             alpha=stage.lora_alpha, targets=stage.lora_targets, seed=stage.seed)
@@ -95,11 +93,19 @@ class Trainer:
         self.validated_step = 0  # the last one after which validation was finished
         self.num_bad = 0  # clips that could not be read, over all epochs so far
         if isinstance(stage, Distill) and stage.teacher_loss != "ce":
-            self.common_vocab = common_vocab_size(self.processor, stage.teacher_labels)
-            self.suppressed_Z = torch.tensor(self.processor.suppressed_ids, device=self.model.device)
+            self.common_vocab, self.suppressed_Z = self.distilled_vocabulary()
         if isinstance(stage, GRPO):
             self.vocabulary = SampledVocabulary.of(self.model, self.processor, stage.temperature)
             self.reference = frozen_copy(self.model) if stage.beta else None
+
+    def load_model(self, load):
+        runtime = runtime_of(self.stage)
+        return load(self.stage.model, device=runtime.device, dtype=runtime.dtype, backend=runtime.backend)
+
+    def distilled_vocabulary(self):
+        """How many ids student and teacher share, and the suppressed ids, which the KL leaves out."""
+        suppressed_Z = torch.tensor(self.processor.suppressed_ids, device=self.model.device)
+        return common_vocab_size(self.processor, self.stage.teacher_labels), suppressed_Z
 
     def steps_per_epoch(self):
         return math.ceil(self.num_items / self.stage.batch_size)

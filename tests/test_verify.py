@@ -23,7 +23,8 @@ from minixmd.models.lora import add_lora
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.weights import adapted, save_adapter, save_model
 from minixmd.verify import __main__ as verify
-from minixmd.verify import invariances
+from minixmd.verify import against_transformers
+from minixmd.verify.subject import Subject, choose_clips
 
 CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.json"))  # as published
 KINDS = ("audio", "vision", "windowed", "omni")
@@ -53,8 +54,9 @@ def copied(folders, tmp_path):
     return lambda kind: shutil.copytree(folders[kind], tmp_path / kind)
 
 
-def subject(folder, dtype="float32"):
-    return verify.subject(*load(folder, dtype=getattr(torch, dtype)), dtype)
+def subject(folder, dtype="float32", audios=(), videos=()):
+    model, processor = load(folder, dtype=getattr(torch, dtype))
+    return Subject(model, processor, dtype, choose_clips(model.config.family, audios, videos))
 
 
 def table(capsys, *argv):
@@ -86,7 +88,7 @@ def test_own_clips_and_an_adapter_are_taken(folders, tmp_path, capsys):
     write_mp4(clip, frames, fps=4)
     write_wav(one, wave_S)
     write_wav(two, wave_S[:9000] ** 2)
-    s = verify.subject(*load(folders["omni"]), "float32", [one, two], [clip])
+    s = subject(folders["omni"], audios=[one, two], videos=[clip])
     assert [part["audio"] for part in s.clips["audio"]] == [one, two]
     assert s.clips["video"][0]["video"] == clip and isinstance(s.clips["video"][1]["video"], torch.Tensor)
     with torch.no_grad():
@@ -99,12 +101,12 @@ def test_own_clips_and_an_adapter_are_taken(folders, tmp_path, capsys):
     assert status == 0 and all(row.endswith(("PASS", "SKIP")) for row in rows.values()), rows
     before = s.logits()
     for name in ("adapter off = base model", "adapter exported = re-read", "logits = transformers'"):
-        verify.run(name, s)
-    assert all(torch.equal(a, b) for a, b in zip(before, s.logits(), strict=True))  # the model's own adapter is back
+        verify.run_check(name, s)
+    assert torch.equal(before, s.logits())  # the model's own adapter is back
 
 
 def test_a_large_model_is_compared_with_transformers_only_when_that_is_asked_for(folders, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "TWICE", 1000)
+    monkeypatch.setattr(against_transformers, "LARGE", 1000)
     status, rows, _ = table(capsys, folders["audio"])
     assert status == 0 and "--against transformers does it" in rows["logits = transformers'"]
     assert rows["logits = transformers'"].endswith("SKIP")
@@ -117,7 +119,7 @@ def test_a_large_model_is_compared_with_transformers_only_when_that_is_asked_for
 
 @needs_transformers
 def test_asked_for_a_large_model_is_compared_with_transformers(folders, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "TWICE", 1000)
+    monkeypatch.setattr(against_transformers, "LARGE", 1000)
     status, rows, _ = table(capsys, folders["vision"], "--against", "transformers")
     assert status == 0 and rows["logits = transformers'"].endswith("PASS")
 
@@ -127,11 +129,13 @@ def test_parts_that_are_not_built_are_counted_by_name(copied, capsys):
     state = load_file(folder / "model.safetensors")
     save_file(state | {"talker.a": torch.ones(2), "talker.b": torch.ones(1)}, folder / "model.safetensors")
     s = subject(folder)
-    figure, _, result = verify.run("every tensor, and no other", s)
-    assert result == "PASS" and figure == "120 of 120; talker's 2 skipped"
-    names = {name: "model.safetensors" for name in state} | {f"token2wav.{i}": "gone.safetensors" for i in range(3)}
+    outcome = verify.run_check("every tensor, and no other", s)
+    assert outcome.passed and outcome.measured == "120 of 120; talker's 2 skipped"
+    names = dict.fromkeys([*state, "talker.a", "talker.b"], "model.safetensors")
+    names |= {f"token2wav.{i}": "gone.safetensors" for i in range(3)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    assert verify.run("every tensor, and no other", s)[0] == "120 of 120; talker's 2 skipped; token2wav's 3 skipped"
+    outcome = verify.run_check("every tensor, and no other", s)
+    assert outcome.passed and outcome.measured == "120 of 120; talker's 2 skipped; token2wav's 3 skipped"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -140,10 +144,11 @@ def test_a_published_config_must_have_the_published_number_of_parameters(folders
     with torch.device("meta"):
         s.model = MultimodalLM(read_config(json.loads(path.read_text())))
     s.family = s.model.config.family
-    figure, bound, result = verify.run("parameters", s)
-    assert result == "PASS" and bound.startswith(f"{figure} ({path.stem.partition('-I')[0].partition('-th')[0]}")
+    outcome = verify.run_check("parameters", s)
+    name = path.stem.partition("-I")[0].partition("-th")[0]
+    assert outcome.passed and outcome.bound.startswith(f"{outcome.measured} ({name}")
     s.model.model.layers[3].self_attn.q_proj.bias = None
-    assert verify.run("parameters", s)[2] == "FAIL"
+    assert verify.run_check("parameters", s).verdict == "FAIL"
 
 
 # ---- planted faults: check -> (family, what breaks it) ----
@@ -268,17 +273,17 @@ FAULTS = [
         "minixmd.inputs.tokenizer.grid_offsets",
         lambda offsets: lambda grid, **how: grid_offsets((max(grid[0] - 1, 1), *grid[1:]), **how))),
     ("clips encoded together = alone, plainly", "audio", "clips see each other", patched(
-        "minixmd.models.whisper.attend", one_segment)),
+        "minixmd.models.whisper.packed_attention", one_segment)),
     ("clips encoded together = alone, plainly", "audio", "positions start at 1", patched(
         "minixmd.models.whisper.Whisper.convolve", off_by_one)),
     ("clips encoded together = alone, plainly", "omni", "chunks see each other", patched(
-        "minixmd.models.whisper.attend", one_segment)),
+        "minixmd.models.whisper.packed_attention", one_segment)),
     ("clips encoded together = alone, plainly", "vision", "frame pairs see each other", patched(
-        "minixmd.models.vit.attend", one_segment)),
+        "minixmd.models.vit.packed_attention", one_segment)),
     ("clips encoded together = alone, plainly", "windowed", "windows see each other", patched(
-        "minixmd.models.vit.attend", one_segment)),
+        "minixmd.models.vit.packed_attention", one_segment)),
     ("packed = one at a time", "audio", "attention ignores segments", patched(
-        "minixmd.models.multimodal.attend", one_segment)),
+        "minixmd.models.multimodal.packed_attention", one_segment)),
     ("packed = one at a time", "omni", "media of all prompts in the wrong rows", patched(
         "minixmd.models.multimodal.MultimodalLM.encode",
         lambda encode: lambda model, kind, media: encode(model, kind, media[::-1]))),
@@ -289,11 +294,11 @@ FAULTS = [
     ("cached decoding = full forward", "vision", "positions resume after the rows, not after the largest", patched(
         "minixmd.learning.rollout.pack", lambda was: lambda prompts: resumed(was(prompts)))),
     ("log-probs generated = scored", "audio", "the temperature is forgotten", patched(
-        "minixmd.learning.rollout.sample", lambda draw: lambda z, u, t, suppressed_ids: draw(z, u, 1.0, suppressed_ids))),
+        "minixmd.learning.rollout.sample", lambda draw: lambda z, u, t, suppressed: draw(z, u, 1.0, suppressed))),
     ("log-probs generated = scored", "audio", "suppressed ids are in the sum", patched(
-        "minixmd.learning.rollout.sample", lambda draw: lambda z, u, t, suppressed_ids: draw(z, u, t, suppressed_ids[:0]))),
+        "minixmd.learning.rollout.sample", lambda draw: lambda z, u, t, suppressed: draw(z, u, t, suppressed[:0]))),
     ("another clip changes the answer", "audio", "features are not scattered", patched(
-        "minixmd.models.multimodal.MultimodalLM.embed", deaf)),
+        "minixmd.models.multimodal.MultimodalLM._embed", deaf)),
     ("another clip changes the answer", "omni", "one kind's features are not scattered", patched(
         "minixmd.models.multimodal.MultimodalLM.encode",
         lambda encode: lambda model, kind, media: encode(model, kind, media) * (kind == "video"))),
@@ -322,12 +327,12 @@ def test_the_check_fails_on_a_planted_fault(copied, monkeypatch, check, kind, wh
     if check == "logits = transformers'":
         pytest.importorskip("transformers")
     folder = copied(kind)
-    assert verify.run(check, subject(folder))[2] == "PASS"
+    assert verify.run_check(check, subject(folder)).verdict == "PASS"
     s = subject(folder)
     fault(monkeypatch, s)
-    figure, bound, result = verify.run(check, s)
-    assert result == "FAIL", f"{figure} (bound {bound})"
-    assert "Error" not in figure, figure  # measured, not stumbled over
+    outcome = verify.run_check(check, s)
+    assert outcome.verdict == "FAIL", f"{outcome.measured} (bound {outcome.bound})"
+    assert "Error" not in outcome.measured, outcome.measured  # measured, not stumbled over
 
 
 def test_every_check_has_a_planted_fault():
@@ -361,10 +366,11 @@ def test_weights_that_are_not_numbers_fail_every_check_of_a_number(copied, capsy
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_pair_that_is_no_number_or_of_another_shape_is_not_close(dtype):
-    s, one, nan = SimpleNamespace(dtype=dtype), torch.ones(2, 3), torch.full((2, 3), torch.nan)
-    assert invariances.close(s, [one, one], [one, one])[2]
+    one, nan = torch.ones(2, 3), torch.full((2, 3), torch.nan)
+    s = SimpleNamespace(dtype=dtype)
+    assert Subject.compare(s, [one, one], [one, one]).verdict == "PASS"
     for ours in ([one, nan], [nan, one], [one, one[:1]], [one, 1.1 * one]):
-        assert not invariances.close(s, ours, [one, one])[2]
+        assert Subject.compare(s, ours, [one, one]).verdict == "FAIL"
 
 
 @pytest.mark.parametrize("damage", ["no folder", "a tensor less", "half a file", "no tokenizer", "another's tokenizer",

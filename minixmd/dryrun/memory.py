@@ -1,135 +1,137 @@
-"""The memory that a piece of code would take, found without taking it.
+"""trace_memory: the peak memory of a piece of code, found without computing anything.
 
-The code runs on `meta`, where a tensor has a shape and no memory. Each storage that it makes is followed until it dies,
-so what is counted is what torch's allocator would hand out, tensor by tensor. Not seen: what an operator takes for
-itself while it runs, what an allocator rounds up or cannot reuse, and the driver's own share.
+The code runs on PyTorch's `meta` device, where a tensor has a shape but no data. Every storage is followed from its
+creation to its release: what PyTorch's allocator would hand out, tensor by tensor. Not counted are an operator's own
+workspace, what an allocator rounds up or cannot reuse, and the driver.
 
-Values do not exist on `meta`. Integers that came from the CPU keep theirs; any other number that the code looks at is
-1, any other tensor that it copies to the CPU is 0, and any other mask picks everything.
+On `meta` there are no values, so code that reads some gets stand-ins. Integers copied from the CPU keep their values.
+Of any other tensor `.item()` is 1, a copy on the CPU is 0, and a boolean mask selects every element.
 """
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
 from weakref import ref
 
 import torch
+import torch.fx.experimental._config
+import triton
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minixmd.kernels import decode, distill, distill_topk, grpo, logprob, lora_triton
-
 aten = torch.ops.aten
+CATEGORIES = ("weights", "reference", "gradients", "optimizer", "KV cache", "logits", "activations")
 
 
-class Live(TorchDispatchMode):
-    """Bytes alive on `meta` by part, `now`, and at their most since `watch`, in `most`: {part: bytes}.
+@dataclass(frozen=True)
+class Phase:
+    """A part of a stage's work and what it holds at its fullest moment."""
 
-    A storage is of the part that stands in `part` when it is made; of "activations", a matrix with a side of V is of
-    "logits" instead.
+    name: str
+    tokens: int  # packed into a forward pass; 0 = none
+    bytes: Counter  # by category
+
+    @property
+    def total(self):
+        return self.bytes.total()
+
+
+class MemoryTracer(TorchDispatchMode):
+    """Counts the bytes of all live `meta` storages by category, and finds the peak of each phase.
+
+    A storage belongs to the `category` that is set when it is made; but of activations, a matrix with a side of
+    vocab_size belongs to "logits".
     """
 
-    def __init__(self, V):
+    def __init__(self, vocab_size):
         super().__init__()
-        self.V, self.part = V, "weights"
-        self.sizes, self.known = {}, {}  # storage -> (weak reference, part, bytes); storage -> values on the CPU
-        self.now, self.most, self.total, self.top = Counter(), {}, 0, 0
+        self.vocab_size, self.category, self.phases = vocab_size, "weights", []
+        self.current, self.peak = Counter(), Counter()  # bytes by category
+        self.storages = {}  # storage -> (weak reference, category, bytes)
+        self.values = {}  # storage -> the CPU tensor that it is a copy of
 
-    def watch(self, part):
-        """From now on new storages are of this part, and the most is looked for anew."""
-        self.part, self.most, self.top = part, dict(self.now), self.total
+    @contextmanager
+    def phase(self, name, tokens=0, category="activations"):
+        """Adds its block to `phases`. category: of the storages that are made in it."""
+        self.category, self.peak = category, self.current.copy()
+        yield
+        self.phases.append(Phase(name, tokens, self.peak))
 
-    def move(self, tensors, part):
-        """These tensors are of another part than the one in which they were made."""
-        for t in tensors:
-            self._drop(t.untyped_storage()._cdata)
-            self._follow(t, part)
+    def recategorize(self, tensors, category):
+        """Moves tensors that exist already to another category."""
+        for tensor in tensors:
+            self._release(tensor.untyped_storage()._cdata)
+            self._follow(tensor, category)
 
-    def _follow(self, t, part):
-        storage = t.untyped_storage()
+    def count_gradients(self, parameters):
+        """Moves every gradient to "gradients" as soon as it is accumulated."""
+        for p in parameters:
+            p.register_post_accumulate_grad_hook(lambda p: self.recategorize([p.grad], "gradients"))
+
+    def _follow(self, tensor, category):
+        storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self.sizes:
-            return
-        self.sizes[key] = (ref(storage, lambda _: self._drop(key)), part, size)
-        self.now[part] += size
-        self.total += size
-        if self.total > self.top:
-            self.top, self.most = self.total, dict(self.now)
+        if key not in self.storages:
+            self.storages[key] = (ref(storage, lambda _: self._release(key)), category, size)
+            self.current[category] += size
+            if self.current.total() > self.peak.total():
+                self.peak = self.current.copy()
 
-    def _drop(self, key):
-        _, part, size = self.sizes.pop(key)
-        self.known.pop(key, None)
-        self.now[part] -= size
-        self.total -= size
+    def _release(self, key):
+        _, category, size = self.storages.pop(key)
+        self.values.pop(key, None)
+        self.current[category] -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         x = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if x is not None and x.is_meta:
-            if func is aten._local_scalar_dense.default:
+            if func is aten._local_scalar_dense.default:  # .item()
                 return 1
             if func is aten._to_copy.default and (kwargs.get("device") or x.device).type == "cpu":
-                return self._values(x).to(kwargs.get("dtype") or x.dtype)
-            if func is aten.repeat_interleave.Tensor:
-                kwargs["output_size"] = int(self._values(x).sum())
-            if func is aten.nonzero.default:
-                return x.new_empty(x.numel(), x.ndim, dtype=torch.int64)
-            if func is aten.index.Tensor:
-                args = x, [i if i is None or i.dtype != torch.bool else i.new_empty(i.numel(), dtype=torch.int64)
-                           for i in args[1]]
+                values = self.values.get(x.untyped_storage()._cdata)
+                known = values is not None and values.shape == x.shape
+                return (values if known else torch.zeros(x.shape)).to(kwargs.get("dtype") or x.dtype)
         out = func(*args, **kwargs)
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.is_meta:
-                head = self.part == "activations" and t.ndim == 2 and self.V in t.shape
-                self._follow(t, "logits" if head else self.part)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                is_logits = self.category == "activations" and tensor.ndim == 2 and self.vocab_size in tensor.shape
+                self._follow(tensor, "logits" if is_logits else self.category)
         if func is aten._to_copy.default and not x.is_meta and out.is_meta and not x.is_floating_point():
-            self.known[out.untyped_storage()._cdata] = x
+            self.values[out.untyped_storage()._cdata] = x
         return out
 
-    def _values(self, x):
-        found = self.known.get(x.untyped_storage()._cdata)
-        return found if found is not None and found.shape == x.shape else torch.zeros(x.shape, dtype=x.dtype)
 
-
-class _AsOn(TorchFunctionMode):
-    """What depends on the device: "cuda" or "cpu", where the code is meant to run."""
+class _DeviceMode(TorchFunctionMode):
+    """Makes `meta` tensors take the code paths of a device, "cuda" or "cpu"."""
 
     def __init__(self, device):
         super().__init__()
-        self.device = device
+        self.is_cuda = device == "cuda"
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return _fused(*args, **kwargs)
-        if func is torch.tensor and str(kwargs.get("device")) == "meta":  # so that its values are known
-            return func(*args, **kwargs | {"device": "cpu"}).to("meta")
+            return _fused_attention(*args, **kwargs or {})
         if func == torch.Tensor.is_cuda.__get__ and args[0].is_meta:
-            return self.device == "cuda"
-        return func(*args, **kwargs)
+            return self.is_cuda
+        return func(*args, **kwargs or {})
 
 
-def _fused(q_BHTK, k_BJSK, v_BJSK, attn_mask=None, is_causal=False, enable_gqa=False):
-    """Attention as every fused kernel keeps it: the result, a number a row, and a mask in q's dtype."""
+def _fused_attention(q_BHTK, k_BJSK, v_BJSK, attn_mask=None, is_causal=False, enable_gqa=False):
+    """Attention that keeps what every fused kernel keeps: the output, a number a row, and a mask in q's dtype."""
     bias = None if attn_mask is None else attn_mask.to(q_BHTK.dtype)
-    return aten._scaled_dot_product_flash_attention_for_cpu(q_BHTK, k_BJSK, v_BJSK, 0.0, is_causal, attn_mask=bias)[0]
-
-
-class _Unlaunched:
-    def __getitem__(self, grid):
-        return lambda *args, **options: None
+    fused = aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(q_BHTK, k_BJSK, v_BJSK, 0.0, is_causal, attn_mask=bias)[0]
 
 
 @contextmanager
-def tracing(V, device):
-    """Within it code on `meta` is followed, by the Live that it gives, as on `device`: "cuda" or "cpu". Triton kernels
-    are not launched. V: rows of the vocabulary."""
-    kernels = [(module, name, kernel) for module in (decode, distill, distill_topk, grpo, logprob, lora_triton)
-               for name, kernel in list(vars(module).items()) if name.endswith("_kernel")]
-    for module, name, _ in kernels:
-        setattr(module, name, _Unlaunched())
-    try:
-        with _AsOn(device), Live(V) as live:
-            yield live
-    finally:
-        for module, name, kernel in kernels:
-            setattr(module, name, kernel)
+def trace_memory(vocab_size, device):
+    """Traces its block as if it ran on `device`, "cuda" or "cpu"; yields the MemoryTracer. No Triton kernel is run."""
+    def no_launch(kernel, grid):
+        return lambda *args, **kwargs: None
+
+    masks_select_all = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)
+    with mock.patch.object(triton.KernelInterface, "__getitem__", no_launch), masks_select_all, _DeviceMode(device):
+        with MemoryTracer(vocab_size) as tracer:
+            yield tracer

@@ -1,189 +1,220 @@
-"""Equalities that hold for a right model whatever its weights: what shares a call, a cache or a file changes no number.
+"""Checks of equalities that hold for a right model whatever its weights: what shares a call, a cache or a file changes
+no number.
 
-Each check takes a verify.Subject and returns (figure, bound, passed); minixmd/verify.py prints them. Equalities up to
-rounding are taken over the logits of each prompt's last rows. In float32 the largest difference is at most 1e-5 of the
-largest logit. 16-bit weights round at every layer; there |difference| / |logits|, as vectors, is at most 5 % (random
-models of 28 layers: 2.0 % against transformers, 1.7 % between two forms of our own), so float32 is the sharper proof.
+Up to rounding, they compare the logits of each prompt's last rows. 16-bit weights round at every layer (random models
+of 28 layers: 2.0 % against transformers, 1.7 % between two forms of our own), so float32 is the sharper proof.
 """
-import math
 import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch.nn.functional import gelu, pad
+from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 
 from minixmd import Group, Prompt, pack
 from minixmd.models.lora import add_lora
 from minixmd.models.weights import adapted, load_adapter, save_adapter
+from minixmd.verify.subject import QUESTION, TEMPERATURE, Outcome, synthetic_clips
 
-TEMPERATURE = 0.7
-FLOOR = {"float32": 1e-3, "bfloat16": 1e-2}  # nats by which another clip must change the answer's log-probs
-LOGPROB = {"float32": (1e-4, 1e-3), "bfloat16": (0.05, 0.5)}  # nats, mean and largest: generated against scored
-QUESTION, ANSWER = "What is this?", "A dog runs and barks."
-
-
-def close(s, ours, theirs):
-    """(figure, bound, passed) of two lists of tensors that may differ by rounding only; the worst pair counts."""
-    errors, exact = [], s.dtype == "float32"
-    for a, b in zip(ours, theirs, strict=True):
-        if a.shape != b.shape:
-            return f"shapes {tuple(a.shape)} and {tuple(b.shape)}", "the same", False
-        a, b = a.double(), b.double()
-        errors.append(((a - b).abs().max() / b.abs().max() if exact else (a - b).norm() / b.norm()).item())
-    worst = max(errors, key=lambda x: math.inf if math.isnan(x) else x)
-    if exact:
-        return f"{worst:.1e} of the largest", "<= 1e-5", worst <= 1e-5
-    return f"{worst:.2%}", "<= 5 %", worst <= 0.05
+ANSWER = "A dog runs and barks."
+MIN_CHANGE = {"float32": 1e-3, "bfloat16": 1e-2}  # nats by which another clip must change the answer's log-probs
+MAX_GAP = {"float32": (1e-4, 1e-3), "bfloat16": (0.05, 0.5)}  # nats, mean and largest: generated - scored
 
 
-# ---- clips and towers ----
+# ---- clips and encoders ----
 
 
-def placeholders(s):
-    """The processor's placeholders are as many as the tower's features, for clips of many sizes."""
-    counted, bad = 0, []
-    for kind, parts in s.clips.items():
-        token = s.processor.tokenizer.token_to_id(getattr(s.family, kind)[1])
-        for part in [*parts, *s.sizes[kind]]:
-            prompt = s.processor([{"role": "user", "content": [part]}])
-            rows = int((prompt.ids_N == token).sum())
-            features = len(s.model.encode(kind, pack([prompt]).to(s.device).media))
-            counted += features
-            bad += [f"{rows} for {features}"] * (rows != features)
-    return f"{counted} features" + "".join(f"; {x}" for x in bad[:3]), "one each", not bad
+def placeholders(subject):
+    """The processor's placeholders are as many as the encoder's features, for clips of many sizes."""
+    total, faults = 0, []
+    for kind, clips in subject.clips.items():
+        _, placeholder, _ = getattr(subject.family, kind)
+        token = subject.processor.tokenizer.token_to_id(placeholder)
+        for clip in clips + synthetic_clips(kind)[2:]:
+            prompt = subject.processor([{"role": "user", "content": [clip]}])
+            media = pack([prompt]).to(subject.device).media
+            features = len(subject.model.encode(kind, media))
+            count = prompt.ids_N.eq(token).sum().item()
+            total += features
+            if count != features:
+                faults.append(f"{count} for {features}")
+    return Outcome("; ".join([f"{total} features", *faults[:3]]), "one each", not faults)
 
 
-def towers(s):
-    """What a tower leaves out or runs together changes nothing: all clips at once against one by one, in plain form."""
-    ours, plain = [], []
-    for kind in s.clips:
-        media = s.media(kind)
-        ours.append(s.model.encode(kind, media))
-        plain.append(torch.cat([features for m in media for features in (
-            [hear(s.model, m)] if kind == "audio" else look(s.model, m))]))
-    return close(s, ours, plain)
+def encoders(subject):
+    """All clips encoded together equal each one encoded alone in a plain form, without padding or packing."""
+    together, alone = [], []
+    for kind in subject.clips:
+        media = subject.media(kind)
+        together.append(subject.model.encode(kind, media))
+        plain = plain_audio if kind == "audio" else plain_video
+        alone.append(torch.cat([plain(subject.model, m) for m in media]))
+    return subject.compare(together, alone)
 
 
-def hear(model, m):
-    """An audio clip's features: Whisper on its padded window with the keys beyond the clip masked, or (Omni) on each
-    chunk by itself; the attention is written out."""
-    tower, A = model.audio_tower, (m.frames + 1) // 2
+def plain_audio(model, m):
+    """An audio clip's features: Whisper on its padded window, or (Omni) on each chunk by itself."""
+    tower, mel_MA = model.audio_tower, m.features
+    length = (m.frames + 1) // 2
     if model.config.audio.n_window is None:
         table_AE = tower.embed_positions.weight
-        mel_MA = pad(m.features, (0, 2 * len(table_AE) - m.features.shape[1]), value=-1.5)
-        x_AE = blocks(tower, mel_MA, table_AE, A)
-        return model.multi_modal_projector(tower.layer_norm(pairs(x_AE)))[:A // 2]
-    table_AE, chunks = tower.positions(m.features.device), m.features[:, :m.frames].split(2 * tower.config.n_window, 1)
-    x_AE = torch.cat([blocks(tower, chunk, table_AE, len(table_AE)) for chunk in chunks])
-    return tower.proj(tower.ln_post(pairs(x_AE)))
+        norm, project = tower.layer_norm, model.multi_modal_projector
+        windows = [pad(mel_MA, (0, 2 * len(table_AE) - mel_MA.shape[1]), value=-1.5)]
+    else:
+        table_AE = tower.positions(mel_MA.device)
+        norm, project = tower.ln_post, tower.proj
+        windows = mel_MA[:, :m.frames].split(2 * len(table_AE), dim=1)
+    x_AE = torch.cat([plain_whisper(tower, window, table_AE, length) for window in windows])
+    pairs_A2E = x_AE[:length // 2 * 2].unflatten(0, (-1, 2))
+    return project(norm(pairs_A2E.mean(1)))
 
 
-def blocks(tower, mel_MA, table_AE, real):
-    x = gelu(tower.conv2(gelu(tower.conv1(mel_MA[None].to(tower.conv1.weight.dtype)))))[0].T
-    x_AE = x + table_AE[:len(x)].to(x.dtype)
+def plain_whisper(tower, mel_MA, table_AE, length):
+    """Whisper's layers over all of a window, of which the keys from `length` on are masked."""
+    x_1MA = mel_MA[None].to(tower.conv1.weight.dtype)
+    x_1EA = gelu(tower.conv2(gelu(tower.conv1(x_1MA))))
+    x_AE = x_1EA[0].T
+    x_AE = x_AE + table_AE[:len(x_AE)].to(x_AE.dtype)
+    mask_1A = torch.arange(len(x_AE), device=x_AE.device)[None] < length
     for layer in tower.layers:
-        attn, h_AE = layer.self_attn, layer.self_attn_layer_norm(x_AE)
-        q, k, v = (f(h_AE).unflatten(-1, (attn.H, -1)).transpose(0, 1) for f in (attn.q_proj, attn.k_proj, attn.v_proj))
-        scores_HAA = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
-        scores_HAA[:, :, real:] = -torch.inf
-        x_AE = x_AE + attn.out_proj((scores_HAA.softmax(-1) @ v).transpose(0, 1).flatten(1))
-        x_AE = x_AE + layer.fc2(gelu(layer.fc1(layer.final_layer_norm(x_AE))))
+        attention = layer.self_attn
+        h_AE = layer.self_attn_layer_norm(x_AE)
+        q_HAK, k_HAK, v_HAK = (
+            linear(h_AE).unflatten(-1, (attention.H, -1)).transpose(0, 1)
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        o_HAK = scaled_dot_product_attention(q_HAK, k_HAK, v_HAK, attn_mask=mask_1A)
+        x_AE = x_AE + attention.out_proj(o_HAK.transpose(0, 1).flatten(1))
+        h_AE = layer.final_layer_norm(x_AE)
+        x_AE = x_AE + layer.fc2(gelu(layer.fc1(h_AE)))
     return x_AE
 
 
-def pairs(x_AE):
-    return x_AE[:len(x_AE) // 2 * 2].unflatten(0, (-1, 2)).mean(1)
+def plain_video(model, m):
+    """A video's features, every frame pair encoded by itself."""
+    _, height, width = m.grid_thw
+    features = []
+    for patches_PC in m.features.split(height * width):
+        pair = replace(m, features=patches_PC, grid_thw=(1, height, width))
+        features.append(model.encode("video", [pair]))
+    return torch.cat(features)
 
 
-def look(model, m):
-    """A video's features, every frame pair by itself."""
-    _, h, w = m.grid_thw
-    return [model.encode("video", [replace(m, features=pair, grid_thw=(1, h, w))]) for pair in m.features.split(h * w)]
+# ---- one batch or many, one forward pass or many ----
 
 
-# ---- one batch or many, one forward or many ----
+def packed(subject):
+    """Logits of all prompts in one batch, and of each by itself."""
+    alone = [subject.logits([prompt])[0] for prompt in subject.prompts]
+    return subject.compare(subject.logits(), alone)
 
 
-def packed(s):
-    return close(s, s.logits(), [s.logits([prompt])[0] for prompt in s.prompts])
+def cached(subject):
+    """Logits of every decoded token, from generation's cache and from a forward pass over prompt and completion."""
+    ids_P2T, _, decoded_BTD = subject.sampled
+    T = ids_P2T.shape[2]
+    sequences = []
+    for prompt, ids_2T in zip(subject.prompts, ids_P2T, strict=True):
+        positions_T = prompt.positions_3N.max() + 1 + torch.arange(T)
+        positions_3N = torch.cat([prompt.positions_3N, positions_T.expand(3, -1)], dim=1)
+        for ids_T in ids_2T:
+            ids_N = torch.cat([prompt.ids_N, ids_T])
+            sequences.append(Prompt(ids_N, positions_3N, prompt.media))
+    batch = pack(sequences).to(subject.device)
+    hidden_ND = subject.model(batch)
+    forward_BTD = torch.stack([hidden_ND[end - T:end - 1] for _, end in batch.spans])
+    decoded_BTV = subject.model.logits(decoded_BTD)
+    forward_BTV = subject.model.logits(forward_BTD)
+    return subject.compare(decoded_BTV, forward_BTV)
 
 
-def cached(s):
-    """Logits of every decoded token, from generation's cache and from one forward over prompt and completion."""
-    answers, hidden, _ = s.spoken
-    steps_BTD, ours, theirs = torch.stack(hidden[1:], 1), [], []
-    for i, prompt in enumerate(s.prompts):
-        for j, completion in enumerate(answers[i]):
-            ids_T = torch.tensor(completion.ids)
-            after = prompt.positions_3N.max() + 1 + torch.arange(len(ids_T))
-            whole = Prompt(torch.cat([prompt.ids_N, ids_T]),
-                           torch.cat([prompt.positions_3N, after.expand(3, -1)], 1), prompt.media)
-            hidden_TD = s.model(pack([whole]).to(s.device))[len(prompt):-1]
-            ours.append(s.model.logits(steps_BTD[2 * i + j]))
-            theirs.append(s.model.logits(hidden_TD))
-    return close(s, ours, theirs)
+def logprobs(subject):
+    """Log-probs that generation reports, and those from scoring the prompts and their completions in one pass."""
+    ids_P2T, generated_P2T, _ = subject.sampled
+    groups = [Group(prompt, tuple(ids_2T)) for prompt, ids_2T in zip(subject.prompts, ids_P2T, strict=True)]
+    batch = pack(groups).to(subject.device)
+    suppressed = torch.tensor(subject.endless.suppressed_ids, device=subject.device)
+    scored_T = target_logprobs(subject.model, batch, TEMPERATURE, suppressed)
+    gap_T = (scored_T.cpu() - generated_P2T.flatten()).abs()
+    mean, largest = gap_T.mean().item(), gap_T.max().item()
+    max_mean, max_gap = MAX_GAP[subject.dtype]
+    return Outcome(
+        f"mean {mean:.1e}, max {largest:.1e} nats",
+        f"<= {max_mean:.0e}, {max_gap:.0e}",
+        mean <= max_mean and largest <= max_gap,
+    )
 
 
-def logprobs(s):
-    """Log-probabilities that generation reports, and those from scoring a prompt and its completions at once."""
-    answers, _, suppressed_ids = s.spoken
-    differences = []
-    for prompt, completions in zip(s.prompts, answers, strict=True):
-        batch = pack([Group(prompt, tuple(torch.tensor(c.ids) for c in completions))]).to(s.device)
-        scored_T = chosen(s.model.logits(s.model(batch)[batch.target_row_T]).index_fill(1, suppressed_ids, -torch.inf)
-                          / TEMPERATURE, batch.target_id_T)
-        differences.append(scored_T.cpu() - torch.tensor([x for c in completions for x in c.logprobs]))
-    d = torch.cat(differences).abs()
-    mean, largest = LOGPROB[s.dtype]
-    return (f"mean {d.mean():.1e}, max {d.max():.1e} nats", f"<= {mean:.0e}, {largest:.0e}",
-            bool(d.mean() <= mean and d.max() <= largest))
-
-
-def chosen(logits_TV, id_T):
-    return logits_TV.log_softmax(-1).gather(1, id_T[:, None]).squeeze(1)
+def target_logprobs(model, batch, temperature=1.0, suppressed=()):
+    """(T,) log-probs of a batch's targets."""
+    hidden_ND = model(batch)
+    logits_TV = model.logits(hidden_ND[batch.target_row_T])
+    logits_TV[:, suppressed] = -torch.inf
+    logp_TV = (logits_TV / temperature).log_softmax(-1)
+    return logp_TV.gather(1, batch.target_id_T[:, None]).squeeze(1)
 
 
 # ---- what the clip does to the answer ----
 
 
-def answer(s, kind, other=None):
-    """Log-probabilities of ANSWER after a question about the kind's first clip, or about `other` in its rows."""
-    turns = [{"role": "user", "content": [s.clips[kind][0], {"type": "text", "text": QUESTION}]},
-             {"role": "assistant", "content": ANSWER}]
-    batch = pack([s.processor(turns)]).to(s.device)
+def answer_logprobs(subject, kind, other=None):
+    """Log-probs of ANSWER after a question about the kind's first clip. other: Media whose content replaces the clip's,
+    repeated or cut to its length."""
+    conversation = [
+        {"role": "user", "content": [subject.clips[kind][0], QUESTION]},
+        {"role": "assistant", "content": ANSWER},
+    ]
+    batch = pack([subject.processor(conversation)]).to(subject.device)
     if other is not None:
-        axis = int(kind == "audio")
-        there = torch.arange(batch.media[0].features.shape[axis], device=s.device) % other.features.shape[axis]
-        features = other.features.index_select(axis, there)  # repeated or cut: only the content changes, not the length
-        batch = replace(batch, media=(replace(batch.media[0], features=features),))
-    return chosen(s.model.logits(s.model(batch)[batch.target_row_T]), batch.target_id_T)
+        [clip], axis = batch.media, int(kind == "audio")
+        indices = torch.arange(clip.features.shape[axis], device=subject.device)
+        features = other.features.index_select(axis, indices % other.features.shape[axis])
+        batch = replace(batch, media=(replace(clip, features=features),))
+    return target_logprobs(subject.model, batch)
 
 
-def another_clip(s):
-    change = {kind: (answer(s, kind) - answer(s, kind, s.media(kind)[1])).abs().max().item() for kind in s.clips}
-    figure = ", ".join(f"{kind} {x:.1e}" for kind, x in change.items()) + " nats"
-    return figure, f">= {FLOOR[s.dtype]:.0e}", all(x >= FLOOR[s.dtype] for x in change.values())
+def another_clip(subject):
+    """Log-probs of the same answer about two clips differ."""
+    changes = {}
+    for kind in subject.clips:
+        other = answer_logprobs(subject, kind, subject.media(kind)[1])
+        changes[kind] = difference(answer_logprobs(subject, kind), other)
+    floor = MIN_CHANGE[subject.dtype]
+    return Outcome(
+        ", ".join(f"{kind} {change:.1e}" for kind, change in changes.items()) + " nats",
+        f">= {floor:.0e}",
+        all(change >= floor for change in changes.values()),
+    )
 
 
-def same_clip(s):
-    change = max((answer(s, kind) - answer(s, kind)).abs().max().item() for kind in s.clips)
-    return f"{change:.0e} nats", "exactly 0", change == 0
+def same_clip(subject):
+    """Log-probs of the same answer about the same clip do not."""
+    changes = []
+    for kind in subject.clips:
+        first, second = answer_logprobs(subject, kind), answer_logprobs(subject, kind)
+        changes.append(difference(first, second))
+    return Outcome(f"{max(changes):.0e} nats", "exactly 0", all(change == 0 for change in changes))
+
+
+def difference(a, b):
+    """The largest absolute difference of two tensors."""
+    gap = a - b
+    return gap.abs().max().item()
 
 
 # ---- adapters ----
 
 
 @contextmanager
-def bare(model):
-    """The model without its adapter, which it has again afterwards."""
-    kept = {m: (m.lora_A, m.lora_B, m.scale) for m in adapted(model).values()}
+def without_adapter(model):
+    """Takes the model's adapter off within its block."""
+    kept = [(m, m.lora_A, m.lora_B, m.scale) for m in adapted(model).values()]
     detach(model)
     try:
         yield
     finally:
         detach(model)
-        for m, (a_RD, b_FR, scale) in kept.items():
+        for m, a_RD, b_FR, scale in kept:
             m.lora_A, m.lora_B, m.scale = a_RD, b_FR, scale
 
 
@@ -193,33 +224,35 @@ def detach(model):
 
 
 def attach(model):
-    """An adapter with random A and B on every linear layer of decoder and towers."""
+    """Gives every linear layer of decoder and encoders an adapter with random A and B."""
     add_lora(model, rank=4, alpha=6, targets=".*", seed=0)
     generator = torch.Generator().manual_seed(0)
     for m in adapted(model).values():
-        m.lora_B.copy_(0.05 * torch.randn(m.lora_B.shape, generator=generator))
+        b_FR = torch.randn(m.lora_B.shape, generator=generator)
+        m.lora_B.copy_(0.05 * b_FR)
 
 
-def adapter_off(s):
-    with bare(s.model):
-        base = torch.cat(s.logits())
-        attach(s.model)
-        on = torch.cat(s.logits())
-        for m in adapted(s.model).values():
+def adapter_off(subject):
+    """Logits with an adapter of scale 0, and after it is taken off, are the base model's; with it they are others."""
+    with without_adapter(subject.model):
+        base = subject.logits()
+        attach(subject.model)
+        change = difference(subject.logits(), base) / base.abs().max().item()
+        for m in adapted(subject.model).values():
             m.scale = 0.0
-        zero = torch.cat(s.logits())
-        detach(s.model)
-        left = max((x - base).abs().max().item() for x in (zero, torch.cat(s.logits())))
-    change = ((on - base).abs().max() / base.abs().max()).item()
-    return f"{left:.0e}; with it {change:.1e}", "exactly 0; >= 1e-3", left == 0 and change >= 1e-3
+        left = difference(subject.logits(), base)
+        detach(subject.model)
+        left += difference(subject.logits(), base)
+    return Outcome(f"{left:.0e}; with it {change:.1e}", "exactly 0; >= 1e-3", left == 0 and change >= 1e-3)
 
 
-def adapter_export(s):
-    with bare(s.model), tempfile.TemporaryDirectory() as folder:
-        attach(s.model)
-        before = torch.cat(s.logits())
-        save_adapter(s.model, s.processor.folder, folder)
-        detach(s.model)
-        load_adapter(s.model, folder)
-        change = (torch.cat(s.logits()) - before).abs().max().item()
-    return f"{change:.0e}", "exactly 0", change == 0
+def adapter_export(subject):
+    """Logits with an adapter, before and after it is written to a file and read back."""
+    with without_adapter(subject.model), tempfile.TemporaryDirectory() as folder:
+        attach(subject.model)
+        before = subject.logits()
+        save_adapter(subject.model, subject.processor.folder, folder)
+        detach(subject.model)
+        load_adapter(subject.model, folder)
+        change = difference(subject.logits(), before)
+    return Outcome(f"{change:.0e}", "exactly 0", change == 0)

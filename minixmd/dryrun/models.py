@@ -1,0 +1,115 @@
+"""find_model: the model that a stage names, without its weights: its shapes, its adapters, and a blank processor."""
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+
+from minixmd.config import TRAINING, Toy
+from minixmd.inputs.audio import SAMPLE_RATE
+from minixmd.inputs.image import sample_frames, smart_resize
+from minixmd.inputs.tokenizer import Processor
+from minixmd.models.families import ModelConfig, read_config
+from minixmd.models.lora import add_lora
+from minixmd.models.weights import build, config_of, load_adapter
+from minixmd.runs.files import read_json
+from minixmd.runs.hub_names import parse_hub_name
+from minixmd.toy.models import make_model, write_processor
+from minixmd.toy.pretrain import FAMILY
+
+CLIP_S, VIDEO_FPS, VIDEO_SIZE = 10, 30, (720, 1280)  # of every clip: seconds, frames a second, height and width
+# config.json of models on the hub by name, less what is the family's default and what no shape depends on
+PUBLISHED = read_json(Path(__file__).with_name("published.json"))
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model that is not loaded."""
+
+    name: str
+    config: ModelConfig
+    processor: Processor = field(repr=False)
+    source: str  # where its shapes are from
+    adapters: tuple = ()  # that it carries: folders of PEFT adapters, and arguments of add_lora
+
+    def on_meta(self, dtype):
+        """The frozen model on `meta`, with its adapters."""
+        model = build(self.config).to(dtype)
+        for adapter in self.adapters:
+            if isinstance(adapter, Path):
+                load_adapter(model, adapter)
+            else:
+                add_lora(model, **adapter, seed=0)
+        return model.requires_grad_(False)
+
+    def count_parameters(self):
+        """Parameters without the adapters; a tied head counts once."""
+        return sum(p.numel() for p in build(self.config).parameters())
+
+
+class BlankProcessor(Processor):
+    """A Processor that opens no file: every clip is silent and black, and lasts CLIP_S."""
+
+    def _audio(self, source):
+        return super()._audio(torch.zeros(CLIP_S * SAMPLE_RATE))
+
+    def _video(self, part):
+        indices = sample_frames(CLIP_S * VIDEO_FPS, VIDEO_FPS, fps=part["fps"], nframes=part["nframes"])
+        size = smart_resize(*VIDEO_SIZE, min_pixels=part["min_pixels"], max_pixels=part["max_pixels"])
+        frames_TCHW = torch.zeros(len(indices), 3, *size, dtype=torch.uint8)
+        return super()._video({**part, "video": frames_TCHW})
+
+
+def find_model(value, stages, scratch):
+    """The ModelInfo of what a stage's field `model` names.
+
+    A "@stage" is followed to what that stage starts from. Otherwise the shapes are from the config.json of a folder or
+    of the hub's cache, else from PUBLISHED by the name alone.
+
+    Args:
+        stages: the config's. scratch: a folder whose tokenizer.json stands in where the model's own is not at hand.
+    Raises:
+        ValueError: nothing is known of the model, or its family is not supported.
+    """
+    if value.startswith("@"):
+        return _model_of_stage(value, stages, scratch)
+    folder = Path(value)
+    if not folder.is_dir() and parse_hub_name(value):
+        repo, revision = parse_hub_name(value)
+        cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+        if isinstance(cached, str):
+            folder = Path(cached).parent
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        model = find_model(str(base), stages, scratch)
+        return replace(model, source=f"{model.source}, with the adapter {value}", adapters=(*model.adapters, folder))
+    name = Path(value).name.partition("@")[0]
+    if folder.is_dir():
+        config, source = config_of(folder), str(folder / "config.json")
+    elif name in PUBLISHED:
+        config, source = read_config(PUBLISHED[name]), f"what is published; {value} is not here"
+    else:
+        raise ValueError(f"model {value!r} is neither here nor in the hub's cache, and not one of those known by name: "
+                         f"{', '.join(PUBLISHED)}")
+    if (folder / "tokenizer.json").is_file():
+        return ModelInfo(name, config, BlankProcessor(folder, config), source)
+    any_token_ids = replace(config, section={})  # the ids in config.json are those of the model's own tokenizer
+    return ModelInfo(name, config, BlankProcessor(scratch, any_token_ids), source)
+
+
+def _model_of_stage(value, stages, scratch):
+    """The ModelInfo of "@stage" or "@stage/file"."""
+    name, _, file = value[1:].partition("/")
+    stage = next(stage for stage in stages if stage.name == name)
+    if isinstance(stage, Toy):
+        family, _ = FAMILY.get(file, FAMILY["student"])  # the checker is a student that learns on
+        write_processor(scratch / family, family)
+        config = make_model(scratch / family, family, 0).config
+        return ModelInfo(f"toy {file}", config, BlankProcessor(scratch / family, config), f"stage {name}")
+    if not isinstance(stage, TRAINING) or file not in ("", "best"):
+        raise ValueError(f"model {value!r} is not known before the run")
+    model = find_model(stage.model, stages, scratch)
+    if stage.trainable != "lora":
+        return replace(model, adapters=())  # training merges them
+    lora = {"rank": stage.lora_rank, "alpha": stage.lora_alpha, "targets": stage.lora_targets}
+    return replace(model, adapters=(*model.adapters, lora))

@@ -1,0 +1,82 @@
+"""The check against transformers' implementation of the same model."""
+import importlib.util
+
+import torch
+from torch.nn.functional import pad
+
+from minixmd.verify.invariances import without_adapter
+from minixmd.verify.subject import ROWS, Outcome
+
+LARGE = 1e9  # parameters from which a second copy of the model is made only when asked for
+MEL_FRAMES = 3000  # Qwen2-Audio's encoder takes clips padded to 30 s
+
+
+def same_logits(subject):
+    """Logits of both implementations on our ids, positions and features."""
+    count = sum(p.numel() for p in subject.model.parameters())
+    if not subject.force_transformers and importlib.util.find_spec("transformers") is None:
+        return Outcome("transformers is not installed")
+    if not subject.force_transformers and count >= LARGE:
+        return Outcome(f"it takes a second copy of {count / 1e9:.1f}e9 parameters; --against transformers does it")
+    theirs = reference_logits(subject)
+    with without_adapter(subject.model):  # which is not in the base's files
+        ours = [subject.logits([prompt])[0] for prompt in subject.prompts]
+    outcome = subject.compare(ours, theirs)
+    if subject.dtype == "float32":
+        return outcome
+    gap = max(best_token_gap(a, b) for a, b in zip(ours, theirs, strict=True))
+    return Outcome(
+        f"{outcome.measured}, best token {gap:.2%} off",
+        f"{outcome.bound}, <= 2 %",
+        outcome.passed and gap <= 0.02,
+    )
+
+
+def best_token_gap(logits_RV, reference_RV):
+    """How far the reference's logit of our best next token is below its own best, in units of its largest logit."""
+    reference_V = reference_RV[-1]
+    below = reference_V.max() - reference_V[logits_RV[-1].argmax()]
+    return (below / reference_V.abs().max()).item()
+
+
+def reference_logits(subject):
+    """transformers' logits (ROWS, V) of each prompt's last rows, a list."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    cls = transformers.AutoModelForMultimodalLM
+    if subject.family.section:
+        cls = transformers.Qwen2_5OmniThinkerForConditionalGeneration
+    dtype = getattr(torch, subject.dtype)
+    model = cls.from_pretrained(subject.processor.folder, dtype=dtype, attn_implementation="sdpa")
+    model = model.eval().to(subject.device)
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: inputs[0][:, -ROWS:])  # as ours: never (N, V)
+    logits = [model(**inputs_of(subject, prompt)).logits[0].float() for prompt in subject.prompts]
+    del model
+    if subject.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return logits
+
+
+def inputs_of(subject, prompt):
+    """A Prompt as the keyword arguments of transformers' model, on its device."""
+    dtype, positions_3N = subject.model.dtype, prompt.positions_3N
+    inputs = {
+        "input_ids": prompt.ids_N[None],
+        "attention_mask": torch.ones(1, len(prompt), dtype=torch.long),
+        "position_ids": positions_3N[:, None] if subject.family.video else positions_3N[:1],
+    }
+    audios = [m for m in prompt.media if m.kind == "audio"]
+    if audios:
+        length = max(MEL_FRAMES, *(m.features.shape[1] for m in audios))
+        padded = []
+        for m in audios:
+            padded.append(pad(m.features, (0, length - m.features.shape[1]), value=-1.5))
+        frames = torch.tensor([[m.frames] for m in audios])
+        inputs["input_features"] = torch.stack(padded).to(dtype)
+        inputs["feature_attention_mask"] = (torch.arange(length) < frames).long()
+    videos = [m for m in prompt.media if m.kind == "video"]
+    if videos:
+        inputs["pixel_values_videos"] = torch.cat([m.features for m in videos]).to(dtype)
+        inputs["video_grid_thw"] = torch.tensor([m.grid_thw for m in videos])
+    return {name: value.to(subject.device) for name, value in inputs.items()}

@@ -1,0 +1,63 @@
+"""Checks of what the checkpoint's files hold."""
+import torch
+
+from minixmd.models.shards import open_safetensors, read_headers, skipped_parts
+from minixmd.verify.subject import Outcome
+
+PARAMETERS = {  # family, decoder layers, width, vocabulary -> published parameters; a tied head counts once
+    ("qwen2_audio", 32, 4096, 156032): ("Qwen2-Audio-7B", 8_397_094_912),
+    ("qwen2_vl", 28, 3584, 152064): ("Qwen2-VL-7B", 8_291_375_616),
+    ("qwen2_vl", 28, 1536, 151936): ("Qwen2-VL-2B", 2_208_985_600),
+    ("qwen2_5_vl", 28, 3584, 152064): ("Qwen2.5-VL-7B", 8_292_166_656),
+    ("qwen2_5_vl", 64, 5120, 152064): ("Qwen2.5-VL-32B", 33_452_718_336),
+    ("qwen2_5_omni", 28, 3584, 152064): ("Qwen2.5-Omni-7B thinker", 8_931_813_888),
+}
+
+
+def tensors(subject):
+    """Every tensor of the files is accounted for, and the first row of each is the one in memory."""
+    folder, config = subject.processor.folder, subject.model.config
+    parameters = {}
+    for name, p in subject.base_parameters().items():
+        parameters[config.family.checkpoint_name(name)] = p
+    held, misplaced = read_headers(folder, config.family)
+    if config.tie_word_embeddings:
+        held.pop(config.family.checkpoint_name("lm_head.weight"), None)
+    found, faults = 0, list(misplaced.values())
+    for name, p in parameters.items():
+        if name not in held:
+            faults.append(f"missing: {name}")
+            continue
+        entry = held.pop(name)
+        with open_safetensors(folder / entry.file) as file:
+            row = file.get_slice(name)[:1]
+        if entry.shape != list(p.shape) or not torch.equal(row.to(p.device, p.dtype), p[:1]):
+            faults.append(f"differs: {name}")
+        found += 1
+    faults += [f"unexpected: {name}" for name in held]
+    notes = [f"{found} of {len(parameters)}"]
+    for part, count in skipped_parts(folder, config.family).items():
+        notes.append(f"{part}'s {count} skipped")
+    return Outcome("; ".join(notes + faults[:3]), "all, none besides", not faults)
+
+
+def dtypes(subject):
+    """Every weight is a finite number of the dtype that was asked for."""
+    weights = subject.base_parameters()
+    names = sorted({str(p.dtype).removeprefix("torch.") for p in weights.values()})
+    bad = [name for name, p in weights.items() if not p.isfinite().all()]
+    finite = f"not finite: {bad[0]}" if bad else "all finite"
+    passed = names == [subject.dtype] and not bad
+    return Outcome(f"{', '.join(names)}; {finite}", f"{subject.dtype}, finite", passed)
+
+
+def parameter_count(subject):
+    """The number of parameters is the published one."""
+    text = subject.model.config.text
+    family = subject.family.model_type.removesuffix("_thinker")
+    count = sum(p.numel() for p in subject.base_parameters().values())
+    key = (family, text.num_hidden_layers, text.hidden_size, text.vocab_size)
+    if key not in PARAMETERS:
+        return Outcome(f"{count:,}", "no published size", True)
+    name, published = PARAMETERS[key]
+    return Outcome(f"{count:,}", f"{published:,} ({name})", count == published)

@@ -1,0 +1,131 @@
+"""Subject, a loaded checkpoint and the inputs that the checks give it, and Outcome, what a check returns."""
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from minixmd import generate, pack
+from minixmd.inputs.audio import SAMPLE_RATE
+
+QUESTION = {"type": "text", "text": "What is this?"}
+TEMPERATURE = 0.7  # of sampled completions
+TOKENS = 12  # of a completion
+ROWS = 8  # last rows of a prompt whose logits are compared: all (N, V) of a long one would not fit
+AUDIO_S = (1.337, 2.71, 0.021, 0.1, 0.99, 4.57, 31)  # seconds of the synthetic clips
+VIDEO_SHAPES = ((5, 150, 170), (4, 100, 64), (1, 28, 28), (3, 60, 90), (5, 200, 130))  # frames, height, width
+
+
+@dataclass(frozen=True)
+class Outcome:
+    measured: str
+    bound: str = ""
+    passed: bool | None = None  # None = skipped
+
+    @property
+    def verdict(self):
+        return {True: "PASS", False: "FAIL", None: "SKIP"}[self.passed]
+
+
+@dataclass
+class Subject:
+    """What the checks look at."""
+
+    model: torch.nn.Module
+    processor: object
+    dtype: str  # "float32" | "bfloat16", as asked for
+    clips: dict  # kind -> at least two media parts
+    force_transformers: bool = False  # compare even a large model with transformers
+
+    def __post_init__(self):
+        self.family, self.device = self.model.config.family, self.model.device
+        contents = []
+        for clips in self.clips.values():
+            contents += [[clip, QUESTION] for clip in clips]
+        kinds = list(self.clips)
+        first, last = self.clips[kinds[0]][0], self.clips[kinds[-1]][1]
+        contents += [[QUESTION, last, first], "Hello"]
+        self.conversations = [[{"role": "user", "content": content}] for content in contents]
+        self.prompts = [self.processor(conversation) for conversation in self.conversations]
+        self.endless = copy.copy(self.processor)  # with it no token ends a turn
+        self.endless.end_id = -1
+
+    def media(self, kind):
+        """The prompts' clips of a kind, as Media on the model's device."""
+        return [m for m in pack(self.prompts).to(self.device).media if m.kind == kind]
+
+    def logits(self, prompts=None):
+        """(P, ROWS, V), each prompt's last rows, from one packed batch."""
+        batch = pack(prompts or self.prompts).to(self.device)
+        hidden_ND = self.model(batch)
+        return torch.stack([self.model.logits(hidden_ND[end - ROWS:end]) for _, end in batch.spans])
+
+    def base_parameters(self):
+        """{name: parameter} without adapters."""
+        return {name: p for name, p in self.model.named_parameters() if "lora_" not in name}
+
+    @cached_property
+    def sampled(self):
+        """Two completions of each of P conversations: their ids and log-probs, (P, 2, TOKENS), and the hidden states,
+        (2 P, TOKENS - 1, D), from which all tokens but the first were drawn."""
+        hidden = []
+        hook = self.model.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+        try:
+            pairs = generate(self.model, self.endless, self.conversations, num_samples=2, max_new_tokens=TOKENS,
+                             temperature=TEMPERATURE, seed=0)
+        finally:
+            hook.remove()
+        ids_P2T = torch.tensor([[completion.ids for completion in pair] for pair in pairs])
+        logprobs_P2T = torch.tensor([[completion.logprobs for completion in pair] for pair in pairs])
+        hidden_BTD = torch.stack(hidden[1:], dim=1)  # the first is the prefill's
+        return ids_P2T, logprobs_P2T, hidden_BTD
+
+    def compare(self, ours, theirs):
+        """The Outcome of two lists of tensors that may differ by rounding only; the worst pair counts."""
+        errors = []
+        for a, b in zip(ours, theirs, strict=True):
+            if a.shape != b.shape:
+                return Outcome(f"shapes {tuple(a.shape)} and {tuple(b.shape)}", "the same", False)
+            a, b = a.double(), b.double()
+            if self.dtype == "float32":
+                errors.append((a - b).abs().max() / b.abs().max())
+            else:
+                errors.append((a - b).norm() / b.norm())
+        worst = torch.stack(errors).max().item()  # NaN if one is
+        if self.dtype == "float32":
+            return Outcome(f"{worst:.1e} of the largest", "<= 1e-5", worst <= 1e-5)
+        return Outcome(f"{worst:.2%}", "<= 5 %", worst <= 0.05)
+
+
+def choose_clips(family, audios, videos):
+    """{kind: media parts} of the kinds that a family takes: the given files, and synthetic clips up to two.
+
+    Raises:
+        ValueError: a file of another kind.
+    """
+    clips = {}
+    for kind, files in (("audio", audios), ("video", videos)):
+        if getattr(family, kind) is not None:
+            clips[kind] = [{"type": kind, kind: path} for path in dict.fromkeys(files)]
+            clips[kind] += synthetic_clips(kind)[len(clips[kind]):2]
+        elif files:
+            raise ValueError(f"a {family.model_type} model cannot take {kind}, got {files[0]}")
+    return clips
+
+
+def synthetic_clips(kind):
+    """Media parts of many lengths and shapes: rising tones, or moving waves of colour."""
+    parts = []
+    if kind == "audio":
+        for i, seconds in enumerate(AUDIO_S):
+            t_S = torch.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+            wave_S = 0.3 * torch.sin((1500 + 2500 * i) * t_S * (1 + t_S / 9))
+            parts.append({"type": "audio", "audio": wave_S})
+    else:
+        for i, (frames, height, width) in enumerate(VIDEO_SHAPES):
+            sizes = (frames, 3, height, width)
+            t, c, y, x = torch.meshgrid(*map(torch.arange, sizes), indexing="ij")
+            wave_TCHW = torch.sin((1 + c) * x / (9 + 5 * i) + y / 17 + t)
+            frames_TCHW = (127.5 + 127.5 * wave_TCHW).to(torch.uint8)
+            parts.append({"type": "video", "video": frames_TCHW, "min_pixels": 28 * 28})
+    return parts
