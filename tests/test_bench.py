@@ -488,7 +488,7 @@ def write(path, records):
 
 def ablation_run(ablation, folder, right, switch):
     """A finished run's files: each row has the first so many of 300 clips right, which are of three groups by turns."""
-    for split in ablation.SPLITS:
+    for split in ("analysis", "test", "unseen"):
         write(folder / "toy" / f"{split}.jsonl", [
             dict(id=str(i), question="?", options=["x", "y"], answer=0, meta={"group": ("ear", "eye", "both")[i % 3]})
             for i in range(300)])
