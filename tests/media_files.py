@@ -1,4 +1,4 @@
-"""Writers for the clips that the tests decode, made with soundfile and PyAV in the test's own directory."""
+"""Writes the clips that the tests decode, with soundfile and PyAV."""
 from fractions import Fraction
 
 import av
@@ -17,18 +17,25 @@ def grey_frames(count, height=64, width=96, step=6):
 
 
 def write_wav(path, wave, rate=16000, subtype="PCM_16"):
-    """wave: (S,) or (S, channels), full scale 1. subtype "FLOAT" keeps NaN and values beyond 1. Format by suffix."""
+    """Writes sound; the suffix chooses the format. wave: (S,) or (S, channels), full scale 1.
+
+    subtype: "FLOAT" keeps NaN and values beyond full scale.
+    """
     soundfile.write(str(path), wave, rate, subtype=subtype)
     return path
 
 
 def write_mp4(path, frames, wave=None, fps=10, rate=16000, *, codec="libx264", pix_fmt="yuv420p", late_s=0.0,
               hidden=0, options=None):
-    """Write frames (T, H, W, 3) uint8, or None for sound alone, with wave (S,) as AAC; H.264 needs even sides.
+    """Writes a video with its sound track; the suffix chooses the container.
 
-    The suffix picks the container (.mkv with codec="ffv1", pix_fmt="bgr0" is lossless and takes odd sides). late_s: the
-    sound starts so much later than the picture. hidden: so many first frames lie before time 0, behind an edit list.
-    options: the container's, such as {"movflags": "faststart"}.
+    Args:
+        frames: (T, H, W, 3) uint8, or None for sound alone; H.264 needs even sides.
+        wave: (S,) float32, written as AAC, or None for no sound.
+        codec, pix_fmt: "ffv1" and "bgr0" in an .mkv are lossless and take odd sides.
+        late_s: seconds by which the sound starts later than the picture.
+        hidden: first frames that lie before time 0, behind an edit list.
+        options: the container's, such as {"movflags": "faststart"}.
     """
     with av.open(str(path), "w", options=options or {}) as out:
         video = audio = None
@@ -39,23 +46,24 @@ def write_mp4(path, frames, wave=None, fps=10, rate=16000, *, codec="libx264", p
                 video.options = {"preset": "ultrafast", "crf": "10", "threads": "1"}
         if wave is not None:
             audio = out.add_stream("aac", rate=rate, layout="mono")
-        for i, image in enumerate(frames if frames is not None else ()):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            frame.pts, frame.time_base = i, Fraction(1, fps)
-            _mux(out, video, frame, -hidden / fps)
         if video:
+            for i, image in enumerate(frames):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+                frame.pts, frame.time_base = i, Fraction(1, fps)
+                _mux(out, video, frame, -hidden / fps)
             _mux(out, video, None, -hidden / fps)
-        for at in range(0, len(wave) if wave is not None else 0, 1024):
-            block = np.ascontiguousarray(wave[None, at : at + 1024], dtype=np.float32)
-            frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
-            frame.sample_rate, frame.pts, frame.time_base = rate, at, Fraction(1, rate)
-            _mux(out, audio, frame, late_s)
         if audio:
+            for start in range(0, len(wave), 1024):
+                block = np.ascontiguousarray(wave[None, start:start + 1024], dtype=np.float32)
+                frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
+                frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+                _mux(out, audio, frame, late_s)
             _mux(out, audio, None, late_s)
     return path
 
 
 def _mux(out, stream, frame, shift_s):
+    """Encodes a frame (None = what the encoder still holds) and writes its packets, shifted in time."""
     for packet in stream.encode(frame):
         shift = round(shift_s / packet.time_base)
         packet.pts, packet.dts = packet.pts + shift, packet.dts + shift

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import prepare_audioset  # noqa: E402
 import prepare_vggsound  # noqa: E402
-from prepare import clip_checks  # noqa: E402
+from prepare import child_processes, clip_checks  # noqa: E402
 from prepare.child_processes import Task, run_tasks  # noqa: E402
 from prepare.option_sampling import OptionSampler, uniforms  # noqa: E402
 
@@ -294,6 +294,18 @@ def test_a_job_that_hangs_or_crashes_loses_itself_alone():
         None, "out of time", "crashed", None, "crashed", "crashed", "out of memory", None, None]
     assert [task.result["number"] for task in done if "number" in task.result] == [0, 3, 7, 8]
     assert [done[i].result["detail"] for i in (1, 2, 4)] == ["more than 1 s", "exit code -11", "TypeError: odd"]
+
+
+@pytest.mark.slow
+def test_a_worker_whose_parent_does_not_kill_it_ends_itself():
+    context = get_context("forkserver")
+    pipe, child_end = context.Pipe()
+    process = context.Process(target=child_processes._work, args=(child_end, odd_job, 0.5), daemon=True)
+    process.start()
+    assert pipe.recv() == "ready"
+    pipe.send(("hang", 0))
+    process.join(20)
+    assert process.exitcode == -signal.SIGALRM
 
 
 def peak_of(folder, pipe):
