@@ -379,6 +379,7 @@ def test_a_new_adapter_changes_nothing_and_its_draw_depends_on_seed_and_module_n
     add_lora(models[1], rank=3, alpha=5, targets=r"model\.layers\.1\..*", seed=0)
     add_lora(models[2], rank=3, alpha=5, targets=r"model\.layers\.1\..*", seed=1)
     assert torch.equal(logits_of(models[0], kind), logits_of(load_model(folder), kind))
+    assert models[0].get_submodule("model.layers.1.mlp.up_proj").scale == 5 / 3  # alpha / rank
     a, b, c = (model.get_submodule("model.layers.1.mlp.up_proj").lora_A for model in models)
     assert torch.equal(a, b) and not torch.equal(a, c) and a.abs().max() <= 48**-0.5
     assert not torch.equal(a, models[0].get_submodule("model.layers.1.mlp.gate_proj").lora_A)
