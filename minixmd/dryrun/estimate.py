@@ -50,9 +50,6 @@ def estimate(stage, model_info, prompt):
         return tracer.phases
 
 
-# ---- answering ----
-
-
 def trace_answers(tracer, stage, model, prompt):
     """A batch of an Evaluate, Label, Traces or FactCheck stage, and the training of a FactCheck's verifier."""
     if isinstance(stage, FactCheck):
@@ -95,22 +92,13 @@ def trace_generation(tracer, phase, model, prompts, writing, decode_slots=None):
         prompts = prompts[:decode_slots // n]
     count = len(prompts)
     with tracer.phase(phase, count * length, "KV cache"):
-        decoder = Decoder(
-            model, count, length, n,
-            max_new_tokens=writing.max_new_tokens,
-            temperature=writing.temperature,
-            suppressed_ids=[],
-            end_id=0,
-            backend=model.backend,
-        )  # fmt: skip
+        decoder = Decoder(model, count, length, n, max_new_tokens=writing.max_new_tokens, end_id=0, suppressed_ids=[],
+                          temperature=writing.temperature, backend=model.backend)
         tracer.category = "activations"
         uniform_BT = torch.zeros(count * n, writing.max_new_tokens, dtype=torch.float64)
         logits_GV, *_ = decoder.fill(prompts, list(range(count)), uniform_BT)
         decoder.run(1)
         del logits_GV  # rollout.decode holds it as long
-
-
-# ---- training ----
 
 
 class MetaTrainer(Trainer):

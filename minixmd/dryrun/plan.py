@@ -66,21 +66,15 @@ def dry_run(config):
     print(TEMPLATES.get_template("plan.txt.j2").render(
         config=config,
         plans=plans,
+        missing=missing_inputs(config),
         prompts=list(dict.fromkeys(plan.shown for plan in plans if plan.shown)),
         models={(plan.model.name, plan.model.source): plan.model for plan in plans if plan.model}.values(),
-        missing=missing_inputs(config),
-        categories=CATEGORIES,
-        clip_s=CLIP_S,
-        fps=VIDEO_FPS,
-        size=VIDEO_SIZE,
+        categories=CATEGORIES, clip_s=CLIP_S, fps=VIDEO_FPS, size=VIDEO_SIZE,
     ))  # fmt: skip
     faults = [plan.fault for plan in plans if plan.fault]
     for fault in faults:
         print(f"minixmd: {fault}", file=sys.stderr)
     return 1 if faults else 0
-
-
-# ---- prompts ----
 
 
 def plan_stage(stage, stages, scratch):
@@ -141,9 +135,6 @@ def write_stand_in_tokenizer(folder, stages):
     media_tokens = re.findall(r"<\|\w+\|>", str(FAMILIES))
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", *sorted(set(media_tokens))])
     tokenizer.save(str(folder / "tokenizer.json"))
-
-
-# ---- memory and files ----
 
 
 def estimate_memory(plans):

@@ -14,10 +14,11 @@ MEL_FRAMES = 3000  # Qwen2-Audio's encoder takes clips padded to 30 s
 def same_logits(subject):
     """Logits of both implementations on our ids, positions and features."""
     count = sum(p.numel() for p in subject.model.parameters())
-    if not subject.force_transformers and importlib.util.find_spec("transformers") is None:
-        return Outcome("transformers is not installed")
-    if not subject.force_transformers and count >= LARGE:
-        return Outcome(f"it takes a second copy of {count / 1e9:.1f}e9 parameters; --against transformers does it")
+    if not subject.force_transformers:
+        if importlib.util.find_spec("transformers") is None:
+            return Outcome("transformers is not installed")
+        if count >= LARGE:
+            return Outcome(f"it takes a second copy of {count / 1e9:.1f}e9 parameters; --against transformers does it")
     theirs = reference_logits(subject)
     with without_adapter(subject.model):  # which is not in the base's files
         ours = [subject.logits([prompt])[0] for prompt in subject.prompts]

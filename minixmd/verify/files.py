@@ -35,10 +35,9 @@ def tensors(subject):
             faults.append(f"differs: {name}")
         found += 1
     faults += [f"unexpected: {name}" for name in held]
-    notes = [f"{found} of {len(parameters)}"]
-    for part, count in skipped_parts(folder, config.family).items():
-        notes.append(f"{part}'s {count} skipped")
-    return Outcome("; ".join(notes + faults[:3]), "all, none besides", not faults)
+    skipped = [f"{part}'s {count} skipped" for part, count in skipped_parts(folder, config.family).items()]
+    measured = "; ".join([f"{found} of {len(parameters)}", *skipped, *faults[:3]])
+    return Outcome(measured, "all, none besides", not faults)
 
 
 def dtypes(subject):

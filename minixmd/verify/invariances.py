@@ -21,9 +21,6 @@ MIN_CHANGE = {"float32": 1e-3, "bfloat16": 1e-2}  # nats by which another clip m
 MAX_GAP = {"float32": (1e-4, 1e-3), "bfloat16": (0.05, 0.5)}  # nats, mean and largest: generated - scored
 
 
-# ---- clips and encoders ----
-
-
 def placeholders(subject):
     """The processor's placeholders are as many as the encoder's features, for clips of many sizes."""
     total, faults = 0, []
@@ -38,17 +35,18 @@ def placeholders(subject):
             total += features
             if count != features:
                 faults.append(f"{count} for {features}")
-    return Outcome("; ".join([f"{total} features", *faults[:3]]), "one each", not faults)
+    measured = "; ".join([f"{total} features", *faults[:3]])
+    return Outcome(measured, "one each", not faults)
 
 
 def encoders(subject):
     """All clips encoded together equal each one encoded alone in a plain form, without padding or packing."""
     together, alone = [], []
     for kind in subject.clips:
-        media = subject.media(kind)
+        media = [m.to(subject.device) for m in subject.media(kind)]
+        encode_alone = plain_audio if kind == "audio" else plain_video
         together.append(subject.model.encode(kind, media))
-        plain = plain_audio if kind == "audio" else plain_video
-        alone.append(torch.cat([plain(subject.model, m) for m in media]))
+        alone.append(torch.cat([encode_alone(subject.model, m) for m in media]))
     return subject.compare(together, alone)
 
 
@@ -58,11 +56,13 @@ def plain_audio(model, m):
     length = (m.frames + 1) // 2
     if model.config.audio.n_window is None:
         table_AE = tower.embed_positions.weight
-        norm, project = tower.layer_norm, model.multi_modal_projector
+        norm = tower.layer_norm
+        project = model.multi_modal_projector
         windows = [pad(mel_MA, (0, 2 * len(table_AE) - mel_MA.shape[1]), value=-1.5)]
     else:
         table_AE = tower.positions(mel_MA.device)
-        norm, project = tower.ln_post, tower.proj
+        norm = tower.ln_post
+        project = tower.proj
         windows = mel_MA[:, :m.frames].split(2 * len(table_AE), dim=1)
     x_AE = torch.cat([plain_whisper(tower, window, table_AE, length) for window in windows])
     pairs_A2E = x_AE[:length // 2 * 2].unflatten(0, (-1, 2))
@@ -100,9 +100,6 @@ def plain_video(model, m):
     return torch.cat(features)
 
 
-# ---- one batch or many, one forward pass or many ----
-
-
 def packed(subject):
     """Logits of all prompts in one batch, and of each by itself."""
     alone = [subject.logits([prompt])[0] for prompt in subject.prompts]
@@ -123,19 +120,17 @@ def cached(subject):
     batch = pack(sequences).to(subject.device)
     hidden_ND = subject.model(batch)
     forward_BTD = torch.stack([hidden_ND[end - T:end - 1] for _, end in batch.spans])
-    decoded_BTV = subject.model.logits(decoded_BTD)
-    forward_BTV = subject.model.logits(forward_BTD)
-    return subject.compare(decoded_BTV, forward_BTV)
+    return subject.compare(subject.model.logits(decoded_BTD), subject.model.logits(forward_BTD))
 
 
 def logprobs(subject):
     """Log-probs that generation reports, and those from scoring the prompts and their completions in one pass."""
     ids_P2T, generated_P2T, _ = subject.sampled
-    groups = [Group(prompt, tuple(ids_2T)) for prompt, ids_2T in zip(subject.prompts, ids_P2T, strict=True)]
-    batch = pack(groups).to(subject.device)
-    suppressed = torch.tensor(subject.endless.suppressed_ids, device=subject.device)
-    scored_T = target_logprobs(subject.model, batch, TEMPERATURE, suppressed)
-    gap_T = (scored_T.cpu() - generated_P2T.flatten()).abs()
+    groups = []
+    for prompt, ids_2T in zip(subject.prompts, ids_P2T, strict=True):
+        groups.append(Group(prompt, tuple(ids_2T)))
+    scored_T = subject.target_logprobs(pack(groups), subject.endless, TEMPERATURE)
+    gap_T = (scored_T - generated_P2T.flatten()).abs()
     mean, largest = gap_T.mean().item(), gap_T.max().item()
     max_mean, max_gap = MAX_GAP[subject.dtype]
     return Outcome(
@@ -145,18 +140,6 @@ def logprobs(subject):
     )
 
 
-def target_logprobs(model, batch, temperature=1.0, suppressed=()):
-    """(T,) log-probs of a batch's targets."""
-    hidden_ND = model(batch)
-    logits_TV = model.logits(hidden_ND[batch.target_row_T])
-    logits_TV[:, suppressed] = -torch.inf
-    logp_TV = (logits_TV / temperature).log_softmax(-1)
-    return logp_TV.gather(1, batch.target_id_T[:, None]).squeeze(1)
-
-
-# ---- what the clip does to the answer ----
-
-
 def answer_logprobs(subject, kind, other=None):
     """Log-probs of ANSWER after a question about the kind's first clip. other: Media whose content replaces the clip's,
     repeated or cut to its length."""
@@ -164,13 +147,13 @@ def answer_logprobs(subject, kind, other=None):
         {"role": "user", "content": [subject.clips[kind][0], QUESTION]},
         {"role": "assistant", "content": ANSWER},
     ]
-    batch = pack([subject.processor(conversation)]).to(subject.device)
+    batch = pack([subject.processor(conversation)])
     if other is not None:
         [clip], axis = batch.media, int(kind == "audio")
-        indices = torch.arange(clip.features.shape[axis], device=subject.device)
-        features = other.features.index_select(axis, indices % other.features.shape[axis])
+        indices = torch.arange(clip.features.shape[axis]) % other.features.shape[axis]
+        features = other.features.index_select(axis, indices)
         batch = replace(batch, media=(replace(clip, features=features),))
-    return target_logprobs(subject.model, batch)
+    return subject.target_logprobs(batch, subject.processor)
 
 
 def another_clip(subject):
@@ -197,12 +180,7 @@ def same_clip(subject):
 
 
 def difference(a, b):
-    """The largest absolute difference of two tensors."""
-    gap = a - b
-    return gap.abs().max().item()
-
-
-# ---- adapters ----
+    return (a - b).abs().max().item()
 
 
 @contextmanager

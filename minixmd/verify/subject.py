@@ -7,6 +7,7 @@ import torch
 
 from minixmd import generate, pack
 from minixmd.inputs.audio import SAMPLE_RATE
+from minixmd.learning.logprobs import SampledVocabulary, token_logprobs
 
 QUESTION = {"type": "text", "text": "What is this?"}
 TEMPERATURE = 0.7  # of sampled completions
@@ -38,7 +39,8 @@ class Subject:
     force_transformers: bool = False  # compare even a large model with transformers
 
     def __post_init__(self):
-        self.family, self.device = self.model.config.family, self.model.device
+        self.family = self.model.config.family
+        self.device = self.model.device
         contents = []
         for clips in self.clips.values():
             contents += [[clip, QUESTION] for clip in clips]
@@ -47,18 +49,24 @@ class Subject:
         contents += [[QUESTION, last, first], "Hello"]
         self.conversations = [[{"role": "user", "content": content}] for content in contents]
         self.prompts = [self.processor(conversation) for conversation in self.conversations]
-        self.endless = copy.copy(self.processor)  # with it no token ends a turn
-        self.endless.end_id = -1
+        self.endless = copy.copy(self.processor)
+        self.endless.end_id = -1  # no token ends a turn
 
     def media(self, kind):
-        """The prompts' clips of a kind, as Media on the model's device."""
-        return [m for m in pack(self.prompts).to(self.device).media if m.kind == kind]
+        """The prompts' clips of a kind, as Media."""
+        return [m for m in pack(self.prompts).media if m.kind == kind]
 
     def logits(self, prompts=None):
         """(P, ROWS, V), each prompt's last rows, from one packed batch."""
         batch = pack(prompts or self.prompts).to(self.device)
         hidden_ND = self.model(batch)
         return torch.stack([self.model.logits(hidden_ND[end - ROWS:end]) for _, end in batch.spans])
+
+    def target_logprobs(self, batch, processor, temperature=1.0):
+        """(T,) log-probs of a batch's targets among the ids that generation may draw, on the CPU."""
+        batch = batch.to(self.device)
+        vocabulary = SampledVocabulary.of(self.model, processor, temperature)
+        return token_logprobs(self.model, self.model(batch), batch, vocabulary)
 
     def base_parameters(self):
         """{name: parameter} without adapters."""
@@ -71,14 +79,15 @@ class Subject:
         hidden = []
         hook = self.model.register_forward_hook(lambda module, inputs, output: hidden.append(output))
         try:
-            pairs = generate(self.model, self.endless, self.conversations, num_samples=2, max_new_tokens=TOKENS,
-                             temperature=TEMPERATURE, seed=0)
+            pairs = generate(
+                self.model, self.endless, self.conversations,
+                num_samples=2, max_new_tokens=TOKENS, temperature=TEMPERATURE, seed=0,
+            )  # fmt: skip
         finally:
             hook.remove()
         ids_P2T = torch.tensor([[completion.ids for completion in pair] for pair in pairs])
         logprobs_P2T = torch.tensor([[completion.logprobs for completion in pair] for pair in pairs])
-        hidden_BTD = torch.stack(hidden[1:], dim=1)  # the first is the prefill's
-        return ids_P2T, logprobs_P2T, hidden_BTD
+        return ids_P2T, logprobs_P2T, torch.stack(hidden[1:], dim=1)  # the first is the prefill's
 
     def compare(self, ours, theirs):
         """The Outcome of two lists of tensors that may differ by rounding only; the worst pair counts."""
@@ -119,7 +128,8 @@ def synthetic_clips(kind):
     if kind == "audio":
         for i, seconds in enumerate(AUDIO_S):
             t_S = torch.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
-            wave_S = 0.3 * torch.sin((1500 + 2500 * i) * t_S * (1 + t_S / 9))
+            frequency_S = (1500 + 2500 * i) * (1 + t_S / 9)
+            wave_S = 0.3 * torch.sin(frequency_S * t_S)
             parts.append({"type": "audio", "audio": wave_S})
     else:
         for i, (frames, height, width) in enumerate(VIDEO_SHAPES):
