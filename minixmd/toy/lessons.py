@@ -1,6 +1,6 @@
 """Training sequences for the toy models, and the optimizer loop of their phases.
 
-A lesson is built on a clip that was decoded once, so that it is asked about with new options at every step.
+Every clip is decoded and tokenized once (Context); each step asks about it with new options (Lesson).
 """
 from dataclasses import dataclass
 

@@ -4,7 +4,7 @@ Trained on clips alone a model does not learn to answer by letter: nothing teach
 So training is a curriculum:
 
 1. text QA: the decoder, which both models share, learns the question on text, first with two options, then with more;
-   the category's name, repeated, takes the clip's place
+   the category's name, repeated, stands in for the clip
 2. tower alignment: each encoder learns to map a clip to the decoder's embedding of its category
 3. joint QA: encoder and decoder learn the question on clips
 4. chain of thought, with stage.thinking: the teacher learns to write a thought before its answer. About 30 % of its
@@ -160,11 +160,11 @@ def train_text_qa(folder, seed, log):
 
 
 def text_lesson(processor, rng, num_options, repeats, qa_format):
-    """A lesson in which the right option's name stands `repeats` times in the clip's place."""
+    """A lesson in which the right option's name, repeated `repeats` times, stands in for the clip."""
     options = rng.choice(NAMES, num_options, replace=False).tolist()
     right = int(rng.integers(num_options))
-    places = sorted(rng.choice(OPTIONS, num_options, replace=False))
-    letters = [LETTERS[place] for place in places]
+    positions = sorted(rng.choice(OPTIONS, num_options, replace=False))
+    letters = [LETTERS[position] for position in positions]
     before = processor.encode(f"<|im_start|>system\n{processor.family.system}<|im_end|>\n<|im_start|>user\n")
     name_ids = processor.encode(" " + options[right])
     context = Context(before + name_ids * repeats)

@@ -190,8 +190,8 @@ def draw_options(right, names, rng):
 def make_world(folder, seed, splits=SPLITS):
     """Writes <split>.jsonl for every split and the clips that it lists, <split>/<number>.wav and .mp4.
 
-    The train split is blind: its manifest holds no answer, label or group, and neither a clip's number nor its place in
-    the list depends on the category. train_truth.jsonl has them, for the upper bound of learning from true labels.
+    The train split is blind: its manifest holds no answer, label or group, and neither a clip's number nor its position
+    in the list depends on the category. train_truth.jsonl has them, for the upper bound of learning from true labels.
     What exists already is not made again. splits: {name: clips a category}.
     """
     for split, count in splits.items():
@@ -214,11 +214,11 @@ def _make_split(folder, seed, split, count):
     clips = [(category, number) for category in categories for number in range(count)]
     order = np.random.default_rng([seed, list(SPLITS).index(split)]).permutation(len(clips))
     examples = []
-    for place, i in enumerate(tqdm(order, desc=f"toy: {split} clips", unit="clip")):
+    for position, i in enumerate(tqdm(order, desc=f"toy: {split} clips", unit="clip")):
         category, number = clips[i]
         rng = clip_rng(seed, split, category, number)
         options, answer = draw_options(category.name, names, rng)
-        wav, mp4 = f"{split}/{place:04d}.wav", f"{split}/{place:04d}.mp4"
+        wav, mp4 = f"{split}/{position:04d}.wav", f"{split}/{position:04d}.mp4"
         if not (folder / mp4).exists():  # written last
             far = split == "base" and category.group == "eye" and number >= NUM_NEAR
             wave_S = make_wave(category, rng, far)
@@ -226,7 +226,7 @@ def _make_split(folder, seed, split, count):
             write_bytes(folder / wav, wav_bytes(wave_S), sync=False)
             write_bytes(folder / mp4, mp4_bytes(frames, wave_S), sync=False)
         examples.append(Example(
-            id=f"{split}_{place:04d}",
+            id=f"{split}_{position:04d}",
             audio=wav,
             video=mp4,
             question=QUESTION,
