@@ -74,7 +74,8 @@ def sampled(patch, folder, path):
         records.append({"id": e.id, "samples": samples} if c else {"id": e.id, "bad": "empty", "detail": "no frames"})
     patch.setattr(traces, "sample_locally", lambda *_: records)
     folder.mkdir()
-    traces.run(Traces(name="t", model="m", manifest=str(path), media="audio", num_samples=4, max_bad=1.0), folder, lambda x: None)
+    stage = Traces(name="t", model="m", manifest=str(path), media="audio", num_samples=4, max_bad=1.0)
+    traces.run(stage, folder, lambda line: None)
 
 
 def checked(patch, folder, path, decide, verifier=False):
