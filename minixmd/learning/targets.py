@@ -1,4 +1,4 @@
-"""What a training stage learns: which target each example has, and whose it is. XMD's gate is decided here."""
+"""What a training stage learns: which target each example has, and whose it is."""
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ import torch
 
 from minixmd.config import GRPO, SFT
 from minixmd.inputs.examples import Example
+from minixmd.learning.gate import follows_teacher
 from minixmd.runs.records import read_by_id, read_traces
 
 SPECIAL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")  # a media token or another special one: no such text may reach a prompt
-DECISION = {"learned": "p_teacher", "oracle": "oracle"}  # gate -> the field of switch.jsonl that it reads
 
 
 @dataclass(frozen=True)
@@ -69,29 +69,21 @@ def label_items(examples, manifest, labels_path):
 
 
 def gated_items(stage, examples):
-    """Distillation: the gate decides clip by clip whose label is the target.
+    """Distillation: the gate decides clip by clip whose label is the target (gate.py).
 
-    Where it sends a clip to the teacher (p_teacher >= 0.5), the teacher's letter or its stored logits are the target.
-    Elsewhere it is the student's own earlier letter, which keeps what the student knew (the anti-forgetting loss);
-    without the student's letters such a clip is left out. The manifest's answers are not read.
+    Where it sends a clip to the teacher, the teacher's letter or its stored logits are the target. Elsewhere it is the
+    student's own earlier letter, which keeps what the student knew (the anti-forgetting loss); without the student's
+    letters such a clip is left out. The manifest's answers are not read.
 
     Args:
         stage: Distill.
     """
     teacher = read_by_id(stage.teacher_labels) if stage.teacher_labels else {}
     student = read_by_id(stage.student_labels) if stage.student_labels else {}
-    decisions = read_by_id(stage.switch) if stage.switch else {}
-    field = DECISION.get(stage.gate)
-    if field and not any(field in record for record in decisions.values()):
-        raise ValueError(f"{stage.switch}: no clip has the {field!r} that gate {stage.gate!r} goes by")
+    to_teacher = follows_teacher(stage.gate, examples, stage.switch, stage.manifest)
     items, counts = [], Counter()
     for example in examples:
-        if field and example.id not in decisions:
-            raise ValueError(f"{stage.switch}: no decision on example {example.id!r} of {stage.manifest}")
-        follow_teacher = stage.gate == "always"
-        if field:
-            follow_teacher = decisions[example.id].get(field, 0.0) >= 0.5
-        if follow_teacher:
+        if to_teacher[example.id]:
             source, record = "teacher", _label_of(example, teacher, stage.teacher_labels, stage.manifest)
         elif stage.student_labels:
             source, record = "student", _label_of(example, student, stage.student_labels, stage.manifest)
@@ -102,7 +94,7 @@ def gated_items(stage, examples):
             counts[f"left out: {record['bad']}"] += 1
             continue
         target = _option_index(record, example, source, stage.manifest)
-        topk = _stored_topk(stage, record) if follow_teacher and stage.teacher_loss != "ce" else None
+        topk = _stored_topk(stage, record) if source == "teacher" and stage.teacher_loss != "ce" else None
         items.append(Item(example, target, source, topk))
         counts[source] += 1
     return items, counts
