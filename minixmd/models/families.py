@@ -175,8 +175,7 @@ LISTS = {"mrope_section": ("positive ints", 1), "fullatt_block_indexes": ("block
 def read_config(raw):
     """config.json (published flat, sparse, or nested as transformers 5 writes it) to a ModelConfig.
 
-    Raises:
-        ValueError: an unsupported model_type, or a field that is not implemented at its value (it is named).
+    Raises ValueError: an unsupported model_type, or a field that is not implemented at its value (it is named).
     """
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -229,10 +228,7 @@ def _text_section(family, section, path):
 
 
 def _read_fields(family, defaults, section, path):
-    """A section of config.json, which may be None, as a dataclass of the type of `defaults`.
-
-    path: where the section stands, as messages write it, such as "vision_config.".
-    """
+    """A section of config.json, or None, as a dataclass of the type of `defaults`. path: as in "vision_config."."""
     known = {}  # name in config.json -> field
     for f in fields(defaults):
         if getattr(defaults, f.name) is not None:
