@@ -41,10 +41,40 @@ class Toy:
 
 
 @stage
-class _Prompted:
-    """Fields of every stage that puts questions about clips to a model."""
+class _Local:
+    """Fields of every stage that computes on this machine."""
 
     name: str
+    max_bad: Share = 0.01  # share of bad clips (of FactCheck: traces) above which the stage fails; 1 = never
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" is CUDA where there is one
+    seed: NonNegativeInt = 0  # of all randomness in the stage: new weights, data order, sampling, augmentation
+
+
+@stage
+class _LocalModel(_Local):
+    """Fields of every stage that runs a model of ours."""
+
+    backend: Literal["auto", "triton", "torch"] = "auto"  # of the kernels; "auto" is Triton on a GPU, else PyTorch
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; what trains is kept in float32
+
+
+@stage
+class _Cnn14:
+    """Fields of a stage that trains a Cnn14 on sounds."""
+
+    weights: str | None = None  # checkpoint to start from, .pth or .safetensors; None = from scratch
+    width: Positive = 1.0  # by which its channel counts are multiplied; 1 = as published
+    clip_s: Annotated[float, ">= 0.31"] = 10.0  # seconds heard of every clip; a shorter one is followed by silence
+    epochs: Count = 30
+    batch_size: Count = 32  # rows of an optimizer step; with Switch's mixup there are two clips in a row
+    lr: Positive = 1e-4  # peak, of Adam
+    warmup_ratio: Share = 0.1  # share of the steps; 0 = off
+
+
+@stage
+class _Prompted(_LocalModel):
+    """Fields of every stage that puts questions about clips to a model."""
+
     # what is asked
     model: str  # folder, hub name or "@stage"
     manifest: str  # JSONL file
@@ -55,12 +85,6 @@ class _Prompted:
     min_pixels: Count = 100_352  # pixels a frame
     max_pixels: Count = 262_144  # pixels a frame
     nframes: Annotated[int, ">= 2"] | None = None  # frames a clip; None = by fps
-    # how it runs
-    max_bad: Share = 0.01  # share of bad clips above which the stage fails; 1 = never
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" is CUDA where there is one
-    backend: Literal["auto", "triton", "torch"] = "auto"  # of the kernels; "auto" is Triton on a GPU, else PyTorch
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; what trains is kept in float32
-    seed: NonNegativeInt = 0
 
     def check_prompted(self, placeholders=("options",)):
         check_types(self)
@@ -161,10 +185,9 @@ class Traces(_Prompted, _Endpoint):
 
 
 @stage
-class FactCheck(_Endpoint):
+class FactCheck(_LocalModel, _Endpoint, _Cnn14):
     """Hears the clip of each trace and accepts or rejects what it says (audio-grounded fact verification)."""
 
-    name: str
     # what is judged
     traces: str  # "@traces"
     manifest: str  # JSONL file of the clips
@@ -179,21 +202,8 @@ class FactCheck(_Endpoint):
     prompt: str = CHECK_PROMPT  # format string over {trace} and what Evaluate has
     verdicts: str | None = None  # "@factcheck/verdicts.jsonl": what "verifier" learns from, or "verdicts" takes over
     logprobs: bool = True  # of "endpoint"; False for a server that refuses them: scores are then +1 and -1
-    # the trained verifier: a Cnn14 beside the decoder's mean hidden state
-    weights: str | None = None  # checkpoint to start from, .pth or .safetensors; None = from scratch
-    width: Positive = 1.0  # by which its channel counts are multiplied; 1 = as published
-    clip_s: Annotated[float, ">= 0.31"] = 10.0  # seconds heard of every clip; a shorter one is followed by silence
-    epochs: Count = 30
-    batch_size: Annotated[int, ">= 2"] = 32  # traces of an optimizer step
-    lr: Positive = 1e-4  # peak, of Adam
-    warmup_ratio: Share = 0.1  # share of the steps; 0 = off
-    # how it runs
+    batch_size: Annotated[int, ">= 2"] = 32  # of "verifier": traces of an optimizer step
     batch_tokens: Count = 8192  # tokens packed into a forward pass
-    max_bad: Share = 0.01  # share of traces that could not be judged above which the stage fails; 1 = never
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" is CUDA where there is one
-    backend: Literal["auto", "triton", "torch"] = "auto"  # of the kernels; "auto" is Triton on a GPU, else PyTorch
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights
-    seed: NonNegativeInt = 0  # of the calibration set and the verifier
 
     def __post_init__(self):
         check_types(self)
@@ -214,29 +224,15 @@ class FactCheck(_Endpoint):
 
 
 @stage
-class Switch:
+class Switch(_Local, _Cnn14):
     """A Cnn14 that predicts, per clip, whether the teacher beats the student; it decides for every clip of a split."""
 
-    name: str
     # what it learns from and decides on
     teacher: str  # results on the analysis split, "@evaluate"
     student: str  # results on the same split, "@evaluate"
     manifest: str  # JSONL file of that split, with labels; its audio is heard, whatever the two models perceive
     train_manifest: str  # JSONL file of the clips to decide on
-    # the network, Cnn14_16k
-    weights: str | None = None  # checkpoint to start from, .pth or .safetensors; None = from scratch
-    width: Positive = 1.0  # by which its channel counts are multiplied; 1 = as published
-    clip_s: Annotated[float, ">= 0.31"] = 10.0  # seconds heard of every clip; a shorter one is followed by silence
-    # optimisation
-    epochs: Count = 30
-    batch_size: Count = 32  # rows of an optimizer step; with mixup there are two clips in a row
-    lr: Positive = 1e-4  # peak, of Adam
-    warmup_ratio: Share = 0.1  # share of the steps; 0 = off
     augment: Literal["spec", "mixup", "both", "off"] = "both"  # "spec" is SpecAugment
-    # how it runs
-    max_bad: Share = 0.01  # share of bad clips above which the stage fails; 1 = never
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" is CUDA where there is one
-    seed: NonNegativeInt = 0  # new weights, split, order and augmentation
 
     def __post_init__(self):
         check_types(self)
