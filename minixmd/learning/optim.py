@@ -13,7 +13,8 @@ def learning_rate(step, steps, peak, warmup_ratio):
     warmup_steps = round(warmup_ratio * steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+    progress = math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(progress))
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -34,8 +35,10 @@ class MasterAdamW(torch.optim.AdamW):
         lr, (beta1, beta2) = group["lr"], group["betas"]
         state, grad = self.state[p], p.grad.float()
         if not state:
-            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(grad), exp_avg_sq=torch.zeros_like(grad),
-                         master=p.float())
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(grad)
+            state["exp_avg_sq"] = torch.zeros_like(grad)
+            state["master"] = p.float()
         state["step"] += 1
         t = state["step"].item()
         m, v, master = state["exp_avg"], state["exp_avg_sq"], state["master"]
@@ -59,7 +62,8 @@ def adamw(parameters, *, lr, betas, eps, weight_decay):
     if vectors:
         groups.append({"params": vectors, "weight_decay": 0.0})
     half = any(p.dtype == torch.bfloat16 for p in parameters.values())
-    return (MasterAdamW if half else torch.optim.AdamW)(groups, lr=lr, betas=betas, eps=eps)
+    optimizer = MasterAdamW if half else torch.optim.AdamW
+    return optimizer(groups, lr=lr, betas=betas, eps=eps)
 
 
 def optimizer_tensors(optimizer, parameters):

@@ -275,7 +275,8 @@ class _Progress:
         finished = []
         for i, ids in enumerate(self.ids):
             text = processor.decode(ids)
-            finished.append(Completion(text, tuple(ids), tuple(self.logprobs[i]), self.finished[i]))
+            logprobs = tuple(self.logprobs[i])
+            finished.append(Completion(text, tuple(ids), logprobs, self.finished[i]))
         return finished
 
     def all_finished(self, first, end):
@@ -294,7 +295,11 @@ def _ends(processor, stop, ids):
     """
     if ids[-1] == processor.end_id:
         return True
-    return any(string in processor.decode(ids[-len(string.encode()):]) for string in stop)
+    for string in stop:
+        tail = ids[-len(string.encode()):]
+        if string in processor.decode(tail):
+            return True
+    return False
 
 
 @torch.inference_mode()

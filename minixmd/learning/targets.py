@@ -11,6 +11,7 @@ from minixmd.learning.gate import follows_teacher
 from minixmd.runs.records import read_by_id, read_traces
 
 SPECIAL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")  # a media token or another special one: no such text may reach a prompt
+TRACE_FILTERS = {"all": (None, None), "first": ("sample", 0), "unanimous": ("unanimous", True)}  # field, its value
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def manifest_items(examples, manifest):
     for example in examples:
         if example.answer is None:
             raise ValueError(f"{manifest}: example {example.id!r} has no answer to learn from")
-    return [Item(example, example.answer, "manifest") for example in examples], Counter(manifest=len(examples))
+    items = [Item(example, example.answer, "manifest") for example in examples]
+    return items, Counter(manifest=len(items))
 
 
 def label_items(examples, manifest, labels_path):
@@ -106,7 +108,7 @@ def trace_items(examples, manifest, traces_path, trace_filter):
     First traces are those with "sample" 0, unanimous ones those with "unanimous" true. A trace need not have the form
     of a thought and an answer, but holds no special token and no second answer.
     """
-    field, wanted = {"all": (None, None), "first": ("sample", 0), "unanimous": ("unanimous", True)}[trace_filter]
+    field, wanted = TRACE_FILTERS[trace_filter]
     by_id = {example.id: example for example in examples}
     items, left_out = [], Counter()
     for number, record in enumerate(read_traces(traces_path), 1):
