@@ -183,7 +183,8 @@ class Decoder:
         slot_G = torch.tensor(prompt_slots, device=device)
         first_B = n * slot_G[:, None]
         slot_B = (first_B + torch.arange(n, device=device)).flatten()
-        row_N = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
+        rows = [torch.arange(len(prompt), device=device) for prompt in prompts]
+        row_N = torch.cat(rows)
         slot_N = slot_G.repeat_interleave(lengths_G, output_size=len(row_N))
         self.cache.clear(slot_G, slot_B)
         attend = partial(self.cache.prefill, batch.segments, slot_N, row_N)
