@@ -8,9 +8,7 @@ from minixmd.config.schema import ConfigError, kind, nearest
 from minixmd.runs.hub_names import parse_hub_name
 
 OUTPUTS = {  # what a bare "@name" means
-    "distill": "best",
-    "sft": "best",
-    "grpo": "best",
+    **dict.fromkeys(("distill", "sft", "grpo"), "best"),
     "label": "labels.jsonl",
     "switch": "switch.jsonl",
     "evaluate": "results.json",
@@ -19,22 +17,11 @@ OUTPUTS = {  # what a bare "@name" means
 }
 INPUTS = {  # the fields that name a file or folder, and the kinds of stage that a bare "@name" in them may be
     "model": "distill sft grpo",
-    "manifest": None,
-    "val_manifest": None,
-    "teacher": "evaluate",
-    "student": "evaluate",
-    "train_manifest": None,
-    "weights": None,
     "traces": "traces factcheck",
-    "verdicts": None,
-    "teacher_labels": "label",
-    "student_labels": "label",
     "switch": "switch",
-    "tables": "evaluate",
-    "ablation": "evaluate",
-    "clips": None,
-    "curves": None,
-    "funnel": None,
+    **dict.fromkeys(("teacher_labels", "student_labels"), "label"),
+    **dict.fromkeys(("teacher", "student", "tables", "ablation"), "evaluate"),
+    **dict.fromkeys(("manifest", "val_manifest", "train_manifest", "clips", "weights", "verdicts", "curves", "funnel")),
 }
 
 
