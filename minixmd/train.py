@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from minixmd import generate, load, pack
 from minixmd.config import GRPO, SFT, Distill
-from minixmd.inputs.examples import check_media, read_manifest
+from minixmd.inputs.examples import read_shown
 from minixmd.inputs.prompts import build_prompt, check_length, prefetch
 from minixmd.inputs.tokenizer import common_vocab_size
 from minixmd.kernels.grpo import ClipConfig
@@ -45,10 +45,8 @@ MAX_START_KL = 1e-6  # to the reference, before the first update
 
 def train(stage, folder, log):
     """Runs a Distill, SFT or GRPO stage. Writes best/ (an adapter, or a whole model) and log.jsonl."""
-    examples = read_manifest(stage.manifest)
-    check_media(stage.name, stage.manifest, examples, stage.media)
-    validation = read_manifest(stage.val_manifest) if stage.val_manifest else []
-    check_media(stage.name, stage.val_manifest, validation, stage.media)
+    examples = read_shown(stage.name, stage.manifest, stage.media)
+    validation = read_shown(stage.name, stage.val_manifest, stage.media) if stage.val_manifest else []
     for example in validation:
         if example.answer is None:
             raise ValueError(f"{stage.val_manifest}: example {example.id!r} has no answer to validate against")

@@ -1,5 +1,6 @@
 """JSONL files: what each reader refuses and in which words; and the shards that several processes share."""
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -107,11 +108,12 @@ def test_a_file_that_cannot_grow_is_named(tmp_path):
 
 
 def test_bad_clips_are_counted_by_reason_the_most_frequent_first():
-    bad = [bad_record(str(i), MediaError("x.wav", reason)) for i, reason in enumerate(["short", "missing", "missing"])]
+    bad = [bad_record(SimpleNamespace(id=str(i)), MediaError("x.wav", reason))
+           for i, reason in enumerate(["short", "missing", "missing"])]
     assert bad[0] == {"id": "0", "bad": "short", "detail": str(MediaError("x.wav", "short"))}
-    found = count_bad([*bad, LABEL], "own", 0.75)
+    found = count_bad([*bad, LABEL], SimpleNamespace(name="own", max_bad=0.75))
     assert found == {"missing": 2, "short": 1} and list(found) == ["missing", "short"]
-    assert count_bad([LABEL], "own", 0.0) == {}
+    assert count_bad([LABEL], SimpleNamespace(name="own", max_bad=0.0)) == {}
 
 
 @pytest.mark.parametrize("good, max_bad, says", [(1, 0.5, "own: 2 of 3 clips are bad"),
@@ -119,7 +121,7 @@ def test_bad_clips_are_counted_by_reason_the_most_frequent_first():
 def test_too_many_bad_clips_or_none_but_bad_ones_are_refused_with_the_first(good, max_bad, says):
     bad = [{"id": "a", "bad": "missing", "detail": "a.wav: missing"}, {"id": "b", "bad": "short", "detail": "b.wav"}]
     with pytest.raises(ValueError, match=says) as caught:
-        count_bad([LABEL] * good + bad, "own", max_bad)
+        count_bad([LABEL] * good + bad, SimpleNamespace(name="own", max_bad=max_bad))
     assert str(caught.value).endswith(f"with max_bad {max_bad}; the first: a.wav: missing")
 
 

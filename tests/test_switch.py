@@ -26,7 +26,7 @@ from minixmd.models.cnn14 import make_cnn14
 from minixmd.runs import distributed
 from minixmd.runs.records import append_jsonl
 from minixmd.stages import switch
-from minixmd.stages.fit import Schedule, train_epochs
+from minixmd.stages.fit import train_epochs
 from minixmd.tasks import yes_no
 from minixmd.tasks.statistics import digest
 
@@ -158,8 +158,9 @@ def test_a_step_of_training_augments_drops_out_and_follows_the_schedule(monkeypa
     optimizer.register_step_post_hook(lambda optimizer, *_: lrs.append(optimizer.param_groups[0]["lr"]))
     clips = [SimpleNamespace(id=i, label=i % 2) for i in range(20)]
     compute_loss = partial(switch.batch_loss, model, torch.randn(22, 40, 64), [0, 1], augment)
-    schedule = Schedule("s", epochs=2, batch_size=8 if "mixup" in expected else 4, lr=1.0, warmup_ratio=0.5, seed=0)
-    assert [epoch for epoch, _ in train_epochs(model, optimizer, compute_loss, clips, schedule)] == [1, 2]
+    schedule = SimpleNamespace(name="s", epochs=2, lr=1.0, warmup_ratio=0.5, seed=0)
+    batch_size = 8 if "mixup" in expected else 4
+    assert [epoch for epoch, _ in train_epochs(schedule, model, optimizer, compute_loss, clips, batch_size)] == [1, 2]
     steps = 2 if "mixup" in expected else 5  # an epoch, of 20 clips
     assert calls == expected * 2 * steps and rows == [(4, True)] * 2 * steps
     half = [(step + 1) / steps for step in range(steps)]  # up in the first epoch, then the cosine from the peak
@@ -169,8 +170,8 @@ def test_a_step_of_training_augments_drops_out_and_follows_the_schedule(monkeypa
 def test_with_mixup_a_row_is_two_clips_and_there_are_never_more_than_clips(world, tmp_path, monkeypatch):
     sizes = []
 
-    def noted(model, optimizer, batch_loss, items, schedule, first_epoch):
-        sizes.append((len(items), schedule.batch_size))
+    def noted(stage, model, optimizer, batch_loss, items, batch_size, first_epoch):
+        sizes.append((len(items), batch_size))
         return iter(())
 
     monkeypatch.setattr(switch, "train_epochs", noted)
@@ -190,8 +191,8 @@ def test_every_epoch_has_an_order_and_noise_of_its_own():
 
     def train(epochs, first_epoch=0):
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
-        schedule = Schedule("s", epochs, batch_size=4, lr=0.0, warmup_ratio=0, seed=0)
-        return [len(loss_S) for _, loss_S in train_epochs(model, optimizer, batch_loss, list(range(10)), schedule,
+        schedule = SimpleNamespace(name="s", epochs=epochs, lr=0.0, warmup_ratio=0, seed=0)
+        return [len(loss_S) for _, loss_S in train_epochs(schedule, model, optimizer, batch_loss, list(range(10)), 4,
                                                           first_epoch)]
 
     assert train(2) + train(1) + train(2, first_epoch=1) == [2] * 4  # ten items: two steps of four, two left out

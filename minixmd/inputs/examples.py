@@ -115,9 +115,11 @@ def build_conversation(example, *, media, prompt, answer=None, trace="", video_o
     return turns
 
 
-def check_media(name, manifest, examples, media):
-    """Raises ValueError for the first of a manifest's examples that lacks what stage `name` shows."""
+def read_shown(name, manifest, media):
+    """read_manifest's Examples. Raises ValueError also for the first that lacks what stage `name` shows."""
+    examples = read_manifest(manifest)
     for example in examples:
         for kind in MEDIA_KINDS[media]:
             if getattr(example, kind) is None:
                 raise ValueError(f"{name}: {manifest}: example {example.id!r} has no {kind}")
+    return examples

@@ -119,8 +119,11 @@ def mixup(x_B1AM, target_BK, generator):
     return mixed_B1AM, target_BK[0::2] * share_B1 + target_BK[1::2] * (1 - share_B1)
 
 
-def make_cnn14(classes, width, seed):
-    """A Cnn14 whose weights are drawn from `seed` and their names: Xavier's uniform, as the original's."""
+def make_cnn14(classes, width, seed, weights=None):
+    """A Cnn14 whose weights are drawn from `seed` and their names: Xavier's uniform, as the original's.
+
+    weights: path of a checkpoint, as load_weights takes it, for all but the head.
+    """
     with torch.device("meta"):
         model = Cnn14(classes, width)
     model.to_empty(device="cpu")
@@ -134,6 +137,8 @@ def make_cnn14(classes, width, seed):
             t.copy_(torch.rand(t.shape, generator=generator) * 2 * bound - bound)
         else:
             t.fill_(1 if name.endswith(("weight", "running_var")) else 0)
+    if weights:
+        load_weights(model, weights, head=False)
     return model
 
 

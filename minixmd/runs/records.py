@@ -138,19 +138,16 @@ def answers_beside(results):
 # ---- clips that cannot be used ----
 
 
-def bad_record(example_id, error):
-    """The record of a clip that raised this MediaError."""
-    return {"id": example_id, "bad": error.reason, "detail": str(error)}
+def bad_record(example, error):
+    """The record of an Example whose clip raised this MediaError."""
+    return {"id": example.id, "bad": error.reason, "detail": str(error)}
 
 
-def count_bad(records, name, max_bad):
-    """{reason: count} of the bad records. Raises ValueError when all are, or more than the share max_bad.
-
-    name: of the stage, for the message.
-    """
+def count_bad(records, stage):
+    """{reason: count} of the bad records. Raises ValueError when all are, or more than the stage's share max_bad."""
     bad = [record for record in records if "bad" in record]
     reasons = dict(Counter(record["bad"] for record in bad).most_common())
-    if len(bad) > max_bad * len(records) or len(bad) == len(records):
-        raise ValueError(f"{name}: {len(bad)} of {len(records)} clips are bad ({reasons}), with max_bad {max_bad}; "
-                         f"the first: {bad[0]['detail']}")
+    if len(bad) > stage.max_bad * len(records) or len(bad) == len(records):
+        raise ValueError(f"{stage.name}: {len(bad)} of {len(records)} clips are bad ({reasons}), with max_bad "
+                         f"{stage.max_bad}; the first: {bad[0]['detail']}")
     return reasons

@@ -51,19 +51,16 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
 
     Args:
         stage: Traces or FactCheck, for its name, max_bad and the fields of config._Endpoint.
-        requests: list of Request.
         path: JSONL file that grows by a line an answer: the records below that are not bad. What it holds is final.
-        logprobs: ask for the first token's log-probs too.
+        logprobs: ask for the first token's log-probs too. environment: where key_from looks.
         is_usable: function(text) -> bool; an unusable answer is nonsense. None = any text is usable.
-        environment: mapping with the key, if the endpoint wants one (key_from).
     Returns:
         A record a request, in order: {"key", "text", "finished": the model ended its turn}, with log-probs, where the
         server gave any, also "top": {token: logprob}; or {"key", "bad": reason, "detail"}.
     Raises:
-        ValueError: a malformed line of `path` (a last one that a kill cut short is dropped); a wrong URL, key or
-            model; an endpoint that is down: 3 * concurrency requests in a row without an answer, through the
-            endpoint's fault, or through any if it has never given an answer; or more than max_bad failed requests.
-        OSError: an answer could not be written down.
+        ValueError: a malformed line of `path`; a wrong URL, key or model; more than max_bad failed requests; or an
+            endpoint that is down: 3 * concurrency requests in a row without an answer, through the endpoint's fault, or
+            through any if it has never given an answer. OSError: an answer could not be written down.
     """
     records = read_endpoint_answers(path)
     todo = [request for request in requests if request.key not in records]
@@ -109,10 +106,6 @@ def key_from(environment, stage):
     return key or None
 
 
-class _AttemptFailed(Exception):
-    """Arguments: reason, detail, and the pause in seconds that the server asks for."""
-
-
 class _Client:
     """Makes requests; its methods are called by several threads. `stop` ends their waits and their work."""
 
@@ -133,19 +126,14 @@ class _Client:
             if self.stop.wait(pause_s):
                 break
             try:
-                return {"key": request.key, **self._attempt(messages, request.seed)}
-            except _AttemptFailed as failure:
-                reason, detail, retry_after_s = failure.args
+                reply = self.http.chat_completion(messages, seed=request.seed, **self.options)
+                return {"key": request.key, **self._read_reply(reply)}
+            except Exception as error:  # whatever a strange reply makes the client stumble over
+                reason, detail, retry_after_s = self._failure(error)
             if reason == "rejected":
                 break
             pause_s = max(self.stage.retry_backoff_s * 2**i, min(retry_after_s, MAX_RETRY_AFTER_S))
         return {"key": request.key, "bad": reason, "detail": detail}
-
-    def _attempt(self, messages, seed):
-        try:
-            return self._read_reply(self.http.chat_completion(messages, seed=seed, **self.options))
-        except Exception as error:  # whatever a strange reply makes the client stumble over
-            raise self._failure(error) from None
 
     def _read_reply(self, reply):
         """A record's fields but the key; whatever is raised means nonsense."""
@@ -162,25 +150,26 @@ class _Client:
         return record
 
     def _failure(self, error):
-        """_AttemptFailed for what an attempt raised, or ValueError for what no further attempt can mend."""
+        """(reason, detail, the pause in seconds that the server asks for) of what an attempt raised. Raises ValueError
+        for what no further attempt can mend."""
         known = isinstance(error, OSError | HTTPError)  # else the client stumbled, perhaps over an error page's body
         response = getattr(error if known else error.__context__, "response", None)
         if response is None:
             detail = self._shorten(f"{type(error).__name__}: {error}")
             if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:  # requests has a class of its own
-                return _AttemptFailed("timed out", detail, 0.0)
-            return _AttemptFailed("no connection" if known else "nonsense", detail, 0.0)
+                return "timed out", detail, 0.0
+            return "no connection" if known else "nonsense", detail, 0.0
         detail = self._shorten(f"HTTP {response.status_code}: {response.text}")
         reason = REASONS.get(response.status_code)
         if reason is None and response.status_code < 500:
             self.stop.set()  # no thread shall ask like this again
             key = f"{'the' if self.api_key else 'no'} key in environment variable {self.stage.api_key_env}"
-            return ValueError(f"{self.stage.name}: {self.stage.endpoint} refuses model {self.stage.served!r}, asked "
-                              f"with {key}: {detail}")
+            raise ValueError(f"{self.stage.name}: {self.stage.endpoint} refuses model {self.stage.served!r}, asked "
+                             f"with {key}: {detail}") from None
         if "logprobs" in self.options and reason == "rejected" and "logprob" in response.text.lower():
             detail += " (if the server gives no log-probs, set logprobs=False)"
         pause = response.headers.get("Retry-After", "")
-        return _AttemptFailed(reason or "server error", detail, float(pause) if pause.isdecimal() else 0.0)
+        return reason or "server error", detail, float(pause) if pause.isdecimal() else 0.0
 
     def _shorten(self, text):
         """What a record quotes: one line without the key."""

@@ -1,11 +1,10 @@
-"""Stage Evaluate: accuracy on a manifest, overall, by class and by group, with Wilson intervals; on MMAU and MUSIC-AVQA
-also as those benchmarks break it down."""
+"""Stage Evaluate: accuracies with Wilson intervals, overall, by class, group and the fields of MMAU and MUSIC-AVQA."""
 from collections import Counter
 from functools import partial
 
 from tqdm import tqdm
 
-from minixmd.inputs.examples import check_media, read_manifest
+from minixmd.inputs.examples import read_shown
 from minixmd.learning.targets import SPECIAL_TOKEN
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
@@ -22,11 +21,10 @@ LOGGED = ("count", "correct", "accuracy", "interval", "bad", "without_trace", "h
 
 
 def run(stage, folder, log):
-    examples = read_manifest(stage.manifest)
+    examples = read_shown(stage.name, stage.manifest, stage.media)
     for example in examples:
         if example.answer is None:
             raise ValueError(f"{stage.manifest}: example {example.id!r} has no answer to evaluate against")
-    check_media(stage.name, stage.manifest, examples, stage.media)
     benchmark = describe_benchmark(stage, examples)
     traces, without_trace = first_traces(stage, examples)
     model, processor = load_model(stage)
@@ -48,7 +46,7 @@ def collect(stage, folder, log, examples, records, without_trace, benchmark):
     if stage.traces is not None:
         results["traces"] = str(stage.traces)
         results["without_trace"] = dict(Counter(without_trace.values()).most_common())
-    results["bad"] = count_bad(records, stage.name, stage.max_bad)
+    results["bad"] = count_bad(records, stage)
     results |= tabulate(examples, records, stage.rule)
     if stage.answer == "generate":
         results |= writing_fields(stage) | letters_beside(examples, records, stage.rule)
@@ -79,12 +77,9 @@ def writing_fields(stage):
 
 
 def letters_beside(examples, records, rule="option"):
-    """Written answers beside the answers by the letters' logits.
-
-    Returns:
-        {"how": {way: answers read so; "none" counts as wrong}, "unfinished": answers cut at max_new_tokens,
-        "disagreement": share of them that are not the letter with the largest logit, "letters": the letters' tabulate}.
-    """
+    """Written answers beside those by the letters' logits: {"how": {way: answers read so; "none" counts as wrong},
+    "unfinished": answers cut at max_new_tokens, "disagreement": share of them that are not the letter with the largest
+    logit, "letters": the letters' tabulate}."""
     ways, unfinished, differ, letters = Counter(), 0, 0, []
     for example, record in zip(examples, records, strict=True):
         if "bad" in record:
@@ -100,10 +95,7 @@ def letters_beside(examples, records, rule="option"):
 
 def first_traces(stage, examples):
     """({id: the first trace in the file}, {id: why there is none}) of the examples; the latter are asked without one.
-
-    Raises:
-        ValueError: a line of the file that is no trace, or no example with one.
-    """
+    Raises ValueError for a line of the file that is no trace, or no example with one."""
     if stage.traces is None:
         return {}, {}
     in_file = {}
@@ -124,11 +116,8 @@ def first_traces(stage, examples):
 
 
 def describe_benchmark(stage, examples):
-    """{"name", and of MMAU its "version" and "sha256"} of the benchmark that a manifest is, or None.
-
-    Raises:
-        ValueError: more than one version of MMAU.
-    """
+    """{"name", and of MMAU its "version" and "sha256"} of the benchmark that a manifest is, or None. Raises ValueError
+    for more than one version of MMAU."""
     name = benchmark_of(examples)
     official = name == "mmau" or any((e.source or "").casefold().startswith("mmau") for e in examples)
     if stage.answer == "generate" and official != (stage.rule == "mmau"):
@@ -136,7 +125,7 @@ def describe_benchmark(stage, examples):
                    f"is {'not ' if official else ''}MMAU's own")
     if name != "mmau":
         return name and {"name": name}
-    versions = {(str(e.meta.get("version", "unknown")), str(e.meta.get("sha256", "unknown"))) for e in examples}
+    versions = {tuple(str(e.meta.get(key, "unknown")) for key in ("version", "sha256")) for e in examples}
     if len(versions) > 1:
         listed = "; ".join(" ".join(version) for version in sorted(versions))
         raise ValueError(f"{stage.manifest}: mixes {len(versions)} versions of MMAU, whose accuracies do not compare: "
@@ -163,7 +152,6 @@ def breakdown(name, examples, records):
 
 
 def print_results(stage, results):
-    """A line, and a short table of a benchmark."""
     line = f"{stage.name}: {percent(results)} of {results['count']} right"
     if stage.answer == "generate" and stage.num_samples > 1:
         line += f" by the majority of {stage.num_samples}"

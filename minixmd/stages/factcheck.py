@@ -1,10 +1,8 @@
 """Stage FactCheck: does a trace claim only what its clip holds? Audio-grounded fact verification, section 3.2 of
 SightSound-R1.
 
-Four checkers: an audio model, by the log-odds of yes against no where its answer would start; an OpenAI-compatible
-endpoint that hears; a small verifier trained on verdicts of one of those (verifier.py); or verdicts that exist, to
-apply another threshold. A checker judges the thoughts and is not shown the answer after them: whether the two agree can
-be seen without listening. Each verdict keeps its score. A trace that could not be judged is not accepted.
+A checker judges the thoughts and is not shown the answer after them: whether the two agree can be seen without
+listening. Each verdict keeps its score. A trace that could not be judged is not accepted.
 """
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -13,7 +11,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from minixmd.inputs.examples import Example, build_conversation, check_media, read_manifest
+from minixmd.inputs.examples import Example, build_conversation, read_shown
 from minixmd.inputs.media import MediaError
 from minixmd.inputs.prompts import batch_by_tokens, prefetch
 from minixmd.runs.distributed import compute_shards
@@ -22,7 +20,6 @@ from minixmd.runs.records import count_bad, read_traces, read_verdicts, write_js
 from minixmd.runs.seeds import hash_seed
 from minixmd.stages import endpoint
 from minixmd.stages import verifier as small
-from minixmd.stages.fit import Schedule
 from minixmd.stages.multiple_choice import load_model, next_token_logits
 from minixmd.stages.switch import load_logmels
 from minixmd.tasks.answers import thoughts
@@ -34,8 +31,6 @@ NO = ("no", "No", "NO", " no", " No")
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace to judge."""
-
     example: Example  # whose clip it is about
     sample: int  # its number among the clip's
     text: str
@@ -48,13 +43,11 @@ class Trace:
 
 
 def run(stage, folder, log):
-    examples = read_manifest(stage.manifest)
-    check_media(stage.name, stage.manifest, examples, "audio")
+    examples = read_shown(stage.name, stage.manifest, "audio")
     traces = select_traces(stage, {example.id: example for example in examples})
     calibration = None
     if stage.checker == "model":
-        checker = ModelChecker(stage)
-        verdicts = compute_shards(checker.judge, traces, folder / "shards", stage.name, "trace")
+        verdicts = judge_by_model(stage, folder, traces)
     elif stage.checker == "endpoint":
         verdicts = judge_by_endpoint(stage, folder, traces)
     elif stage.checker == "verifier":
@@ -67,7 +60,7 @@ def run(stage, folder, log):
 
 def collect(stage, folder, log, traces, verdicts, calibration):
     """Writes verdicts.jsonl (each trace's score), traces.jsonl (the accepted ones, with it) and results.json."""
-    bad = count_bad(verdicts, stage.name, stage.max_bad)
+    bad = count_bad(verdicts, stage)
     judged = [trace.record for trace in traces]
     accepted = []
     for record, verdict in zip(judged, verdicts, strict=True):
@@ -102,13 +95,9 @@ def collect(stage, folder, log, traces, verdicts, calibration):
 
 
 def select_traces(stage, examples):
-    """The Traces that trace_filter names, in the file's order. examples: {id: Example}.
-
-    A file that is not stage Traces' may leave out "sample" (numbered then, clip by clip) and "unanimous" (true).
-
-    Raises:
-        ValueError: a line that is no trace, of no clip of the manifest, or a duplicate; or nothing to judge.
-    """
+    """The Traces that trace_filter names, in the file's order. examples: {id: Example}. A file that is not Traces' own
+    may leave out "sample" (numbered then, clip by clip) and "unanimous" (true). Raises ValueError for a line that is no
+    trace, of no clip of the manifest, or a duplicate; or for nothing to judge."""
     traces, counts = {}, Counter()
     for number, record in enumerate(read_traces(stage.traces), 1):
         clip_id = record["id"]
@@ -138,8 +127,7 @@ def draw_calibration(traces, limit, seed):
     for trace in sorted(traces, key=lambda trace: hash_seed(seed, *trace.key)):
         if len(drawn) < limit:
             drawn.setdefault(trace.example.id, trace.key)
-    kept = set(drawn.values())
-    return [trace for trace in traces if trace.key in kept]
+    return [trace for trace in traces if drawn.get(trace.example.id) == trace.key]
 
 
 def score_verdict(key, score):
@@ -156,55 +144,51 @@ def conversation(stage, example, text):
     return build_conversation(example, media="audio", prompt=stage.prompt, trace=thoughts(text))
 
 
-class ModelChecker:
-    """An audio model, which scores a trace by the log-odds of the tokens with which yes begins against those of no."""
-
-    def __init__(self, stage):
-        self.stage = stage
-        self.model, self.processor = load_model(stage)
-        yes, no = ({self.processor.encode(word)[0] for word in words} for words in (YES, NO))
-        self.yes_ids = sorted(yes - no)  # a blank that is a token of its own tells nothing
-        self.no_ids = sorted(no - yes)
-        if not self.yes_ids or not self.no_ids:
-            raise ValueError(f"{stage.name}: in the tokenizer of {stage.model}, yes and no start with the same tokens")
+def judge_by_model(stage, folder, traces):
+    """Verdicts by an audio model: the log-odds of the tokens with which yes begins against those of no."""
+    model, processor = load_model(stage)
+    yes = {processor.encode(word)[0] for word in YES}
+    no = {processor.encode(word)[0] for word in NO}
+    if yes <= no or no <= yes:
+        raise ValueError(f"{stage.name}: in the tokenizer of {stage.model}, yes and no start with the same tokens")
+    yes_ids, no_ids = sorted(yes - no), sorted(no - yes)  # a blank that is a token of its own tells nothing
 
     @torch.inference_mode()
-    def judge(self, traces):
-        """A verdict a trace."""
+    def judge(traces):
         verdicts = {}
-        for pairs in batch_by_tokens(self._prompts(traces, verdicts), self.stage.batch_tokens):
-            logits_BV = next_token_logits(self.model, [prompt for _, prompt in pairs])
-            score_B = logits_BV[:, self.yes_ids].logsumexp(-1) - logits_BV[:, self.no_ids].logsumexp(-1)
+        for pairs in batch_by_tokens(usable_prompts(stage, model, processor, traces, verdicts), stage.batch_tokens):
+            logits_BV = next_token_logits(model, [prompt for _, prompt in pairs])
+            score_B = logits_BV[:, yes_ids].logsumexp(-1) - logits_BV[:, no_ids].logsumexp(-1)
             if not score_B.isfinite().all():
-                raise ValueError(f"{self.stage.name}: the logits are not finite: the weights of {self.stage.model} are "
-                                 f"broken, or too large for {self.stage.dtype}")
+                raise ValueError(f"{stage.name}: the logits are not finite: the weights of {stage.model} are "
+                                 f"broken, or too large for {stage.dtype}")
             for (trace, _), score in zip(pairs, score_B.tolist(), strict=True):
                 verdicts[trace.key] = score_verdict(trace.key, score)
         return [verdicts[trace.key] for trace in traces]
 
-    def _prompts(self, traces, verdicts):
-        """Yields (Trace, Prompt) of every trace that can be judged; the verdicts on the others are filled in."""
-        clip_id, encoded = None, ()
-        for trace, prompt, failure in prefetch(self._build, traces, self._on_bad):
-            if prompt is None:
-                verdicts[trace.key] = failure
-                continue
-            if trace.example.id != clip_id:  # the tower encodes a clip once, however many traces it has
-                clip_id, encoded = trace.example.id, self.model.encode_media(prompt).media
-            media = [replace(clip, rows_P=own.rows_P) for clip, own in zip(encoded, prompt.media, strict=True)]
-            yield trace, replace(prompt, media=tuple(media))
+    return compute_shards(judge, traces, folder / "shards", stage.name, "trace")
 
-    def _build(self, trace):
-        """(the Trace, its Prompt, None), or without a Prompt and with a bad verdict. Raises MediaError."""
+
+def usable_prompts(stage, model, processor, traces, verdicts):
+    """Yields (Trace, Prompt) of every trace that can be judged; the verdicts on the others are filled in."""
+    def build(trace):
         try:
-            return trace, self.processor(conversation(self.stage, trace.example, trace.text)), None
+            return processor(conversation(stage, trace.example, trace.text))
         except MediaError:
             raise
         except ValueError as error:  # too long, or with a placeholder in its text
-            return trace, None, bad_verdict(trace.key, "no prompt", str(error))
+            return bad_verdict(trace.key, "no prompt", str(error))
 
-    def _on_bad(self, trace, error):
-        return trace, None, bad_verdict(trace.key, error.reason, str(error))
+    built = prefetch(build, traces, lambda trace, error: bad_verdict(trace.key, error.reason, str(error)))
+    clip_id, encoded = None, ()
+    for trace, prompt in zip(traces, built, strict=True):
+        if isinstance(prompt, dict):
+            verdicts[trace.key] = prompt
+            continue
+        if trace.example.id != clip_id:  # the tower encodes a clip once, however many traces it has
+            clip_id, encoded = trace.example.id, model.encode_media(prompt).media
+        media = [replace(clip, rows_P=own.rows_P) for clip, own in zip(encoded, prompt.media, strict=True)]
+        yield trace, replace(prompt, media=tuple(media))
 
 
 def judge_by_endpoint(stage, folder, traces):
@@ -223,7 +207,6 @@ def judge_by_endpoint(stage, folder, traces):
 
 
 def messages(stage, trace):
-    """What an endpoint is asked about a trace."""
     clip = endpoint.audio_part(trace.example.audio)
     return endpoint.user_message(clip, conversation(stage, trace.example, trace.text))
 
@@ -252,25 +235,22 @@ def judge_by_verifier(stage, folder, traces, log):
         calibration = read_json(calibration_path)
     else:
         verifier = small.make_verifier(text_width, stage.width, stage.weights, stage.seed).to(model.device)
-        schedule = Schedule(stage.name, stage.epochs, stage.batch_size, stage.lr, stage.warmup_ratio, stage.seed)
         pairs, _ = read(judged)
-        calibration = small.fit(verifier, list(pairs.values()), schedule, log)
+        calibration = small.fit(stage, verifier, list(pairs.values()), log)
         write_safetensors(weights_path, verifier.state_dict())
         write_json(calibration_path, calibration)
     tqdm.write(f"{stage.name}: agrees with the checker on {100 * calibration['agreement']:.1f} % of "
                f"{calibration['count']} held-out traces, area under ROC {calibration['auc']:.3f}")
-    compute = partial(judge_with, verifier, read, stage.batch_size)
-    verdicts = compute_shards(compute, traces, folder / "shards", stage.name, "trace", first_process_only=True)
+
+    def judge(traces):
+        pairs, verdicts = read(traces)
+        scores = small.scores(verifier, list(pairs.values()), stage.batch_size)
+        for key, score in zip(pairs, scores, strict=True):
+            verdicts[key] = score_verdict(key, score)
+        return [verdicts[trace.key] for trace in traces]
+
+    verdicts = compute_shards(judge, traces, folder / "shards", stage.name, "trace", first_process_only=True)
     return verdicts, calibration
-
-
-def judge_with(verifier, read, batch_size, traces):
-    """A verdict a trace. read: read_pairs of the traces."""
-    pairs, verdicts = read(traces)
-    scores = small.scores(verifier, list(pairs.values()), batch_size)
-    for key, score in zip(pairs, scores, strict=True):
-        verdicts[key] = score_verdict(key, score)
-    return [verdicts[trace.key] for trace in traces]
 
 
 def read_pairs(model, processor, known, clip_s, batch_tokens, traces):
@@ -287,7 +267,7 @@ def read_pairs(model, processor, known, clip_s, batch_tokens, traces):
             option = trace.record.get("option", trace.text)
             pairs[trace.key] = small.Pair(logmels[clip_id], next(vectors), option, accepted)
         else:
-            verdicts[trace.key] = bad_verdict(trace.key, bad[clip_id]["bad"], bad[clip_id]["detail"])
+            verdicts[trace.key] = {"id": clip_id, "sample": trace.sample} | bad[clip_id]
     return pairs, verdicts
 
 

@@ -4,7 +4,7 @@ from functools import partial
 
 from tqdm import tqdm
 
-from minixmd.inputs.examples import check_media, read_manifest
+from minixmd.inputs.examples import read_shown
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.records import count_bad, write_jsonl
 from minixmd.stages.multiple_choice import load_model, score_letters
@@ -12,20 +12,15 @@ from minixmd.stages.multiple_choice import load_model, score_letters
 
 def run(stage, folder, log):
     """The manifest's true answers are not read: a record depends on the clip, the question and the model alone."""
-    examples = read_manifest(stage.manifest)
-    check_media(stage.name, stage.manifest, examples, stage.media)
+    examples = read_shown(stage.name, stage.manifest, stage.media)
     model, processor = load_model(stage)
     compute = partial(score_letters, model, processor, prompt_format=stage.prompt_format,
                       batch_tokens=stage.batch_tokens, top_k=stage.top_k, top_temperature=stage.temperature)
     records = compute_shards(compute, examples, folder / "shards", stage.name, "clip")
-    if records is not None:
-        collect(stage, folder, log, records, processor)
-
-
-def collect(stage, folder, log, records, processor):
-    """Writes labels.jsonl, and with top_k the tokenizer.json that says what the stored ids mean."""
-    bad = count_bad(records, stage.name, stage.max_bad)
-    if stage.top_k:
+    if records is None:
+        return
+    bad = count_bad(records, stage)
+    if stage.top_k:  # the tokenizer says what the stored ids mean
         shutil.copyfile(processor.folder / "tokenizer.json", folder / "tokenizer.json")
     write_jsonl(folder / "labels.jsonl", records)
     log({"count": len(records), "bad": bad})

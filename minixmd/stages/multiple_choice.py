@@ -1,7 +1,5 @@
-"""Puts a manifest's multiple-choice questions to a model: by the letters' logits, or by what the model writes.
-
-A clip that cannot be used never stops a run and never vanishes: it becomes a record with the reason, and a stage fails
-only when more than its `max_bad` share are bad.
+"""Puts a manifest's multiple-choice questions to a model: by the letters' logits, or by what the model writes. A clip
+that cannot be used becomes a record with the reason, and a stage fails only when more than its `max_bad` share are bad.
 """
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,8 +26,6 @@ SAMPLED_TOKENS = 4  # times batch_tokens: tokens of the answers sampled at once;
 
 @dataclass(frozen=True)
 class Writing:
-    """How answers are written and read."""
-
     max_new_tokens: int  # of an answer, the end of turn included
     num_samples: int = 1  # answers of a question, of which the most frequent counts
     temperature: float = 0.0  # 0 = greedy
@@ -57,23 +53,21 @@ class Questions:
     examples: list[Example]
     prompt_format: PromptFormat
     max_new_tokens: int = 0  # room that each prompt leaves for an answer; 0 = none is written
-    traces: dict | None = None  # {id: text for the prompt's {trace}}; empty for an id that is not there
+    traces: dict = field(default_factory=dict)  # {id: text for the prompt's {trace}}; empty for an id that is not there
     records: dict = field(default_factory=dict)  # {id: record}, filled while the examples are computed
 
     def prompts(self):
         """Yields (Example, Prompt) of every usable example; the others get bad records."""
-        for pair in prefetch(self._build, self.examples, self._on_bad):
-            if pair is not None:
-                example, prompt = pair
-                check_length(self.processor, example, prompt, self.max_new_tokens)
-                yield pair
+        built = prefetch(self._build, self.examples, bad_record)
+        for example, prompt in zip(self.examples, built, strict=True):
+            if isinstance(prompt, dict):
+                self.records[example.id] = prompt
+                continue
+            check_length(self.processor, example, prompt, self.max_new_tokens)
+            yield example, prompt
 
     def _build(self, example):
-        trace = (self.traces or {}).get(example.id, "")
-        return example, build_prompt(self.processor, example, self.prompt_format, trace=trace)
-
-    def _on_bad(self, example, error):
-        self.records[example.id] = bad_record(example.id, error)
+        return build_prompt(self.processor, example, self.prompt_format, trace=self.traces.get(example.id, ""))
 
     def read_letters(self, example, logits_V):
         """Makes an example's record from the logits (on the CPU) where its answer would start."""
@@ -86,7 +80,6 @@ class Questions:
         self.records[example.id] = {"id": example.id, "answer": best, "option": example.options[best], "logits": logits}
 
     def in_order(self):
-        """The records in the examples' order."""
         return [self.records[example.id] for example in self.examples]
 
 
@@ -103,16 +96,14 @@ def score_letters(model, processor, examples, prompt_format, *, batch_tokens=BAT
     """Reads the letters' logits where the answer would start, in one forward pass a batch.
 
     Args:
-        prompt_format, traces: as in Questions.
-        batch_tokens: packed into a forward pass.
+        prompt_format, traces: as in Questions. batch_tokens: packed into a forward pass.
         top_k: best ids to keep that are not suppressed, with the logsumexp of all such at `top_temperature`.
     Returns:
         A JSON-able record an example, in order: {"id", "answer": index, "option", "logits"} or {"id", "bad", "detail"};
         with top_k also "top": {"ids", "logits", "temperature", "logsumexp"}.
-    Raises:
-        ValueError: an example that lacks the medium, a prompt over the model's limit, or logits that are not finite.
+    Raises ValueError for an example that lacks the medium, a prompt over the limit, or logits that are not finite.
     """
-    questions = Questions(processor, examples, prompt_format, traces=traces)
+    questions = Questions(processor, examples, prompt_format, traces=traces or {})
     for pairs in batch_by_tokens(questions.prompts(), batch_tokens):
         logits_BV = next_token_logits(model, [prompt for _, prompt in pairs])
         for (example, _), logits_V in zip(pairs, logits_BV, strict=True):
@@ -124,7 +115,6 @@ def score_letters(model, processor, examples, prompt_format, *, batch_tokens=BAT
 
 
 def _topk(logits_V, suppressed_ids, top_k, temperature):
-    """The teacher's best ids as labels.jsonl stores them."""
     suppressed = torch.tensor(suppressed_ids, dtype=torch.long)
     logits_V = logits_V.index_fill(0, suppressed, -torch.inf)
     top = logits_V.topk(top_k)
@@ -141,25 +131,27 @@ def write_answers(model, processor, examples, prompt_format, writing, *, batch_t
         A record an example as score_letters gives it, where "answer" and "option" may be None, and with "by_letters":
         index by the logits, "how": one of benchmarks.WAYS, "text", and "finished": the model ended its turn or wrote a
         stop. With num_samples > 1 those are of the sample that was chosen by vote, beside "votes": {option: count} and
-        all "texts".
-    Raises:
-        ValueError: as score_letters.
+        all "texts". Raises ValueError as score_letters.
     """
-    questions = Questions(processor, examples, prompt_format, writing.max_new_tokens, traces)
+    questions = Questions(processor, examples, prompt_format, writing.max_new_tokens, traces or {})
     n = writing.num_samples
     for pairs in batch_by_tokens(questions.prompts(), batch_tokens):
-        uniform_BT = None
-        if writing.temperature:
-            rows = []
-            for example, _ in pairs:
-                rows += [uniforms(writing.seed, 0, example.id, i, writing.max_new_tokens) for i in range(n)]
-            uniform_BT = torch.stack(rows)
+        uniform_BT = torch.stack([uniforms(writing.seed, 0, example.id, i, writing.max_new_tokens)
+                                  for example, _ in pairs for i in range(n)])
         completions = decode(model, processor, [prompt for _, prompt in pairs], uniform_BT, num_samples=n,
                              max_new_tokens=writing.max_new_tokens, temperature=writing.temperature, stop=writing.stop,
                              suppressed_ids=processor.suppressed_ids, decode_slots=writing.decode_slots(batch_tokens),
                              on_prompts=partial(_read_first_logits, questions, iter(pairs)))
         for i, (example, _) in enumerate(pairs):
-            _read_completions(questions.records[example.id], example, completions[n * i:n * (i + 1)], writing.rule)
+            own = completions[n * i:n * (i + 1)]
+            texts = [completion.text for completion in own]
+            chosen, index, how, votes = vote(texts, example.options, writing.rule)
+            option = None if index is None else example.options[index]
+            record = questions.records[example.id]
+            record.update(by_letters=record["answer"], answer=index, how=how, text=texts[chosen], option=option,
+                          finished=own[chosen].finished)
+            if n > 1:
+                record.update(votes=votes, texts=texts)
     return questions.in_order()
 
 
@@ -170,30 +162,15 @@ def _read_first_logits(questions, pairs, logits_GV):
         questions.read_letters(example, logits_V)
 
 
-def _read_completions(record, example, completions, rule):
-    """Adds to an example's record what its completions mean."""
-    texts = [completion.text for completion in completions]
-    chosen, index, how, votes = vote(texts, example.options, rule)
-    option = None if index is None else example.options[index]
-    record.update(by_letters=record["answer"], answer=index, how=how, text=texts[chosen], option=option,
-                  finished=completions[chosen].finished)
-    if len(texts) > 1:
-        record.update(votes=votes, texts=texts)
-
-
 def validation_accuracy(model, processor, examples, stage):
-    """(accuracy, {reason: number of bad clips}) on a training stage's validation examples.
-
-    By letters, or in GRPO and with traces by greedily written answers, read as strictly as the reward reads them.
-    """
-    prompt_format = stage.prompt_format
+    """(accuracy, {reason: number of bad clips}) on a training stage's validation examples: by letters, or in GRPO and
+    with traces by greedily written answers, read as strictly as the reward reads them."""
     if isinstance(stage, GRPO) or getattr(stage, "traces", None):
         writing = Writing(stage.max_new_tokens, stop=getattr(stage, "stop", ()))
-        records = write_answers(model, processor, examples, prompt_format, writing)
+        records = write_answers(model, processor, examples, stage.prompt_format, writing)
         for example, record in zip(examples, records, strict=True):
             if "bad" not in record:
                 record["answer"] = parse_answer(record["text"], example.options)
     else:
-        records = score_letters(model, processor, examples, prompt_format)
-    bad = count_bad(records, stage.name, stage.max_bad)
-    return tabulate(examples, records)["accuracy"], bad
+        records = score_letters(model, processor, examples, stage.prompt_format)
+    return tabulate(examples, records)["accuracy"], count_bad(records, stage)

@@ -3,8 +3,8 @@
 Section 4.2 of "Bridging Ears and Eyes". Every clip of the analysis split gets its class's label: 1 where the teacher
 got more of the class right than the student, 0 where it got fewer or as many (a tie leaves the student its own answer,
 whichever of the two is the teacher). The Cnn14 learns that label on nine clips in ten of each class; the others
-validate it. Then it decides for every clip of another split. That split's own labels, where it has any, are read for
-two things only: how often the decision is right, and "oracle", what the true class would have said.
+validate it. Then it decides for every clip of another split, whose labels, where it has any, are read for two things
+only: how often the decision is right, and "oracle", what the true class would have said.
 """
 from collections import defaultdict
 from functools import partial
@@ -14,19 +14,19 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minixmd.inputs.audio import SAMPLE_RATE
-from minixmd.inputs.examples import check_media, read_manifest
+from minixmd.inputs.examples import read_shown
 from minixmd.inputs.media import read_audio
 from minixmd.inputs.panns import log_mel
 from minixmd.inputs.prompts import prefetch
 from minixmd.learning.optim import optimizer_tensors, restore_optimizer
-from minixmd.models.cnn14 import mixup, spec_augment
+from minixmd.models.cnn14 import make_cnn14, mixup, spec_augment
 from minixmd.runs.device import resolve_device
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
 from minixmd.runs.records import answers_beside, bad_record, count_bad, write_jsonl
 from minixmd.runs.seeds import hash_seed
 from minixmd.runs.state import load_state, save_state
-from minixmd.stages.fit import Schedule, new_cnn14, train_epochs
+from minixmd.stages.fit import train_epochs
 from minixmd.tasks.statistics import digest, leads, pairs, tabulate
 from minixmd.tasks.yes_no import tally
 
@@ -34,32 +34,38 @@ PAPER = {"validation": 88.8, "training": 89.1}  # % of clips for which the paper
 
 
 def run(stage, folder, log):
-    examples = read_manifest(stage.manifest)
-    clips = read_manifest(stage.train_manifest)
-    check_media(stage.name, stage.manifest, examples, "audio")
-    check_media(stage.name, stage.train_manifest, clips, "audio")
+    examples = read_shown(stage.name, stage.manifest, "audio")
+    clips = read_shown(stage.name, stage.train_manifest, "audio")
     gain = gains(stage, examples)
     results = count_classes(stage.name, gain, {example.label for example in examples})
     usable = [example for example in examples if example.label in gain]
     model, results["validation"] = fit(stage, folder, log, usable, gain)
-    compute = partial(decide, model, clip_s=stage.clip_s, batch_size=stage.batch_size)
-    records = compute_shards(compute, clips, folder / "shards", f"{stage.name}: decisions", "clip",
+
+    def decide(clips):
+        """A record a clip: {"id", "p_teacher"}, or a bad one."""
+        logmels, records = load_logmels(clips, stage.clip_s)
+        probabilities = teacher_probabilities(model, list(logmels.values()), stage.batch_size)
+        for clip_id, p in zip(logmels, probabilities, strict=True):
+            records[clip_id] = {"id": clip_id, "p_teacher": round(p, 6)}
+        return [records[example.id] for example in clips]
+
+    records = compute_shards(decide, clips, folder / "shards", f"{stage.name}: decisions", "clip",
                              first_process_only=True)
     collect(stage, folder, log, clips, records, gain, results)
 
 
 def collect(stage, folder, log, clips, records, gain, results):
     """Writes results.json and switch.jsonl, {"id", "p_teacher", "oracle" if it is known} or {"id", "bad", "detail"}."""
-    results["bad"] = count_bad(records, stage.name, stage.max_bad)
+    results["bad"] = count_bad(records, stage)
     results["clips"] = len(records) - sum(results["bad"].values())
     results["clips_to_teacher"] = sum(record.get("p_teacher", 0) >= 0.5 for record in records)
     known = []
     for example, record in zip(clips, records, strict=True):
         if "p_teacher" in record and example.label in gain:
             record["oracle"] = float(gain[example.label] > 0)
-            known.append(record)
+            known.append((record["p_teacher"], record["oracle"]))
     if known:
-        results["training"] = tally([record["p_teacher"] for record in known], [record["oracle"] for record in known])
+        results["training"] = tally(*zip(*known, strict=True))
         results["note"] = (f"the labels of {stage.train_manifest} were read for the figures under 'training' and for "
                            "'oracle' only")
     write_jsonl(folder / "switch.jsonl", records)
@@ -70,7 +76,8 @@ def collect(stage, folder, log, clips, records, gain, results):
 
 def count_classes(name, gain, labels):
     """How many classes the teacher wins, ties and loses, and how many were left out; also printed."""
-    won, lost = sum(g > 0 for g in gain.values()), sum(g < 0 for g in gain.values())
+    won = sum(g > 0 for g in gain.values())
+    lost = sum(g < 0 for g in gain.values())
     counts = {"classes_won": won, "classes_tied": len(gain) - won - lost, "classes_lost": lost,
               "classes_left_out": len(labels) - len(gain)}
     line = (f"{name}: the teacher wins {won} classes, ties {counts['classes_tied']}, loses {lost} "
@@ -93,10 +100,7 @@ def print_results(name, results):
 
 def gains(stage, examples):
     """{class: the teacher's accuracy less the student's} on the analysis split, of the classes that both answered.
-
-    Raises:
-        ValueError: an example without a class, answers to other questions than theirs, or no class that both answered.
-    """
+    Raises ValueError for an example without a class, answers to other questions, or no class that both answered."""
     for example in examples:
         if example.label is None:
             raise ValueError(f"{stage.name}: {stage.manifest}: example {example.id!r} has no label, by which the "
@@ -138,16 +142,11 @@ def load_logmel(path, clip_s):
 
 def load_logmels(examples, clip_s):
     """({id: log-mel frames (A, M)} of the clips that can be used, {id: bad record} of the others), in order."""
-    bad = {}
-
-    def on_bad(example, error):
-        bad[example.id] = bad_record(example.id, error)
-
-    logmels = {}
-    loaded = prefetch(lambda example: load_logmel(example.audio, clip_s), examples, on_bad)
-    for example, logmel_AM in zip(examples, loaded, strict=True):
-        if logmel_AM is not None:
-            logmels[example.id] = logmel_AM
+    logmels, bad = {}, {}
+    loaded = prefetch(lambda example: load_logmel(example.audio, clip_s), examples, bad_record)
+    for example, found in zip(examples, loaded, strict=True):
+        kind = bad if isinstance(found, dict) else logmels
+        kind[example.id] = found
     return logmels, bad
 
 
@@ -155,19 +154,24 @@ def fit(stage, folder, log, examples, gain):
     """(the trained Cnn14, the tally of its validation). All clips' frames are held in memory, 256 KB a clip of 10 s.
     The state is saved after every epoch: a stopped stage resumes and, on the CPU, ends with the same weights."""
     logmels, bad = load_logmels(examples, stage.clip_s)
-    count_bad([bad.get(example.id, {}) for example in examples], stage.name, stage.max_bad)
+    count_bad([bad.get(example.id, {}) for example in examples], stage)
     train, val = split(stage.seed, examples)
     train = [example for example in train if example.id in logmels]
     val = [example for example in val if example.id in logmels]
     if len(train) < 2 or not val:
         raise ValueError(f"{stage.manifest}: {len(examples)} examples are too few to learn from and to validate")
     device = resolve_device(stage.name, stage.device)
-    model = new_cnn14(2, stage.width, stage.weights, stage.seed).to(device)
+    model = make_cnn14(2, stage.width, stage.seed, stage.weights).to(device)
     if device == "cpu":
         model.to(memory_format=torch.channels_last)  # at 1/16 width 91 ms a step instead of 170
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(parameters.values(), lr=stage.lr)
-    lines = resume(folder, model, optimizer, parameters)
+    lines = []
+    if state := load_state(folder):  # of the last whole epoch
+        tensors, lines = state[0], state[1]["log"]
+        model.load_state_dict({name: tensors[name] for name in model.state_dict()})
+        restore_optimizer(optimizer, parameters, tensors)
+    write_jsonl(folder / "log.jsonl", lines)  # rewinds the log to it
     if not lines:
         lines.append({"epoch": 0, "train_clips": len(train), "validation_clips": len(val), "bad": len(bad),
                       "parameters": sum(p.numel() for p in parameters.values())})
@@ -176,27 +180,18 @@ def fit(stage, folder, log, examples, gain):
     if stage.augment in ("both", "mixup"):
         batch_size *= 2  # two clips in a row
     batch_size = min(batch_size, len(train) // 2 * 2)
-    schedule = Schedule(stage.name, stage.epochs, batch_size, stage.lr, stage.warmup_ratio, stage.seed)
     compute_loss = partial(batch_loss, model, logmels, gain, stage.augment)
-    validate = partial(validation_tally, model, logmels, gain, val, stage.batch_size)
-    for epoch, loss_S in train_epochs(model, optimizer, compute_loss, train, schedule, len(lines) - 1):
+
+    def validate():
+        p_N = teacher_probabilities(model, [logmels[example.id] for example in val], stage.batch_size)
+        return tally(p_N, [gain[example.label] > 0 for example in val])
+
+    for epoch, loss_S in train_epochs(stage, model, optimizer, compute_loss, train, batch_size, len(lines) - 1):
         lines.append({"epoch": epoch, "loss": loss_S.mean().item(), "val_accuracy": validate()["accuracy"]})
         log(lines[-1])
         tensors = {**model.state_dict(), **optimizer_tensors(optimizer, parameters)}
         save_state(folder, tensors, {"log": lines})
     return model, validate()
-
-
-def resume(folder, model, optimizer, parameters):
-    """Loads the state of the last whole epoch, if there is one, and rewinds the log to it. Returns the log's lines."""
-    state, lines = load_state(folder), []
-    if state is not None:
-        tensors, meta = state
-        lines = meta["log"]
-        model.load_state_dict({name: tensors[name] for name in model.state_dict()})
-        restore_optimizer(optimizer, parameters, tensors)
-    write_jsonl(folder / "log.jsonl", lines)
-    return lines
 
 
 def batch_loss(model, logmels, gain, augment, examples, noise):
@@ -211,11 +206,6 @@ def batch_loss(model, logmels, gain, augment, examples, noise):
     return F.cross_entropy(model.fc_audioset(model.embed(x_B1AM, noise)), target_BK)
 
 
-def validation_tally(model, logmels, gain, examples, batch_size):
-    p_N = teacher_probabilities(model, [logmels[example.id] for example in examples], batch_size)
-    return tally(p_N, [gain[example.label] > 0 for example in examples])
-
-
 @torch.inference_mode()
 def teacher_probabilities(model, frames, batch_size):
     """p(the teacher is better) of clips' frames, a list of floats."""
@@ -226,13 +216,3 @@ def teacher_probabilities(model, frames, batch_size):
         batch = torch.stack(frames[start:start + batch_size]).to(device)
         probabilities += model(batch).softmax(-1)[:, 1].tolist()
     return probabilities
-
-
-def decide(model, clips, clip_s, batch_size):
-    """A record a clip: {"id", "p_teacher"}, or a bad one."""
-    logmels, bad = load_logmels(clips, clip_s)
-    records = dict(bad)
-    probabilities = teacher_probabilities(model, list(logmels.values()), batch_size)
-    for clip_id, p in zip(logmels, probabilities, strict=True):
-        records[clip_id] = {"id": clip_id, "p_teacher": round(p, 6)}
-    return [records[example.id] for example in clips]

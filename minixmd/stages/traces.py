@@ -11,7 +11,7 @@ from functools import partial
 from tqdm import tqdm
 
 from minixmd import generate
-from minixmd.inputs.examples import build_conversation, check_media, read_manifest
+from minixmd.inputs.examples import build_conversation, read_shown
 from minixmd.learning.targets import SPECIAL_TOKEN
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
@@ -25,19 +25,16 @@ CLIPS = 64  # of a shard: their frames are held in memory, 13 MB a clip of 10 fr
 
 
 def run(stage, folder, log):
-    examples = read_manifest(stage.manifest)
-    check_media(stage.name, stage.manifest, examples, stage.media)
-    if stage.endpoint is None:
-        records = sample_locally(stage, folder, examples)
-    else:
-        records = sample_at_endpoint(stage, folder, examples)
+    examples = read_shown(stage.name, stage.manifest, stage.media)
+    sample = sample_locally if stage.endpoint is None else sample_at_endpoint
+    records = sample(stage, folder, examples)
     if records is not None:
         collect(stage, folder, log, examples, records)
 
 
 def collect(stage, folder, log, examples, records):
     """Writes samples.jsonl, traces.jsonl (a line a usable sample), labels.jsonl (as Label's) and results.json."""
-    bad = count_bad(records, stage.name, stage.max_bad)
+    bad = count_bad(records, stage)
     traces, labels = [], []
     clips, uses = Counter(), Counter()
     for example, record in zip(examples, records, strict=True):
@@ -104,43 +101,43 @@ def outcome_of(example, samples):
 
 
 def sample_locally(stage, folder, examples):
+    """A record a clip: {"id", "samples": [{"text", "finished"}]}, or a bad one."""
     model, processor = load_model(stage)
-    sampling = dict(num_samples=stage.num_samples, temperature=stage.temperature, max_new_tokens=stage.max_new_tokens,
-                    seed=stage.seed, decode_slots=stage.decode_slots or 8 * stage.num_samples)
-    compute = partial(sample_clips, model, processor, prompt_format=stage.prompt_format, sampling=sampling)
-    return compute_shards(compute, examples, folder / "shards", stage.name, "clip", CLIPS)
 
-
-def sample_clips(model, processor, examples, prompt_format, sampling):
-    """A record a clip: {"id", "samples": [{"text", "finished"}]}, or a bad one. sampling: keywords of generate."""
-    questions = Questions(processor, examples, prompt_format, sampling["max_new_tokens"])
-    pairs = list(questions.prompts())
-    if pairs:
-        completions = generate(model, processor, [prompt for _, prompt in pairs],
-                               keys=[example.id for example, _ in pairs], **sampling)
+    def sample(examples):
+        questions = Questions(processor, examples, stage.prompt_format, stage.max_new_tokens)
+        pairs = list(questions.prompts())
+        if not pairs:
+            return questions.in_order()
+        completions = generate(
+            model, processor, [prompt for _, prompt in pairs], num_samples=stage.num_samples,
+            max_new_tokens=stage.max_new_tokens, temperature=stage.temperature, seed=stage.seed,
+            keys=[example.id for example, _ in pairs], decode_slots=stage.decode_slots or 8 * stage.num_samples)
         for (example, _), group in zip(pairs, completions, strict=True):
             samples = [{"text": c.text.strip(), "finished": c.finished} for c in group]
             questions.records[example.id] = {"id": example.id, "samples": samples}
-    return questions.in_order()
+        return questions.in_order()
+
+    return compute_shards(sample, examples, folder / "shards", stage.name, "clip", CLIPS)
 
 
 def sample_at_endpoint(stage, folder, examples):
-    """The records of sample_clips from the stage's endpoint, whose answers are kept in endpoint.jsonl."""
-    requests = []
+    """The records of sample_locally from the stage's endpoint, whose answers are kept in endpoint.jsonl."""
+    requests, n = [], stage.num_samples
     for example in examples:
-        for i in range(stage.num_samples):
+        for i in range(n):
             seed = hash_seed(stage.seed, example.id, i) % 2**31
             requests.append(endpoint.Request(f"{example.id}/{i}", partial(messages, stage, example), seed))
     answers = endpoint.ask_endpoint(stage, requests, folder / "endpoint.jsonl", "sample",
                                     max_tokens=stage.max_new_tokens, temperature=stage.temperature)
     records = []
     for i, example in enumerate(examples):
-        records.append(clip_record(example.id, answers[i * stage.num_samples:(i + 1) * stage.num_samples]))
+        records.append(clip_record(example.id, answers[n * i:n * (i + 1)]))
     return records
 
 
 def clip_record(clip_id, answers):
-    """The endpoint's answers about a clip as sample_clips writes them; a clip without any is bad."""
+    """The endpoint's answers about a clip as sample_locally has them; a clip without any is bad."""
     samples = []
     for answer in answers:
         if "bad" in answer:

@@ -8,7 +8,7 @@ a few hundred verdicts hold too few falsehoods to learn from. Four judged traces
 scale and an offset make the score a log-odds of the checker's "yes".
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,9 +19,9 @@ from torch import nn
 from minixmd.inputs.batch import Prompt, pack
 from minixmd.inputs.positions import positions_of
 from minixmd.inputs.prompts import batch_by_tokens
-from minixmd.models.cnn14 import spec_augment
+from minixmd.models.cnn14 import make_cnn14, spec_augment
 from minixmd.runs.seeds import hash_seed
-from minixmd.stages.fit import new_cnn14, train_epochs
+from minixmd.stages.fit import train_epochs
 from minixmd.tasks.yes_no import agreement
 
 WIDTH = 128  # C: of the space in which a clip and a trace are compared
@@ -30,8 +30,6 @@ HELD_OUT = 5  # one judged trace in so many is not trained on
 
 @dataclass(frozen=True)
 class Pair:
-    """A clip and a trace about it."""
-
     logmel_AM: torch.Tensor  # frames of the clip
     text_D: torch.Tensor  # the trace's row of trace_vectors
     option: str  # text of the option that the trace ends in
@@ -61,7 +59,7 @@ class Verifier(nn.Module):
 
 def make_verifier(D, width, weights, seed):
     """A new Verifier for text vectors of width D. width, weights: of its Cnn14, as in config.FactCheck."""
-    verifier = Verifier(new_cnn14(WIDTH, width, weights, seed), D)
+    verifier = Verifier(make_cnn14(WIDTH, width, seed, weights), D)
     generator = torch.Generator().manual_seed(hash_seed(seed, "text"))
     with torch.no_grad():
         verifier.text.weight.copy_(torch.randn(verifier.text.weight.shape, generator=generator) / math.sqrt(D))
@@ -70,8 +68,7 @@ def make_verifier(D, width, weights, seed):
 
 
 def load_verifier(path, D, width):
-    """The Verifier whose state_dict is in a safetensors file."""
-    verifier = Verifier(new_cnn14(WIDTH, width, None, seed=0), D)
+    verifier = Verifier(make_cnn14(WIDTH, width, seed=0), D)
     verifier.load_state_dict(load_file(path))
     return verifier
 
@@ -95,32 +92,26 @@ def trace_vectors(model, processor, texts, batch_tokens):
     return torch.cat(means)
 
 
-def fit(verifier, pairs, schedule, log):
-    """Trains a Verifier, on the device that it is on, and calibrates it on held-out pairs.
-
-    Args:
-        pairs: list of judged Pairs. schedule: fit.Schedule.
-    Returns:
-        {"verdicts": how many pairs it was given, and the fields of agreement on the held-out ones}.
-    Raises:
-        ValueError: too few pairs, or all with the same verdict, to train or to calibrate with.
-    """
-    generator = torch.Generator().manual_seed(hash_seed(schedule.seed, "held"))
+def fit(stage, verifier, pairs, log):
+    """Trains a Verifier, on the device that it is on, on judged Pairs, and calibrates it on those held out. Returns
+    {"verdicts": number of pairs, and the fields of agreement on those held out}. Raises ValueError for too few, or all
+    with the same verdict, to train or to calibrate with."""
+    generator = torch.Generator().manual_seed(hash_seed(stage.seed, "held"))
     shuffled = [pairs[i] for i in torch.randperm(len(pairs), generator=generator).tolist()]
     held_out = shuffled[:len(pairs) // HELD_OUT]
     train = shuffled[len(pairs) // HELD_OUT:]
     for part, purpose in ((train, "train"), (held_out, "validate")):
         if len({pair.accepted for pair in part}) < 2:
-            raise ValueError(f"{schedule.name}: of {len(pairs)} verdicts the {len(part)} to {purpose} with are all the "
+            raise ValueError(f"{stage.name}: of {len(pairs)} verdicts the {len(part)} to {purpose} with are all the "
                              "same, or none: nothing can be learnt from them")
-    schedule = replace(schedule, batch_size=min(schedule.batch_size, len(train)))
+    batch_size = min(stage.batch_size, len(train))
     text_BD = torch.stack([pair.text_D for pair in train])
     verifier.mean_D.copy_(text_BD.mean(0))
     verifier.std_D.copy_(text_BD.std(0).clamp(min=1e-6))
-    optimizer = torch.optim.Adam([p for p in verifier.parameters() if p.requires_grad], lr=schedule.lr)
-    for epoch, loss_S in train_epochs(verifier, optimizer, partial(batch_loss, verifier), train, schedule):
+    optimizer = torch.optim.Adam(verifier.parameters(), lr=stage.lr)
+    for epoch, loss_S in train_epochs(stage, verifier, optimizer, partial(batch_loss, verifier), train, batch_size):
         log({"epoch": epoch, "loss": loss_S.double().mean().item()})
-    score_B = torch.tensor(scores(verifier, held_out, schedule.batch_size))
+    score_B = torch.tensor(scores(verifier, held_out, batch_size))
     accepted = [pair.accepted for pair in held_out]
     scale, offset = platt(score_B, torch.tensor(accepted).float())
     verifier.scale.fill_(scale)
@@ -152,7 +143,6 @@ def batch_loss(verifier, pairs, noise):
 
 @torch.inference_mode()
 def scores(verifier, pairs, batch_size):
-    """The scores of Pairs, a list of floats."""
     verifier.eval()
     found = []
     for start in range(0, len(pairs), batch_size):
@@ -162,19 +152,18 @@ def scores(verifier, pairs, batch_size):
 
 
 def _stack(pairs, device):
-    """(logmel_BAM, text_BD) of Pairs."""
     logmel_BAM = torch.stack([pair.logmel_AM for pair in pairs])
     text_BD = torch.stack([pair.text_D for pair in pairs])
     return logmel_BAM.to(device), text_BD.to(device)
 
 
-def platt(score_B, truth_B, steps=100):
+def platt(score_B, truth_B):
     """(scale > 0, offset) that make the scores log-odds of the truth: Platt scaling, with his smoothed targets."""
     true, false = truth_B.sum(), (1 - truth_B).sum()
     smooth_B = torch.where(truth_B > 0, (true + 1) / (true + 2), 1 / (false + 2))
     log_scale = torch.zeros((), requires_grad=True)
     offset = torch.zeros((), requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_scale, offset], max_iter=steps, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([log_scale, offset], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()

@@ -33,7 +33,6 @@ FIRST = re.compile(r"\A\W*[a-z](?=[.:)\]]|\W*$)")
 
 
 def words_of(text):
-    """Runs of letters and digits, without case and apostrophes."""
     text = re.sub("['’]", "", unicodedata.normalize("NFKC", text))
     return re.findall(r"[^\W_]+", text.casefold())
 
@@ -47,11 +46,8 @@ def thoughts(text):
 
 
 def final_answer(text):
-    """What a completion gives as its answer, or None.
-
-    It is what stands in the only <answer> after the thinking or, without that tag, all that follows the thinking.
-    Thinking that has no end and no whole <answer>, several answers, and no words are no answer.
-    """
+    """What stands in a completion's only <answer> after the thinking or, without that tag, all that follows it. None
+    for thinking that has no end and no whole <answer>, several answers, or no words."""
     said = (text or "").rpartition("</think>")[2]
     before, opened, inside = said.partition("<answer>")
     answer, closed, _ = inside.partition("</answer>")
@@ -63,11 +59,8 @@ def final_answer(text):
 
 
 def parse_answer(completion, options):
-    """Index of the option in the completion's only <answer>…</answer>, or None.
-
-    The answer is an option's letter, its words, or both, as in "B. dog". There is no similarity to fall back on, and
-    several answers are none.
-    """
+    """Index of the option in the completion's only <answer>…</answer>, or None. The answer is an option's letter, its
+    words, or both, as in "B. dog". Nothing similar counts, and several answers are none."""
     answers = ANSWER.findall(completion)
     if len(answers) != 1 or completion.count("<answer>") != 1:
         return None

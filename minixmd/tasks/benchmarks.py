@@ -1,7 +1,6 @@
 """How the benchmarks of SightSound-R1 read a written answer, and what their accuracies are broken down by.
 
-A rule says which option an answer means, and how it was read. No answer is a wrong one, read as "none", so that it can
-be counted.
+A rule says which option an answer means, and how it was read. No answer is a wrong one, read as "none".
 
 option   AVQA, MUSIC-AVQA: by answers.extract, the letter, else the words, else the option that is most similar to them.
          MUSIC-AVQA has no official rule for text; this is ours.
@@ -18,18 +17,13 @@ WAYS = {"option": answers.WAYS, "mmau": ("letter", "text", "none")}
 TYPES = ("Temporal", "Comparative", "Counting", "Existential", "Location")  # of MUSIC-AVQA; the paper's table has four
 FIELDS = {"mmau": ("task", "difficulty", "sub_category"), "music_avqa": ("modality", "type")}  # of the Examples' meta
 
-# ---- which option an answer means ----
-
 
 def meant(text, options, rule):
-    """(index of the option that a completion means, or None; how, one of WAYS[rule]).
+    """(index of the option that a completion means, or None; how, one of WAYS[rule]). text: None is no completion.
 
     By MMAU's rule an option's own text wins over a letter ("D" where the options are chords, "a dog" where A is "dog").
     A letter stands for its option, with that option's text behind it or alone, unless the answer also has the words of
     another one ("Lyndon B. Johnson"). Of options with the same words, said in another order, the first is meant.
-
-    Args:
-        text: a completion, or None for none. rule: "option" | "mmau".
     """
     if rule == "option":
         return extract(text, options)
@@ -45,10 +39,8 @@ def meant(text, options, rule):
 
 
 def same(options, i, j, rule):
-    """Whether the options of these indices are one answer: the same text, or by MMAU's rule the same words.
-
-    None is no answer, and the same as nothing.
-    """
+    """Whether the options of these indices are one answer: the same text, or by MMAU's rule the same words. None is the
+    same as nothing."""
     if i is None or j is None:
         return False
     if rule == "option":
@@ -59,11 +51,9 @@ def same(options, i, j, rule):
 def vote(texts, options, rule):
     """What most of a question's completions mean; one that means no option has no vote.
 
-    A tie goes to the option that was said first. Options that are the same answer share their votes, under the first's
-    text.
+    A tie goes to the option said first. Options that are the same answer share their votes, under the first's text.
 
-    Returns:
-        (number of the first text that means the winner, or 0; its index and how, as `meant`; {option: votes}).
+    Returns (number of the first text that means the winner, or 0; its index and how, as `meant`; {option: votes}).
     """
     read = [meant(text, options, rule) for text in texts]
     voted = []
@@ -113,9 +103,6 @@ def _tokens(text):
     return set(re.findall(r"\b\w+\b", text.lower()))
 
 
-# ---- what accuracies are broken down by ----
-
-
 def benchmark_of(examples):
     """"mmau" or "music_avqa", where the meta of all Examples has what its accuracies are broken down by; else None."""
     for name, fields in FIELDS.items():
@@ -125,11 +112,8 @@ def benchmark_of(examples):
 
 
 def mmau_table(metas, rights):
-    """{"all": rights, "task" | "difficulty" | "sub_category": {name: rights}}: the right and wrong answers of each.
-
-    Args:
-        metas: the Examples' meta. rights: a boolean each.
-    """
+    """{"all": rights, "task" | "difficulty" | "sub_category": {name: rights}}, from the Examples' meta and a boolean
+    each."""
     table = {"all": list(rights)}
     for field in FIELDS["mmau"]:
         table[field] = _group([meta[field] for meta in metas], rights)
@@ -137,7 +121,7 @@ def mmau_table(metas, rights):
 
 
 def music_table(metas, rights):
-    """The right and wrong answers of MUSIC-AVQA.
+    """MUSIC-AVQA's, as mmau_table.
 
     {"audio": {type: rights, "all": rights}, "every": the same over all modalities, "pair": {"Audio Counting": rights}}.
     "audio" is over audio and audio-visual questions: the test split's 6,707 of 9,129, our reading of the paper's "7k".

@@ -6,8 +6,6 @@ from math import sqrt
 
 from minixmd.tasks.benchmarks import same
 
-# ---- one model ----
-
 
 def wilson(correct, count, z=1.959964):
     """95 % interval of a share; (0, 1) for no observation."""
@@ -16,7 +14,8 @@ def wilson(correct, count, z=1.959964):
     p = correct / count
     middle = p + z * z / (2 * count)
     half = z * sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
+    scale = 1 + z * z / count
+    return (middle - half) / scale, (middle + half) / scale
 
 
 def summary(hits):
@@ -53,9 +52,6 @@ def digest(example):
     return hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()
 
 
-# ---- two models ----
-
-
 def paired_interval(both, only_a, only_b, neither):
     """95 % interval of the share that a has right less the share that b has, from the counts of clips by who is right.
 
@@ -82,12 +78,9 @@ def paired_interval(both, only_a, only_b, neither):
 
 
 def pairs(a, b):
-    """[(record of a, record of b)] clip by clip, in a's order; a record has "id" and "question", the digest.
-
-    Raises:
-        ValueError: names the first clip that only one was asked about, or with another question, other options or
-            another right answer; or a record without those, as Label's are.
-    """
+    """[(record of a, record of b)] clip by clip, in a's order; a record has "id" and "question", the digest. Raises
+    ValueError for the first clip that only one was asked about, or with other words, options or right answer; or for a
+    record that does not say what was asked, as Label's."""
     rest, matched = {record["id"]: record for record in b}, []
     for record in a:
         clip = f"clip {record['id']!r}"
@@ -105,15 +98,11 @@ def pairs(a, b):
 
 
 def compare(a, b):
-    """How much more often model a is right than model b, on the same questions.
+    """How much more often model a is right than model b, by the records of their answers.jsonl. A clip that was bad for
+    either is left out. Raises ValueError as pairs.
 
-    Args:
-        a, b: the records of their answers.jsonl. A clip that was bad for either is left out.
-    Returns:
-        {"count", "left_out", "both", "only_a", "only_b", "neither", "difference", "interval"}: the counts of clips by
-        who is right, a's accuracy less b's, and its 95 % interval (paired_interval).
-    Raises:
-        ValueError: they do not belong together (pairs).
+    Returns {"count", "left_out", "both", "only_a", "only_b", "neither", "difference", "interval"}: the counts of clips
+    by who is right, a's accuracy less b's, and its 95 % interval (paired_interval).
     """
     who = Counter()
     for record, other in pairs(a, b):
@@ -148,8 +137,8 @@ def groups(lead, most=10):
     """
     size = min(most, -(-len(lead) // 3))
     by_name = sorted(lead)
-    ahead = [name for name in sorted(by_name, key=lambda name: -lead[name]) if lead[name] > 0][:size]
-    behind = [name for name in sorted(by_name, key=lambda name: lead[name]) if lead[name] < 0][:size]
+    ahead = [name for name in sorted(by_name, key=lead.get, reverse=True)[:size] if lead[name] > 0]
+    behind = [name for name in sorted(by_name, key=lead.get)[:size] if lead[name] < 0]
     others = [name for name in by_name if name not in ahead and name not in behind]
     closest = sorted(others, key=lambda name: abs(lead[name]))[:size]
     return {"The teacher is ahead": ahead, "The student is ahead": behind,

@@ -39,19 +39,16 @@ def _first_word(text):
 
 
 def tally(p_N, truth_N):
-    """How often decisions between no and yes are right.
+    """How often decisions between no and yes are right. p_N: probabilities of yes; the decision is yes from 0.5 on.
 
-    Args:
-        p_N: probabilities of yes; the decision is yes from 0.5 on.
-        truth_N: 1 (or True) for yes, 0 for no.
-    Returns:
-        summary's fields, "majority": the share of the more frequent answer, and "confusion": rows are the truth,
-        columns the decision, each first no and then yes.
+    Returns summary's fields, "majority": the share of the more frequent answer, and "confusion": rows are the truth,
+    columns the decision, each first no and then yes.
     """
     hits, confusion = [], [[0, 0], [0, 0]]
     for p, truth in zip(p_N, truth_N, strict=True):
-        confusion[bool(truth)][p >= 0.5] += 1
-        hits.append(bool(truth) == (p >= 0.5))
+        said = p >= 0.5
+        confusion[bool(truth)][said] += 1
+        hits.append(said == bool(truth))
     return {**summary(hits), "majority": max(map(sum, confusion)) / len(hits), "confusion": confusion}
 
 
@@ -77,11 +74,7 @@ def roc(scores, truths, points=50):
 
 
 def agreement(scores, truths):
-    """Scores, which say yes above 0, against the truth.
-
-    Returns:
-        {"count", "agreement": the share that agrees, "confusion": as tally's, "auc", "roc"}.
-    """
+    """{"count", "agreement", "confusion": as tally's, "auc", "roc"} of scores, which say yes above 0."""
     counts = tally([float(score > 0) for score in scores], truths)
     return {"count": len(truths), "agreement": counts["accuracy"], "confusion": counts["confusion"],
             "auc": auc(scores, truths), "roc": roc(scores, truths)}
