@@ -163,12 +163,13 @@ def trace_grpo(tracer, trainer, prompt):
     trace_batch(tracer, "rollout", model, prompts, Writing(T, G, stage.temperature), stage.decode_slots)
     micro_batch = prompts[:stage.micro_batch_size]
     completion = Completion("", ids=(0,) * T, logprobs=(0.0,) * T, finished=True)
-    reward_PG = torch.arange(G).float().repeat(len(micro_batch), 1)
-    rollout = make_rollout(stage, micro_batch, [[completion] * G] * len(micro_batch), reward_PG)
-    tokens = len(micro_batch) * (len(prompt) + G * T)
+    P = len(micro_batch)
+    reward_PG = torch.arange(G).float().expand(P, G)
+    rollout = make_rollout(stage, micro_batch, [[completion] * G] * P, reward_PG)
+    tokens = P * (len(prompt) + G * T)
     if reference is not None:
         with tracer.phase("scoring", tokens):
-            rollout.ref_T = reference_logprobs(reference, rollout.groups, len(micro_batch), trainer.vocabulary)
+            rollout.ref_T = reference_logprobs(reference, rollout.groups, P, trainer.vocabulary)
     trace_update(tracer, trainer, tokens, trainer.policy_gradient, rollout)
 
 

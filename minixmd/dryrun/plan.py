@@ -41,8 +41,6 @@ TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blo
 
 @dataclass
 class StagePlan:
-    """What a dry run finds out about a stage."""
-
     stage: object
     model: ModelInfo | None = None  # of a stage that runs one here
     prompt: Prompt | None = None  # as long as any that the stage makes
@@ -60,7 +58,10 @@ def dry_run(config):
         plans = [plan_stage(stage, config.stages, Path(scratch)) for stage in config.stages]
     estimate_memory(plans)
     print(TEMPLATES.get_template("plan.txt.j2").render(
-        config=config, plans=plans, kind=kind, missing=missing_inputs(config),
+        config=config,
+        plans=plans,
+        kind=kind,
+        missing=missing_inputs(config),
         prompts=list(dict.fromkeys(plan.shown for plan in plans if plan.shown)),
         models={(plan.model.name, plan.model.source): plan.model for plan in plans if plan.model}.values(),
         categories=CATEGORIES, clip_s=CLIP_S, fps=VIDEO_FPS, size=VIDEO_SIZE,
