@@ -1,4 +1,4 @@
-"""estimate: the memory of a stage's phases, by running the stage's own code on `meta` (memory.py).
+"""The memory of a stage's phases, by running the stage's own code on `meta` (memory.py).
 
 Traced is the fullest case: passes of micro_batch_size or batch_tokens, completions at max_new_tokens, gradients of an
 earlier micro-batch and the optimizer's state there already. All prompts of a stage are alike.
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from minixmd.config import GRPO, TRAINING, Distill, FactCheck, Switch, Traces
 from minixmd.dryrun.memory import trace_memory
 from minixmd.inputs.audio import SAMPLE_RATE
-from minixmd.inputs.batch import pack
 from minixmd.inputs.panns import HOP, MELS
 from minixmd.learning.logprobs import reference_logprobs
 from minixmd.learning.policy import make_rollout
@@ -19,7 +18,7 @@ from minixmd.learning.rollout import Completion, Decoder
 from minixmd.learning.targets import Item
 from minixmd.models.cnn14 import Cnn14
 from minixmd.models.lora import set_backend
-from minixmd.stages.multiple_choice import BATCH_TOKENS, Writing
+from minixmd.stages.multiple_choice import BATCH_TOKENS, Writing, next_token_logits
 from minixmd.stages.traces import CLIPS
 from minixmd.stages.verifier import WIDTH
 from minixmd.train import Trainer
@@ -28,12 +27,8 @@ from minixmd.train import Trainer
 def estimate(stage, model_info, prompt):
     """A stage's memory.Phases, in the order in which they run.
 
-    Args:
-        stage: Switch, or a stage that runs a model here.
-        model_info, prompt: its ModelInfo, and a Prompt as long as any, with its target where one is learnt; None of a
-            Switch.
-    Raises:
-        ValueError: the stage cannot train this model.
+    stage: Switch, or a stage that runs a model here. model_info, prompt: its ModelInfo, and a Prompt as long as any,
+    with its target where one is learnt; None of a Switch. Raises ValueError: the stage cannot train this model.
     """
     device = "cpu" if stage.device == "cpu" else "cuda"
     vocab_size = model_info.config.text.vocab_size if model_info else 0
@@ -55,18 +50,15 @@ def trace_answers(tracer, stage, model, prompt):
     if isinstance(stage, FactCheck):
         tracer.category = "activations"
         prompt = model.encode_media(prompt)  # once for all traces of a clip
+    writing = slots = None
     if isinstance(stage, Traces):
-        writing = Writing(stage.max_new_tokens, stage.num_samples, stage.temperature)
-        slots = stage.decode_slots or 8 * stage.num_samples
-        trace_generation(tracer, "generate", model, [prompt] * CLIPS, writing, slots)
-        return
-    prompts = fill_batch(prompt, stage.batch_tokens)
-    if getattr(stage, "answer", "letters") == "generate":
-        writing = Writing(stage.max_new_tokens, stage.num_samples, stage.temperature)
-        slots = writing.decode_slots(stage.batch_tokens)
-        trace_generation(tracer, "generate", model, prompts, writing, slots)
+        prompts, slots = [prompt] * CLIPS, stage.decode_slots or 8 * stage.num_samples
     else:
-        trace_forward(tracer, "forward", model, prompts)
+        prompts = fill_batch(prompt, stage.batch_tokens)
+    if isinstance(stage, Traces) or getattr(stage, "answer", "letters") == "generate":
+        writing = Writing(stage.max_new_tokens, stage.num_samples, stage.temperature)
+        slots = slots or writing.decode_slots(stage.batch_tokens)
+    trace_batch(tracer, "generate" if writing else "forward", model, prompts, writing, slots)
     if isinstance(stage, FactCheck) and stage.checker == "verifier":
         trace_cnn14(tracer, stage, WIDTH, mixup=False)
 
@@ -76,18 +68,15 @@ def fill_batch(prompt, batch_tokens):
 
 
 @torch.no_grad()
-def trace_forward(tracer, phase, model, prompts):
-    """A pass over packed prompts, and the logits after each."""
-    with tracer.phase(phase, len(prompts) * len(prompts[0])):
-        batch = pack(prompts).to("meta")
-        last_B = torch.tensor([end - 1 for _, end in batch.spans], device="meta")
-        model.logits(model(batch)[last_B])
-
-
-@torch.no_grad()
-def trace_generation(tracer, phase, model, prompts, writing, decode_slots=None):
-    """The prefill of as many prompts as have decode slots, and a step with every completion at its full length."""
-    n, length = writing.num_samples, len(prompts[0])
+def trace_batch(tracer, phase, model, prompts, writing, decode_slots=None):
+    """Without a Writing a pass over the prompts, and the logits after each. With one the prefill of as many prompts as
+    have decode slots, and a step with every completion at its full length."""
+    length = len(prompts[0])
+    if writing is None:
+        with tracer.phase(phase, len(prompts) * length):
+            next_token_logits(model, prompts)
+        return
+    n = writing.num_samples
     if decode_slots is not None:
         prompts = prompts[:decode_slots // n]
     count = len(prompts)
@@ -120,7 +109,7 @@ class MetaTrainer(Trainer):
 
 def trace_training(tracer, trainer, prompt):
     """A step whose optimizer has its state already, and validation."""
-    stage, model = trainer.stage, trainer.model
+    stage = trainer.stage
     if isinstance(stage, GRPO) and trainer.reference is not None:
         named = trainer.reference.named_parameters()
         tracer.recategorize([p for name, p in named if name in trainer.parameters], "reference")
@@ -136,22 +125,19 @@ def trace_training(tracer, trainer, prompt):
         if isinstance(stage, Distill):
             compute_gradients = trainer.distill_gradients
             if stage.teacher_loss != "ce":
-                topk = {"ids": list(range(64)), "logits": [0.0] * 64, "logsumexp": 5.0}
-                topk["temperature"] = stage.temperature
+                topk = dict(ids=range(64), logits=[0.0] * 64, logsumexp=5.0, temperature=stage.temperature)
         samples = [(prompt, Item(None, 0, "teacher", topk))] * stage.micro_batch_size
         trace_update(tracer, trainer, len(samples) * len(prompt), compute_gradients, samples)
     tracer.phases.append(optimizer_step)
     if stage.val_manifest is not None:
         trainer.optimizer.zero_grad()
-        prompts = fill_batch(prompt, BATCH_TOKENS)
-        if isinstance(stage, GRPO) or getattr(stage, "traces", None) is not None:
-            trace_generation(tracer, "validation", model, prompts, Writing(stage.max_new_tokens))
-        else:
-            trace_forward(tracer, "validation", model, prompts)
+        writes = isinstance(stage, GRPO) or getattr(stage, "traces", None) is not None
+        writing = Writing(stage.max_new_tokens) if writes else None
+        trace_batch(tracer, "validation", trainer.model, fill_batch(prompt, BATCH_TOKENS), writing)
 
 
 def add_gradients(tracer, trainer):
-    """Gives every trained parameter the gradient of an earlier micro-batch."""
+    """Those of an earlier micro-batch."""
     tracer.category = "gradients"
     for p in trainer.parameters.values():
         p.grad = torch.zeros_like(p)
@@ -174,17 +160,16 @@ def trace_grpo(tracer, trainer, prompt):
     if model.encoders_frozen():
         encoded = model.encode_media(prompt)
         prompts = [deepcopy(encoded) for _ in prompts]
-    writing = Writing(T, G, stage.temperature)
-    trace_generation(tracer, "rollout", model, prompts, writing, stage.decode_slots)
+    trace_batch(tracer, "rollout", model, prompts, Writing(T, G, stage.temperature), stage.decode_slots)
     micro_batch = prompts[:stage.micro_batch_size]
     completion = Completion("", ids=(0,) * T, logprobs=(0.0,) * T, finished=True)
-    completions = [[completion] * G for _ in micro_batch]
-    reward_PG = torch.arange(G).float().repeat(len(micro_batch), 1)
-    rollout = make_rollout(stage, micro_batch, completions, reward_PG)
-    tokens = len(micro_batch) * (len(prompt) + G * T)
+    P = len(micro_batch)
+    reward_PG = torch.arange(G).float().expand(P, G)
+    rollout = make_rollout(stage, micro_batch, [[completion] * G] * P, reward_PG)
+    tokens = P * (len(prompt) + G * T)
     if reference is not None:
         with tracer.phase("scoring", tokens):
-            rollout.ref_T = reference_logprobs(reference, rollout.groups, len(micro_batch), trainer.vocabulary)
+            rollout.ref_T = reference_logprobs(reference, rollout.groups, P, trainer.vocabulary)
     trace_update(tracer, trainer, tokens, trainer.policy_gradient, rollout)
 
 
@@ -192,14 +177,11 @@ def trace_cnn14(tracer, stage, classes, mixup):
     """The second training step of a Cnn14, by a stage's batch_size, clip_s and width."""
     tracer.category = "weights"
     with torch.device("meta"):
-        model = Cnn14(classes, stage.width)
-    model.to("meta")  # the front end was made on the CPU
+        model = Cnn14(classes, stage.width).to("meta")  # the front end was made on the CPU
     parameters = [p for p in model.parameters() if p.requires_grad]
     tracer.count_gradients(parameters)
     optimizer = torch.optim.Adam(parameters, foreach=stage.device != "cpu")
-    clips = stage.batch_size
-    if mixup:
-        clips *= 2
+    clips = (1 + mixup) * stage.batch_size
     frames = round(stage.clip_s * SAMPLE_RATE) // HOP + 1
     for _ in range(2):
         with tracer.phase("training"):

@@ -1,4 +1,4 @@
-"""trace_memory: the peak memory of a piece of code, found without computing anything.
+"""The peak memory of a piece of code, found without computing anything.
 
 The code runs on PyTorch's `meta` device, where a tensor has a shape but no data. Every storage is followed from its
 creation to its release: what PyTorch's allocator would hand out, tensor by tensor. Not counted are an operator's own
@@ -104,11 +104,7 @@ class MemoryTracer(TorchDispatchMode):
 
 
 class _DeviceMode(TorchFunctionMode):
-    """Makes `meta` tensors take the code paths of a device, "cuda" or "cpu"."""
-
-    def __init__(self, device):
-        super().__init__()
-        self.is_cuda = device == "cuda"
+    """Makes `meta` tensors take the code paths of a GPU where `is_cuda` is set, else the CPU's."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.nn.functional.scaled_dot_product_attention:
@@ -128,10 +124,10 @@ def _fused_attention(q_BHTK, k_BJSK, v_BJSK, attn_mask=None, is_causal=False, en
 @contextmanager
 def trace_memory(vocab_size, device):
     """Traces its block as if it ran on `device`, "cuda" or "cpu"; yields the MemoryTracer. No Triton kernel is run."""
-    def no_launch(kernel, grid):
-        return lambda *args, **kwargs: None
-
+    mode = _DeviceMode()
+    mode.is_cuda = device == "cuda"
     masks_select_all = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)
-    with mock.patch.object(triton.KernelInterface, "__getitem__", no_launch), masks_select_all, _DeviceMode(device):
+    no_launch = mock.patch.object(triton.KernelInterface, "__getitem__", lambda *_: lambda *args, **kwargs: None)
+    with no_launch, masks_select_all, mode:
         with MemoryTracer(vocab_size) as tracer:
             yield tracer

@@ -1,4 +1,4 @@
-"""find_model: the model that a stage names, without its weights: its shapes, its adapters, and a blank processor."""
+"""The model that a stage names, without its weights: its shapes, its adapters, and a blank processor."""
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -64,12 +64,8 @@ def find_model(value, stages, scratch):
     """The ModelInfo of what a stage's field `model` names.
 
     A "@stage" is followed to what that stage starts from. Otherwise the shapes are from the config.json of a folder or
-    of the hub's cache, else from PUBLISHED by the name alone.
-
-    Args:
-        stages: the config's. scratch: a folder whose tokenizer.json stands in where the model's own is not at hand.
-    Raises:
-        ValueError: nothing is known of the model, or its family is not supported.
+    of the hub's cache, else from PUBLISHED by the name alone. scratch: a folder whose tokenizer.json stands in where
+    the model's own is not at hand. Raises ValueError: nothing is known of the model, or its family is not supported.
     """
     if value.startswith("@"):
         return _model_of_stage(value, stages, scratch)
@@ -91,10 +87,10 @@ def find_model(value, stages, scratch):
     else:
         raise ValueError(f"model {value!r} is neither here nor in the hub's cache, and not one of those known by name: "
                          f"{', '.join(PUBLISHED)}")
-    if (folder / "tokenizer.json").is_file():
-        return ModelInfo(name, config, BlankProcessor(folder, config), source)
-    any_token_ids = replace(config, section={})  # the ids in config.json are those of the model's own tokenizer
-    return ModelInfo(name, config, BlankProcessor(scratch, any_token_ids), source)
+    known = config
+    if not (folder / "tokenizer.json").is_file():
+        folder, known = scratch, replace(config, section={})  # whose token ids are those of the model's own tokenizer
+    return ModelInfo(name, config, BlankProcessor(folder, known), source)
 
 
 def _model_of_stage(value, stages, scratch):

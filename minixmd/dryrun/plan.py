@@ -41,10 +41,7 @@ TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blo
 
 @dataclass
 class StagePlan:
-    """What a dry run finds out about a stage."""
-
     stage: object
-    kind: str
     model: ModelInfo | None = None  # of a stage that runs one here
     prompt: Prompt | None = None  # as long as any that the stage makes
     shown: str = ""  # a typical prompt, as text
@@ -54,11 +51,8 @@ class StagePlan:
 
 
 def dry_run(config):
-    """Prints what a config would do, by plan.txt.j2.
-
-    Returns:
-        The exit status: 1 where a stage cannot run as it is written, or its model is not known.
-    """
+    """Prints what a config would do. Returns the exit status: 1 where a stage cannot run as it is written, or its model
+    is not known."""
     with tempfile.TemporaryDirectory() as scratch:
         write_stand_in_tokenizer(Path(scratch), config.stages)
         plans = [plan_stage(stage, config.stages, Path(scratch)) for stage in config.stages]
@@ -66,6 +60,7 @@ def dry_run(config):
     print(TEMPLATES.get_template("plan.txt.j2").render(
         config=config,
         plans=plans,
+        kind=kind,
         missing=missing_inputs(config),
         prompts=list(dict.fromkeys(plan.shown for plan in plans if plan.shown)),
         models={(plan.model.name, plan.model.source): plan.model for plan in plans if plan.model}.values(),
@@ -79,7 +74,7 @@ def dry_run(config):
 
 def plan_stage(stage, stages, scratch):
     """The StagePlan of a stage, still without its memory. scratch: the stand-in tokenizer's folder."""
-    plan = StagePlan(stage, kind(type(stage)))
+    plan = StagePlan(stage)
     try:
         if getattr(stage, "model", None):
             plan.model = find_model(stage.model, stages, scratch)
@@ -145,7 +140,7 @@ def estimate_memory(plans):
         stage = plan.stage
         settings = {f.name: getattr(stage, f.name) for f in fields(stage) if f.name not in NO_EFFECT_ON_MEMORY}
         is_set = [getattr(stage, name, None) is not None for name in ("traces", "val_manifest")]
-        key = repr((plan.kind, plan.model, plan.prompt and len(plan.prompt), settings, is_set))
+        key = repr((type(stage), plan.model, plan.prompt and len(plan.prompt), settings, is_set))
         if key in estimated:
             plan.same_as = estimated[key]
             continue

@@ -49,8 +49,8 @@ def main(argv=None):
     parser.add_argument("model", help="what minixmd.load takes: a model's folder or an adapter's")
     parser.add_argument("--against", choices=["transformers"], help="compare logits with it, whatever the size; "
                         "otherwise only a model below 1e9 parameters is compared, if it is installed")
-    parser.add_argument("--audio", action="append", default=[], metavar="FILE", help="a clip to check with; repeatable")
-    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="the same for video")
+    for name in ("--audio", "--video"):
+        parser.add_argument(name, action="append", default=[], metavar="FILE", help="a clip to check with; repeatable")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     args = parser.parse_args(argv)
@@ -74,10 +74,8 @@ def main(argv=None):
 
 def load_subject(args):
     """The Subject that the arguments ask for. Raises ValueError for bad input."""
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" != device:
         raise ValueError("device 'cuda' was asked for, but torch sees no GPU")
     if args.against and importlib.util.find_spec("transformers") is None:
         raise ValueError("--against transformers needs transformers: pip install transformers")
@@ -87,7 +85,7 @@ def load_subject(args):
     torch.backends.cudnn.allow_tf32 = False  # float32 convolutions would multiply with 10 bits on a GPU
     model, processor = load(args.model, device=device, dtype=getattr(torch, args.dtype))
     clips = choose_clips(model.config.family, args.audio, args.video)
-    return Subject(model, processor, args.dtype, clips, force_transformers=args.against is not None)
+    return Subject(model, processor, args.dtype, clips, args.against is not None)
 
 
 if __name__ == "__main__":

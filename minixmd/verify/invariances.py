@@ -126,9 +126,7 @@ def cached(subject):
 def logprobs(subject):
     """Log-probs that generation reports, and those from scoring the prompts and their completions in one pass."""
     ids_P2T, generated_P2T, _ = subject.sampled
-    groups = []
-    for prompt, ids_2T in zip(subject.prompts, ids_P2T, strict=True):
-        groups.append(Group(prompt, tuple(ids_2T)))
+    groups = [Group(prompt, tuple(ids_2T)) for prompt, ids_2T in zip(subject.prompts, ids_P2T, strict=True)]
     scored_T = subject.target_logprobs(pack(groups), subject.endless, TEMPERATURE)
     gap_T = (scored_T - generated_P2T.flatten()).abs()
     mean, largest = gap_T.mean().item(), gap_T.max().item()
@@ -206,8 +204,7 @@ def attach(model):
     add_lora(model, rank=4, alpha=6, targets=".*", seed=0)
     generator = torch.Generator().manual_seed(0)
     for m in adapted(model).values():
-        b_FR = torch.randn(m.lora_B.shape, generator=generator)
-        m.lora_B.copy_(0.05 * b_FR)
+        m.lora_B.copy_(0.05 * torch.randn(m.lora_B.shape, generator=generator))
 
 
 def adapter_off(subject):

@@ -30,8 +30,6 @@ class Outcome:
 
 @dataclass
 class Subject:
-    """What the checks look at."""
-
     model: torch.nn.Module
     processor: object
     dtype: str  # "float32" | "bfloat16", as asked for
@@ -92,14 +90,12 @@ class Subject:
     def compare(self, ours, theirs):
         """The Outcome of two lists of tensors that may differ by rounding only; the worst pair counts."""
         errors = []
+        order = torch.inf if self.dtype == "float32" else 2  # the largest number, or the root of the squares' sum
         for a, b in zip(ours, theirs, strict=True):
             if a.shape != b.shape:
                 return Outcome(f"shapes {tuple(a.shape)} and {tuple(b.shape)}", "the same", False)
             a, b = a.double(), b.double()
-            if self.dtype == "float32":
-                errors.append((a - b).abs().max() / b.abs().max())
-            else:
-                errors.append((a - b).norm() / b.norm())
+            errors.append((a - b).norm(order) / b.norm(order))
         worst = torch.stack(errors).max().item()  # NaN if one is
         if self.dtype == "float32":
             return Outcome(f"{worst:.1e} of the largest", "<= 1e-5", worst <= 1e-5)
@@ -107,11 +103,8 @@ class Subject:
 
 
 def choose_clips(family, audios, videos):
-    """{kind: media parts} of the kinds that a family takes: the given files, and synthetic clips up to two.
-
-    Raises:
-        ValueError: a file of another kind.
-    """
+    """{kind: media parts} of the kinds that a family takes: the given files, and synthetic clips up to two. Raises
+    ValueError for a file of another kind."""
     clips = {}
     for kind, files in (("audio", audios), ("video", videos)):
         if getattr(family, kind) is not None:
