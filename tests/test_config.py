@@ -24,7 +24,7 @@ from minixmd.config import (
 )
 from minixmd.config.load import load_config
 from minixmd.config.prompts import PROMPT, THINK_PROMPT
-from minixmd.config.references import check_files, input_paths, references, resolve
+from minixmd.config.references import check_files, input_paths, resolve
 from minixmd.config.schema import ConfigError, check_types, parse_field, stage
 
 EVALUATE = dict(name="before", model="m", manifest="d.jsonl")
@@ -493,6 +493,12 @@ CHAIN = (
 ])
 def test_a_reference_stands_for_the_stage_output_or_its_file(value, path):
     assert resolve(value, Path("run"), CHAIN) == Path(path)
+
+
+def references(stage):
+    """The (field, stage name) pairs of what a stage reads of others."""
+    found = input_paths(stage, Path("run"), CHAIN)
+    return [(field, path.parts[1]) for field, path in found.items() if path.parts[0] == "run"]
 
 
 def test_references_list_fields_and_stages_and_see_into_tables():

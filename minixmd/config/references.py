@@ -25,11 +25,6 @@ INPUTS = {  # the fields that name a file or folder, and the kinds of stage that
 }
 
 
-def references(item):
-    """The (field, stage name) pairs of a stage's "@name" and "@name/file" references."""
-    return [(field, value[1:].partition("/")[0]) for field, value, _ in _inputs(item) if value.startswith("@")]
-
-
 def resolve(value, run_dir, stages):
     """The path that a field's value stands for: the output of the stage it refers to, or itself."""
     if not value.startswith("@"):

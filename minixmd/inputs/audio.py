@@ -26,24 +26,21 @@ def num_mel_frames(num_samples, window_s=WINDOW_S):
 
 def num_audio_tokens(mel_frames):
     """Tokens that so many mel frames become: a stride-2 convolution, then pooling by 2. Fewer than 3 frames give 0."""
-    after_conv = (mel_frames - 1) // 2 + 1
-    return after_conv // 2
+    return (mel_frames + 1) // 2 // 2
 
 
 def log_mel(wave_S, window_s=WINDOW_S):
     """The log-mel frames of a clip: all that hold sound, and a halo of two.
 
     Equal to the first columns of WhisperFeatureExtractor(feature_size=128)'s (128, 3000) for the clip padded to 30 s,
-    where all columns that are left out here hold the floor. The floor is relative to the loudest value, which is taken
-    over the halo too, as in the reference.
+    where all columns that are left out here hold the floor, which is relative to the loudest value, the halo's too.
 
     Args:
         wave_S: (S,) float32, 16 kHz mono; what lies beyond window_s seconds is ignored.
     Returns:
         mel_MA: (128, min(l + 2, 100 window_s)) float32 where l = num_mel_frames(S, window_s).
-    Raises:
-        ValueError: "too short" for 320 samples (20 ms) or fewer, which give no token; not 1-D floating point; samples
-            above about 1e16, whose power overflows.
+    Raises ValueError: "too short" for 320 samples (20 ms) or fewer; not 1-D floating point; samples above about 1e16,
+        whose power overflows.
     Source: transformers 5.23 models/whisper/feature_extraction_whisper.py; tests/test_audio.py compares.
     """
     if wave_S.dim() != 1 or not wave_S.is_floating_point():

@@ -1,7 +1,7 @@
 """Prompt, Batch and pack: padding does not exist; a batch is one row of tokens cut into segments.
 
-A segment sees itself (causally) and all of its parent. A Prompt is one segment; a Group is a prompt and the completions
-that hang on it as children, so that the prompt is computed once for all of them.
+A segment sees itself (causally) and all of its parent. A Prompt is one segment; a Group's completions are children of
+its prompt, which is computed once for all of them.
 """
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -54,7 +54,7 @@ class Segment:
 
 
 def consecutive_segments(lengths):
-    """Segments of the given lengths, one after another and without parents."""
+    """Parentless Segments of the given lengths, one after another."""
     return [Segment(end - length, length) for length, end in zip(lengths, accumulate(lengths), strict=True)]
 
 
@@ -78,15 +78,14 @@ class Batch:
 
 
 def pack(items):
-    """Concatenate a non-empty list of Prompts and Groups into one Batch.
+    """Concatenate Prompts and Groups into one Batch. Item i's rows are `spans[i]`: its prompt, then its completions.
 
-    Item i's rows are `spans[i]`, its prompt first, then its completions. Raises ValueError: no items, an empty
-    completion, or a target that nothing precedes.
+    Raises ValueError: no items, an empty completion, or a target that nothing precedes.
     """
     if not items:
         raise ValueError("pack needs at least one Prompt or Group")
     ids, positions, segments, media, spans = [], [], [], [], []
-    target_rows, target_ids, target_segments = [], [], []
+    target_rows, target_ids, target_segments = ([torch.empty(0, dtype=torch.int64)] for _ in range(3))
     end = 0  # rows so far
     for item in items:
         prompt, completions = (item.prompt, item.completions) if isinstance(item, Group) else (item, ())
@@ -117,11 +116,9 @@ def pack(items):
             positions.append(torch.arange(position, position + count).expand(3, -1))
             end += count
         spans.append((first, end))
-    no_target = [torch.empty(0, dtype=torch.int64)]
-    target_id_T = torch.cat(target_ids or no_target)
+    target_id_T = torch.cat(target_ids)
     return Batch(
         ids_N=torch.cat(ids), positions_3N=torch.cat(positions, dim=1), segments=tuple(segments), media=tuple(media),
-        target_row_T=torch.cat(target_rows or no_target), target_id_T=target_id_T,
-        target_weight_T=torch.ones(len(target_id_T)), target_segment_T=torch.cat(target_segments or no_target),
-        spans=tuple(spans),
+        target_row_T=torch.cat(target_rows), target_id_T=target_id_T, target_weight_T=torch.ones(len(target_id_T)),
+        target_segment_T=torch.cat(target_segments), spans=tuple(spans),
     )  # fmt: skip

@@ -83,28 +83,23 @@ def manifest_text(examples):
 
 
 def build_conversation(example, *, media, prompt, answer=None, trace="", video_options=None):
-    """The conversation that shows `example` and asks its question; for a silent video alone that of meta's
-    "video_question", if there is one.
+    """The conversation that shows `example` and asks its question, of a silent video alone meta's "video_question".
 
     Args:
         media: "audio", "video", "both" (video first), or "sounded": the video and its own sound track.
         prompt: format string over {question} {options} {first} {last} {trace}; options are lettered lines.
         answer: what the assistant turn gives, the index of an option or a text; None for no such turn.
-        trace: text for {trace}. video_options: the video part's fps, min_pixels, max_pixels, nframes.
-    Raises:
-        ValueError: the example lacks the medium.
+        video_options: the video part's fps, min_pixels, max_pixels, nframes.
+    Raises ValueError: the example lacks the medium.
     """
     content = []
     for kind in MEDIA_KINDS[media]:
         path = getattr(example, kind)
         if path is None:
             raise ValueError(f"example {example.id!r} has no {kind}")
-        part = {"type": kind, kind: path}
-        if kind == "video":
-            part.update(video_options or {})
-        if media == "sounded":
-            part["use_audio"] = True
-        content.append(part)
+        options = video_options or {} if kind == "video" else {}
+        sound = {"use_audio": True} if media == "sounded" else {}
+        content.append({"type": kind, kind: path, **options, **sound})
     letters = ascii_uppercase[: len(example.options)]
     options = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, example.options, strict=True))
     question = example.meta.get("video_question", example.question) if media == "video" else example.question

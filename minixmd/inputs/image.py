@@ -23,10 +23,8 @@ def sample_frames(total, video_fps, *, fps=1.0, nframes=None):
     The count is total / video_fps * fps, at least 4 and at most 768 or total, floored to an even number; 9.98 s at 1
     fps are 8 frames. A video of one frame, which qwen-vl-utils refuses, gives that frame; `patchify` repeats it.
 
-    Args:
-        total: frames that decode, >= 1. video_fps: their average rate, in 1/s.
-        fps: frames to choose per second; unused when nframes is given. nframes: a fixed count, even, >= 2, <= total.
-    Raises ValueError: an argument out of range.
+    total: frames that decode, >= 1. video_fps: their average rate, in 1/s. fps: frames to choose per second; unused
+    when nframes is given. nframes: a fixed count, even, >= 2, <= total. Raises ValueError: an argument out of range.
     """
     if total < 1:
         raise ValueError(f"total must be at least 1 frame, got {total}")
@@ -47,9 +45,8 @@ def sample_frames(total, video_fps, *, fps=1.0, nframes=None):
 
 def smart_resize(height, width, *, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS):
     """The (height, width) that a frame is resized to: multiples of 28, min_pixels to max_pixels in area, of nearly the
-    same shape.
+    same shape. Halves round to even. A side is never below 28, so a very flat frame may miss the upper limit.
 
-    Rounding is Python's, halves to even. A side is never below 28, so a very flat frame may miss the upper limit.
     Raises ValueError: an empty frame, sides in a ratio above 200, or contradicting limits.
     """
     if min(height, width) < 1:
@@ -72,8 +69,8 @@ def smart_resize(height, width, *, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
 def resize(frames_TCHW, *, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS):
     """Resize (T, 3, H, W) uint8 frames to `smart_resize`'s size with an antialiased bicubic filter; returns uint8.
 
-    The filter runs on the uint8 tensor itself, as the reference's does: in floating point the result differs by a
-    grey level. Beyond about 690 frames the video's total budget lowers max_pixels, to 1.05 min_pixels at least.
+    It runs on the uint8 tensor itself, as the reference's does: in floating point the result differs by a grey level.
+    Beyond about 690 frames the video's total budget lowers max_pixels, to 1.05 min_pixels at least.
     """
     height, width = frames_TCHW.shape[-2:]
     budget = TOTAL_PIXELS * TEMPORAL / len(frames_TCHW)  # of one frame

@@ -59,12 +59,8 @@ def read_audio(path, *, sample_rate=SAMPLE_RATE):
     In a file with pictures, sound that starts later than they do is preceded by silence, so that sample n is heard at
     n / sample_rate on the video's clock; codec priming is dropped; gaps inside the track are closed up.
 
-    Args:
-        path: str or os.PathLike; taken literally, never as a URL or pattern. sample_rate: of the result, in Hz.
-    Returns:
-        wave_S: (S,) float32, finite, S >= 1; S is round(samples * sample_rate / the file's rate), halves up.
-    Raises:
-        MediaError: see the module's policy.
+    path: taken literally, never as a URL or pattern. sample_rate: of the result, in Hz. Returns wave_S: (S,) float32,
+    finite, S >= 1. Raises MediaError: see the module's policy.
     """
     head = _check_file(path)
     mono, rate = _read_sndfile(path) if _is_sndfile(head) else (None, 0)
@@ -87,10 +83,8 @@ def read_frames(path, *, fps=1.0, nframes=None):
 
     Frames that decode count, not the header's number: clips cut without re-encoding list frames that an edit list
     hides. The rate is the track's average. As in the reference, a rotation tag and a sample aspect ratio are ignored.
-    All frames are decoded, and kept in the codec's own format up to KEPT_BYTES; a longer clip is decoded twice.
 
-    Args:
-        path: taken literally. fps: frames to pick per second of video. nframes: a fixed number instead, even and >= 2.
+    fps: frames to pick per second of video. nframes: a fixed number instead, even and >= 2.
     Returns:
         frames_TCHW: (T, 3, H, W) uint8 RGB. T is even, or 1 for a video of one frame.
         Frames picked per second, T / all frames * the track's rate; None when the file does not say its rate.
@@ -184,7 +178,6 @@ def _message(error):
 
 
 def _is_sndfile(head):
-    """Whether a file that starts so is for libsndfile."""
     mpeg = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06  # layer bits 00 would be AAC
     return head[:4] in (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS") or head[:3] == b"ID3" or bool(mpeg)
 
@@ -228,7 +221,6 @@ def _first_video(container, path):
 
 
 def _decode(container, stream, path):
-    """Yield the stream's frames; whatever goes wrong becomes a MediaError."""
     count, fault = 0, ""
     try:
         for packet in container.demux(stream):

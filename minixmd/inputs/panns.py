@@ -1,8 +1,7 @@
 """PANN's log-mel frames, as Cnn14_16k takes them.
 
-The spectrum is a convolution with the Fourier matrix, as in the original: an FFT takes half the time, 9 ms instead of
-17 for 10 s, but in quiet bins rounds to up to 0.0005 dB elsewhere.
-
+The spectrum is a convolution with the Fourier matrix, as in the original: an FFT takes half the time, but in quiet bins
+rounds to up to 0.0005 dB elsewhere.
 Letters: S samples at 16 kHz, A frames of 10 ms, F = 257 bins of the spectrum, M = 64 mel bins.
 """
 import functools
@@ -18,14 +17,10 @@ FLOOR = 1e-10  # power of silence: -100 dB
 
 
 def log_mel(wave_S):
-    """The log-mel frames of a whole clip, in dB.
+    """The log-mel frames of a whole clip, in dB: (S // 160 + 1, 64) float32, >= -100.
 
-    Args:
-        wave_S: (S,) float32, 16 kHz mono.
-    Returns:
-        mel_AM: (S // 160 + 1, 64) float32, >= -100.
-    Raises:
-        ValueError: not 1-D floating point, or 256 samples (16 ms) or fewer, too short to be mirrored at its ends.
+    wave_S: (S,) float32, 16 kHz mono. Raises ValueError: not 1-D floating point, or 256 samples (16 ms) or fewer, too
+    short to be mirrored at its ends.
     Source: torchlibrosa 0.1.0 Spectrogram and LogmelFilterBank; tests/test_cnn14.py compares.
     """
     if wave_S.dim() != 1 or not wave_S.is_floating_point():

@@ -7,11 +7,8 @@ import torch
 
 
 def positions_of(length, blocks):
-    """Positions (3, length) of a sequence.
-
-    Args:
-        blocks: (first row, offsets_3P) of every stretch of rows that does not advance by one, in any order.
-    """
+    """Positions (3, length) of a sequence. blocks: (first row, offsets_3P) of every stretch of rows that does not
+    advance by one, in any order."""
     positions_3N = torch.empty(3, length, dtype=torch.int64)
     row = position = 0  # the next of each
     for start, offsets_3P in sorted(blocks, key=lambda block: block[0]):
@@ -28,10 +25,8 @@ def positions_of(length, blocks):
 def grid_offsets(grid_thw, *, ids_per_s=None, fps=None):
     """Offsets (3, t h w / 4) of a video's merged tokens.
 
-    Args:
-        grid_thw: patch grid before the 2x2 merge; t counts frame pairs.
-        ids_per_s: ids that a second takes (Qwen2.5-VL, Omni), rounded down; None = one id a frame pair (Qwen2-VL).
-        fps: frames sampled per second; needed with ids_per_s.
+    grid_thw: patch grid before the 2x2 merge; t counts frame pairs. ids_per_s: ids that a second takes (Qwen2.5-VL,
+    Omni), rounded down; None = one id a frame pair (Qwen2-VL). fps: frames sampled per second; needed with ids_per_s.
     """
     t, h, w = grid_thw[0], grid_thw[1] // 2, grid_thw[2] // 2
     time_t = torch.arange(t)
@@ -45,9 +40,7 @@ def interleave(video_3P, audio_tokens, chunk):
     """A sounded video's order: in every `chunk` of ids first the picture's tokens, then the sound's, one id each.
 
     As in the reference a token opens one chunk at most, so frame pairs further apart than a chunk are split over two.
-
-    Returns:
-        (is_video_P, offsets_3P) over the P video and audio tokens in their new order.
+    Returns (is_video_P, offsets_3P) over the P video and audio tokens in their new order.
     """
     audio_3A = torch.arange(audio_tokens).expand(3, -1)
     offsets_3P = torch.cat([video_3P, audio_3A], dim=1)

@@ -8,15 +8,9 @@ from minixmd.inputs.media import MediaError
 
 
 def build_prompt(processor, example, prompt_format, answer=None, trace=""):
-    """The Prompt that asks an example's question.
+    """The Prompt that asks an example's question, as a config.PromptFormat says; answer, trace: build_conversation's.
 
-    Args:
-        prompt_format: config.PromptFormat: what is shown and how it is asked.
-        answer: the assistant turn to learn, an option's index or a text; None = the prompt ends where it would start.
-        trace: text for {trace} in the template.
-    Raises:
-        MediaError: the clip cannot be used.
-        ValueError: another fault; the example is named.
+    Raises MediaError: the clip cannot be used. ValueError: another fault; the example is named.
     """
     conversation = build_conversation(example, media=prompt_format.media, prompt=prompt_format.template, answer=answer,
                                       trace=trace, video_options=prompt_format.video_options)
@@ -38,8 +32,7 @@ def check_length(processor, example, prompt, max_new_tokens):
 def prefetch(function, items, on_bad, ahead=16):
     """function(item) for every item, in order, computed by threads up to `ahead` items early.
 
-    This is the one place where a clip that cannot be used is caught: where the function raises MediaError, the value
-    of on_bad(item, error) takes the result's place.
+    The one place where a clip that cannot be used is caught: on_bad(item, error) takes the place of a MediaError.
     """
     items = iter(items)
     workers = max(2, min(8, (os.cpu_count() or 2) // 2))
@@ -54,14 +47,10 @@ def prefetch(function, items, on_bad, ahead=16):
                 if not waiting:
                     return
                 item, future = waiting.popleft()
-                try:
-                    result = future.result()
-                except MediaError as error:
-                    result = on_bad(item, error)
-                yield result
+                error = future.exception()
+                yield on_bad(item, error) if isinstance(error, MediaError) else future.result()
         finally:
-            for _, future in waiting:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)
 
 
 def batch_by_tokens(pairs, batch_tokens):

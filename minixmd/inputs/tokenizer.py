@@ -1,6 +1,7 @@
 """Processor: a conversation to a Prompt, in the family's chat template, placeholders expanded to their exact count."""
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from string import ascii_uppercase
 
 import torch
 from tokenizers import Tokenizer
@@ -16,10 +17,8 @@ VIDEO_DEFAULTS = {"fps": 1.0, "min_pixels": 100_352, "max_pixels": 262_144, "nfr
 
 
 def common_vocab_size(processor, labels_path):
-    """How many ids, from 0 on, stand for the same string to a model and to the teacher of some labels.
-
-    labels_path: labels.jsonl of stage Label, beside which the teacher's tokenizer.json lies.
-    """
+    """How many ids, from 0 on, stand for the same string to a model and to the teacher of some labels, whose
+    tokenizer.json lies beside labels_path."""
     teacher = Tokenizer.from_file(str(Path(labels_path).parent / "tokenizer.json"))
     tables = []
     for tokenizer in (processor.tokenizer, teacher):
@@ -58,12 +57,9 @@ class Draft:
 class Processor:
     """Callable: conversation -> Prompt. Also holds what depends on the tokenizer: letters, suppressed ids, decoding.
 
-    Args:
-        folder: holds tokenizer.json.
-        config: models.families.ModelConfig; the ids of its media tokens must be the tokenizer's, its embedding must
-            have a row for every token, and its context is the limit on a prompt's length.
-    Raises:
-        ValueError: no readable tokenizer.json, or one that belongs to another model.
+    folder: holds tokenizer.json. config: models.families.ModelConfig; the ids of its media tokens must be the
+    tokenizer's, its embedding must have a row for every token, and its context is the limit on a prompt's length.
+    Raises ValueError: no readable tokenizer.json, or one that belongs to another model.
     """
 
     def __init__(self, folder, config):
@@ -82,8 +78,7 @@ class Processor:
                 raise ValueError(f"{path}: has no token {token}; it is not a {self.family.model_type} tokenizer")
         for name, token in self.family.token_fields.items():
             token_id = self.tokenizer.token_to_id(token)
-            config_id = self.config.section.get(name, token_id)
-            if config_id != token_id:
+            if (config_id := self.config.section.get(name, token_id)) != token_id:
                 raise ValueError(f"{path}: {token} is {token_id}, but config.json has {name} {config_id}; wrong "
                                  "tokenizer for the model")
         highest = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
@@ -109,8 +104,7 @@ class Processor:
     def letter_ids(self, count):
         """Ids of "A", "B", … as the assistant's first token; ValueError if a letter is not one token."""
         letter_ids = []
-        for i in range(count):
-            letter = chr(ord("A") + i)
+        for letter in ascii_uppercase[:count]:
             ids = self.encode(letter)
             if len(ids) != 1:
                 raise ValueError(f"{self.folder / 'tokenizer.json'}: letter {letter} is {len(ids)} tokens, not one")
@@ -123,9 +117,8 @@ class Processor:
         Args:
             conversation: [{"role": "user", "content": [{"type": "audio", "audio": path}, {"type": "text", …}]}]; media
                 are paths, 16 kHz mono waves (float tensor (S,)) or frames (uint8 tensor (T, 3, H, W)). A video part may
-                carry fps, min_pixels, max_pixels, nframes, and `"use_audio": True` (Omni): its sound track is heard
-                too, in turns with the picture. A last assistant turn becomes the target; without one the prompt ends
-                where the assistant would speak.
+                carry fps, min_pixels, max_pixels, nframes, and `"use_audio": True` (Omni) for its sound track, in turns
+                with the picture. A last assistant turn is the target; without one the prompt ends where it would start.
         Raises:
             MediaError: a clip that cannot be used, with its reason.
             ValueError: a malformed conversation, media the family does not take, or a prompt over the model's limit.
@@ -210,8 +203,7 @@ class Processor:
         begin_3P = torch.zeros(3, 2, dtype=torch.int64)
         end_3P = (offsets_3P.max() + 2).expand(3, 2)
         video_sign, audio_sign = self.family.video, self.family.audio
-        video_id = self.tokenizer.token_to_id(video_sign.placeholder)
-        audio_id = self.tokenizer.token_to_id(audio_sign.placeholder)
+        video_id, audio_id = (self.tokenizer.token_to_id(sign.placeholder) for sign in (video_sign, audio_sign))
         ids = self.encode(video_sign.before + audio_sign.before)
         ids += torch.where(is_video_P, video_id, audio_id).tolist()
         ids += self.encode(audio_sign.after + video_sign.after)
@@ -234,9 +226,8 @@ class Processor:
         source = part["video"]
         given = {name: part[name] for name in VIDEO_DEFAULTS if part.get(name) is not None}
         fps, min_pixels, max_pixels, nframes = {**VIDEO_DEFAULTS, **given}.values()
-        if isinstance(source, torch.Tensor):
-            name, frames_TCHW = "video", source
-        else:
+        name, frames_TCHW = "video", source
+        if not isinstance(source, torch.Tensor):
             name = source
             frames_TCHW, sampled_fps = read_frames(source, fps=fps, nframes=nframes)
             if self.family.sampled_fps or nframes:

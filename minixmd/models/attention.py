@@ -12,8 +12,7 @@ def packed_attention(q_NHK, k_NJK, v_NJK, segments, causal=True):
         q_NHK: (N, H, K) queries. k_NJK, v_NJK: (N, J, K) keys and values; J divides H.
         segments: Segments in packed order that cover the N rows; parents stand before their children.
         causal: rows see their own segment up to themselves; False, for encoders, needs parentless segments.
-    Returns:
-        (N, H, K), of q's dtype.
+    Returns (N, H, K), of q's dtype.
     """
     runs = [list(run) for _, run in groupby(segments, key=lambda s: (s.length, s.parent))]  # each is one batched call
     q_runs, k_runs, v_runs = (_split(x, runs) for x in (q_NHK, k_NJK, v_NJK))
@@ -36,11 +35,7 @@ def packed_attention(q_NHK, k_NJK, v_NJK, segments, causal=True):
 def _split(x_NHK, runs):
     """Each run's rows as (B segments, H, T, K), by one split: slices would each have a gradient of all N rows."""
     parts = x_NHK.split([run[0].length * len(run) for run in runs])
-    split = []
-    for x, run in zip(parts, runs, strict=True):
-        x_BTHK = x.unflatten(0, (len(run), -1))
-        split.append(x_BTHK.transpose(1, 2))
-    return split
+    return [x.unflatten(0, (len(run), -1)).transpose(1, 2) for x, run in zip(parts, runs, strict=True)]
 
 
 def _turn(x_NHK, cos_NK, sin_NK):
@@ -68,9 +63,6 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x_NHK, cos_NK, sin_NK):
-    """Rotary embedding in the half-split layout, computed in fp32 and returned in x's dtype.
-
-    Args:
-        x_NHK: (N, heads, K). cos_NK, sin_NK: (N, K) fp32, each angle in both halves; not differentiated.
-    """
+    """Rotary embedding in the half-split layout, in fp32, returned in x's dtype. cos_NK, sin_NK: fp32, each angle in
+    both halves; not differentiated."""
     return _Rotate.apply(x_NHK, cos_NK, sin_NK)

@@ -1,8 +1,8 @@
 """PANN's Cnn14_16k: six blocks of 3 x 3 convolutions over a clip's log-mel frames, one embedding, then classes.
 
-Attribute names equal the published file's, Cnn14_16k_mAP=0.438.pth. Three of its tensors are the front end's, which
-inputs/panns.py computes before the model: they are kept, frozen and unused, so that a file with another front end is
-refused. Letters: B clips, A frames of 10 ms, M = 64 mel bins, C channels, E the embedding's width, K classes.
+Attribute names equal the published file's, Cnn14_16k_mAP=0.438.pth. Three of its tensors are the front end's: frozen
+and unused, they are kept so that a file with another front end is refused.
+Letters: B clips, A frames of 10 ms, M = 64 mel bins, C channels, E the embedding's width, K classes.
 """
 import pickle
 from itertools import pairwise
@@ -165,7 +165,6 @@ def load_weights(model, path, head=True):
 
 
 def _read(path):
-    """{name: tensor} of a file."""
     if path.suffix == ".safetensors":
         with open_safetensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}

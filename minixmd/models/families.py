@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple, get_args
 
+VISION_NAMES = {"width": "hidden_size", "out_width": "out_hidden_size"}  # our field -> its name in vision_config
 SYSTEM = "You are a helpful assistant."  # the system turn that the chat template adds to a conversation without one
 
 
@@ -61,9 +62,6 @@ class ClipTemplate(NamedTuple):
     before: str
     placeholder: str  # repeated until it has as many tokens as the clip has features
     after: str
-
-
-VISION_NAMES = {"width": "hidden_size", "out_width": "out_hidden_size"}  # our field -> its name in vision_config
 
 
 @dataclass(frozen=True)
@@ -228,11 +226,9 @@ def _text_section(family, section, path):
 
 
 def _read_fields(family, defaults, section, path):
-    """A section of config.json, or None, as a dataclass of the type of `defaults`. path: as in "vision_config."."""
-    known = {}  # name in config.json -> field
-    for f in fields(defaults):
-        if getattr(defaults, f.name) is not None:
-            known[family.vision_names.get(f.name, f.name)] = f
+    """A section of config.json, which may be None, as a dataclass. path: its place, such as "vision_config."."""
+    there = [f for f in fields(defaults) if getattr(defaults, f.name) is not None]
+    known = {family.vision_names.get(f.name, f.name): f for f in there}  # by their names in config.json
     plain_vision = isinstance(defaults, VisionConfig) and defaults.window_size is None
     allowed = {**ALLOWED, "hidden_act": ("quick_gelu",) if plain_vision else ("silu",)}
     values = {}
@@ -243,21 +239,17 @@ def _read_fields(family, defaults, section, path):
             values[known[name].name] = _checked_value(name, value, known[name].type, path)
             implemented = value == FRONT_END.get(name, value)
         else:
-            changes_nothing = name in INERT or name.startswith("_") or value in allowed.get(name, ())
-            implemented = changes_nothing or _is_full_attention(name, value)
+            implemented = name in INERT or name.startswith("_") or value in allowed.get(name, ())
+            if name == "layer_types" and isinstance(value, list):
+                implemented = value == ["full_attention"] * len(value)
         if not implemented:
             must = f"; it must be {FRONT_END[name]}" if name in FRONT_END else ""
             raise ValueError(f"config.json: {path}{name} = {value!r} is not implemented{must}")
     return replace(defaults, **values)
 
 
-def _is_full_attention(name, value):
-    return name == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value)
-
-
 def _flatten_rope(section, path):
-    """The section with rope_theta and mrope_section taken out of rope_scaling (published files) or rope_parameters
-    (transformers 5)."""
+    """The section with rope_theta and mrope_section taken out of rope_scaling or transformers 5's rope_parameters."""
     flat, rope = dict(section), {}
     for name in ("rope_parameters", "rope_scaling"):
         rope.update(_object(section, name, path) or {})
@@ -285,25 +277,23 @@ def _checked_value(name, value, annotation, path):
 
 
 def _check_sizes(family, text, audio, vision, path):
-    """Raises ValueError for sizes that do not fit each other."""
     divisors = [("text_config.num_attention_heads", text.num_attention_heads, text.hidden_size),
                 ("text_config.num_key_value_heads", text.num_key_value_heads, text.num_attention_heads)]
     widths = []  # what must be the decoder's
     if audio:
         divisors.append(("audio_config.encoder_attention_heads", audio.encoder_attention_heads, audio.d_model))
-        if audio.output_dim is not None:
-            widths.append(("audio_config.output_dim", audio.output_dim))
+        widths.append(("audio_config.output_dim", audio.output_dim))
     if vision:
         divisors.append(("vision_config.num_heads", vision.num_heads, vision.width))
         widths.append((f"vision_config.{family.vision_names['out_width']}", vision.out_width))
-        if vision.window_size is not None and vision.window_size < 28:
+        if (vision.window_size or 28) < 28:
             raise ValueError(f"config.json: {path}vision_config.window_size {vision.window_size} is less than a "
                              "merged token's 28 pixels")
     for name, divisor, size in divisors:
         if size % divisor:
             raise ValueError(f"config.json: {path}{name} {divisor} does not divide {size}")
     for name, width in widths:
-        if width != text.hidden_size:
+        if width not in (None, text.hidden_size):
             raise ValueError(f"config.json: {path}{name} {width} differs from the decoder's hidden_size "
                              f"{text.hidden_size}")
     half = text.hidden_size // text.num_attention_heads // 2

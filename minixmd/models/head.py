@@ -2,10 +2,9 @@
 
     z = h Wᵀ        loss = sum_t weight[t] f(z[t])        dh = dz W        dW = dzᵀ h        dz[t] = weight[t] f'(z[t])
 
-f is a row loss: cross-entropy, a distillation KL or the clipped policy loss. It needs one row of logits and a few
-numbers of that token, so dz is known as soon as the row is. Each chunk is finished before the next starts: logits in
-fp32, a row kernel (kernels/) that gives loss and dz, then dh, and dW when the head trains. A frozen head takes two
-matrix products; no logits are kept and none recomputed.
+f is a row loss, which needs one row of logits and a few numbers of that token, so dz is known as soon as the row is.
+Each chunk is finished before the next starts: logits in fp32, a row kernel (kernels/) that gives loss and dz, then dh,
+and dW when the head trains. No logits are kept and none recomputed.
 """
 from dataclasses import dataclass
 
@@ -27,18 +26,15 @@ def raw_logits(hidden_ND, weight_VD):
 
 
 # ---- row losses ----
-# loss_and_grad(z_TV, rows, out_TV) computes the targets of a slice `rows`, whose logits are z_TV. It returns a tuple of
-# their columns, the loss before its weight first, and writes d sum(weight loss) / dz to out_TV unless that is None.
-# out_TV may be z_TV itself. backend: "triton" | "torch". lengths: targets of each sequence that must not be cut in two
-# chunks, or None.
+# loss_and_grad(z_TV, rows, out_TV), which runs without autograd, computes the targets of a slice `rows`, whose logits
+# are z_TV. It returns a tuple of their columns, the loss before its weight first, and writes d sum(weight loss) / dz to
+# out_TV, which may be z_TV itself or None. backend: "triton" | "torch". lengths: targets of each sequence that must not
+# be cut in two chunks, or None.
 
 
 @dataclass(frozen=True, eq=False)
 class CrossEntropy:
-    """-log p(id) over the raw logits of the whole vocabulary, as in SFT.
-
-    id_T: (T,) int64 targets. weight_T: (T,) fp32.
-    """
+    """-log p(id) over the raw logits of the whole vocabulary, as in SFT. id_T: (T,) int64. weight_T: (T,) fp32."""
 
     id_T: torch.Tensor
     weight_T: torch.Tensor
@@ -56,11 +52,9 @@ class CrossEntropy:
 
 @dataclass(frozen=True, eq=False)
 class DistillKL:
-    """T² KL(teacher || student) at `temperature` over the common ids, from a live teacher's hidden states.
+    """T² KL(teacher || student) from a live teacher, whose logits too exist for one chunk only.
 
-    The teacher's logits too exist for one chunk only.
-    teacher_TE, teacher_head_WE: the teacher's hidden states at the targets and its head, never differentiated.
-    common_vocab, suppressed_Z, temperature: as in kernels/distill.py.
+    teacher_TE, teacher_head_WE: its hidden states at the targets and its head. All else: as in kernels/distill.py.
     """
 
     teacher_TE: torch.Tensor
@@ -74,12 +68,9 @@ class DistillKL:
     lengths = None
 
     def loss_and_grad(self, z_TV, rows, out_TV):
-        with torch.no_grad():
-            teacher_TW = raw_logits(self.teacher_TE[rows], self.teacher_head_WE)
-        options = self.common_vocab, self.suppressed_Z, self.temperature
-        if out_TV is None:
-            return distill.distill_kl(z_TV, teacher_TW, *options, self.backend)
-        return distill.distill_kl_grad(z_TV, teacher_TW, self.weight_T[rows], *options, out_TV, self.backend)
+        teacher_TW = raw_logits(self.teacher_TE[rows], self.teacher_head_WE)
+        return distill.distill_kl_grad(z_TV, teacher_TW, self.weight_T[rows], self.common_vocab, self.suppressed_Z,
+                                       self.temperature, out_TV, self.backend)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,19 +89,15 @@ class DistillTopK:
     lengths = None
 
     def loss_and_grad(self, z_TV, rows, out_TV):
-        stored = self.id_TJ[rows], self.logq_TJ[rows], self.tail_T[rows]
-        options = self.common_vocab, self.suppressed_Z, self.temperature
-        if out_TV is None:
-            return distill_topk.distill_topk(z_TV, *stored, *options, self.backend)
-        return distill_topk.distill_topk_grad(z_TV, *stored, self.weight_T[rows], *options, out_TV, self.backend)
+        targets = (x[rows] for x in (self.id_TJ, self.logq_TJ, self.tail_T, self.weight_T))
+        return distill_topk.distill_topk_grad(z_TV, *targets, self.common_vocab, self.suppressed_Z, self.temperature,
+                                              out_TV, self.backend)
 
 
 @dataclass(frozen=True, eq=False)
 class PolicyLoss:
-    """GRPO's clipped policy loss with its KL to a reference; arguments as in kernels/grpo.py.
-
-    lengths: targets of each sequence, in order, for one importance ratio a sequence (GSPO). None = one ratio a token.
-    """
+    """GRPO's clipped policy loss with its KL to a reference; arguments as in kernels/grpo.py. lengths: targets of each
+    sequence, in order, for one importance ratio a sequence (GSPO); None = one ratio a token."""
 
     id_T: torch.Tensor
     old_T: torch.Tensor
@@ -139,8 +126,7 @@ class PolicyLoss:
             logprob.logits_grad(z_TV, id_T, stats, coef_T, *options, out=out_TV)
         return *terms, *stats[:2]
 
-    def _sequence_numbers(self, rows, device):
-        """The sequence that each of a chunk's targets belongs to, numbered within the chunk."""
+    def _sequence_numbers(self, rows, device):  # within the chunk
         number_T = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))[rows]
         return number_T.unique_consecutive(return_inverse=True)[1].to(device)
 
@@ -166,9 +152,6 @@ class TokenLogprob:
         logp_T = logprob.token_logprob(z_TV, self.id_T[rows], self.temperature, self.suppressed_Z, self.vocab_limit,
                                        self.backend)
         return torch.zeros_like(logp_T), logp_T
-
-
-# ---- the loss ----
 
 
 def _chunks(count, chunk, lengths):
@@ -204,7 +187,6 @@ class _Head(torch.autograd.Function):
                 grad_VD += raw_logits(dz_TV.T, hidden_TD[rows].T)
             del z_TV, dz_TV  # before the next chunk's are made
         ctx.save_for_backward(grad_TD, grad_VD)
-        ctx.weight_dtype = dtype
         ctx.mark_non_differentiable(*columns)
         return (columns[0] * row_loss.weight_T).sum(), *columns
 
@@ -212,20 +194,18 @@ class _Head(torch.autograd.Function):
     def backward(ctx, grad, *_):
         grad_TD, grad_VD = ctx.saved_tensors
         return (None if grad_TD is None else grad_TD * grad.to(grad_TD.dtype),
-                None if grad_VD is None else (grad_VD * grad).to(ctx.weight_dtype), None, None)
+                None if grad_VD is None else grad_VD * grad, None, None)  # which autograd casts to the weight's dtype
 
 
 def head_loss(hidden_ND, head_VD, row_T, row_loss, chunk=CHUNK):
     """Sum over targets of weight * loss, never with more than `chunk` rows of logits (but see PolicyLoss.lengths).
 
     Args:
-        hidden_ND: (N, D) from the model, differentiable. head_VD: (V, D) the LM head's weight, of the same dtype,
-            differentiable. row_T: (T,) which row predicts each target; rows may repeat.
-        row_loss: one of the row losses above, over these targets.
+        hidden_ND: (N, D) from the model. head_VD: (V, D) the LM head's weight, of the same dtype. Both differentiable.
+        row_T: (T,) which row predicts each target of row_loss; rows may repeat.
     Returns:
         (loss, {column: (T,)}): the differentiable sum, and each target's own values (fp32, detached, not weighted).
-    Raises:
-        ValueError: there is no target, or the row loss has another number of them.
+    Raises ValueError: there is no target, or the row loss has another number of them.
     Source: tests/test_head.py compares values and gradients with plain PyTorch in fp64, bench/check_trl.py with TRL.
     """
     count = len(row_T)

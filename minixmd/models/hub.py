@@ -1,8 +1,7 @@
 """A model's folder by path or by its name on the Hugging Face hub, "owner/name" or "owner/name@revision".
 
 Only what is read is fetched: config and tokenizer, the index, then the shards that hold tensors we build. It stays in
-the hub's own cache, which works without a network. Name a commit, and a run can be repeated; without one the name
-stands for the commit that `main` is when this process first asks, and stderr says which.
+the hub's own cache. A name without a revision stands for the commit that `main` is when this process first asks.
 """
 import sys
 from functools import cache
@@ -49,10 +48,7 @@ def pinned(name):
 
 
 def base_folder(folder):
-    """The local folder of the model that an adapter's folder names as its base, fetched if need be.
-
-    Raises ValueError as model_folder; the line names the adapter.
-    """
+    """The local folder of the model that an adapter's folder names as its base; raises as model_folder."""
     config = read_json(Path(folder) / "adapter_config.json")
     name = config.get("base_model_name_or_path") or "unnamed"
     hub_name = parse_hub_name(name)

@@ -39,6 +39,11 @@ def named_linears(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
 
 
+def adapted(model):
+    """{module name: Linear} of the layers that carry an adapter."""
+    return {name: layer for name, layer in named_linears(model).items() if layer.lora_A is not None}
+
+
 def set_backend(model, backend):
     """Chooses the kernels of a model's adapters, head and rollouts: "triton" or "torch", which new models have."""
     model.backend = backend
@@ -49,11 +54,8 @@ def set_backend(model, backend):
 def add_lora(model, *, rank, alpha, targets, seed):
     """Freeze the model and give every Linear whose name fully matches `targets` an fp32 adapter (A uniform, B zero).
 
-    Args:
-        model: MultimodalLM. rank, alpha: as in the LoRA paper; the product is scaled by alpha / rank.
-        targets: regular expression over module names. seed: of A; each module's draw depends on its name only.
-    Returns:
-        The list of adapted module names; ValueError if the pattern matches no Linear.
+    targets: regular expression over module names. seed: of A; each module's draw depends on its name only. Returns the
+    list of adapted module names; ValueError if the pattern matches no Linear.
     """
     model.requires_grad_(False)
     layers = {name: layer for name, layer in named_linears(model).items() if re.fullmatch(targets, name)}
@@ -74,29 +76,23 @@ def add_lora(model, *, rank, alpha, targets, seed):
 def make_trainable(model, what, *, name, **adapter):
     """Chooses what trains.
 
-    Args:
-        what: "lora": a new adapter, of add_lora's options; "decoder" | "full": the weights themselves, into which an
-            adapter that the model carries is merged.
-        name: of the model, for the message.
-    Raises:
-        ValueError: a new adapter on a model that carries one.
+    what: "lora": a new adapter, of add_lora's options; ValueError, naming the model, if it carries one. "decoder" |
+    "full": the weights themselves, into which an adapter that the model carries is merged.
     """
     if what != "lora":
         merge_lora(model)
         model.set_trainable(what)
         return
-    if any(isinstance(module, Linear) and module.lora_A is not None for module in model.modules()):
+    if adapted(model):
         raise ValueError(f"{name} carries an adapter already; merge it first")
     add_lora(model, **adapter)
 
 
 def merge_lora(model):
     """Fold every adapter into its weight (in fp32, then rounded to the storage dtype) and drop it."""
-    for layer in named_linears(model).values():
-        if layer.lora_A is None:
-            continue
+    for layer in adapted(model).values():
         with torch.no_grad():
             delta = layer.scale * (layer.lora_B @ layer.lora_A)
-            layer.weight.copy_((layer.weight.float() + delta).to(layer.weight.dtype))
+            layer.weight.copy_(layer.weight.float() + delta)
         layer.lora_A = layer.lora_B = None
         layer.scale = 0.0

@@ -1,10 +1,10 @@
 """MultimodalLM: encoder features take the place of their placeholder tokens in a Qwen2 decoder; an LM head reads it.
 
-This class is the only entrance to a model. Code outside minixmd/models calls `model(batch)`, `model.head_loss`,
-`model.logits` and `model.encode`, and never reaches for a submodule's parameters.
+This class is the only entrance to a model: code outside minixmd/models never reaches for a submodule's parameters.
 """
+from collections import OrderedDict
+from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import nn
@@ -21,20 +21,9 @@ NEVER_TRAINED = ("embed_positions.weight", "audio_bos_eos_token.weight")
 DECODER = ("model.", "lm_head.")  # prefixes of the decoder's parameters; all others belong to the encoders
 
 
-class Projector(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.linear = Linear(config.audio.d_model, config.text.hidden_size)
-
-    def forward(self, x_AE):
-        return self.linear(x_AE)
-
-
 class MultimodalLM(nn.Module):
-    """One class for every family; config.family says in data what differs.
-
-    model(batch) returns the hidden states of all N rows, never logits: the vocabulary is far wider than the model, so
-    only the rows that need it go through `logits` or `head_loss`.
+    """Returns the hidden states of all N rows, never logits: the vocabulary is far wider than the model, so only the
+    rows that need it go through `logits` or `head_loss`.
     """
 
     def __init__(self, config):
@@ -43,7 +32,8 @@ class MultimodalLM(nn.Module):
         self.backend = "torch"  # of the kernels: lora.set_backend
         if config.audio is not None:
             self.audio_tower = Whisper(config.audio)
-            self.multi_modal_projector = Projector(config) if config.audio.output_dim is None else None
+            projector = OrderedDict(linear=Linear(config.audio.d_model, config.text.hidden_size))
+            self.multi_modal_projector = nn.Sequential(projector) if config.audio.output_dim is None else None
         if config.vision is not None:
             self.visual = ViT(config.vision, config.family.split_qkv)
         self.model = Qwen2(config.text)
@@ -64,17 +54,12 @@ class MultimodalLM(nn.Module):
         return self.lm_head.weight.dtype
 
     def forward(self, batch, attend=None):
-        """Hidden states (N, D) in packed order, in the storage dtype.
+        """Hidden states (N, D) in packed order, in the storage dtype, of a Batch on the model's device.
 
-        Args:
-            batch: a Batch on the model's device.
-            attend: how rows see each other, attend(layer, q_NHK, k_NJK, v_NJK) -> o_NHK; None = packed_attention over
-                the batch's segments. Rollouts pass functions that keep and read a cache.
-        Raises:
-            ValueError: a clip gives another number of features than it has placeholders, or the model has no encoder
-                for it.
+        attend: how rows see each other, as Qwen2's; None = packed_attention over the batch's segments. Raises
+        ValueError: a clip with another number of features than placeholders, or without an encoder in this model.
         """
-        attend = attend or partial(_attend_packed, batch.segments)
+        attend = attend or (lambda layer, *qkv: packed_attention(*qkv, batch.segments))
         return self.model(self._embed(batch), batch.positions_3N, attend)
 
     def _embed(self, batch):
@@ -90,12 +75,8 @@ class MultimodalLM(nn.Module):
         return x_ND
 
     def encode(self, kind, media):
-        """An encoder's output for clips of one kind, in the decoder's width: one row a placeholder.
-
-        Args:
-            kind: "audio" | "video" | "encoded" (features that `encode_media` computed before).
-            media: list of Media of that kind, on the model's device.
-        """
+        """An encoder's output, one row a placeholder, in the decoder's width. media: on the model's device, all of one
+        kind: "audio" | "video" | "encoded" (by `encode_media`)."""
         if kind == "encoded":
             return torch.cat([m.features for m in media])
         if kind == "audio" and self.config.audio is not None:
@@ -107,10 +88,7 @@ class MultimodalLM(nn.Module):
 
     @torch.no_grad()
     def encode_media(self, prompt):
-        """The Prompt with its clips replaced by the encoders' output, which every later pass reuses.
-
-        Only for encoders that do not train: the features carry no gradient.
-        """
+        """The Prompt with its clips replaced by the encoders' output, which later passes reuse; it has no gradient."""
         media = []
         for m in prompt.media:
             features = self.encode(m.kind, [m.to(self.device)])
@@ -122,47 +100,25 @@ class MultimodalLM(nn.Module):
         return raw_logits(hidden_ND, self.lm_head.weight)
 
     def head_loss(self, hidden_ND, row_T, row_loss, chunk=CHUNK):
-        """head.head_loss with this model's LM head: (loss, {column: (T,)})."""
         return head_loss(hidden_ND, self.lm_head.weight, row_T, row_loss, chunk)
 
     def token_embeddings(self, ids):
-        """The embedding's rows of some token ids, (len(ids), D)."""
         return self.model.embed_tokens.weight[ids]
 
     def set_trainable(self, what):
         """Chooses the parameters that train, of a model without an adapter. what: "decoder" | "full" | "none"."""
-        self.requires_grad_(what == "full")
-        if what == "decoder":
-            self.model.requires_grad_(True)
-            self.lm_head.requires_grad_(True)
+        trained = {"decoder": DECODER, "full": ("",), "none": ()}[what]  # prefixes
         for name, p in self.named_parameters():
-            if name.endswith(NEVER_TRAINED):
-                p.requires_grad_(False)
+            p.requires_grad_(name.startswith(trained) and not name.endswith(NEVER_TRAINED))
 
     def encoders_frozen(self):
-        """Whether no parameter of an encoder trains."""
         return all(name.startswith(DECODER) for name, p in self.named_parameters() if p.requires_grad)
-
-
-def _attend_packed(segments, layer, q_NHK, k_NJK, v_NJK):
-    return packed_attention(q_NHK, k_NJK, v_NJK, segments)
 
 
 def frozen_copy(model):
     """A frozen model with the same values: it shares the storage of what does not train and copies what does.
 
-    This is a reference policy. It runs the same kernels as the policy, so the KL between the two is exactly 0 until the
-    first update.
+    As a reference policy it runs the policy's kernels, so the KL between the two is exactly 0 until the first update.
     """
-    with torch.device("meta"):
-        copy = MultimodalLM(model.config)
-    layers = dict(copy.named_modules())
-    for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            layers[name].scale, layers[name].backend = module.scale, module.backend
-        for leaf, p in module.named_parameters(recurse=False):
-            kept = p.detach().clone() if p.requires_grad else p
-            layers[name].register_parameter(leaf, nn.Parameter(kept, requires_grad=False))
-    copy.tie()
-    copy.backend = model.backend
-    return copy
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return deepcopy(model, shared).requires_grad_(False)

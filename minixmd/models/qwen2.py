@@ -26,11 +26,11 @@ class Attention(nn.Module):
         self.H = config.num_attention_heads
         self.J = config.num_key_value_heads
         D = config.hidden_size
-        K = D // self.H
-        self.q_proj = Linear(D, self.H * K)
-        self.k_proj = Linear(D, self.J * K)
-        self.v_proj = Linear(D, self.J * K)
-        self.o_proj = Linear(self.H * K, D, bias=False)
+        kv_width = D // self.H * self.J
+        self.q_proj = Linear(D, D)
+        self.k_proj = Linear(D, kv_width)
+        self.v_proj = Linear(D, kv_width)
+        self.o_proj = Linear(D, D, bias=False)
 
     def forward(self, x_ND, cos_NK, sin_NK, attend):
         q, k, v = apply_linears(x_ND, self.q_proj, self.k_proj, self.v_proj)
@@ -69,11 +69,8 @@ class Block(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """Embeddings to hidden states.
-
-    How rows see each other is the caller's `attend(layer, q_NHK, k_NJK, v_NJK) -> o_NHK`: packed training, prefill that
-    keeps keys and values, and one-token decoding are three such functions.
-    """
+    """Embeddings to hidden states. How rows see each other is the caller's attend(layer, q_NHK, k_NJK, v_NJK) -> o_NHK:
+    packed training, prefill that keeps keys and values, and one-token decoding are three such functions."""
 
     def __init__(self, config):
         super().__init__()

@@ -50,12 +50,10 @@ def tensor_files(folder, family):
 
 
 def read_headers(folder, family):
-    """What the files hold of the parts that are built, from their headers alone.
+    """({tensor: TensorInfo}, {tensor: fault}) of the parts that are built, from the headers alone.
 
-    Returns:
-        ({tensor: TensorInfo}, {tensor: fault}); a fault is a tensor in two shards, or not where the index says.
-    Raises:
-        ValueError: a missing or truncated file, or an unusable index.
+    A fault is a tensor in two shards, or not where the index says. Raises ValueError: a missing or truncated file, or
+    an unusable index.
     """
     folder, index = Path(folder), _read_index(Path(folder))
     infos, faults = {}, {}

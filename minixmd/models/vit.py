@@ -30,13 +30,14 @@ class Attention(nn.Module):
         super().__init__()
         self.H = config.num_heads
         self.split_qkv = split_qkv
+        E = config.width
         if split_qkv:
-            self.q = Linear(config.width, config.width)
-            self.k = Linear(config.width, config.width)
-            self.v = Linear(config.width, config.width)
+            self.q = Linear(E, E)
+            self.k = Linear(E, E)
+            self.v = Linear(E, E)
         else:
-            self.qkv = Linear(config.width, 3 * config.width)
-        self.proj = Linear(config.width, config.width)
+            self.qkv = Linear(E, 3 * E)
+        self.proj = Linear(E, E)
 
     def forward(self, x_PE, cos_PK, sin_PK, segments):
         if self.split_qkv:
@@ -133,7 +134,6 @@ class ViT(nn.Module):
             for block in self.blocks:
                 x_PE = block(x_PE, cos_PK, sin_PK, frames)
             return self.merger(x_PE)
-
         order, windows = self._windows(grids)
         order = order.to(x_PE.device)
         patches = self.config.spatial_merge_size**2  # of a merged token

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minixmd.models.families import read_config
-from minixmd.models.lora import named_linears
+from minixmd.models.lora import adapted, named_linears
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.shards import DTYPES, open_safetensors, read_headers, tensor_faults, write_shards
 from minixmd.runs.files import read_json, write_json, write_safetensors
@@ -44,22 +44,18 @@ def build(config):
 
 
 def load_model(folder, *, device="cpu", dtype=torch.float32):
-    """Build on `meta` from config.json, then copy every tensor of the folder's safetensors files into it, one by one.
+    """The frozen MultimodalLM of a folder, in `dtype` on `device`.
 
-    The headers of all files are read and compared first. Each tensor gets memory of its own, so the peak is the model,
-    and no parameter keeps a file open.
+    The headers of all files are compared first. Each tensor gets memory of its own, so the peak is the model, and no
+    parameter keeps a file open.
 
-    Args:
-        folder: config.json and model.safetensors (or shards with their index) in fp32, bf16 or fp16. Shards that hold
-            nothing that is built need not be there.
-    Returns:
-        MultimodalLM, frozen, in `dtype` on `device`.
-    Raises:
-        ValueError: unsupported config; a broken file; or missing, unexpected and misshapen tensors, all in one message.
+    folder: config.json and model.safetensors (or shards with their index; those that hold nothing that is built need
+    not be there). Raises ValueError: unsupported config; a broken file; or missing, unexpected and misshapen tensors,
+    all in one message.
     """
     folder = Path(folder)
     config = config_of(folder)
-    model = build(config)
+    model = build(config).requires_grad_(False)
     parameters = {config.family.checkpoint_name(name): name for name, _ in model.named_parameters()}
     infos, header_faults = read_headers(folder, config.family)
     head = config.family.checkpoint_name("lm_head.weight")
@@ -75,10 +71,8 @@ def load_model(folder, *, device="cpu", dtype=torch.float32):
     for path, names in groupby(infos, key=lambda name: folder / infos[name].file):
         with open_safetensors(path) as file:
             for name in names:
-                tensor = torch.empty(infos[name].shape, device=device, dtype=dtype)
-                tensor.copy_(file.get_tensor(name))
-                module, _, leaf = parameters[name].rpartition(".")
-                setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+                tensor = file.get_tensor(name).to(device, dtype, copy=True)
+                model.load_state_dict({parameters[name]: tensor}, strict=False, assign=True)
     model.tie()
     if head_copy is not None:
         with open_safetensors(folder / head_copy.file) as file:
@@ -91,11 +85,11 @@ def load_model(folder, *, device="cpu", dtype=torch.float32):
 def save_model(model, processor_folder, folder, shard_bytes=SHARD_BYTES):
     """Write a model without adapters in the published layout, with the tokenizer and processor files of its source.
 
-    config.json names the dtype written. An older one is removed first, and the new one is written last: without it
-    nothing loads the folder, so a kill leaves no mixture. Of Qwen2.5-Omni the thinker is written.
+    An older config.json is removed first, and the new one is written last: without it nothing loads the folder, so a
+    kill leaves no mixture. Of Qwen2.5-Omni the thinker is written.
 
-    processor_folder: where the tokenizer's files are; may be `folder`. shard_bytes: above this size in all, the weights
-    are cut into files of at most it. Raises ValueError: the model carries an adapter, or `folder` holds one.
+    processor_folder: where the tokenizer's files are; may be `folder`. shard_bytes: the largest size of a weight file.
+    Raises ValueError: the model carries an adapter, or `folder` holds one.
     """
     folder, family = Path(folder), model.config.family
     if adapted(model):
@@ -135,11 +129,6 @@ def _with_dtype(section, dtype):
     return copy
 
 
-def adapted(model):
-    """{module name: Linear} of the layers that carry an adapter."""
-    return {name: layer for name, layer in named_linears(model).items() if layer.lora_A is not None}
-
-
 def save_adapter(model, base, folder):
     """Write the model's adapter in PEFT's format, with transformers 5 module paths (of Omni: the thinker class's).
 
@@ -160,12 +149,10 @@ def save_adapter(model, base, folder):
 
 
 def write_adapter(folder, config, pairs, path_of):
-    """Write an adapter as PEFT does.
+    """Write an adapter as PEFT does. config: adapter_config.json, but for target_modules.
 
-    Args:
-        config: adapter_config.json, but for target_modules.
-        pairs: {our module name: {"lora_A": (R, in), "lora_B": (out, R)}}.
-        path_of: Family.transformers_path, or Family.checkpoint_name for programs of transformers 4's time.
+    pairs: {our module name: {"lora_A": (R, in), "lora_B": (out, R)}}. path_of: Family.transformers_path, or
+    Family.checkpoint_name for programs of transformers 4's time.
     """
     tensors, targets = {}, []
     for name, pair in sorted(pairs.items()):
@@ -178,12 +165,9 @@ def write_adapter(folder, config, pairs, path_of):
 
 
 def read_adapter(model, folder):
-    """A PEFT folder's adapter, matched to the layers of a model (which may be on `meta`).
+    """(adapter_config.json, pairs as write_adapter takes them, fp32 on the CPU) of a PEFT folder.
 
-    Returns:
-        (adapter_config.json, pairs as write_adapter takes them, fp32 on the CPU)
-    Raises:
-        ValueError: an adapter that does not fit the model or is not plain LoRA.
+    model: may be on `meta`. Raises ValueError: an adapter that does not fit the model or is not plain LoRA.
     """
     folder = Path(folder)
     config = read_json(folder / "adapter_config.json")
@@ -221,8 +205,7 @@ def read_adapter(model, folder):
 
 
 def _module_paths(family, name):
-    """The paths that an adapter's file may have for one of our modules: ours, transformers 5's, and the published
-    file's, which older adapters have."""
+    """The paths that an adapter's file may have for a module of ours; older adapters have the published file's."""
     paths = [name, family.transformers_path(name), family.checkpoint_name(name)]
     if family.section:  # transformers 5's in the class that holds all of the family's models
         paths.append(family.section.removesuffix("_config") + "." + family.transformers_path(name))
@@ -240,7 +223,7 @@ def _is_target(config, paths):
 
 
 def load_adapter(model, folder):
-    """Attach the adapter of a PEFT folder to a loaded model; ValueError, as read_adapter's, if it does not fit."""
+    """Attach the adapter of a PEFT folder to a loaded model; raises as read_adapter."""
     config, pairs = read_adapter(model, folder)
     for name, pair in pairs.items():
         layer = model.get_submodule(name)

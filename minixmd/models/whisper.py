@@ -20,10 +20,11 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.H = config.encoder_attention_heads
-        self.k_proj = Linear(config.d_model, config.d_model, bias=False)
-        self.v_proj = Linear(config.d_model, config.d_model)
-        self.q_proj = Linear(config.d_model, config.d_model)
-        self.out_proj = Linear(config.d_model, config.d_model)
+        E = config.d_model
+        self.k_proj = Linear(E, E, bias=False)
+        self.v_proj = Linear(E, E)
+        self.q_proj = Linear(E, E)
+        self.out_proj = Linear(E, E)
 
     def forward(self, x_AE, segments):
         projected = apply_linears(x_AE, self.q_proj, self.k_proj, self.v_proj)
@@ -66,15 +67,14 @@ class Whisper(nn.Module):
             self.audio_bos_eos_token = nn.Embedding(2, config.output_dim)  # in the file; nothing reads it
 
     def forward(self, media):
-        """Audio tokens of a list of Media, (sum of tokens, E), in Omni's tower of the decoder's width.
-
-        A clip has A = ceil(frames / 2) positions, which are averaged in pairs (an odd last one drops).
-        """
+        """Audio tokens of a list of Media, (sum of tokens, E), in Omni's tower of the decoder's width. A clip has
+        A = ceil(frames / 2) positions, which are averaged in pairs (an odd last one drops)."""
         x_AE, lengths = self.convolve(media)
         segments = consecutive_segments(lengths)
         for layer in self.layers:
             x_AE = layer(x_AE, segments)
-        x_AE = _pool(x_AE, [(m.frames + 1) // 2 for m in media])
+        clips = x_AE.split([(m.frames + 1) // 2 for m in media])
+        x_AE = torch.cat([F.avg_pool1d(clip_AE.T, 2).T for clip_AE in clips])
         if self.config.n_window is None:
             return self.layer_norm(x_AE)
         return self.proj(self.ln_post(x_AE))
@@ -101,7 +101,6 @@ class Whisper(nn.Module):
         return torch.cat(rows), lengths
 
     def positions(self, device):
-        """The position table, (positions, E)."""
         if self.config.n_window is None:
             return self.embed_positions.weight
         return sinusoids(self.config.n_window, self.config.d_model, device)
@@ -115,12 +114,3 @@ def sinusoids(length, width, device="cpu"):
     time_A = torch.arange(length, device=device).float()
     angle_AE = time_A[:, None] * speed_E
     return torch.cat([angle_AE.sin(), angle_AE.cos()], dim=1)
-
-
-def _pool(x_AE, lengths):
-    """The mean of each clip's neighbouring rows, two by two; an odd last row drops."""
-    starts = []
-    for segment in consecutive_segments(lengths):
-        starts.append(torch.arange(segment.start, segment.start + segment.length - 1, 2))
-    first = torch.cat(starts).to(x_AE.device)
-    return (x_AE[first] + x_AE[first + 1]) / 2
