@@ -85,10 +85,8 @@ def resample(wave_S, rate, sample_rate):
     To 16 kHz it measures -0.4 dB at 7 kHz, and tones from 9 kHz up are 60 dB down. Beyond both ends is silence, given
     explicitly: libswresample alone mirrors the ends and drops a very short input.
 
-    Args:
-        wave_S: (S,) float32 numpy array. rate, sample_rate: its rate and the wanted one, in Hz.
-    Returns:
-        (round(S * sample_rate / rate),) float32, halves up; wave_S itself when the rates are equal.
+    wave_S: (S,) float32 numpy array. rate, sample_rate: its rate and the wanted one, in Hz. Returns
+    (round(S * sample_rate / rate),) float32, halves up; wave_S itself when the rates are equal.
     """
     if rate == sample_rate:
         return wave_S

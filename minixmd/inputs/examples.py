@@ -97,9 +97,9 @@ def build_conversation(example, *, media, prompt, answer=None, trace="", video_o
         path = getattr(example, kind)
         if path is None:
             raise ValueError(f"example {example.id!r} has no {kind}")
-        options = video_options or {} if kind == "video" else {}
+        picture = video_options or {} if kind == "video" else {}
         sound = {"use_audio": True} if media == "sounded" else {}
-        content.append({"type": kind, kind: path, **options, **sound})
+        content.append({"type": kind, kind: path, **picture, **sound})
     letters = ascii_uppercase[: len(example.options)]
     options = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, example.options, strict=True))
     question = example.meta.get("video_question", example.question) if media == "video" else example.question

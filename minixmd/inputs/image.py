@@ -82,10 +82,9 @@ def resize(frames_TCHW, *, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS):
 
 
 def patchify(frames_TCHW):
-    """Normalise frames and cut them into the tower's patches.
+    """Normalise frames, (T, 3, H, W) uint8 with H and W multiples of 28, and cut them into the tower's patches.
 
-    Args:
-        frames_TCHW: (T, 3, H, W) uint8, T >= 1, H and W multiples of 28; an odd T repeats the last frame.
+    An odd T repeats the last frame.
     Returns:
         patches_PC: (P, 1176) float32. Rows run over frame pairs, then rows and columns of 2 x 2 patches, then the
             four patches inside; a row is (colour 3, frame 2, height 14, width 14).

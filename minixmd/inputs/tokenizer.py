@@ -89,8 +89,7 @@ class Processor:
 
     @property
     def suppressed_ids(self):
-        """Sorted ids that are never sampled and are left out of scores: rows without a string, and every special
-        token but the end of turn."""
+        """Sorted ids never sampled or scored: rows without a string, and special tokens but the end of turn."""
         named = set(self.tokenizer.get_vocab(with_added_tokens=True).values())
         special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         return sorted((set(range(self.vocab_size)) - named) | (special - {self.end_id}))
@@ -197,8 +196,7 @@ class Processor:
         return template.after
 
     def _add_sounded(self, draft, video, video_3P, audio):
-        """Adds a video and its sound, which take turns. The two tokens that begin them share a position, as do the two
-        that end them."""
+        """Adds a video and its sound, in turns. The two tokens that begin share a position, as do the two that end."""
         is_video_P, offsets_3P = interleave(video_3P, len(audio.rows_P), self.config.chunk_s * self.config.ids_per_s)
         begin_3P = torch.zeros(3, 2, dtype=torch.int64)
         end_3P = (offsets_3P.max() + 2).expand(3, 2)

@@ -116,9 +116,7 @@ class MultimodalLM(nn.Module):
 
 
 def frozen_copy(model):
-    """A frozen model with the same values: it shares the storage of what does not train and copies what does.
-
-    As a reference policy it runs the policy's kernels, so the KL between the two is exactly 0 until the first update.
-    """
+    """A frozen reference policy: it shares the parameters that do not train and copies those that do. It runs the same
+    kernels, so the KL between the two is exactly 0 until the first update."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     return deepcopy(model, shared).requires_grad_(False)
