@@ -130,8 +130,8 @@ def lora_forward(x_ND, w_FD, bias_F, xa_NR, b_FR, scale):
 
 
 def dy_pass(g_NF, xa_NR, b_FR, scale):
-    """scale g B, (N, R) in g's dtype, and scale gᵀ xa, (F, R) fp32, from one read of g; xa and b have g's dtype; R <= 32. g
-    without unit stride in F is copied (one that autograd has expanded has stride 0)."""
+    """scale g B, (N, R) in g's dtype, and scale gᵀ xa, (F, R) fp32, from one read of g; xa, b have g's dtype. R <= 32.
+    g without unit stride in F is copied (one that autograd has expanded has stride 0)."""
     (N, F), R = g_NF.shape, b_FR.shape[1]
     g_NF = g_NF if g_NF.stride(1) == 1 else g_NF.contiguous()
     rows = _rows(max(N, 1), F)
