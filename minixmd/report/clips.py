@@ -108,7 +108,7 @@ def is_of(kind, clip):
 
 
 def show(kinds, answered, media):
-    """Of each kind a few clips with media: the first of each class, the second of each, …, shown ones last."""
+    """Up to CLIPS_PER_KIND clips of each kind: each class's first, then its second, …; those shown before come last."""
     shown_before, sections = set(), []
     for kind in kinds:
         clips = [(example, clip) for example, clip in answered if is_of(kind, clip)]
