@@ -16,10 +16,9 @@ over rows n = (i, t), where weight holds 1 / (G |o_i|), or the factor of another
 With one ratio per sequence (GSPO), exp of the mean of logp - old over its rows, c depends on all rows of the sequence.
 Then logprob.row_stats, grpo_coefficient on (N,) vectors and logprob.logits_grad do the same in three steps.
 
-Bytes per row, with V columns of i bytes and a gradient of o bytes: (2i + o)V, as in those three steps. The second read
-runs backwards, to find the end of the row still in L2; but three rows of 608 KB on each of 132 SMs are far more than
-its 50 MB. 1024 rows of 152,064 fp32 columns, bf16 out: 0.36 ms at 4.3 TB/s. What one kernel saves is about 50 launches
-on (N,) vectors, some 0.1 ms; the head's two matrix products take 2.8. Counted, not measured on a GPU.
+Bytes per row, with V columns of i bytes and a gradient of o bytes: (2i + o)V, as in those three steps: 0.36 ms at
+4.3 TB/s for 1024 rows of 152,064 fp32 columns, bf16 out. What one kernel saves is about 50 launches on (N,) vectors,
+some 0.1 ms; the head's two matrix products take 2.8. Counted, not measured on a GPU.
 
 Dims: N rows (tokens), V vocabulary, S sequences, Z listed suppressed ids.
 """
@@ -43,11 +42,8 @@ class ClipConfig:
 
 
 def grpo_terms(logp_N, old_N, ref_N, advantage_N, weight_N, clip_config, sequence_N=None):
-    """(loss_N, ratio_N, clipped_N, kl_N) of grpo_rows in plain PyTorch; loss_N is differentiable in logp_N.
-
-    Arguments as grpo_rows, and sequence_N, (N,) int64 in [0, N): rows with the same number form one sequence and share
-    its ratio; None = one ratio per token.
-    """
+    """(loss_N, ratio_N, clipped_N, kl_N) of grpo_rows in plain PyTorch; loss_N is differentiable in logp_N. sequence_N:
+    (N,) int64 in [0, N): rows with the same number share one sequence's ratio; None = one ratio per token."""
     live_N = weight_N != 0  # rows of weight 0 may hold NaN, and 0 * NaN would reach the gradient
     logp_N, old_N, advantage_N = (x.where(live_N, 0.0) for x in (logp_N, old_N, advantage_N))
     log_ratio_N = logp_N - old_N
@@ -67,10 +63,7 @@ def grpo_terms(logp_N, old_N, ref_N, advantage_N, weight_N, clip_config, sequenc
 
 
 def grpo_coefficient(logp_N, old_N, ref_N, advantage_N, weight_N, clip_config, sequence_N=None):
-    """(c_N, terms): c_N = d sum(weight_N * loss_N) / d logp_N, for logprob.logits_grad, and what grpo_terms returns.
-
-    Arguments as grpo_terms. Nothing returned is differentiable.
-    """
+    """(c_N = d sum(weight_N * loss_N) / d logp_N, for logprob.logits_grad; what grpo_terms returns), all detached."""
     with torch.enable_grad():
         logp_N = logp_N.detach().requires_grad_()
         terms = grpo_terms(logp_N, old_N, ref_N, advantage_N, weight_N, clip_config, sequence_N)
@@ -80,10 +73,8 @@ def grpo_coefficient(logp_N, old_N, ref_N, advantage_N, weight_N, clip_config, s
 
 def grpo_loss_ref(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, clip_config, temperature=1.0, suppressed_Z=None,
                   vocab_limit=None, sequence_N=None):
-    """(sum_n weight_N[n] loss_N[n], logp_N, entropy_N, terms) in plain PyTorch, the sum differentiable in the logits.
-
-    Arguments as grpo_rows and grpo_terms; pass fp64 logits for ground truth.
-    """
+    """(sum_n weight_N[n] loss_N[n], logp_N, entropy_N, terms) in plain PyTorch, the sum differentiable in the logits;
+    pass fp64 logits for ground truth."""
     logp_N, entropy_N = token_logprob_ref(logits_NV, id_N, temperature, suppressed_Z, vocab_limit)
     terms = grpo_terms(logp_N, old_N, ref_N, advantage_N, weight_N, clip_config, sequence_N)
     return (terms[0] * weight_N).sum(), logp_N.detach(), entropy_N, tuple(x.detach() for x in terms)
@@ -142,16 +133,14 @@ def grpo_rows(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, clip_config,
 
     Args:
         id_N: (N,) int64, the sampled tokens: in [0, V) and not suppressed (not checked: it would synchronise).
-        old_N, ref_N: (N,) fp32, log-probabilities at the same temperature over the same ids; ref_N may be None if beta
-            is 0.
+        old_N, ref_N: (N,) fp32, log-probabilities at the same temperature over the same ids; ref_N None if beta is 0.
         advantage_N, weight_N: (N,) fp32. A row of weight 0 counts for nothing and may hold NaN in these vectors.
-        clip_config: ClipConfig.
         logits_NV, temperature, suppressed_Z, vocab_limit, backend: as in logprob.row_stats.
         out: as in logprob.logits_grad, but None = no gradient.
     Returns:
         (logp_N, entropy_N, (loss_N, ratio_N, clipped_N, kl_N)), each (N,) fp32 and not differentiable. loss_N is before
-        the weight; clipped_N is 1 where clipping stops the gradient of the first term, else 0; kl_N is 0 without a
-        reference. The last four are 0 where the weight is.
+        the weight; clipped_N is 1 where clipping stops the gradient of the first term; kl_N is 0 without a reference.
+        The last four are 0 where the weight is.
     Raises: as logprob.row_stats, and ValueError for beta without ref_N.
     Source: SightSound-R1, equation 2; tests/test_grpo_kernel.py compares with TRL's formulas and grpo_loss_ref in fp64.
     """

@@ -1,14 +1,12 @@
 """What the kernels over rows of logits share: block sizes, the mask of suppressed ids, the online softmax, checks.
 
 In logprob.py, grpo.py, distill.py and distill_topk.py one program reads a row of logits in blocks of BLOCK_V columns.
-Each lane runs an online softmax over its own columns, so the loop has no step across lanes; they are merged once, after
-it. A lane keeps m, the largest value so far, s = sum exp(a - m) and, for an expectation, u = sum exp(a - m) (a - m).
-With e = exp(-|a - m|), a new value a changes them to
+Each lane runs an online softmax over its own columns; the lanes are merged once, after the loop. A lane keeps m, the
+largest value so far, s = sum exp(a - m) and, for an expectation, u = sum exp(a - m) (a - m). A new value a changes them
+to, with one exponential for both cases, e = exp(-|a - m|),
 
     a <= m:   s + e,        u + e (a - m)
     a >  m:   s e + 1,      e (u - (a - m) s),        and m becomes a
-
-One exponential serves both cases, because it is always that of the smaller value less the larger.
 
 Dims: N rows, V columns, Z suppressed ids, K kept ids.
 """
@@ -42,10 +40,8 @@ def is_allowed(v, start, vocab_limit, suppressed_ptr, first, last, Z, BLOCK_V: t
 
 @triton.jit
 def row_softmax(row_ptr, suppressed_ptr, first, last, Z, V, vocab_limit, scale, BLOCK_V: tl.constexpr):
-    """(m, logsum, entropy) of softmax(z / T) over the columns of a row that are not suppressed.
-
-    m: their largest logit. logsum: log sum exp((z - m) / T). scale: log2(e) / T, for exponentials are to the base 2.
-    """
+    """(m, logsum, entropy) of softmax(z / T) over the columns of a row that are not suppressed: m is their largest
+    logit, logsum is log sum exp((z - m) / T). scale: log2(e) / T, for exponentials are to the base 2."""
     m = tl.full([BLOCK_V], LOWEST, tl.float32)
     s, u = tl.zeros([BLOCK_V], tl.float32), tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, vocab_limit, BLOCK_V):
@@ -125,10 +121,8 @@ def by_autograd(ref, student_NV, teacher, weight_N, options, out_NV):
 
 
 def check(logits_NV, limit, temperature, backend, *vectors, out_NV=None):
-    """`limit`, or V for None, once the arguments that row kernels share are found right; else ValueError.
-
-    limit: vocab_limit or common_vocab. vectors: tensors that must be (N,), or None. out_NV: (N, V), or None.
-    """
+    """`limit` (vocab_limit or common_vocab), or V for None, once the arguments that row kernels share are found right;
+    else ValueError. vectors: tensors that must be (N,), or None. out_NV: (N, V), or None."""
     shape, strides = tuple(logits_NV.shape), logits_NV.stride()
     if len(shape) != 2 or strides[1] != 1:
         raise ValueError(f"logits must be (N, V) with unit stride in V, got {shape} with strides {strides}")

@@ -28,11 +28,8 @@ from minixmd.kernels.logit_rows import BLOCK_V, LOG2E, LOWEST, NUM_WARPS, is_all
 
 
 def split_suppressed(suppressed_ids, V):
-    """(vocab_limit, listed) from sorted suppressed ids of a vocabulary of V.
-
-    The run of ids that ends at V becomes vocab_limit: it costs a kernel nothing. Each of the other ids costs a
-    comparison in the blocks of columns between the first and the last of them.
-    """
+    """(vocab_limit, listed) from sorted suppressed ids of a vocabulary of V. The run that ends at V becomes vocab_limit
+    and costs a kernel nothing; each other id costs a comparison in the blocks between the first and the last."""
     listed, vocab_limit = list(suppressed_ids), V
     while listed and listed[-1] == vocab_limit - 1:
         vocab_limit = listed.pop()
@@ -104,8 +101,6 @@ def _masked(logits_NV, index_N, suppressed_Z, vocab_limit):
 def row_stats(logits_NV, index_N, temperature=1.0, suppressed_Z=None, vocab_limit=None, backend="triton"):
     """Log-probability of token index_N[n] under softmax(logits_NV[n] / temperature), the entropy, and the normaliser.
 
-    Not differentiable: logits_grad gives the gradient.
-
     Args:
         logits_NV: (N, V) fp32 | bf16 | fp16, unit stride in V. "torch" also takes fp64.
         index_N: (N,) int64. For a suppressed id or one outside [0, V) logp is -inf, and its gradient -coef p / T.
@@ -114,11 +109,10 @@ def row_stats(logits_NV, index_N, temperature=1.0, suppressed_Z=None, vocab_limi
             suppressed too; None = V. split_suppressed makes both from one list.
         backend: "triton" | "torch".
     Returns:
-        (logp_N, entropy_N, max_N, logsum_N), each (N,) fp32. logp_N <= 0 and entropy_N >= 0 are in nats; max_N is the
-        largest allowed logit, and max_N / temperature + logsum_N the row's log-sum-exp. Where every allowed logit is
-        -inf, logp_N is -inf and the entropy is meaningless.
+        (logp_N, entropy_N, max_N, logsum_N), each (N,) fp32 and not differentiable (see logits_grad). logp_N <= 0 and
+        entropy_N >= 0 are in nats; max_N is the largest allowed logit, and max_N / temperature + logsum_N the row's
+        log-sum-exp. Where every allowed logit is -inf, logp_N is -inf and the entropy is meaningless.
     Raises: ValueError for a wrong shape, stride, temperature, vocab_limit or backend.
-    Source: the module docstring; tests/test_logprob.py compares it with token_logprob_ref in fp64.
     """
     vocab_limit = logit_rows.check(logits_NV, vocab_limit, temperature, backend, index_N)
     N, V = logits_NV.shape
@@ -145,10 +139,8 @@ def row_stats(logits_NV, index_N, temperature=1.0, suppressed_Z=None, vocab_limi
 
 
 def token_logprob(logits_NV, index_N, temperature=1.0, suppressed_Z=None, vocab_limit=None, backend="triton"):
-    """(N,) fp32 log-probabilities, without a gradient: to the bit those that grpo.grpo_rows computes.
-
-    So the ratio of a policy that has not changed is exactly 1. Arguments as row_stats.
-    """
+    """(N,) fp32 log-probabilities, without a gradient: to the bit those that grpo.grpo_rows computes, so the ratio of a
+    policy that has not changed is exactly 1."""
     if backend == "triton":
         return row_stats(logits_NV, index_N, temperature, suppressed_Z, vocab_limit, backend)[0]
     parts = []
@@ -162,8 +154,7 @@ def logits_grad(logits_NV, index_N, stats, coef_N, temperature=1.0, suppressed_Z
                 backend="triton", out=None):
     """The gradient of sum_n coef_N[n] logp_N[n] with respect to the logits, written to `out`, which is returned.
 
-    Args: as row_stats, and
-        stats: what row_stats returned for the same arguments.
+    Args: as row_stats, whose result for them is `stats`, and
         coef_N: (N,) fp32; a row whose coefficient is 0 gets exact zeros.
         out: (N, V) of any float dtype, unit stride in V; None = a new tensor in the logits' dtype. It may be logits_NV
             itself, which is then overwritten, but must not share memory with it otherwise.

@@ -6,13 +6,12 @@
     dW = gᵀ x                      dbias = sum_n g[n]      only if the base layer trains
 
 backend="torch" leaves every product to the vendor's library and adds the updates in place. backend="triton" uses
-lora_triton.py for two of them, in 16 bits; in fp32, where its tiles would spill, it uses the vendor's products too.
+lora_triton.py for two of them, in 16 bits (in fp32 its tiles would spill), where counted bytes and published speeds,
+not measurements, favour it:
     y, if D <= FUSED_D and R <= 64: one kernel. It saves a read and a write of y, 367 / D of the product's time on an
         H200, but Triton products of this kind ran at 76 to 86 % of the vendor's (triton #5726, fb-triton #1038), which
         breaks even at D = 1162 to 2254. So the towers' layers can use it; a 7B decoder's are too wide.
-    scale g B and dB, if reading g once instead of twice moves 1.2 times fewer bytes (lora_triton.dy_pass_pays): one
-        kernel, and a second one that adds its partial sums.
-The evidence is counted bytes and published speeds, not measurements.
+    scale g B and dB, if reading g once instead of twice moves 1.2 times fewer bytes (lora_triton.dy_pass_pays).
 
 Dims: N rows (tokens), D inputs, F outputs, R rank. Weights are (out, in), as in torch's Linear.
 """
@@ -30,10 +29,8 @@ def lora_linear_ref(x_ND, w_FD, bias_F, a_RD, b_FR, scale):
     Args:
         x_ND: (N, D) fp32 | bf16 | fp16, or fp64 for ground truth; sets the dtype of the matmuls and of the result.
         w_FD, bias_F: (F, D), and (F,) or None, of any of these dtypes; cast to x's at the matmul.
-        a_RD, b_FR: (R, D) and (F, R) fp32, cast likewise, so their gradients arrive in fp32.
-        scale: lora_alpha / rank, dimensionless; a Python float.
-    Returns:
-        (N, F) in x's dtype.
+        a_RD, b_FR: (R, D) and (F, R) fp32, cast likewise, so their gradients arrive in fp32. scale: lora_alpha / rank.
+    Returns: (N, F) in x's dtype.
     Source: Hu et al. 2021, equation 3; PEFT's LoRA layer for fp32 inputs.
     """
     dtype = x_ND.dtype
@@ -90,12 +87,8 @@ def lora_linears(x_ND, layers, backend="torch"):
 
     The base products stay separate because their weights are: one product over all of them would need a copy of the
     weights to save a read of x, which takes 184 / F of a product's time on an H200 (36 % at F = 512, 1 % at 18944).
-
-    Args:
-        layers: a list of (w_FD, bias_F, a_RD, b_FR, scale), as lora_linear takes them; F and R may differ.
-    Returns:
-        A tuple of (N, F) in x's dtype.
-    Raises: ValueError if x_ND is not two-dimensional or there is no such backend.
+    layers: [(w_FD, bias_F, a_RD, b_FR, scale)]; F and R may differ. Returns a tuple of (N, F) in x's dtype. Raises
+    ValueError if x_ND is not two-dimensional or there is no such backend.
     """
     if x_ND.ndim != 2:
         raise ValueError(f"lora_linear needs a two-dimensional x, got {tuple(x_ND.shape)}")
@@ -106,9 +99,6 @@ def lora_linears(x_ND, layers, backend="torch"):
 
 
 def lora_linear(x_ND, w_FD, bias_F, a_RD, b_FR, scale, backend="torch"):
-    """lora_linear_ref, for a two-dimensional x, with a hand-written backward; saves x Aᵀ, (N, R), beside x.
-
-    Args and returns: as lora_linear_ref. backend: "torch" | "triton" (module docstring). Raises: as lora_linears.
-    Source: the module docstring; tests/test_lora.py compares value and every gradient with the _ref in fp64.
-    """
+    """lora_linear_ref, for a two-dimensional x, with a hand-written backward; saves x Aᵀ, (N, R), beside x. backend:
+    "torch" | "triton" (module docstring). Raises as lora_linears."""
     return lora_linears(x_ND, [(w_FD, bias_F, a_RD, b_FR, scale)], backend)[0]

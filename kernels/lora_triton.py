@@ -115,10 +115,8 @@ def dy_pass_pays(N, F, R, itemsize):
 
 
 def lora_forward(x_ND, w_FD, bias_F, xa_NR, b_FR, scale):
-    """x Wᵀ + bias + scale xa Bᵀ, (N, F), in x's dtype, which w, bias, xa and b must have too. bias_F may be None.
-
-    R <= 64. x and w without unit stride in D are copied. fp32 avoids the tensor cores: exact to rounding, but slow.
-    """
+    """x Wᵀ + bias + scale xa Bᵀ, (N, F), in x's dtype, which w, bias (or None), xa and b must have; R <= 64. x and w
+    without unit stride in D are copied. fp32 avoids the tensor cores: exact to rounding, but slow."""
     (N, D), (F, R) = x_ND.shape, b_FR.shape
     x_ND, w_FD = (t if t.stride(1) == 1 else t.contiguous() for t in (x_ND, w_FD))
     y_NF, block_f = torch.empty(N, F, dtype=x_ND.dtype, device=x_ND.device), _block_f(R)
@@ -132,10 +130,8 @@ def lora_forward(x_ND, w_FD, bias_F, xa_NR, b_FR, scale):
 
 
 def dy_pass(g_NF, xa_NR, b_FR, scale):
-    """scale g B, (N, R) in g's dtype, and scale gᵀ xa, (F, R) fp32, from one read of g; xa and b have g's dtype.
-
-    R <= 32. g without unit stride in F is copied (one that autograd has expanded has stride 0).
-    """
+    """scale g B, (N, R) in g's dtype, and scale gᵀ xa, (F, R) fp32, from one read of g; xa, b have g's dtype. R <= 32.
+    g without unit stride in F is copied (one that autograd has expanded has stride 0)."""
     (N, F), R = g_NF.shape, b_FR.shape[1]
     g_NF = g_NF if g_NF.stride(1) == 1 else g_NF.contiguous()
     rows = _rows(max(N, 1), F)

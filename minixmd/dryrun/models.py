@@ -15,7 +15,7 @@ from minixmd.models.weights import build, config_of, load_adapter
 from minixmd.runs.files import read_json
 from minixmd.runs.hub_names import parse_hub_name
 from minixmd.toy.models import make_model, write_processor
-from minixmd.toy.pretrain import FAMILY
+from minixmd.toy.pretrain import MODEL_TYPE
 
 CLIP_S, VIDEO_FPS, VIDEO_SIZE = 10, 30, (720, 1280)  # of every clip: seconds, frames a second, height and width
 # config.json of models on the hub by name, less what is the family's default and what no shape depends on
@@ -98,7 +98,7 @@ def _model_of_stage(value, stages, scratch):
     name, _, file = value[1:].partition("/")
     stage = next(stage for stage in stages if stage.name == name)
     if isinstance(stage, Toy):
-        family, _ = FAMILY.get(file, FAMILY["student"])  # the checker is a student that learns on
+        family = MODEL_TYPE.get(file, MODEL_TYPE["student"])  # the checker is a student that learns on
         write_processor(scratch / family, family)
         config = make_model(scratch / family, family, 0).config
         return ModelInfo(f"toy {file}", config, BlankProcessor(scratch / family, config), f"stage {name}")

@@ -2,7 +2,7 @@
 
     traces (the teacher's thoughts) ─ checked (true of the sound?) ─ sft ─ grpo (on the teacher's labels) ─ evaluated
 
-LADDER has the rows of the paper's Table 2; each leaves out some of this line. Every method returns a list of stages.
+LADDER has the rows of the paper's Table 2; each leaves out some of this line.
 """
 from dataclasses import dataclass, field, replace
 
@@ -45,7 +45,6 @@ PROMPTS = {"direct": PROMPT, "think": THINK_PROMPT, "audio_cot": AUDIO_COT_PROMP
 @dataclass(frozen=True)
 class Row:
     """How a row of LADDER or CONTROLS is trained."""
-
     stage: type  # SFT | Distill | GRPO
     manifest: str  # field of SightSound that names it
     fields: dict  # what it learns from
@@ -72,7 +71,6 @@ ROWS = {
 @dataclass(frozen=True)
 class SightSound:
     """The three models, their data, and fields for their stages."""
-
     student: str
     teacher: str
     checker_fields: dict  # fields of FactCheck that say who judges
@@ -88,7 +86,6 @@ class SightSound:
     device_fields: dict = field(default_factory=dict)  # of every stage: device, dtype
     video_fields: dict = field(default_factory=dict)  # of every stage that shows a video to a local model
     traces_fields: dict = field(default_factory=dict)  # of Traces
-    evaluate_fields: dict = field(default_factory=dict)  # of Evaluate
     sft_fields: dict = field(default_factory=dict)  # of SFT and Distill
     grpo_fields: dict = field(default_factory=dict)  # of GRPO
 
@@ -106,8 +103,8 @@ class SightSound:
                 self.fact_check(checked, f"@{name}", manifest, **self.checker_fields)]
 
     def fact_check(self, name, traces, manifest, **fields):
-        fields = dict(prompt=self.prompt("check"), **fields, **self.device_fields)
-        return FactCheck(name=name, traces=traces, manifest=manifest, **fields)
+        return FactCheck(name=name, traces=traces, manifest=manifest, prompt=self.prompt("check"), **fields,
+                         **self.device_fields)
 
     def test_traces(self, **changes):
         """test_traces, test_traces_checked: thoughts on the main split, for test-time distillation and the gallery."""
@@ -115,8 +112,8 @@ class SightSound:
 
     def labels(self):
         """teacher_labels: the teacher's letters on the train split."""
-        fields = dict(prompt=self.prompt("direct"), media="video", **self.video_fields, **self.device_fields)
-        return [Label(name="teacher_labels", model=self.teacher, manifest=self.train, **fields)]
+        return [Label(name="teacher_labels", model=self.teacher, manifest=self.train, prompt=self.prompt("direct"),
+                      media="video", **self.video_fields, **self.device_fields)]
 
     def verifier(self, limit, **fields):
         """verifier: a small network, trained on `limit` verdicts of the checker (`calibration`), judges test_traces."""
@@ -146,22 +143,19 @@ class SightSound:
             fields |= self.video_fields
         if mode in ("think", "audio_cot"):
             fields["max_new_tokens"] = self.max_new_tokens
-        return Evaluate(name=name, model=model, **fields | self.splits[split or self.main_split] | self.evaluate_fields)
+        return Evaluate(name=name, model=model, **fields | self.splits[split or self.main_split])
 
     def evaluated(self, name):
         """`{name}_{column}` for every column: direct or thinking, as the row was trained."""
-        model, mode = self.student, "direct"
-        if name != "before":
-            model, mode = f"@{name}", ROWS[name].mode
+        model, mode = (self.student, "direct") if name == "before" else (f"@{name}", ROWS[name].mode)
         return [self.evaluate(f"{name}_{split}", model, mode, split=split) for split in self.splits]
 
     def modes(self):
         """Table 1's rows without training: the student thinking or shown the teacher's thoughts, the teacher itself."""
-        stages = [self.evaluate("cot", self.student, "think")]
-        stages += self.test_traces()
-        stages.append(self.evaluate("test_time", self.student, "trace", traces="@test_traces"))
-        stages.append(self.evaluate("teacher", self.teacher, "direct", "video"))
-        stages.append(self.evaluate("teacher_cot", self.teacher, "think", "video"))
+        stages = [self.evaluate("cot", self.student, "think"), *self.test_traces(),
+                  self.evaluate("test_time", self.student, "trace", traces="@test_traces"),
+                  self.evaluate("teacher", self.teacher, "direct", "video"),
+                  self.evaluate("teacher_cot", self.teacher, "think", "video")]
         if self.prompt("audio_cot") != self.prompt("think"):
             stages.append(self.evaluate("teacher_audio_cot", self.teacher, "audio_cot", "video"))
         return stages
@@ -188,8 +182,7 @@ class SightSound:
         return stages
 
     def report(self, rows=LADDER, modes=None, verifier=False):
-        """The report. rows: {title: training stage}, a table of all columns. modes: {title: Evaluate stage}, a table of
-        the main split. The gallery needs `test_traces`."""
+        """rows: {title: training stage}, a table of all columns. modes: {title: Evaluate stage}, of the main split."""
         ladder, curves = {}, {"GRPO": {}, "SFT": {}}
         for title, name in rows.items():
             ladder[title] = {split: f"@{name}_{split}" for split in self.splits}
@@ -239,8 +232,7 @@ def avqa(*, data="data", **changes):
 
 
 def toy(updates=200):
-    """The toy world's, of stage Toy with thinking=True. Thoughts cost the most, so they are of 72 clips; GRPO rewards
-    the teacher's letters on all 2,400 of the train split. updates: of GRPO."""
+    """The toy world's, of stage Toy with thinking=True. Thoughts cost most: they are of 72 clips. updates: GRPO's."""
     thinking = "{question}\n{options}\nThink, then answer."
     training = dict(trainable="full", lr=3e-4, batch_size=24, micro_batch_size=24)
     return SightSound(

@@ -2,8 +2,8 @@
 
     before ─ switch ─ distilled ─ report        (`ablation` has every way to distil in place of `distilled`)
 
-`recipes/toy.py` has these stages written out; read that first. One model is given the clips' sound ("audio"), the other
-their silent video ("video"); either may be the student. Every method returns a list of stages.
+`recipes/toy.py` has these stages written out; read that first. One model hears the clips ("audio"), the other sees them
+in silence ("video"); either may be the student.
 """
 from dataclasses import dataclass, field
 
@@ -33,7 +33,6 @@ ABLATED = {  # stage -> the fields by which it differs from "distilled", the def
 @dataclass(frozen=True)
 class XMD:
     """The two models, their data, and fields for their stages."""
-
     models: dict[str, str]  # {"audio": the model that hears, "video": the one that sees}
     train: str  # manifest of the clips to distil on
     truth: str  # the same clips with labels: for the upper bound, the oracle, and to judge the switch
@@ -50,8 +49,7 @@ class XMD:
                 for split, manifest in self.splits.items()]
 
     def before(self):
-        """Both models before distillation: `audio_{split}`, and `audio_labels`, its own answers on the train split with
-        the logits that the KL needs; the same of video."""
+        """Both models: `{media}_{split}`, and `{media}_labels`, answers on the train split with the KL's logits."""
         stages = []
         for media, model in self.models.items():
             fields = self.model_fields[media]
@@ -93,8 +91,7 @@ class XMD:
         return {split: f"@{name}_{split}" for split in self.splits}
 
     def report(self, titles, student, name="distilled", switch="@switch", *, rows=None, ablation=False):
-        """A report on the student's distillation. titles: of the rows of both models and the distilled one, {"audio",
-        "video", "distilled"}. rows: more rows, {title: cells}. ablation: adds the table of `ablation`."""
+        """titles: of the rows "audio", "video", "distilled". rows: {title: cells} of more. ablation: adds its table."""
         stages = {OTHER[student]: OTHER[student], student: student, "distilled": name}
         tables = {titles[key]: self.cells(stage) for key, stage in stages.items()}
         trained = ABLATION if ablation else {titles["distilled"]: name}
@@ -114,9 +111,8 @@ TITLES = {"audio": "Qwen2-Audio-7B-Instruct", "video": "Qwen2-VL-7B-Instruct"}  
 
 def vggsound(*, audio="Qwen/Qwen2-Audio-7B-Instruct", video="Qwen/Qwen2-VL-7B-Instruct", data="data",
              cnn14="models/Cnn14_16k_mAP=0.438.pth", **train_fields):
-    """The paper's models, data and settings on one CUDA GPU; "not stated" marks what the paper leaves open. audio,
-    video: folders or hub names. data: folder with vggsound/ and audioset/ as tools/prepare_vggsound.py and
-    prepare_audioset.py write them. cnn14: PANN's checkpoint, from which the switch starts."""
+    """The paper's models, data and settings on one CUDA GPU; "not stated" marks what the paper leaves open. data: has
+    vggsound/ and audioset/ as tools/prepare_*.py write them. cnn14: PANN's checkpoint, where the switch starts."""
     gpu = dict(device="cuda", dtype="bfloat16")
     frames = dict(fps=1.0, min_pixels=100_352, max_pixels=262_144, **gpu)
     training = dict(epochs=1, batch_size=8, micro_batch_size=4, lr=1e-4, warmup_ratio=0.1, save_every=500)

@@ -37,7 +37,7 @@ ROLE_KINDS = [
 
 
 def gallery_kinds(first, last, judged):
-    """Kinds by the answers of two rows, unless they are one row, and, if `judged`, by the verdicts on traces."""
+    """Kinds by the answers of two rows, unless they are one, and, if `judged`, by the verdicts on traces."""
     kinds = []
     if first != last:
         kinds += [Kind(f"Learnt: {first} is wrong, {last} is right", {first: False, last: True}),
@@ -76,11 +76,8 @@ class Media:
 
 
 def answered_clips(examples, answers, traces, manifest, column):
-    """[(example, what report.json holds of it but for its media)] of the manifest's examples that all rows could read.
-
-    answers: {row: records of its answers.jsonl}, of `column`. traces: of `read_judged_traces`; None = none. Raises
-    ValueError if a row did not answer one of the examples, or another question about it.
-    """
+    """[(example, what report.json holds of it but for its media)] of the examples that all rows could read. ValueError:
+    a row did not answer one, or another question about it. answers: {row: records of its answers.jsonl}."""
     by_id = {row: {record["id"]: record for record in records} for row, records in answers.items()}
     clips = []
     for example in examples:
@@ -111,8 +108,7 @@ def is_of(kind, clip):
 
 
 def show(kinds, answered, media):
-    """Of each kind up to CLIPS_PER_KIND clips, with their media: the first of each class, then the second of each, …,
-    and those that an earlier kind shows last. answered: of `answered_clips`."""
+    """Up to CLIPS_PER_KIND clips of each kind: each class's first, then its second, …; those shown before come last."""
     shown_before, sections = set(), []
     for kind in kinds:
         clips = [(example, clip) for example, clip in answered if is_of(kind, clip)]
@@ -130,11 +126,8 @@ def show(kinds, answered, media):
 
 
 def read_judged_traces(traces_path, verdicts_path):
-    """{clip: [{"sample", "text", "option", "verdict"} and, if judged, "score"]} of a file of traces.
-
-    verdict: what a FactCheck stage decided: "accepted", "rejected", "not judged", or why it could not be judged. Raises
-    ValueError if the verdicts are none of a FactCheck stage, or are on other traces.
-    """
+    """{clip: [{"sample", "text", "option", "verdict"} and, if judged, "score"]} of a file of traces. verdict:
+    "accepted", "rejected", "not judged", or why not. ValueError: no FactCheck stage's verdicts, or on other traces."""
     traces = {}
     for trace in read_traces(traces_path):
         samples = traces.setdefault(trace["id"], {})

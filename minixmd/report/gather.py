@@ -1,7 +1,4 @@
-"""Stage Report: what a run measured, as one page that opens anywhere (report.html), as report.json and as report.md.
-
-`gather` brings every figure into one dict, report.json. Page and Markdown are rendered from it alone.
-"""
+"""Stage Report: every figure of a run in one dict, report.json, from which alone report.html and report.md are made."""
 from pathlib import Path
 
 from minixmd.inputs.examples import read_manifest
@@ -41,9 +38,7 @@ def run(stage, folder, log):
 
 def gather(stage, folder):
     """(the dict that becomes report.json, {path: data URI} of the media that the page holds), read from other stages.
-
-    Raises ValueError if a file is not what it should be, or if files that stand together are on different questions.
-    """
+    ValueError: a file is not what it should be, or files that stand together are on different questions."""
     results, beside = read_results(stage), BESIDE[stage.published]
     tables = accuracies(results["tables"], beside.get("tables", {}))
     if not any("paper" in cell for _, _, cell in cells_of(tables)):
@@ -77,10 +72,7 @@ def gather(stage, folder):
 
 
 def read_results(stage):
-    """{"tables" | "ablation": {row: {column: results.json}}}.
-
-    Raises ValueError, naming both rows, if two rows of a column were asked different questions.
-    """
+    """{"tables" | "ablation": {row: {column: results.json}}}. ValueError: a column's rows had other questions."""
     results, first = {}, {}  # first: column -> the row that has it first, its answers, and what they are on
     for which, table in (("tables", stage.tables), ("ablation", stage.ablation or {})):
         results[which] = {row: {} for row in table}
@@ -121,9 +113,7 @@ def accuracies(results, published):
 
 def gains(tables, *rows):
     """{column: {"before", "teacher": by how much the student after is better}} of the columns that all three have.
-
-    tables: {row: {column: path of a results.json}}. rows: of teacher, student before and student after.
-    """
+    tables: {row: {column: path of a results.json}}. rows: of teacher, student before and student after."""
     found = {}
     for column in tables[rows[0]]:
         if all(column in tables[row] for row in rows):
@@ -134,9 +124,7 @@ def gains(tables, *rows):
 
 def clips(stage, rows, media):
     """Clips of the roles by their answers; of a gallery by its rows' answers and the verdicts on the teacher's traces.
-
-    rows: {role or row: {column: path of a results.json}}. media: Media, to which the clips' files are added.
-    """
+    rows: {role or row: {column: path of a results.json}}. media: Media, to which the clips' files are added."""
     answers = {name: answers_beside(paths[stage.clips_of]) for name, paths in rows.items()}
     examples = read_manifest(stage.clips)
     traces = {} if stage.gallery else None

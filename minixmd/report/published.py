@@ -1,9 +1,5 @@
-"""Figures that the papers published, in %, from published.json.
-
-Rows and columns are found by their titles, which are those that papers/xmd.py and papers/sightsound.py give theirs. A
-figure stands beside an accuracy of this run only where row and column are the paper's (BESIDE and BENCHMARKS); all
-figures stand on their own at the end of the report.
-"""
+"""Figures that the papers published, in %, from published.json. One stands beside an accuracy of this run only where
+row and column have the paper's titles, as papers/ gives them; all stand on their own at the end of the report."""
 from pathlib import Path
 
 from minixmd.runs.files import read_json

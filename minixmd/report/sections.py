@@ -50,11 +50,9 @@ def benchmark_title(benchmark):
 
 
 def breakdowns(results, figures):
-    """{column: {"name", "words", "rows": {row: {part: summary}}}} of the columns that are a benchmark.
-
-    A summary has the paper's figure, "paper", where row and part are the paper's and the benchmark's version may be.
-    results: {row: {column: results.json}}. figures: {column: {row: {part: the paper's figure}}}.
-    """
+    """{column: {"name", "words", "rows": {row: {part: summary}}}} of the columns that are a benchmark. A summary has
+    the paper's figure, "paper", where row and part are the paper's and the benchmark's version may be.
+    results: {row: {column: results.json}}. figures: {column: {row: {part: the paper's figure}}}."""
     found = {}
     for row, column, result in cells_of(results):
         benchmark = result.get("benchmark")
@@ -90,11 +88,9 @@ def parts_of(benchmark):
 
 
 def classes(by_role, gap, bars, published):
-    """Who wins how many classes of column `gap`; for each column of `bars` its classes, and groups of them to draw.
-
-    A column that shares no class with `gap` (unseen classes) is grouped by the teacher's lead on that column itself.
-    by_role: {role: {column: results.json}}. published: the paper's counts, {"won", "of"}, or None.
-    """
+    """Who wins how many classes of column `gap`; for each column of `bars` its classes, and groups of them to draw. One
+    that shares no class with `gap` (unseen classes) is grouped by the teacher's lead on that column itself. by_role:
+    {role: {column: results.json}}. published: the paper's counts, {"won", "of"}, or None."""
     lead = leads(by_role["teacher"][gap]["classes"], by_role["before"][gap]["classes"])
     signs = Counter((x > 0) - (x < 0) for x in lead.values())
     section = {"chosen_on": gap, "won": signs[1], "tied": signs[0], "lost": signs[-1], "bars": {}}
@@ -114,12 +110,9 @@ def classes(by_role, gap, bars, published):
 
 
 def switch(path, published):
-    """Where the clips of a switch.jsonl went, and tallies of its decisions against the table of classes.
-
-    The tallies are those in the results.json beside it; that of the training clips is made here if it is not there and
-    records hold the right decision, "oracle". published: {"validation" | "training": the paper's accuracy in %}. Raises
-    ValueError if no record is a decision of stage Switch.
-    """
+    """Where the clips of a switch.jsonl went, and tallies of its decisions against the table of classes: those in the
+    results.json beside it; the training clips' is made here if it lacks and records hold the right decision, "oracle".
+    published: {"validation" | "training": the paper's accuracy in %}. ValueError: no record is a Switch's decision."""
     decided = [record for record in read_jsonl(path) if "p_teacher" in record]
     if not decided:
         raise ValueError(f"{path}: not the decisions of a Switch stage: no record has 'p_teacher'")
@@ -142,10 +135,8 @@ def funnel(paths):
     """{"steps", "verifier"} from clips to accepted traces. paths: {"traces" | "checked" | "verifier": a results.json}.
 
     A step is {"step", "count", "of", "left_out": {reason: count}}: `count` of `of` were kept, and the reasons add up to
-    the others; `of` is None where a step starts from nothing before it. "verifier" is the verifier's "calibration" on
-    held-out verdicts, with "words" on what it would cost to use it, or None. Raises ValueError if a file is another
-    stage's, or the stages did not judge the same traces.
-    """
+    the others; `of` is None where a step starts from nothing before it. "verifier": its "calibration" on held-out
+    verdicts, and "words" on what its use would cost. ValueError: another stage's file, or stages on other traces."""
     results = dict.fromkeys(FUNNEL_SOURCES)
     for source, path in paths.items():
         results[source] = read_json(path)
@@ -206,10 +197,7 @@ def step(title, kept, total, left_out):
 
 def curves(logs):
     """[{"what", "x": "step" | "epoch", "lines": {line title: [[x, y], …]}}]: a panel for each of PANELS that a log has.
-
-    A line of more than LINE_POINTS values becomes the means of runs of as many, each at its last x. logs: {line title:
-    path of a log.jsonl}.
-    """
+    Over LINE_POINTS values a line becomes the means of runs of as many, each at its last x. logs: {title: path}."""
     records = {title: read_jsonl(Path(path)) for title, path in logs.items()}
     panels = []
     for key, what in PANELS.items():

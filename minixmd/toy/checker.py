@@ -1,7 +1,6 @@
 """The toy's checker: an audio model that says whether a trace is true of its clip.
 
-It is fine-tuned from the student on the base split and, in addition, the analysis split with its true labels. So it
-hears better than the student, as GPT-4o-audio hears better than Qwen2-Audio.
+It is the student, trained on with the true labels of the base and the analysis split. So it hears better.
 """
 from collections import defaultdict
 
@@ -13,7 +12,7 @@ from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import read_manifest
 from minixmd.models.head import CrossEntropy
 from minixmd.models.weights import save_model
-from minixmd.toy.lessons import THOUGHT, TURN_END, Fit, answer_prompt, batches, read_contexts
+from minixmd.toy.lessons import THOUGHT, Fit, answer_prompt, batches, read_contexts
 from minixmd.toy.world import CHECK_PROMPT
 
 STEPS = 500
@@ -53,8 +52,8 @@ def train_checker(folder, seed, log):
 
 def check_prompt(processor, context, trace, is_true):
     """A Prompt that shows a clip and a trace, asks whether it is true, and answers yes or no."""
-    ids = context.ids + processor.encode(CHECK_PROMPT.format(trace=trace) + TURN_END)
-    return answer_prompt(processor, ids, "yes" if is_true else "no", context.media)
+    text = CHECK_PROMPT.format(trace=trace)
+    return answer_prompt(processor, context, text, "yes" if is_true else "no")
 
 
 def check_loss(model, prompts):

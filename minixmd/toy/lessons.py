@@ -1,6 +1,6 @@
 """Training sequences for the toy models, and the optimizer loop of their phases.
 
-Every clip is decoded and tokenized once (Context); each step asks about it with new options (Lesson).
+Every clip is decoded and tokenized once: its context, a Prompt up to the question. Each step asks with new options.
 """
 from dataclasses import dataclass
 
@@ -10,8 +10,7 @@ from tqdm import tqdm
 
 from minixmd.config import PROMPT
 from minixmd.config.prompts import PromptFormat
-from minixmd.inputs.batch import Media, Prompt, pack
-from minixmd.inputs.positions import grid_offsets, positions_of
+from minixmd.inputs.batch import Prompt, pack
 from minixmd.inputs.prompts import build_prompt
 from minixmd.models.head import CrossEntropy
 from minixmd.toy.world import LETTERS, QUESTION, SIDE, THINK_PROMPT
@@ -24,7 +23,6 @@ THOUGHT = "I hear {thought}."
 @dataclass(frozen=True)
 class QAFormat:
     """How a question is asked and answered."""
-
     prompt: str  # format string, as in Evaluate
     answer: str  # over {thought}, a name, and last the choice, one token: {letter} or " {name}" of the right option
 
@@ -34,60 +32,45 @@ THINKING = QAFormat(THINK_PROMPT, f"<think>{THOUGHT}</think><answer> {{name}}</a
 
 
 @dataclass(frozen=True)
-class Context:
-    """A prompt up to its question: token ids, and the clip that is among them."""
-
-    ids: list[int]
-    media: tuple[Media, ...] = ()
-
-
-@dataclass(frozen=True)
 class Lesson:
     """A prompt whose target is the answer, and auxiliary targets ("hints"): the row of every option's name predicts the
     option's letter if it is the right one, else the next token. Without hints the last row alone would have to learn
     what options are for, and it does not (bench/LOG.md)."""
-
     prompt: Prompt
     hints: dict[int, int]  # row -> id that it predicts
     choice_offset: int  # position of the choice among the answer's tokens, counted from their end
 
 
 def make_lesson(processor, context, options, right, letters, qa_format, thought=None):
-    """A Lesson about a Context.
-
-    Args:
-        options: names. right: index of the right one. letters: of the options.
-        thought: the name in the chain of thought; None = the right one.
-    """
+    """A Lesson about a context. options: names; right: index of the right one; letters: of the options. thought: the
+    name in the chain of thought; None = the right one."""
     text = qa_format.prompt.format(
         question=QUESTION,
         options="\n".join(f"{letter}. {name}" for letter, name in zip(letters, options, strict=True)),
         first=LETTERS[0],
         last=LETTERS[-1],
     )
-    ids = context.ids + processor.encode(text + TURN_END)
-    hints = {}
-    row = len(context.ids) + len(processor.encode(QUESTION + "\n")) + 2
-    for i in range(len(options)):
-        hints[row] = ids[row - 2] if i == right else ids[row + 1]
-        row += 4  # tokens of a line: letter, dot, name, newline
     name = options[right]
     answer = qa_format.answer.format(thought=thought or name, letter=letters[right], name=name)
-    prompt = answer_prompt(processor, ids, answer, context.media)
+    prompt = answer_prompt(processor, context, text, answer)
+    ids, hints = prompt.ids_N.tolist(), {}
+    row = len(context) + len(processor.encode(QUESTION + "\n")) + 2
+    for i in range(len(options)):
+        hints[row] = ids[row - 2 if i == right else row + 1]
+        row += 4  # tokens of a line: letter, dot, name, newline
     _, _, after_choice = qa_format.answer.rpartition("}")
     return Lesson(prompt, hints, len(processor.encode(after_choice)) + 2)
 
 
-def answer_prompt(processor, ids, answer, media):
-    """A Prompt of given ids that ends with an assistant turn, its target."""
-    answer_ids = [*processor.encode(answer), processor.end_id]
-    blocks = []
-    for clip in media:
-        if clip.grid_thw:
-            blocks.append((int(clip.rows_P[0]), grid_offsets(clip.grid_thw)))
-    length = len(ids) + len(answer_ids)
-    target_N = torch.arange(length) >= len(ids)
-    return Prompt(torch.tensor(ids + answer_ids), positions_of(length, blocks), media, target_N)
+def answer_prompt(processor, context, text, answer):
+    """A Prompt of a context, the text that asks about it and an assistant turn, its target."""
+    asked = processor.encode(text + TURN_END)
+    added_N = torch.tensor([*asked, *processor.encode(answer), processor.end_id])
+    positions_N = context.positions_3N.max() + 1 + torch.arange(len(added_N))
+    ids_N = torch.cat([context.ids_N, added_N])
+    positions_3N = torch.cat([context.positions_3N, positions_N.expand(3, -1)], 1)
+    target_N = torch.arange(len(ids_N)) >= len(context) + len(asked)
+    return Prompt(ids_N, positions_3N, context.media, target_N)
 
 
 def lesson_loss(model, lessons):
@@ -109,14 +92,18 @@ def lesson_loss(model, lessons):
     return loss / len(lessons), columns["nll"][choices].double().numpy()
 
 
+def cut_context(processor, prompt, text):
+    """What comes before `text` in a Prompt that ends with it."""
+    length = len(prompt) - len(processor.encode(text + TURN_END))
+    return Prompt(prompt.ids_N[:length], prompt.positions_3N[:, :length], prompt.media)
+
+
 def read_contexts(processor, examples, media):
-    """The Contexts of examples, shown as "audio" or "video"."""
+    """The contexts of examples, shown as "audio" or "video"."""
     prompt_format = PromptFormat(media, QUESTION, min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE)
-    question_length = len(processor.encode(QUESTION + TURN_END))
     contexts = []
     for example in tqdm(examples, desc=f"toy: reading {media}", unit="clip"):
-        prompt = build_prompt(processor, example, prompt_format)
-        contexts.append(Context(prompt.ids_N[:-question_length].tolist(), prompt.media))
+        contexts.append(cut_context(processor, build_prompt(processor, example, prompt_format), QUESTION))
     return contexts
 
 
@@ -134,7 +121,7 @@ class Fit:
     """Optimizer, progress bar and losses of one phase."""
 
     def __init__(self, title, parameters, weight_decay=0.05):
-        self.parameters = [p for p in parameters if p.requires_grad]
+        self.parameters = list(parameters)
         self.optimizer = torch.optim.AdamW(self.parameters, betas=(0.9, 0.98), weight_decay=weight_decay)
         self.bar = tqdm(desc=f"toy: {title}", unit="step")
         self.losses = []

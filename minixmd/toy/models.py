@@ -1,8 +1,7 @@
 """The toy models before training: tokenizer and processor files, config.json, and random weights.
 
 Both are the published families in small: one decoder, two encoders, and two tokenizers that agree up to <|im_end|> and
-give the ids after it to different tokens. <model_type>.json holds a family's config files; a special token in the place
-of an id there is replaced by its id, which the trained tokenizer decides.
+give the ids after it to different tokens. <model_type>.json holds a family's config files.
 """
 import json
 import math
@@ -67,10 +66,8 @@ def write_processor(folder, model_type):
 
 
 def make_model(folder, model_type, seed):
-    """A model for the tokenizer in `folder`, every weight drawn from its own name and `seed`.
-
-    Two families made with one seed have the same decoder, and the same embeddings of the tokens that they share.
-    """
+    """A model for the tokenizer in `folder`, every weight drawn from its own name and `seed`: two families have
+    the same decoder, and the same embeddings of the tokens that they share."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     config = read_config(family_file(model_type, "config.json", tokenizer))
     with torch.device("meta"):

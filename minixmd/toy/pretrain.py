@@ -1,19 +1,16 @@
 """Stage Toy: makes the world (world.py) and trains the two models that start out in it, from random weights.
 
 Trained on clips alone a model does not learn to answer by letter: nothing teaches its decoder what the options are for.
-So training is a curriculum:
+So training is a curriculum, whose phases 2 to 4 use the base split only:
 
 1. text QA: the decoder, which both models share, learns the question on text, first with two options, then with more;
    the category's name, repeated, stands in for the clip
 2. tower alignment: each encoder learns to map a clip to the decoder's embedding of its category
 3. joint QA: encoder and decoder learn the question on clips
-4. chain of thought, with stage.thinking: the teacher learns to write a thought before its answer. About 30 % of its
-   thoughts name a random option. The student meets such texts, without a clip, in phase 3
-
-Phases 2 to 4 use the base split only. checker.py fine-tunes the student further.
+4. chain of thought, with stage.thinking: the teacher learns to write a thought before its answer. The student meets
+   such texts, without a clip, in phase 3
 """
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,17 +25,12 @@ from minixmd.models.weights import save_model
 from minixmd.runs.files import write_safetensors, write_text
 from minixmd.runs.seeds import hash_seed
 from minixmd.toy.checker import train_checker
-from minixmd.toy.lessons import DIRECT, THINKING, Context, Fit, batches, lesson_loss, make_lesson, read_contexts
+from minixmd.toy.lessons import DIRECT, THINKING, Fit, batches, cut_context, lesson_loss, make_lesson, read_contexts
 from minixmd.toy.models import make_model, write_processor
 from minixmd.toy.world import LETTERS, NAMES, OPTIONS, draw_options, make_world
 
-
-class Family(NamedTuple):
-    model_type: str
-    media: str
-
-
-FAMILY = {"student": Family("qwen2_audio", "audio"), "teacher": Family("qwen2_vl", "video")}
+MODEL_TYPE = {"student": "qwen2_audio", "teacher": "qwen2_vl"}
+MEDIA = {"student": "audio", "teacher": "video"}
 SEPARABLE = {"student": ("both", "ear"), "teacher": ("both", "eye")}  # groups that the model's modality tells apart
 NUM_TRACED = 72  # clips of the train split that the teacher thinks about, on average 3 a category
 
@@ -46,7 +38,6 @@ NUM_TRACED = 72  # clips of the train split that the teacher thinks about, on av
 @dataclass(frozen=True)
 class Level:
     """A level of text QA. It ends when the mean loss of the last 20 steps falls below the target, or at max_steps."""
-
     num_options: int
     batch_size: int
     max_steps: int
@@ -86,16 +77,14 @@ def run(stage, folder, log):
     language = folder / "language.safetensors"
     if not language.exists():
         write_safetensors(language, train_text_qa(folder, stage.seed, log))
-    for name in FAMILY:
+    for name in MODEL_TYPE:
         if not (folder / name / "config.json").exists():  # written last
-            model, processor = new_model(folder / name, FAMILY[name].model_type, stage.seed)
+            model, processor = new_model(folder / name, MODEL_TYPE[name], stage.seed)
             load_decoder(model, load_file(language))
             training = ClipTraining(name, model, processor, folder, stage.seed, log)
             training.align_tower()
-            if stage.thinking and name == "student":
-                training.learn_qa("joint QA", [DIRECT], TEXT_PER_STEP)
-            else:
-                training.learn_qa("joint QA", [DIRECT])
+            text_per_step = TEXT_PER_STEP if stage.thinking and name == "student" else 0
+            training.learn_qa("joint QA", [DIRECT], text_per_step)
             if stage.thinking and name == "teacher":
                 training.learn_qa("chain of thought", [DIRECT, THINKING])
             save_model(model, processor.folder, folder / name)
@@ -124,7 +113,7 @@ def load_decoder(model, language):
 
 def train_text_qa(folder, seed, log):
     """Phase 1. Returns the decoder's parameters; of embedding and head, the rows of ids that both families share."""
-    model, processor = new_model(folder / "student", FAMILY["student"].model_type, seed)
+    model, processor = new_model(folder / "student", MODEL_TYPE["student"], seed)
     rng = np.random.default_rng([seed, 1])
     parameters = decoder_parameters(model)
     fit = Fit("text QA, loss as a share of chance's", parameters.values(), weight_decay=0.0)
@@ -165,9 +154,8 @@ def text_lesson(processor, rng, num_options, repeats, qa_format):
     right = int(rng.integers(num_options))
     positions = sorted(rng.choice(OPTIONS, num_options, replace=False))
     letters = [LETTERS[position] for position in positions]
-    before = processor.encode(f"<|im_start|>system\n{processor.family.system}<|im_end|>\n<|im_start|>user\n")
-    name_ids = processor.encode(" " + options[right])
-    context = Context(before + name_ids * repeats)
+    clip = f" {options[right]}" * repeats
+    context = cut_context(processor, processor([{"role": "user", "content": clip}]), "")
     return make_lesson(processor, context, options, right, letters, qa_format)
 
 
@@ -175,10 +163,12 @@ class ClipTraining:
     """Phases 2 to 4 of one model, on the base split."""
 
     def __init__(self, name, model, processor, folder, seed, log):
-        self.name, self.log = name, log
-        self.model, self.processor = model, processor
+        self.name = name
+        self.model = model
+        self.processor = processor
+        self.log = log
         examples = read_manifest(folder / "base.jsonl")
-        self.contexts = read_contexts(processor, examples, FAMILY[name].media)
+        self.contexts = read_contexts(processor, examples, MEDIA[name])
         self.labels = [example.label for example in examples]
         self.separable = [example.meta["group"] in SEPARABLE[name] for example in examples]
         self.names = sorted(set(self.labels))
@@ -190,8 +180,7 @@ class ClipTraining:
         name_ids = [self.processor.encode(" " + name)[0] for name in self.names]
         names_CD = self.model.token_embeddings(torch.tensor(name_ids)).detach()
         scale = 4 / names_CD.shape[1] ** 0.5
-        encoder = [p for name, p in self.model.named_parameters() if not name.startswith(DECODER)]
-        fit = Fit(f"{self.name}, tower alignment", encoder)
+        fit = Fit(f"{self.name}, tower alignment", self.model.parameters())  # the decoder gets no gradient
         indices = batches(len(self.labels), ALIGN_BATCH, self.rng)
         for step in range(ALIGN_STEPS):
             chosen = next(indices)
@@ -205,14 +194,11 @@ class ClipTraining:
         self.log({"phase": "tower alignment", "model": self.name, "loss": fit.last_loss()})
 
     def learn_qa(self, phase, formats, text_per_step=0):
-        """Phases 3 and 4: trains the whole model on the question, with new options at every step.
-
-        The learning rate decays to 0 once the loss of separable clips, in the last format, is on target.
-        formats: of the answers, in turn. text_per_step: lessons of text, all THINKING, in every step.
-        """
+        """Phases 3 and 4: trains the whole model on the question, with new options at every step, until the loss of
+        separable clips, in the last format, is on target and the learning rate has then decayed to 0.
+        formats: of the answers, in turn. text_per_step: lessons of text, all THINKING, in every step."""
         fit = Fit(f"{self.name}, {phase}", self.model.parameters())
-        last_format = formats[-1]
-        formats = [formats[n % len(formats)] for n in range(QA_BATCH)]
+        formats = formats * (QA_BATCH // len(formats))
         separable_losses, decay_steps = [], 0
         for step, chosen in enumerate(batches(len(self.labels), QA_BATCH, self.rng), 1):
             lessons = [self.clip_lesson(i, qa_format) for i, qa_format in zip(chosen, formats, strict=True)]
@@ -221,7 +207,7 @@ class ClipTraining:
             loss, choice_losses = lesson_loss(self.model, lessons)
             lr = QA_LR * min(1.0, step / 40) * (1 - decay_steps / QA_DECAY_STEPS)
             fit.step(loss, lr, np.mean(choice_losses[:QA_BATCH]))
-            judged = [n for n, i in enumerate(chosen) if self.separable[i] and formats[n] == last_format]
+            judged = [n for n, i in enumerate(chosen) if self.separable[i] and formats[n] == formats[-1]]
             if judged:
                 separable_losses.append(np.mean(choice_losses[judged]))
             on_target = step > 40 and np.mean(separable_losses[-40:]) < QA_TARGET_LOSS

@@ -1,7 +1,6 @@
 """The toy world: synthesized clips with sound and picture, and the manifests that list them.
 
-A clip shows one of 29 categories. Its pitch, loudness, position, size and noise vary and carry no information. The
-categories fall into three groups by what tells them apart:
+A clip shows one of 29 categories. Its pitch, loudness, position, size and noise vary and carry no information. Groups:
 
     both    distinct in sound and in look
     eye     two clusters of seven that share a loud sound and differ by a faint tone: easy to see, hard to hear
@@ -48,13 +47,11 @@ FLOOR_DB = -30.0  # white noise under every clip
 CUE_LEVELS = 2.7  # of 255: amplitude of the faint pattern
 GRAIN_LEVELS = 6.0  # of 255: standard deviation of the pixel noise
 CUE_HZ = 2200.0 * 2.0 ** (1.5 * np.arange(7) / 7)
-CUE_WAVES = ((4, 0), (0, 4), (4, 4), (4, -4), (8, 0), (0, 8), (8, 4))  # periods across and down a frame
 
 
 @dataclass(frozen=True)
 class Category:
     """A line of categories.jsonl."""
-
     name: str
     group: str  # "both" | "eye" | "ear"
     source: str  # "tone" | "sweep" | "noise"
@@ -62,7 +59,7 @@ class Category:
     beats_hz: float  # loudness modulation; 0 = none
     shape: str  # "disc" | "ring" | "cross" | "bars"
     colour: list[int]  # red, green, blue
-    cue: int | None  # index into CUE_HZ ("eye") or CUE_WAVES ("ear")
+    cue: int | list[int] | None  # "eye": index into CUE_HZ; "ear": the pattern's periods across and down a frame
     seen: bool  # False: only in the unseen split
 
 
@@ -104,7 +101,8 @@ def make_wave(category, rng, far=False):
     wave_S += rng.standard_normal(SAMPLES) * _gain(rng, -4, 4, FLOOR_DB)
     if category.group == "eye":
         tone_hz = CUE_HZ[category.cue] * 2 ** rng.uniform(-0.03, 0.03)
-        tone_S = np.sin(2 * np.pi * tone_hz * time_S + rng.uniform(0, 2 * np.pi))
+        phase = rng.uniform(0, 2 * np.pi)
+        tone_S = np.sin(2 * np.pi * tone_hz * time_S + phase)
         cue_db = CUE_DB + FAR_DB if far else CUE_DB
         wave_S += tone_S * _gain(rng, -3, 3, cue_db)
     wave_S = 0.1 * _gain(rng, -8, 4) * wave_S
@@ -123,7 +121,7 @@ def make_frames(category, rng):
     ground = 110 + level + slope_x * x + slope_y * y
     ground += rng.normal(0, GRAIN_LEVELS, (SIDE, SIDE))
     if category.group == "ear":
-        across, down = CUE_WAVES[category.cue]
+        across, down = category.cue
         amplitude = CUE_LEVELS * _gain(rng, -3, 3)
         phase = 2 * np.pi * (across * x + down * y)
         ground += amplitude * np.cos(phase)
@@ -169,7 +167,8 @@ def mp4_bytes(frames, wave_S):
         audio = container.add_stream("aac", RATE, {"aac_coder": "fast", "b": "32000"}, layout="mono")
         pictures = [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames]
         sound = av.AudioFrame.from_ndarray(wave_S[None], format="fltp", layout="mono")
-        sound.sample_rate, sound.pts = RATE, 0
+        sound.sample_rate = RATE
+        sound.pts = 0
         for picture in [*pictures, None]:  # None flushes the encoder
             container.mux(video.encode(picture))
         for block in [sound, None]:
@@ -191,8 +190,7 @@ def make_world(folder, seed, splits=SPLITS):
     """Writes <split>.jsonl for every split and the clips that it lists, <split>/<number>.wav and .mp4.
 
     The train split is blind: its manifest holds no answer, label or group, and neither a clip's number nor its position
-    in the list depends on the category. train_truth.jsonl has them, for the upper bound of learning from true labels.
-    What exists already is not made again. splits: {name: clips a category}.
+    depends on the category. train_truth.jsonl has them, for the upper bound. What exists is not made again.
     """
     for split, count in splits.items():
         if (folder / f"{split}.jsonl").exists():  # written after its clips
