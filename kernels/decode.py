@@ -161,15 +161,3 @@ def decode_attention(q_BHK, prompt_k_GJPK, prompt_v_GJPK, prompt_length_G, k_BJC
         q_BHK, k_BJCK, v_BJCK, length_B, prompt_length_G, part, lse, out_BHK, *k_BJCK.stride()[:2], K**-0.5, n, H, J,
         splits, BLOCK_R=max(16, triton.next_power_of_2(R)), **launch)
     return out_BHK
-
-
-CONFIGS = [  # for tools/kernel_report.py: (kernel, types, constants, num_warps, num_stages, kind)
-    (kernel, types.replace("T", t), {"K": 128, "BLOCK_K": 128, "BLOCK_R": rows, "BLOCK_S": block, "SPLIT": SPLIT},
-     NUM_WARPS, NUM_STAGES, "row" if t == "fp32" else "dot")
-    for t, block, sizes in (("bf16", BLOCK_S, (16, MOST_R)), ("fp32", FP32_BLOCK_S, (FP32_MOST_R,)))
-    for kernel, types, sizes in (
-        (_prompt_kernel, "*T:16 *T:16 *T:16 *i64:16 *fp32:16 *fp32:16 i32:16 i32:16 fp32 i32 i32 i32 i32", sizes),
-        (_suffix_kernel, "*T:16 *T:16 *T:16 *i64:16 *i64:16 *fp32:16 *fp32:16 *T:16 i32:16 i32:16 fp32 i32 i32 i32 i32",
-         (16,)))
-    for rows in sizes
-]

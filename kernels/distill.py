@@ -132,10 +132,3 @@ def distill_kl_grad(student_NV, teacher_NW, weight_N, common_vocab, suppressed_Z
             teacher_NW.stride(0), out_NV.stride(0), common_vocab, V, W, temperature, BLOCK_V=BLOCK_V, GRAD=grad,
             num_warps=NUM_WARPS, num_stages=NUM_STAGES)
     return loss_N, torch.sigmoid(outside_s_N - lse_s_N), torch.sigmoid(outside_t_N - lse_t_N)
-
-
-CONFIGS = [  # see tools/kernel_report.py; 152,064 and 156,032 columns are multiples of 16, common_vocab is not
-    (_kl_kernel, f"*fp32:16 *{teacher}:16 *i8:16 *fp32:16 *fp32:16 *fp32:16 *fp32:16 *{out}:16 "
-     "i32:16 i32:16 i32:16 i32 i32:16 i32:16 fp32", {"BLOCK_V": BLOCK_V, "GRAD": grad}, NUM_WARPS, NUM_STAGES, "row")
-    for teacher in ("bf16", "fp32") for out, grad in (("fp32", False), ("fp32", True), ("bf16", True))
-]  # fmt: skip

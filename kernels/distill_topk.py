@@ -144,11 +144,3 @@ def distill_topk_grad(student_NV, id_NJ, logq_NJ, tail_N, weight_N, common_vocab
             student_NV.stride(0), out_NV.stride(0), common_vocab, V, J, temperature, BLOCK_V=BLOCK_V, BLOCK_J=BLOCK_J,
             GRAD=grad, num_warps=NUM_WARPS, num_stages=NUM_STAGES)
     return loss_N, torch.sigmoid(outside_N - lse_N)
-
-
-CONFIGS = [  # for tools/kernel_report.py: (kernel, types, constants, num_warps, num_stages, kind)
-    (_topk_kernel, f"*fp32:16 *i32:16 *fp32:16 *fp32:16 *i8:16 *fp32:16 *fp32:16 *fp32:16 *{out}:16 "
-     "i32:16 i32:16 i32 i32:16 i32 fp32", {"BLOCK_V": BLOCK_V, "BLOCK_J": BLOCK_J, "GRAD": grad}, NUM_WARPS, NUM_STAGES,
-     "row")
-    for out, grad in (("fp32", False), ("fp32", True), ("bf16", True))
-]  # fmt: skip

@@ -170,12 +170,3 @@ def grpo_rows(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, clip_config,
             BLOCK_V=BLOCK_V, HAS_REF=ref_N is not None, K3=clip_config.kl == "k3", HAS_OUT=out is not None,
             num_warps=NUM_WARPS)
     return rows_6N[4], rows_6N[5], tuple(rows_6N[:4])
-
-
-CONFIGS = [  # for tools/kernel_report.py: (kernel, types, constants, num_warps, num_stages, kind)
-    (_grpo_kernel, f"*{logits}:16 *i64:16 *fp32:16 *fp32:16 *fp32:16 *fp32:16 *i64:16 *fp32:16 *{out}:16 i32:16 i32:16 "
-     "i32 i32:16 i32 i32 fp32 fp32 fp32 fp32", {"BLOCK_V": BLOCK_V, "HAS_REF": ref, "K3": k3, "HAS_OUT": grad},
-     NUM_WARPS, 3, "row") for logits, out, ref, k3, grad in (
-        ("fp32", "fp32", True, True, True), ("fp32", "bf16", True, True, True), ("bf16", "bf16", True, True, True),
-        ("fp32", "bf16", True, False, True), ("fp32", "bf16", False, True, True), ("fp32", "fp32", True, True, False))
-]

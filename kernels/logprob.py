@@ -179,12 +179,3 @@ def logits_grad(logits_NV, index_N, stats, coef_N, temperature=1.0, suppressed_Z
         d_NV.scatter_add_(1, index_N1, (coef_N1 * ok_N[:, None]).to(d_NV.dtype))
         out_NV[rows] = d_NV.masked_fill_(coef_N1 == 0, 0.0)
     return out_NV
-
-
-CONFIGS = [  # for tools/kernel_report.py: (kernel, types, constants, num_warps, num_stages, kind)
-    *((_row_stats_kernel, f"*{logits}:16 *i64:16 *i64:16 *fp32:16 i32:16 i32 i32:16 i32 i32 fp32",
-       {"BLOCK_V": BLOCK_V}, NUM_WARPS, 3, "row") for logits in ("fp32", "bf16")),
-    *((_logits_grad_kernel, f"*fp32:16 *{logits}:16 *i64:16 *i64:16 *fp32:16 *fp32:16 *{out}:16 i32:16 i32:16 i32:16 "
-       "i32 i32 fp32", {"BLOCK_V": BLOCK_V}, NUM_WARPS, 3, "row")
-      for logits, out in (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"))),
-]

@@ -149,19 +149,3 @@ def dy_pass(g_NF, xa_NR, b_FR, scale):
             _sum_partials_kernel[(triton.cdiv(out.numel(), BLOCK_SUM),)](
                 part, out, out.numel(), count, scale, BLOCK=BLOCK_SUM, num_warps=SUM_WARPS, num_stages=SUM_STAGES)
     return gb_NR, db_FR
-
-
-CONFIGS = [  # see tools/kernel_report.py; models' D, F and R are multiples of 16
-    (_lora_forward_kernel, f"*{t}:16 *{t}:16 *{t}:16 *{t}:16 *{t}:16 *{t}:16 i32:16 i32:16 i32:16 i32 i32:16 i32:16 "
-     "i32:16 fp32", {"BLOCK_N": BLOCK_N, "BLOCK_F": _block_f(R), "BLOCK_D": BLOCK_D, "BLOCK_R": R, "GROUP_N": GROUP_N,
-                     "HAS_BIAS": bias}, FORWARD_WARPS, FORWARD_STAGES, "gemm")
-    for t, R, bias in (("bf16", 16, True), ("bf16", 16, False), ("bf16", 32, True), ("bf16", 64, True),
-                       ("fp16", 16, True))
-] + [
-    (_dy_pass_kernel, f"*{t}:16 *{t}:16 *{t}:16 *fp32:16 *fp32:16 i32:16 i32 i32:16 i32:16 i32",
-     {"BLOCK_N": DY_BLOCK_N, "BLOCK_F": DY_BLOCK_F, "BLOCK_R": R}, DY_WARPS, DY_STAGES, "gemm")
-    for t, R in (("bf16", 16), ("bf16", 32), ("fp16", 16))
-] + [
-    (_sum_partials_kernel, f"*fp32:16 *{t}:16 i32 i32 fp32", {"BLOCK": BLOCK_SUM}, SUM_WARPS, SUM_STAGES, "row")
-    for t in ("bf16", "fp32")
-]  # fmt: skip

@@ -11,18 +11,7 @@ from functools import partial
 
 import torch
 
-from minixmd.config import (
-    GRPO,
-    SFT,
-    Distill,
-    Evaluate,
-    FactCheck,
-    Label,
-    Report,
-    Switch,
-    Toy,
-    Traces,
-)
+from minixmd.config import GRPO, SFT, Distill, Evaluate, FactCheck, Label, Report, Switch, Toy, Traces
 from minixmd.config.load import load_config
 from minixmd.config.references import check_files, input_paths, resolve
 from minixmd.dryrun.plan import dry_run

@@ -122,11 +122,7 @@ class Trainer:
     def fit(self, items, counts, validation=()):
         """Trains to the last step. counts: {reason: count} of what the items are, for the log."""
         stage = self.stage
-        take_step = {
-            Distill: self.distill_step,
-            SFT: self.sft_step,
-            GRPO: self.grpo_step,
-        }[type(stage)]
+        take_step = {Distill: self.distill_step, SFT: self.sft_step, GRPO: self.grpo_step}[type(stage)]
         self.announce(counts)
         upcoming = self.upcoming_items(items)
         samples = prefetch(self.build_sample, upcoming, self.count_bad_clip, ahead=2 * stage.batch_size)
@@ -337,8 +333,7 @@ class Trainer:
 
         sampled = time.perf_counter()
         if rollout and self.reference is not None:
-            rollout.ref_T = reference_logprobs(
-                self.reference, rollout.groups, stage.micro_batch_size, self.vocabulary)
+            rollout.ref_T = reference_logprobs(self.reference, rollout.groups, stage.micro_batch_size, self.vocabulary)
 
         scored = time.perf_counter()
         metrics = Counter(loss=0.0)

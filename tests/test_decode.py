@@ -3,7 +3,6 @@ import pytest
 import torch
 from kernel_checks import BACKENDS, DTYPES, assert_as_good_as, assert_compiles, grid
 
-from minixmd.kernels import decode
 from minixmd.kernels.decode import BLOCK_S, FP32_BLOCK_S, FP32_MOST_R, SPLIT, decode_attention
 
 NAMES = "q_BHK", "prompt_k_GJPK", "prompt_v_GJPK", "prompt_length_G", "k_BJCK", "v_BJCK", "length_B"
@@ -143,5 +142,4 @@ def test_bad_input_is_refused(change, message):
 
 @pytest.mark.slow
 def test_the_kernels_compile_as_shipped_without_a_spill():
-    assert decode.CONFIGS
     assert_compiles("decode")

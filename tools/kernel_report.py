@@ -2,7 +2,7 @@
 
     python tools/kernel_report.py [--arch 80 90] [kernels/lora_triton.py ...]
 
-A file in kernels/ says what it ships in a plain list at its end; several entries may name one kernel:
+kernel_configs.py says in which configurations kernels/ ships them; any other file says so in a list at its end:
 
     CONFIGS = [  # (kernel, types, constants, num_warps, num_stages, kind)
         (_fwd_kernel, "*fp32:16 *i64:16 *fp32:16 i32:16 i32 fp32", {"BLOCK_V": 2048}, 8, 3, "row"),
@@ -15,7 +15,7 @@ none. num_warps and num_stages are those of the launch, so name them by constant
 
 Exit status 1 if any kernel does not compile, spills registers, needs more shared memory than a block can have, lacks
 its tensor-core instruction, or gets one of ptxas' warnings that wgmma is serialised (C7510, C7515). A file without
-CONFIGS is listed, and fails nothing.
+configurations is listed, and fails nothing.
 """
 import argparse
 import contextlib
@@ -28,6 +28,8 @@ import tempfile
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
+
+import kernel_configs
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes one block can have: CUDA programming guide, 163 and 227 KiB
@@ -122,11 +124,13 @@ def pointer_types(types):
 
 def report(path, archs):
     """Prints the rows of one kernel file. Returns the number of bad ones."""
-    if "\nCONFIGS = " not in path.read_text(encoding="utf-8"):
+    shipped = getattr(kernel_configs, path.stem, None) if path.resolve().parent == KERNELS else None
+    if shipped is None and "\nCONFIGS = " not in path.read_text(encoding="utf-8"):
         print(f"{path.name}: no configurations")
         return 0
+    module = load(path)
     bad = 0
-    for kernel, types, constants, num_warps, num_stages, kind in load(path).CONFIGS:
+    for kernel, types, constants, num_warps, num_stages, kind in shipped(module) if shipped else module.CONFIGS:
         if kind not in ("gemm", "dot", "row"):
             raise ValueError(f"{path.name}: kind must be gemm, dot or row, got {kind!r}")
         name = f"{path.stem}.{kernel.__name__.strip('_').removesuffix('_kernel')}"
