@@ -30,7 +30,7 @@ setup(
         "minixmd.inputs",
         "minixmd.learning",
         "minixmd.models",
-        "minixmd.papers",
+        "minixmd.recipe_parts",
         "minixmd.recipes",
         "minixmd.report",
         "minixmd.runs",

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from minixmd.inputs.examples import read_manifest
-from minixmd.papers.xmd import ABLATION
+from minixmd.recipe_parts.xmd import ABLATION
 from minixmd.runs.files import read_json, write_json
 from minixmd.runs.records import read_jsonl
 from minixmd.tasks.statistics import compare, summary

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from bench import measure
 from minixmd import load, train
 from minixmd.config import GRPO, SFT
-from minixmd.dryrun.estimate import estimate
+from minixmd.dryrun.memory_estimate import estimate
 from minixmd.dryrun.models import CLIP_S
 from minixmd.dryrun.plan import EXAMPLE, plan_stage
 from minixmd.inputs.audio import SAMPLE_RATE

@@ -51,7 +51,7 @@ def installed(module):
 
 def env():
     """Commit, versions, hardware and date."""
-    from minixmd.runs.directory import versions
+    from minixmd.runs.stage_directory import versions
 
     found = {**versions(), "cuda": torch.version.cuda, "fp32_products": torch.get_float32_matmul_precision(),
              "date": datetime.now(timezone.utc).date().isoformat()}

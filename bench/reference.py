@@ -21,7 +21,7 @@ from bench.measure import addmm_flops
 from minixmd.inputs.audio import SAMPLE_RATE, log_mel, num_audio_tokens, num_mel_frames
 from minixmd.inputs.batch import Media, Prompt
 from minixmd.models.weights import load_model
-from minixmd.runs.directory import versions
+from minixmd.runs.stage_directory import versions
 
 TIMED = dict(vocab=5_000, width=512, mlp=1_376, layers=8, heads=8, tower_width=320, tower_layers=1, tower_heads=5)
 SMALL = TIMED | dict(width=32, mlp=48, layers=2, heads=2, tower_width=20)

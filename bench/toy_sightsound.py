@@ -23,7 +23,7 @@ import torch
 from minixmd import load
 from minixmd.config import FactCheck
 from minixmd.inputs.examples import read_manifest
-from minixmd.papers.sightsound import CONTROLS, LADDER
+from minixmd.recipe_parts.sightsound import CONTROLS, LADDER
 from minixmd.recipes.toy_sightsound_ablation import MODES
 from minixmd.runs.files import read_json, write_json
 from minixmd.runs.records import read_jsonl

@@ -18,9 +18,9 @@ from minixmd.dryrun.plan import dry_run
 from minixmd.models.hub import pinned
 from minixmd.report import gather as report
 from minixmd.runs.device import describe_device
-from minixmd.runs.directory import begin, finish
 from minixmd.runs.distributed import barrier, broadcast, destroy, init
 from minixmd.runs.records import append_jsonl
+from minixmd.runs.stage_directory import begin, finish
 from minixmd.stages import evaluate, factcheck, label, switch, traces
 from minixmd.toy import pretrain
 from minixmd.train import train

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from minixmd.config import SFT, Evaluate, Traces
-from minixmd.runs import directory
-from minixmd.runs.directory import begin, fingerprint, finish, versions
+from minixmd.runs import stage_directory as directory
 from minixmd.runs.files import write_json, write_safetensors, write_text
 from minixmd.runs.records import append_jsonl
-from minixmd.runs.state import load_state, save_state
+from minixmd.runs.stage_directory import begin, fingerprint, finish, versions
+from minixmd.runs.training_state import load_state, save_state
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITERS = [(write_text, "new"), (write_json, {"new": 1}), (write_safetensors, {"new": torch.ones(3)})]
@@ -153,7 +153,7 @@ def test_a_file_of_another_origin_is_no_state(tmp_path):
 
 SAVING = """
 import sys, torch
-from minixmd.runs.state import save_state
+from minixmd.runs.training_state import save_state
 step = 0
 while True:
     step += 1

@@ -22,10 +22,10 @@ from minixmd.config import (
     Train,
     load,
 )
+from minixmd.config.field_checks import ConfigError, check_types, parse_field, stage
 from minixmd.config.load import load_config
 from minixmd.config.prompts import PROMPT, THINK_PROMPT
 from minixmd.config.references import check_files, input_paths, resolve
-from minixmd.config.schema import ConfigError, check_types, parse_field, stage
 
 EVALUATE = dict(name="before", model="m", manifest="d.jsonl")
 TRAIN = dict(name="student", model="m", manifest="d.jsonl")

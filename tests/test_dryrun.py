@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 import minixmd
 from minixmd.config import GRPO, SFT, Distill, Evaluate, FactCheck, Label, Switch, Traces
-from minixmd.dryrun.estimate import estimate
-from minixmd.dryrun.memory import CATEGORIES, trace_memory
+from minixmd.dryrun.memory_estimate import estimate
+from minixmd.dryrun.meta_tracer import CATEGORIES, trace_memory
 from minixmd.dryrun.models import PUBLISHED, ModelInfo, find_model
 from minixmd.dryrun.plan import EXAMPLE, plan_stage, write_stand_in_tokenizer
 from minixmd.learning.rollout import pool_bytes

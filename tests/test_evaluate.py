@@ -10,7 +10,7 @@ from tiny import published_config, randomise
 
 import minixmd
 from minixmd.config import PROMPT, Evaluate, Label
-from minixmd.config.schema import ConfigError
+from minixmd.config.field_checks import ConfigError
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.inputs.prompts import build_prompt

@@ -10,7 +10,7 @@ import pytest
 import minixmd.recipes
 from minixmd.config import GRPO, SFT, TRAINING, Distill, Evaluate, FactCheck, Label, Report, Switch, Traces
 from minixmd.config.load import load_config
-from minixmd.papers.sightsound import LADDER, avqa
+from minixmd.recipe_parts.sightsound import LADDER, avqa
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))

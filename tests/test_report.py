@@ -10,8 +10,8 @@ from urllib.parse import unquote
 import pytest
 
 from minixmd.config import Report
+from minixmd.config.field_checks import ConfigError
 from minixmd.config.references import check_references, input_paths
-from minixmd.config.schema import ConfigError
 from minixmd.inputs.examples import read_manifest
 from minixmd.report import gather as report
 from minixmd.report.render import ROLES, markdown, page, ticks

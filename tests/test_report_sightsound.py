@@ -7,9 +7,9 @@ import pytest
 from test_report import Page, check_escaping, data_uris, evaluated, manifest, pct, plain, shown, write_lines
 
 from minixmd.config import Evaluate, FactCheck, Report, Traces
-from minixmd.config.schema import ConfigError
+from minixmd.config.field_checks import ConfigError
 from minixmd.inputs.examples import read_manifest
-from minixmd.papers.sightsound import LADDER, MODES
+from minixmd.recipe_parts.sightsound import LADDER, MODES
 from minixmd.report import gather as report
 from minixmd.report.published import PAPERS
 from minixmd.report.render import page

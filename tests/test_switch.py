@@ -19,8 +19,8 @@ from mini import CLASSES, write_clips, write_config
 from safetensors.torch import load_file
 
 from minixmd.config import Switch
+from minixmd.config.field_checks import ConfigError
 from minixmd.config.load import load_config
-from minixmd.config.schema import ConfigError
 from minixmd.inputs.examples import read_manifest
 from minixmd.models.cnn14 import make_cnn14
 from minixmd.runs import distributed

@@ -17,7 +17,7 @@ from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.inputs.media import MediaError, read_audio, read_frames
 from minixmd.inputs.tokenizer import Processor
 from minixmd.models.weights import load_model, save_model
-from minixmd.papers import sightsound
+from minixmd.recipe_parts import sightsound
 from minixmd.runs.seeds import hash_seed
 from minixmd.tasks.answers import thoughts
 from minixmd.tasks.rewards import accuracy_reward, format_reward

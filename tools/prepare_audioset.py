@@ -23,7 +23,7 @@ from prepare.official_files import DATA, YOUTUBE_ID, RepeatedIds, read_csv
 from prepare.option_sampling import OptionSampler, uniforms
 from prepare_vggsound import csv_files, example_id, official_segments
 
-from minixmd.config.schema import nearest
+from minixmd.config.field_checks import nearest
 
 SEGMENTS_CSV, CLASSES_CSV, ONTOLOGY_JSON = "eval_segments.csv", "class_labels_indices.csv", "ontology.json"
 FILES = SEGMENTS_CSV, CLASSES_CSV, ONTOLOGY_JSON

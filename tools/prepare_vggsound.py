@@ -19,7 +19,7 @@ from prepare.manifests import ManifestWriter
 from prepare.official_files import DATA, YOUTUBE_ID, RepeatedIds, read_csv, read_list
 from prepare.option_sampling import OptionSampler, uniforms
 
-from minixmd.config.schema import nearest
+from minixmd.config.field_checks import nearest
 
 PAPER = {"train": 149_460, "analysis": 14_300, "test": 14_202}  # clips of the paper's splits
 CLIP_NAME = re.compile(rf"({YOUTUBE_ID})_(\d{{6}})(?:\.mp4)?", re.ASCII)

@@ -1,6 +1,6 @@
 """The stages of a run as dataclasses, the prompts they ask with, and the files that list them."""
+from minixmd.config.field_checks import ConfigError
 from minixmd.config.prompts import AUDIO_COT_PROMPT, CHECK_PROMPT, PROMPT, THINK_PROMPT, TRACE_PROMPT, PromptFormat
-from minixmd.config.schema import ConfigError
 from minixmd.config.stages import (
     GRPO,
     SFT,

@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from minixmd.config import STAGES
+from minixmd.config.field_checks import ConfigError, hint, kind, nearest, parse_field
 from minixmd.config.references import check_references
-from minixmd.config.schema import ConfigError, hint, kind, nearest, parse_field
 
 
 @dataclass(frozen=True)

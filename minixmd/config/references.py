@@ -4,7 +4,7 @@ files; a path; or, for a model, "owner/name" or "owner/name@revision" on the hub
 from dataclasses import fields
 from pathlib import Path
 
-from minixmd.config.schema import ConfigError, kind, nearest
+from minixmd.config.field_checks import ConfigError, kind, nearest
 from minixmd.runs.hub_names import parse_hub_name
 
 OUTPUTS = {  # what a bare "@name" means

@@ -6,8 +6,7 @@ A config is a Python file that defines `stages = [...]` and, if it likes, `run_d
 import re
 from typing import Annotated, Literal
 
-from minixmd.config.prompts import AUDIO_COT_PROMPT, CHECK_PROMPT, PROMPT, THINK_PROMPT, PromptFormat
-from minixmd.config.schema import (
+from minixmd.config.field_checks import (
     ConfigError,
     Count,
     NonNegative,
@@ -22,6 +21,7 @@ from minixmd.config.schema import (
     default_of,
     stage,
 )
+from minixmd.config.prompts import AUDIO_COT_PROMPT, CHECK_PROMPT, PROMPT, THINK_PROMPT, PromptFormat
 
 Media = Literal["audio", "video", "both", "sounded"]
 FRAME_FIELDS = ("fps", "min_pixels", "max_pixels", "nframes")

@@ -14,10 +14,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 
 from minixmd.config import GRPO, SFT, Distill, FactCheck, Switch, Traces
+from minixmd.config.field_checks import kind
 from minixmd.config.references import input_paths
-from minixmd.config.schema import kind
-from minixmd.dryrun.estimate import estimate
-from minixmd.dryrun.memory import CATEGORIES
+from minixmd.dryrun.memory_estimate import estimate
+from minixmd.dryrun.meta_tracer import CATEGORIES
 from minixmd.dryrun.models import CLIP_S, VIDEO_FPS, VIDEO_SIZE, ModelInfo, find_model
 from minixmd.inputs.batch import Prompt
 from minixmd.inputs.examples import Example, build_conversation

@@ -6,7 +6,7 @@ from minixmd.learning.optim import optimizer_tensors, restore_optimizer
 from minixmd.models.hub import pinned
 from minixmd.models.weights import adapted, save_adapter, save_model
 from minixmd.runs.files import write_safetensors
-from minixmd.runs.state import load_state, rewind_logs, save_state
+from minixmd.runs.training_state import load_state, rewind_logs, save_state
 
 BEST = "best.safetensors"  # the parameters that train, at their best validation
 

@@ -11,7 +11,7 @@ CUDA GPUs; the paper had eight A40. Not measured by anybody yet. By --dry-run al
 53.5 with several traces, 56.2 with GRPO; on MUSIC-AVQA 55.6, 55.1, 56.5, 58.2 and 59.5. As in the paper, the split of
 Table 1 also chooses the best weights.
 """
-from minixmd.papers.sightsound import LADDER, MODES, avqa
+from minixmd.recipe_parts.sightsound import LADDER, MODES, avqa
 
 sound = avqa()
 stages = sound.traces() + sound.labels() + sound.modes() + sound.others() + sound.ladder() + sound.report(LADDER, MODES)

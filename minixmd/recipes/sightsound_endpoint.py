@@ -12,7 +12,7 @@ Answers are kept: no request is repeated once it was answered. One CUDA GPU besi
 sightsound. Not measured by anybody yet: 8 thoughts of 40,000 clips are 320,000 requests to the server, and the checker
 gets one request for each trace that is left.
 """
-from minixmd.papers.sightsound import LADDER, TEACHER, avqa
+from minixmd.recipe_parts.sightsound import LADDER, TEACHER, avqa
 
 remote = dict(checker="endpoint", endpoint="https://api.openai.com/v1", served="gpt-4o-audio-preview")
 sound = avqa(checker_fields=remote, traces_fields=dict(num_samples=8, temperature=1.0),

@@ -7,7 +7,7 @@ switch end within 0.2 points of it; below it are the gate "always" by 3 points, 
 gate "never" by 27.
 """
 from minixmd.config import Toy
-from minixmd.papers.xmd import XMD
+from minixmd.recipe_parts.xmd import XMD
 
 xmd = XMD(
     models={"audio": "@toy/student", "video": "@toy/teacher"},

@@ -7,7 +7,7 @@ checker rejects those. The student learns to reason from the rest, of 72 clips, 
 all 2,400. On seed 0 it is right on 77 % of the test clips before, on 79 % after SFT, on 83 % after GRPO.
 """
 from minixmd.config import Toy
-from minixmd.papers.sightsound import toy
+from minixmd.recipe_parts.sightsound import toy
 
 sound = toy(updates=50)
 stages = [Toy(name="toy", thinking=True)] + sound.traces() + sound.labels() + sound.ladder("before", "sft", "grpo")

@@ -7,7 +7,7 @@ checks the claims. On seeds 0 to 2 the student is right on 71 % of the test clip
 88 %. Controls: 77 % after as many more steps of SFT as GRPO has, 78 % after GRPO on the clips with traces alone.
 """
 from minixmd.config import Toy
-from minixmd.papers.sightsound import CONTROLS, LADDER, toy
+from minixmd.recipe_parts.sightsound import CONTROLS, LADDER, toy
 
 sound = toy()
 MODES = {"student, direct": "before_test", "student, zero-shot CoT": "cot", "student, test-time CoT": "test_time",

@@ -7,7 +7,7 @@ arithmetic, on an H100 at 40 % of its peak: seven distillations beside xmd_audio
 evaluate. The paper, analysis and test: KL 92.1, 88.7; KL + labels 92.3, 88.9; ground truth 96.4, 92.8; the default
 92.6, 89.4; without the anti-forgetting loss 92.5, 89.1.
 """
-from minixmd.papers.xmd import TITLES, vggsound
+from minixmd.recipe_parts.xmd import TITLES, vggsound
 
 xmd = vggsound()
 titles = TITLES | {"distilled": "Qwen2-Audio distilled from Qwen2-VL"}

@@ -10,7 +10,7 @@ evaluating both models on every split 2 hours, labelling 149,460 clips 6 (5 of t
 distillation 2; 17 GB of weights and at most about 12 GB beside them, in distillation. The paper: Qwen2-Audio 71.9 to
 92.6 on analysis, 69.0 to 89.4 on test, 60.0 to 72.3 on AudioSet's unseen classes; Qwen2-VL 88.5 and 80.8.
 """
-from minixmd.papers.xmd import TITLES, vggsound
+from minixmd.recipe_parts.xmd import TITLES, vggsound
 
 xmd = vggsound()
 titles = TITLES | {"distilled": "Qwen2-Audio distilled from Qwen2-VL"}

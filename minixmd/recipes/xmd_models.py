@@ -8,7 +8,7 @@ analysis and test: Qwen2.5-VL 88.8 and 81.0, Qwen2.5-Omni 92.6 and 89.7.
 """
 from dataclasses import replace
 
-from minixmd.papers.xmd import TITLES, vggsound
+from minixmd.recipe_parts.xmd import TITLES, vggsound
 
 xmd = vggsound()
 others = (xmd.evaluated("qwen25_vl", "Qwen/Qwen2.5-VL-7B-Instruct", "video")

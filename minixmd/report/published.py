@@ -1,5 +1,5 @@
 """Figures that the papers published, in %, from published.json. One stands beside an accuracy of this run only where
-row and column have the paper's titles, as papers/ gives them; all stand on their own at the end of the report."""
+row and column have the paper's titles, as recipe_parts/ gives them; all stand on their own at the end of the report."""
 from pathlib import Path
 
 from minixmd.runs.files import read_json

@@ -1,4 +1,4 @@
-"""The memory of a stage's phases, by running the stage's own code on `meta` (memory.py).
+"""The memory of a stage's phases, by running the stage's own code on `meta` (meta_tracer.py).
 
 Traced is the fullest case: passes of micro_batch_size or batch_tokens, completions at max_new_tokens, gradients of an
 earlier micro-batch and the optimizer's state there already. All prompts of a stage are alike.
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from minixmd.config import GRPO, TRAINING, Distill, FactCheck, Switch, Traces
-from minixmd.dryrun.memory import trace_memory
+from minixmd.dryrun.meta_tracer import trace_memory
 from minixmd.inputs.audio import SAMPLE_RATE
 from minixmd.inputs.panns import HOP, MELS
 from minixmd.learning.logprobs import reference_logprobs

@@ -22,7 +22,7 @@ import torch
 
 from minixmd.runs.files import write_bytes, write_json
 from minixmd.runs.records import drop_torn_line
-from minixmd.runs.state import LOGS
+from minixmd.runs.training_state import LOGS
 
 WHOLE_BYTES = 64 << 20  # up to here a file is read whole
 SAMPLES, SAMPLE_BYTES = 256, 64 << 10  # beyond it, so many blocks of so many bytes
