@@ -1,6 +1,6 @@
 """--dry-run: the prompts of a config's stages and the memory that they take. It needs no weights, data or network.
 
-Prompts are what the stages' own code makes of one example; memory is that of the stages' own code (estimate.py).
+Prompts are what the stages' own code makes of one example; memory is that of the stages' own code (memory_estimate.py).
 """
 import re
 import sys

@@ -1,7 +1,7 @@
 """A stage's directory: what is in it, how a finished stage is recognised, and when a directory is refused.
 
     config.json    the stage as resolved           inputs.json        a fingerprint of each file that it reads
-    config.py      the config file as given        state.safetensors  training: where to resume (state.py)
+    config.py      the config file as given        state.safetensors  training: where to resume (training_state.py)
     versions.json  what it last ran with           done.json          written last: the stage is finished
     log.jsonl      one line a step or event        completions.jsonl  GRPO: some completions as text
 
