@@ -45,10 +45,10 @@ from bench.reference import AUDIO_ID, PAD_ID, TIMED, count_flops, environment, m
 from minixmd.config import GRPO
 from minixmd.inputs.batch import Group, Prompt, pack
 from minixmd.inputs.examples import Example
+from minixmd.learning.kv_cache import pool_bytes
 from minixmd.learning.logprobs import reference_logprobs
 from minixmd.learning.optim import adamw
 from minixmd.learning.policy import Rollout, advantages, token_weights
-from minixmd.learning.rollout import pool_bytes
 from minixmd.learning.targets import Item
 from minixmd.models.families import read_config
 from minixmd.models.weights import build

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import bench_decode, bench_distill, bench_grpo, bench_logprob, bench_lora, measure  # noqa: E402
-from minixmd.learning import rollout  # noqa: E402
+from minixmd.learning import kv_cache, rollout  # noqa: E402
 
 SCRIPTS = {"logprob": bench_logprob, "grpo": bench_grpo, "distill": bench_distill, "lora": bench_lora,
            "decode": bench_decode}
@@ -173,14 +173,14 @@ def test_large_and_small_errors_are_seen(name, ours, verdict, which):
 def whole_step(monkeypatch):
     """bench_decode.whole_step of sizes, with the attention in PyTorch: the interpreter is slow."""
     attend = bench_decode.decode.decode_attention_ref
-    monkeypatch.setattr(rollout, "decode_attention", lambda *args: attend(*args[:-1]))
+    monkeypatch.setattr(kv_cache, "decode_attention", lambda *args: attend(*args[:-1]))
     bench = measure.Bench("bench_x: y.", ["--device", "cpu", "--small"])
     model = bench_decode.random_model("cpu", torch.float32, bench_decode.SMALL_TEXT)
     return lambda *sizes: bench_decode.whole_step(bench, model, "small", *sizes)
 
 
 @pytest.mark.parametrize("owner, name, wrong", [
-    (rollout, "decode_attention", lambda right: lambda *args: right(*args) * 1.02),
+    (kv_cache, "decode_attention", lambda right: lambda *args: right(*args) * 1.02),
     (bench_decode, "reference_logprobs", lambda right: lambda model, groups, *more: right(model, groups[::-1], *more)),
     (rollout, "sample", lambda right: lambda z, u, temperature, suppressed_ids: right(z, u, 1.02, suppressed_ids)),
 ])  # fmt: skip

@@ -20,7 +20,7 @@ from minixmd.dryrun.memory_estimate import estimate
 from minixmd.dryrun.meta_tracer import CATEGORIES, trace_memory
 from minixmd.dryrun.models import PUBLISHED, ModelInfo, find_model
 from minixmd.dryrun.plan import EXAMPLE, plan_stage, write_stand_in_tokenizer
-from minixmd.learning.rollout import pool_bytes
+from minixmd.learning.kv_cache import pool_bytes
 from minixmd.learning.targets import Item
 from minixmd.models.cnn14 import make_cnn14, mixup, spec_augment
 from minixmd.models.families import read_config

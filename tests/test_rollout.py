@@ -18,14 +18,12 @@ from tiny import positions, processor_of, tiny_model
 
 from minixmd import Group, Prompt, generate, pack
 from minixmd.kernels.logprob import row_stats
-from minixmd.learning import rollout
+from minixmd.learning import kv_cache, rollout
+from minixmd.learning.kv_cache import KVCache, pool_bytes, pool_shapes
 from minixmd.learning.rollout import (
     TEMPERATURES,
-    Cache,
     Decoder,
     decode,
-    pool_bytes,
-    pool_shapes,
     prompt_key,
     sample,
     uniforms,
@@ -311,7 +309,7 @@ def test_prompts_pass_the_decoder_once_and_completions_a_token_at_a_time(plain):
 
 def test_64_rollouts_of_850_and_512_tokens_of_qwen2_audio_take_at_most_20_gib():
     sizes = read_config(json.loads(QWEN2_AUDIO.read_text())).text, 8, 850, 64, 512
-    cache = Cache(pool_shapes(*sizes), device="meta", dtype=torch.bfloat16, backend="torch")
+    cache = KVCache(pool_shapes(*sizes), device="meta", dtype=torch.bfloat16, backend="torch")
     pools = cache.prompt_pool, cache.pool
     assert sum(pool.nbytes for pool in pools) == pool_bytes(*sizes, torch.bfloat16) <= 20 * 2**30
     assert pool_bytes(*sizes, torch.bfloat16) == (8 * 850 + 64 * 511) * 2 * 32 * 32 * 128 * 2  # by hand
@@ -319,8 +317,8 @@ def test_64_rollouts_of_850_and_512_tokens_of_qwen2_audio_take_at_most_20_gib():
 
 
 def test_a_rollouts_pools_hold_a_prompt_once_and_no_more_slots_than_asked(speaker, monkeypatch):
-    made, Whole = [], Cache
-    monkeypatch.setattr(rollout, "Cache", lambda *args: made.append(Whole(*args)) or made[-1])
+    made, Whole = [], KVCache
+    monkeypatch.setattr(rollout, "KVCache", lambda *args: made.append(Whole(*args)) or made[-1])
     longest = max(len(speaker[1](heard(i))) for i in range(4))
     flat(speaker, [heard(i) for i in range(4)], num_samples=3, decode_slots=7)
     assert len(made) == 1
@@ -331,8 +329,8 @@ def test_a_rollouts_pools_hold_a_prompt_once_and_no_more_slots_than_asked(speake
 
 
 def test_the_pools_are_freed_with_the_call(speaker, monkeypatch):
-    made, init = [], Cache.__init__
-    monkeypatch.setattr(Cache, "__init__", lambda self, *args: made.append(weakref.ref(self)) or init(self, *args))
+    made, init = [], KVCache.__init__
+    monkeypatch.setattr(KVCache, "__init__", lambda self, *args: made.append(weakref.ref(self)) or init(self, *args))
     gc.disable()  # it would free a cycle only now and then
     try:
         say(speaker, [ask("Hm")], max_new_tokens=2)
@@ -405,8 +403,8 @@ def test_the_kernel_gives_the_tokens_of_its_twin(kind, tmp_path):
 
 
 def test_the_backend_is_the_models_unless_another_is_named(speaker, monkeypatch):
-    used, attention = [], rollout.decode_attention
-    monkeypatch.setattr(rollout, "decode_attention", lambda *args: used.append(args[-1]) or attention(*args))
+    used, attention = [], kv_cache.decode_attention
+    monkeypatch.setattr(kv_cache, "decode_attention", lambda *args: used.append(args[-1]) or attention(*args))
     monkeypatch.setattr(speaker[0], "backend", "triton")
     for options, backend in (({}, "triton"), (dict(backend="torch"), "torch")):
         say(speaker, [ask("Hm")], max_new_tokens=2, **options)

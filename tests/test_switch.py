@@ -26,7 +26,7 @@ from minixmd.models.cnn14 import make_cnn14
 from minixmd.runs import distributed
 from minixmd.runs.records import append_jsonl
 from minixmd.stages import switch
-from minixmd.stages.fit import train_epochs
+from minixmd.stages.small_networks import train_epochs
 from minixmd.tasks import yes_no
 from minixmd.tasks.statistics import digest
 

@@ -292,9 +292,9 @@ FAULTS = [
         "minixmd.models.multimodal.MultimodalLM.encode",
         lambda encode: lambda model, kind, media: encode(model, kind, media[::-1]))),
     ("cached decoding = full forward", "vision", "the cache writes to the row before", patched(
-        "minixmd.learning.rollout.Cache.decode", wrong_place)),
+        "minixmd.learning.kv_cache.KVCache.decode", wrong_place)),
     ("cached decoding = full forward", "audio", "a new row does not see itself", patched(
-        "minixmd.learning.rollout.Cache.decode", blind_to_itself)),
+        "minixmd.learning.kv_cache.KVCache.decode", blind_to_itself)),
     ("cached decoding = full forward", "vision", "positions resume after the rows, not after the largest", patched(
         "minixmd.learning.rollout.pack", lambda was: lambda prompts: resumed(was(prompts)))),
     ("log-probs generated = scored", "audio", "the temperature is forgotten", patched(

@@ -26,7 +26,7 @@ from minixmd.runs.files import write_json
 from minixmd.runs.records import answers_beside, bad_record, count_bad, write_jsonl
 from minixmd.runs.seeds import hash_seed
 from minixmd.runs.training_state import load_state, save_state
-from minixmd.stages.fit import train_epochs
+from minixmd.stages.small_networks import train_epochs
 from minixmd.tasks.statistics import digest, leads, pairs, tabulate
 from minixmd.tasks.yes_no import tally
 
