@@ -5,7 +5,6 @@ import pytest
 import torch
 from kernel_checks import BACKENDS, DTYPES, assert_as_good_as, assert_compiles, grid
 
-from minixmd.kernels import grpo
 from minixmd.kernels.grpo import ClipConfig, grpo_coefficient, grpo_loss_ref, grpo_rows, grpo_terms
 from minixmd.kernels.logit_rows import BLOCK_V
 from minixmd.kernels.logprob import logits_grad, row_stats, token_logprob_ref
@@ -309,5 +308,4 @@ def test_bad_input_is_refused(change, message):
 
 @pytest.mark.slow
 def test_the_kernel_compiles_as_shipped_without_a_spill():
-    assert grpo.CONFIGS
     assert_compiles("grpo")

@@ -3,7 +3,6 @@ import pytest
 import torch
 from kernel_checks import BACKENDS, DTYPES, assert_as_good_as, assert_compiles, grid
 
-from minixmd.kernels import logprob
 from minixmd.kernels.logit_rows import BLOCK_V
 from minixmd.kernels.logprob import logits_grad, row_stats, split_suppressed, token_logprob_ref
 
@@ -184,5 +183,4 @@ def test_an_out_of_another_shape_is_refused():
 
 @pytest.mark.slow
 def test_the_kernels_compile_as_shipped_without_a_spill():
-    assert logprob.CONFIGS
     assert_compiles("logprob")
