@@ -31,7 +31,7 @@ from minixmd.kernels.logit_rows import BLOCK_V, LOWEST, NUM_STAGES, NUM_WARPS, m
 
 
 def distill_kl_ref(student_NV, teacher_NW, common_vocab, suppressed_Z, temperature):
-    """distill_kl in plain PyTorch, with a loss differentiable in the student; pass fp64 logits for ground truth."""
+    """distill_kl_grad in plain PyTorch, with a loss differentiable in the student; fp64 logits give ground truth."""
     options = common_vocab, suppressed_Z, temperature
     _, logp_NK, student_dropped_N = logit_rows.kept_log_softmax(student_NV, *options)
     _, logq_NK, teacher_dropped_N = logit_rows.kept_log_softmax(teacher_NW.detach(), *options)
@@ -89,11 +89,6 @@ def _kl_kernel(
             p = tl.exp(tl.where(kept, (s - top_s) - log_s, -float("inf")))
             q = tl.exp(tl.where(kept, (t - top_t) - log_t, -float("inf")))
             tl.store(out_ptr + n * stride_on + v, factor * (p - q), mask=v < V)
-
-
-def distill_kl(student_NV, teacher_NW, common_vocab, suppressed_Z, temperature, backend):
-    """(loss_N, student_dropped_N, teacher_dropped_N) of distill_kl_grad, without a gradient."""
-    return distill_kl_grad(student_NV, teacher_NW, None, common_vocab, suppressed_Z, temperature, None, backend)
 
 
 @torch.no_grad()

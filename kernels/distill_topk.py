@@ -27,7 +27,7 @@ BLOCK_J = 64  # the most ids a row may have stored
 
 
 def distill_topk_ref(student_NV, id_NJ, logq_NJ, tail_N, common_vocab, suppressed_Z, temperature):
-    """distill_topk in plain PyTorch, with a loss differentiable in the student; pass fp64 logits for ground truth."""
+    """distill_topk_grad in plain PyTorch, with a loss differentiable in the student; fp64 logits give ground truth."""
     id_K, logp_NK, dropped_N = logit_rows.kept_log_softmax(student_NV, common_vocab, suppressed_Z, temperature)
     logp_NS = logp_NK.new_full((len(logp_NK), common_vocab + 1), -torch.inf).index_copy(1, id_K, logp_NK)
     empty_NJ = id_NJ < 0
@@ -103,12 +103,6 @@ def _topk_kernel(
                 picked = tl.load(id_ptr + j)
             p = tl.exp((s - top) - log_sum)
             tl.store(out_ptr + n * stride_on + v, factor * (mass * p - target), mask=v < V)
-
-
-def distill_topk(student_NV, id_NJ, logq_NJ, tail_N, common_vocab, suppressed_Z, temperature, backend):
-    """(loss_N, student_dropped_N) of distill_topk_grad, without a gradient."""
-    options = common_vocab, suppressed_Z, temperature
-    return distill_topk_grad(student_NV, id_NJ, logq_NJ, tail_N, None, *options, None, backend)
 
 
 @torch.no_grad()

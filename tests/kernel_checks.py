@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from minixmd.kernels.distill import distill_kl_grad
+from minixmd.kernels.distill_topk import distill_topk_grad
+
 ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = ["triton", "torch"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -60,3 +63,15 @@ def assert_compiles(name):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 80 " in done.stdout and " 90 " in done.stdout and done.stdout.endswith("all good\n"), done.stdout
+
+
+def distill_kl(student_NV, teacher_NW, *options_and_backend):
+    """What distill_kl_grad returns, without a gradient."""
+    *options, backend = options_and_backend
+    return distill_kl_grad(student_NV, teacher_NW, None, *options, None, backend)
+
+
+def distill_topk(student_NV, id_NJ, logq_NJ, tail_N, *options_and_backend):
+    """What distill_topk_grad returns, without a gradient."""
+    *options, backend = options_and_backend
+    return distill_topk_grad(student_NV, id_NJ, logq_NJ, tail_N, None, *options, None, backend)

@@ -3,16 +3,16 @@ import math
 
 import pytest
 import torch
-from kernel_checks import BACKENDS, assert_as_good_as, assert_compiles, grid
+from kernel_checks import BACKENDS, assert_as_good_as, assert_compiles, distill_kl, distill_topk, grid
 
-from minixmd.kernels.distill import distill_kl, distill_kl_grad, distill_kl_ref
-from minixmd.kernels.distill_topk import distill_topk, distill_topk_grad, distill_topk_ref
+from minixmd.kernels.distill import distill_kl_grad, distill_kl_ref
+from minixmd.kernels.distill_topk import distill_topk_grad, distill_topk_ref
 from minixmd.kernels.logit_rows import BLOCK_V
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
-KL = distill_kl, distill_kl_grad, distill_kl_ref
-TOPK = distill_topk, distill_topk_grad, distill_topk_ref
+KL = distill_kl_grad, distill_kl_ref
+TOPK = distill_topk_grad, distill_topk_ref
 DTYPES = {"fp32": (torch.float32, torch.float32), "fp32-bf16": (torch.float32, torch.bfloat16),
           "fp16": (torch.float16, torch.float16), "bf16": (torch.bfloat16, torch.bfloat16)}  # fmt: skip
 SIZES = {  # N, V, W, common_vocab, suppressed_ids
@@ -77,7 +77,7 @@ def truth(student_NV, teacher_NW, g_N, ids, T):
 
 def results(operation, student_NV, teacher, g_N, common_vocab, suppressed_Z, T, backend):
     """What KL or TOPK returns, then dstudent; by autograd of the PyTorch twin if the backend is "eager"."""
-    _, with_grad, ref = operation
+    with_grad, ref = operation
     options = common_vocab, suppressed_Z, T
     if backend == "eager":
         leaf_NV = student_NV.detach().clone().requires_grad_()
@@ -192,7 +192,8 @@ def test_the_form_without_a_gradient_returns_the_same(operation, backend):
     N, V, W, common_vocab, suppressed_ids = SIZES["several blocks"]
     student_NV, teacher_NW, suppressed_Z = problem(N, V, W, suppressed_ids, DTYPES["fp32"])
     teacher = [teacher_NW] if operation is KL else store(teacher_NW, kept(common_vocab, suppressed_ids), 7, 2.0)
-    plain = operation[0](student_NV.requires_grad_(), *teacher, common_vocab, suppressed_Z, 2.0, backend)
+    plain = operation[0](
+        student_NV.requires_grad_(), *teacher, None, common_vocab, suppressed_Z, 2.0, None, backend)
     found = results(operation, student_NV, teacher, torch.ones(N), common_vocab, suppressed_Z, 2.0, backend)
     assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(plain, found[:-1], strict=True))
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kernel_checks import distill_kl, distill_topk
 from mini import AUDIO, VISION, write_clips, write_config, write_model, write_tokenizer
 from tiny import prompt, tiny_model, trainer_of
 from tokenizers import Tokenizer
@@ -13,7 +14,6 @@ from minixmd import pack
 from minixmd.config import Distill
 from minixmd.inputs.examples import Example
 from minixmd.inputs.tokenizer import common_vocab_size
-from minixmd.kernels import distill, distill_topk
 from minixmd.learning.targets import Item, resolve_targets, stored_rows
 from minixmd.runner import main
 from minixmd.train import Trainer
@@ -56,8 +56,8 @@ def test_few_ids_stored_leave_the_rest_in_the_tail_and_bound_the_full_kl_from_be
         teacher_V[[4, 33]] = -torch.inf
         rows = stored_rows([top_of(teacher_V, 20, 2.0)], COMMON, SUPPRESSED)
         assert rows[1].exp().sum() + rows[2] == pytest.approx(1, abs=1e-5)
-        stored = distill_topk.distill_topk(student_V[None], *rows[:3], COMMON, SUPPRESSED, 2.0, "torch")[0]
-        full = distill.distill_kl(student_V[None], teacher_V[None], COMMON, SUPPRESSED, 2.0, "torch")[0]
+        stored = distill_topk(student_V[None], *rows[:3], COMMON, SUPPRESSED, 2.0, "torch")[0]
+        full = distill_kl(student_V[None], teacher_V[None], COMMON, SUPPRESSED, 2.0, "torch")[0]
         assert 0.5 * full < stored <= full * (1 + 1e-5)
 
 

@@ -25,7 +25,7 @@ from minixmd.train import Trainer
 
 
 def estimate(stage, model_info, prompt):
-    """A stage's memory.Phases, in the order in which they run.
+    """A stage's meta_tracer.Phases, in the order in which they run.
 
     stage: Switch, or a stage that runs a model here. model_info, prompt: its ModelInfo, and a Prompt as long as any,
     with its target where one is learnt; None of a Switch. Raises ValueError: the stage cannot train this model.

@@ -45,7 +45,7 @@ class StagePlan:
     model: ModelInfo | None = None  # of a stage that runs one here
     prompt: Prompt | None = None  # as long as any that the stage makes
     shown: str = ""  # a typical prompt, as text
-    phases: list = field(default_factory=list)  # memory.Phase
+    phases: list = field(default_factory=list)  # meta_tracer.Phase
     same_as: str = ""  # the name of an earlier stage that takes the same memory
     fault: str = ""  # why the stage cannot run
 
