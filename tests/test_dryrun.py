@@ -205,10 +205,11 @@ def test_the_categories_of_an_update_are_what_they_are_called(trainable, models,
     assert 2 * trained <= size["gradients"] < 2.01 * trained + 1000
 
 
-def test_a_rollouts_kv_cache_is_its_pools(models, tmp_path):
-    stage = case(models, GRPO, decode_slots=4, dtype="bfloat16", device="cuda")
+@pytest.mark.parametrize("decode_slots, prompt_slots", [(4, 2), (2, 1)])
+def test_a_rollouts_kv_cache_is_its_pools(decode_slots, prompt_slots, models, tmp_path):
+    stage = case(models, GRPO, decode_slots=decode_slots, dtype="bfloat16", device="cuda")
     plan = plan_of(stage, tmp_path)
-    pools = pool_bytes(plan.model.config.text, 2, len(plan.prompt), 4, 16, torch.bfloat16)
+    pools = pool_bytes(plan.model.config.text, prompt_slots, len(plan.prompt), decode_slots, 16, torch.bfloat16)
     assert pools < phases_of(stage, tmp_path)["rollout"].bytes["KV cache"] < pools + 2000
 
 

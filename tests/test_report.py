@@ -234,8 +234,9 @@ def test_every_cell_of_the_accuracies_is_that_of_report_json(whole):
 
 def test_gains_are_paired_and_stand_in_the_page(whole):
     _, found, html = whole
-    gain = found["gains"]["test"]["before"]
-    assert (gain["count"], gain["left_out"], gain["only_a"], gain["only_b"], gain["both"]) == (23, 1, 11, 4, 4)
+    for other, counts in (("before", (23, 1, 11, 4, 4)), ("teacher", (23, 1, 1, 0, 14))):
+        gain = found["gains"]["test"][other]
+        assert (gain["count"], gain["left_out"], gain["only_a"], gain["only_b"], gain["both"]) == counts
     for row, (split, gains) in zip(html.table(["analysis", "test", "unseen"])[1:], found["gains"].items(), strict=True):
         cells = []
         for one in (gains["before"], gains["teacher"]):
