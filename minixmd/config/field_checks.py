@@ -83,7 +83,8 @@ def nearest(name, known):
 
 def check_types(item):
     """Holds every field to its annotation; an int given for a float becomes one, a list for a tuple likewise."""
-    for name, annotation in _annotations(type(item)).items():
+    bounded = get_type_hints(type(item), include_extras=True)
+    for name, annotation in get_type_hints(type(item)).items():
         value = getattr(item, name)
         try:
             value = _convert(annotation, value)
@@ -92,14 +93,14 @@ def check_types(item):
         object.__setattr__(item, name, value)  # frozen: only here, while it is being made
         if value == "":
             raise ConfigError(f"config: {name} is empty")
-        _check_bounds(name, annotation, value)
+        _check_bounds(name, bounded[name], value)
     if not re.fullmatch(r"[A-Za-z0-9_-]+", item.name):  # it names a directory and is written "@name/file"
         raise ConfigError(f"config: name must be letters, digits, '_' and '-', got {item.name!r}")
 
 
 def parse_field(item, name, text):
     """The value that `text`, from an override, has for field `name` of a stage."""
-    annotation = _annotations(type(item))[name]
+    annotation = get_type_hints(type(item))[name]
     try:
         return _parse(annotation, text)
     except (ValueError, KeyError):
@@ -152,10 +153,6 @@ def check_url(endpoint):
 # ---- annotations ----
 
 
-def _annotations(cls):
-    return get_type_hints(cls, include_extras=True)
-
-
 def _is_optional(annotation):
     return get_origin(annotation) in (Union, UnionType)  # only ever X | None
 
@@ -182,8 +179,6 @@ def _convert(annotation, value):
     origin, inner = get_origin(annotation), get_args(annotation)
     if _is_optional(annotation):
         return None if value is None else _convert(inner[0], value)
-    if origin is Annotated:
-        return _convert(inner[0], value)
     if origin is Literal:
         if isinstance(value, bool) or value not in inner:
             raise ValueError
@@ -207,8 +202,6 @@ def _parse(annotation, text):
     origin, inner = get_origin(annotation), get_args(annotation)
     if _is_optional(annotation):
         return None if text == "none" else _parse(inner[0], text)
-    if origin is Annotated:
-        return _parse(inner[0], text)
     if origin is Literal:
         return text
     if origin is tuple:
@@ -224,8 +217,6 @@ def _describe(annotation):
     origin, inner = get_origin(annotation), get_args(annotation)
     if _is_optional(annotation):
         return f"{_describe(inner[0])} or None"
-    if origin is Annotated:
-        return _describe(inner[0])
     if origin is Literal:
         return _choices(annotation)
     if origin is tuple:
