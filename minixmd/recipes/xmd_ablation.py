@@ -4,8 +4,7 @@
 
 Data and checkpoints as in xmd_audio. One CUDA GPU; the paper had an L40 of 48 GB. Not measured by anybody yet. By
 arithmetic, on an H100 at 40 % of its peak: seven distillations beside xmd_audio's, 2 hours each, and 1 hour each to
-evaluate. The paper, analysis and test: KL 92.1, 88.7; KL + labels 92.3, 88.9; ground truth 96.4, 92.8; the default
-92.6, 89.4; without the anti-forgetting loss 92.5, 89.1.
+evaluate.
 """
 from minixmd.recipe_parts.xmd import TITLES, vggsound
 
