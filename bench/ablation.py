@@ -7,14 +7,12 @@ Clips of all seeds count alike. An interval (95 %) is Wilson's for a share and N
 questions (minixmd/tasks/statistics.py). It covers the choice of clips, not of seeds: the JSON has each seed's figures.
 Exit status 1 when a claim does not hold. The last line of stdout is JSON.
 """
-import argparse
-import json
 import sys
-from pathlib import Path
 
+from bench.claims import judge_runs
 from minixmd.inputs.examples import read_manifest
 from minixmd.recipe_parts.xmd import ABLATION
-from minixmd.runs.files import read_json, write_json
+from minixmd.runs.files import read_json
 from minixmd.runs.records import read_jsonl
 from minixmd.tasks.statistics import compare, summary
 
@@ -133,17 +131,7 @@ def print_results(results):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args(argv)
-    results = gather(args.runs)
-    results["claims"] = check_claims(results)
-    print_results(results)
-    if args.out:
-        write_json(args.out, results)
-    print(json.dumps({"claims": results["claims"]}))
-    return 0 if all(results["claims"].values()) else 1
+    return judge_runs(argv, __doc__, gather, check_claims, print_results)
 
 
 if __name__ == "__main__":

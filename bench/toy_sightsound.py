@@ -9,23 +9,21 @@ clips, not of seeds: the JSON has each seed's figures. SFT learns from traces of
 letters on all 2,400; a row has GRPO on the 72 alone. A trace is false if it names another sound than the world put into
 its clip. Exit status 1 when a claim does not hold. The last line is JSON.
 """
-import argparse
-import json
 import math
 import re
 import sys
 from functools import cache
-from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 
+from bench.claims import judge_runs
 from minixmd import load
 from minixmd.config import FactCheck
 from minixmd.inputs.examples import read_manifest
 from minixmd.recipe_parts.sightsound import CONTROLS, LADDER
 from minixmd.recipes.toy_sightsound_ablation import MODES
-from minixmd.runs.files import read_json, write_json
+from minixmd.runs.files import read_json
 from minixmd.runs.records import read_jsonl
 from minixmd.runs.seeds import hash_seed
 from minixmd.stages import verifier
@@ -244,17 +242,7 @@ def print_results(results):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args(argv)
-    results = gather(args.runs)
-    results["claims"] = check_claims(results)
-    print_results(results)
-    if args.out:
-        write_json(args.out, results)
-    print(json.dumps({"claims": results["claims"]}))
-    return 0 if all(results["claims"].values()) else 1
+    return judge_runs(argv, __doc__, gather, check_claims, print_results)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """Attention over packed rows: one scaled-dot-product call a run of like segments, so that no N x N mask exists."""
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ def packed_attention(q_NHK, k_NJK, v_NJK, segments, causal=True):
     """
     runs = [list(run) for _, run in groupby(segments, key=lambda s: (s.length, s.parent))]  # each is one batched call
     q_runs, k_runs, v_runs = (_split(x, runs) for x in (q_NHK, k_NJK, v_NJK))
-    keys, values = ([x_HTK for run in x_runs for x_HTK in run] for x_runs in (k_runs, v_runs))  # of each segment
+    keys = list(chain.from_iterable(k_runs))  # of each segment
+    values = list(chain.from_iterable(v_runs))
     outputs = []
     for run, q, k, v in zip(runs, q_runs, k_runs, v_runs, strict=True):
         mask_TS, parent = None, run[0].parent

@@ -95,8 +95,9 @@ def fingerprint(path):
     path = Path(path)
     if path.is_dir():
         digest = hashlib.sha256()
-        for part in sorted(part for part in path.rglob("*") if part.is_file() and not part.name.startswith(".")):
-            digest.update(f"{part.relative_to(path).as_posix()}\n{fingerprint(part)}\n".encode())
+        for part in sorted(path.rglob("*")):
+            if part.is_file() and not part.name.startswith("."):
+                digest.update(f"{part.relative_to(path).as_posix()}\n{fingerprint(part)}\n".encode())
         return digest.hexdigest()
     try:
         size = path.stat().st_size
