@@ -21,7 +21,7 @@ from minixmd.kernels.logprob import logits_grad, row_stats
 
 CASES = [  # model, sequences, rows in each, V, dtypes of the logits and of the gradient; torch.compile in the last only
     ("Qwen2-VL-7B, logits kept", 8, 512, 152_064, "bfloat16", "bfloat16"),  # as TRL's GRPO holds them
-    ("Qwen2-VL-7B, chunk of the head", 4, 256, 152_064, "float32", "bfloat16"),  # minixmd/learning/head.py
+    ("Qwen2-VL-7B, chunk of the head", 4, 256, 152_064, "float32", "bfloat16"),  # minixmd/models/head.py
     ("Qwen2-Audio-7B, chunk of the head", 4, 256, 156_032, "float32", "bfloat16"),
 ]
 SMALL = [("small", 2, 4, 4_099, "float32", "bfloat16")]

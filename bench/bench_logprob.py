@@ -15,7 +15,7 @@ from minixmd.kernels.logprob import logits_grad, row_stats, token_logprob_ref
 
 CASES = [  # model, N, V, dtypes of the logits and of the gradient; torch.compile, which takes long, in the last only
     ("Qwen2-VL-7B, logits kept", 4096, 152_064, "bfloat16", "bfloat16"),  # as TRL's GRPO holds them
-    ("Qwen2-VL-7B, chunk of the head", 1024, 152_064, "float32", "bfloat16"),  # minixmd/learning/head.py
+    ("Qwen2-VL-7B, chunk of the head", 1024, 152_064, "float32", "bfloat16"),  # minixmd/models/head.py
     ("Qwen2-Audio-7B, chunk of the head", 1024, 156_032, "float32", "bfloat16"),
 ]
 SMALL = [("small", 6, 4_099, "float32", "bfloat16")]

@@ -27,7 +27,7 @@ from minixmd.runs.files import read_json
 from minixmd.runs.records import read_jsonl
 from minixmd.runs.seeds import hash_seed
 from minixmd.stages import verifier
-from minixmd.stages.switch import load_logmel
+from minixmd.stages.cnn14_training import load_logmel
 from minixmd.tasks.answers import thoughts
 from minixmd.tasks.rewards import REWARDS
 from minixmd.tasks.statistics import compare, summary
@@ -64,7 +64,7 @@ def read_answers(run, stage):
     records = []
     for record in read_jsonl(run / stage / "answers.jsonl"):
         example = examples[record["id"]]
-        reward = sum(reward(record["text"], example.options, example.answer) for reward in REWARDS.values())
+        reward = sum(reward(record["text"], example, example.answer) for reward in REWARDS.values())
         records.append({**record, "id": f"{run.name}/{record['id']}", "reward": reward})
     return records
 

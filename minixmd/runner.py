@@ -105,8 +105,9 @@ def with_paths(stage, config):
         name = field.partition(".")[0]  # a table's fields read "tables.row.column"
         value = getattr(stage, name)
         if isinstance(value, dict):
-            changes[name] = {row: {column: path(cell) for column, cell in cells.items()}
-                             for row, cells in value.items()}
+            changes[name] = {}
+            for row, cells in value.items():
+                changes[name][row] = {column: path(cell) for column, cell in cells.items()}
         else:
             changes[name] = path(value)
     return replace(stage, **changes)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from minixmd import generate, load, pack
 from minixmd.config import GRPO, SFT, Distill
-from minixmd.inputs.examples import read_shown
+from minixmd.inputs.examples import check_answers, read_examples
 from minixmd.inputs.prompts import build_prompt, check_length, prefetch
 from minixmd.inputs.tokenizer import common_vocab_size
 from minixmd.kernels.grpo import ClipConfig
@@ -45,11 +45,9 @@ MAX_START_KL = 1e-6  # to the reference, before the first update
 
 def train(stage, folder, log):
     """Runs a Distill, SFT or GRPO stage. Writes best/ (an adapter, or a whole model) and log.jsonl."""
-    examples = read_shown(stage.name, stage.manifest, stage.media)
-    validation = read_shown(stage.name, stage.val_manifest, stage.media) if stage.val_manifest else []
-    for example in validation:
-        if example.answer is None:
-            raise ValueError(f"{stage.val_manifest}: example {example.id!r} has no answer to validate against")
+    examples = read_examples(stage.name, stage.manifest, stage.media)
+    validation = read_examples(stage.name, stage.val_manifest, stage.media) if stage.val_manifest else []
+    check_answers(validation, stage.val_manifest, "validate against")
     items, counts = resolve_targets(stage, examples)
     trainer = Trainer(stage, len(items), folder, log)
     trainer.resume()
@@ -97,8 +95,7 @@ class Trainer:
             self.reference = frozen_copy(self.model) if stage.beta else None
 
     def load_model(self, load):
-        runtime = runtime_of(self.stage)
-        return load(self.stage.model, device=runtime.device, dtype=runtime.dtype, backend=runtime.backend)
+        return load(self.stage.model, **vars(runtime_of(self.stage)))
 
     def distilled_vocabulary(self):
         """How many ids student and teacher share, and the suppressed ids, which the KL leaves out."""
@@ -188,8 +185,7 @@ class Trainer:
     def update(self, loss):
         """Clips the gradients, takes an optimizer step and drops them. Returns the gradient norm and the learning rate.
 
-        Raises:
-            ValueError: the loss or the gradient's norm is not finite; no weight is changed.
+        Raises ValueError, and changes no weight, where the loss or the gradient's norm is not finite.
         """
         stage = self.stage
         if not math.isfinite(loss):
@@ -206,7 +202,6 @@ class Trainer:
         return {"lr": lr, "grad_norm": grad_norm}
 
     def micro_batches(self, items):
-        """A step's items in runs of micro_batch_size."""
         size = self.stage.micro_batch_size
         return [items[start:start + size] for start in range(0, len(items), size)]
 
@@ -264,7 +259,7 @@ class Trainer:
             hidden_ND = self.model(batch)
             topk = {}  # number of a clip in the micro-batch, which is its segment's -> the teacher's best ids
             for i, (_, item) in enumerate(part):
-                if item.teacher_topk is not None:
+                if item.source == "teacher" and self.stage.teacher_loss != "ce":
                     topk[i] = item.teacher_topk
             losses = []
             learnt_T = torch.ones_like(batch.target_id_T, dtype=torch.bool)
@@ -358,7 +353,6 @@ class Trainer:
         return metrics | {"tokens": count_tokens(samples) + new_tokens}
 
     def policy_update(self, rollout):
-        """One optimizer step on a rollout."""
         loss, columns = self.policy_gradient(rollout)
         if self.reference is not None and not any(self.optimizer.state.values()):
             self.check_reference(rollout)  # no update yet, in this process or an earlier one
@@ -461,7 +455,6 @@ class Trainer:
         tqdm.write(f"{stage.name}: step {self.step}, validation accuracy {100 * accuracy:.1f} %")
 
     def save(self):
-        """Replaces the resumable state."""
         progress = {"step": self.step, "best": self.best_accuracy, "bad": self.num_bad}
         checkpoint.save(self.folder, self.parameters, self.optimizer, progress)
 
@@ -482,12 +475,10 @@ class Trainer:
 
 
 def count_tokens(samples):
-    """Tokens of the Prompts of [(Prompt, Item)]."""
     return sum(len(prompt) for prompt, _ in samples)
 
 
 def count_targets(samples):
-    """Tokens that are learnt."""
     return sum(int(prompt.target_N.sum()) for prompt, _ in samples)
 
 

@@ -1,4 +1,4 @@
-"""learning/benchmarks.py: how a written answer is scored on AVQA, MMAU and MUSIC-AVQA."""
+"""tasks/benchmarks.py: how a written answer is scored on AVQA, MMAU and MUSIC-AVQA."""
 import json
 from pathlib import Path
 from string import ascii_uppercase

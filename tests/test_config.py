@@ -111,6 +111,15 @@ def test_a_field_of_older_configs_is_answered_with_its_new_name(write, cls, base
         f"config: no stage has a field {old!r}; it is now called {new!r}")
 
 
+def test_what_older_configs_import_and_an_objective_are_answered_with_what_to_write_now(write):
+    path = write("from minixmd.xmd import vggsound\nstages = []")
+    assert message(load_config, path) == f"config: {path}:2: module minixmd.xmd is now minixmd.recipe_parts.xmd"
+    said = "has no field 'objective'; the class says it: Distill, SFT or GRPO"
+    assert message(SFT, **TRAIN, objective="sft") == f"config: sft {TRAIN['name']!r} {said}"
+    path = write(f"stages = [SFT(**{TRAIN})]")
+    assert message(load_config, path, ["objective=grpo"]).endswith("; the class says it: Distill, SFT or GRPO")
+
+
 @pytest.mark.parametrize("objective, now", [("distill", "Distill"), ("sft", "SFT"), ("grpo", "GRPO"),
                                             ("sfd", "Distill, SFT or GRPO"), (None, "Distill, SFT or GRPO")])
 def test_the_stage_that_was_all_three_is_answered_with_the_class_of_its_objective(write, objective, now):

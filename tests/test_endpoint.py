@@ -229,12 +229,11 @@ def test_without_a_key_the_token_for_the_hub_is_not_sent(path, monkeypatch):
 
 
 def test_the_key_comes_from_the_variable_that_the_stage_names():
-    one = stage("http://localhost", api_key_env="MINE")
-    assert key_from({"MINE": f" {KEY}\n", "OPENAI_API_KEY": "other"}, one) == KEY
-    assert key_from({"OPENAI_API_KEY": KEY}, one) is None and key_from({"MINE": ""}, one) is None
+    assert key_from({"MINE": f" {KEY}\n", "OPENAI_API_KEY": "other"}, "MINE", "s") == KEY
+    assert key_from({"OPENAI_API_KEY": KEY}, "MINE", "s") is None and key_from({"MINE": ""}, "MINE", "s") is None
     for bad in (f"{KEY}\n{KEY}", f"“{KEY}”"):
         with pytest.raises(ValueError, match="MINE") as caught:
-            key_from({"MINE": bad}, one)
+            key_from({"MINE": bad}, "MINE", "s")
         assert KEY not in str(caught.value)
 
 

@@ -12,8 +12,8 @@ from minixmd.inputs.examples import read_manifest
 from minixmd.models.whisper import Whisper
 from minixmd.runs.records import read_jsonl
 from minixmd.stages import factcheck
-from minixmd.stages import verifier as small
-from minixmd.stages.switch import load_logmel
+from minixmd.stages import verifier as verifiers
+from minixmd.stages.cnn14_training import load_logmel
 from minixmd.tasks.answers import thoughts
 from minixmd.tasks.yes_no import agreement, auc
 
@@ -161,12 +161,12 @@ def test_a_threshold_is_moved_without_asking_again(world, judged, tmp_path, monk
 
 @pytest.mark.parametrize("checker", ["verdicts", "verifier"])
 @pytest.mark.parametrize("change, says", [
-    (dict(sample=None), "record 2 needs 'sample', int, got None"),
-    (dict(sample=[1]), r"record 2 needs 'sample', int, got \[1\]"),
-    (dict(id=7), "record 2 needs 'id', str, got 7"),
-    (dict(score=None), "record 2 needs 'score', float or int, got None"),
-    (dict(score="yes"), "record 2 needs 'score', float or int, got 'yes'"),
-    (dict(bad="missing"), "record 2 needs 'detail', str, got None"),
+    (dict(sample=None), "record 2 needs 'sample', an int, got None"),
+    (dict(sample=[1]), r"record 2 needs 'sample', an int, got \[1\]"),
+    (dict(id=7), "record 2 needs 'id', a string, got 7"),
+    (dict(score=None), "record 2 needs 'score', a float or an int, got None"),
+    (dict(score="yes"), "record 2 needs 'score', a float or an int, got 'yes'"),
+    (dict(bad="missing"), "record 2 needs 'detail', a string, got None"),
     (7, "must be a JSON object, got int"),
     ([], "must be a JSON object, got list"),
 ])
@@ -187,7 +187,7 @@ def test_a_verifier_needs_to_know_what_was_accepted_other_thresholds_do_not(worl
     (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     same = dict(trace_filter="all", verdicts=str(tmp_path / "v.jsonl"))
     assert run(stage_of(world, **same, model=None, checker="verdicts"), tmp_path / "run")["traces"] == judged["traces"]
-    with pytest.raises(ValueError, match="record 1 needs 'accepted', bool, got None"):
+    with pytest.raises(ValueError, match="record 1 needs 'accepted', true or false, got None"):
         run(stage_of(world, **same, **SMALL), tmp_path / "other")
 
 
@@ -215,7 +215,7 @@ def test_clips_and_traces_that_cannot_be_judged_are_counted(world, tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda t: t[3].pop("text"), "trace 4 needs 'text', str, got None"),
+    (lambda t: t[3].pop("text"), "trace 4 needs 'text', a string, got None"),
     (lambda t: t[3].update(id="nobody"), "trace 4 is of 'nobody', which is not in"),
     (lambda t: t[4].update(sample=0), "sample 0 of 'clip1' stands twice"),
     (lambda t: t[4].update(sample=[1]), r"trace 5: 'sample' must be an int, got \[1\]"),
@@ -263,7 +263,7 @@ def trained(world, tmp_path_factory):
 def briefly_trained(world, tmp_path_factory):
     """The same after an epoch, when all scores are much alike; this calibration spreads them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small, "platt", lambda score_B, truth_B: (1000.0, 0.25))
+        patch.setattr(verifiers, "platt", lambda score_B, truth_B: (1000.0, 0.25))
         return trained_on_the_truth(world, tmp_path_factory.mktemp("verifier"), epochs=1)
 
 
@@ -283,29 +283,29 @@ def test_the_words_alone_tell_the_verifier_nothing(world, trained):
     """Of other clips' sound: every trace with the clip after the next, which is of the third class."""
     stage, folder, _ = trained
     model, processor = minixmd.load(world / "ears")
-    verifier = small.load_verifier(folder / "run" / "verifier.safetensors", 32, stage.width)
+    verifier = verifiers.load_verifier(folder / "run" / "verifier.safetensors", 32, stage.width)
     traces, examples = read_jsonl(world / "traces.jsonl"), read_manifest(stage.manifest)
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(48, generator=generator).tolist()
     audio = [examples[order[int(t["id"].removeprefix("clip"))]].audio for t in traces]
-    text_BD = small.trace_vectors(model, processor, [thoughts(t["text"]) for t in traces], 8192)
-    pairs = [small.Pair(load_logmel(path, stage.clip_s), text_D, "")
+    text_BD = verifiers.trace_vectors(model, processor, [thoughts(t["text"]) for t in traces], 8192)
+    pairs = [verifiers.Pair(load_logmel(path, stage.clip_s), text_D, "")
              for path, text_D in zip(audio, text_BD, strict=True)]
-    found = small.scores(verifier, pairs, 16)
+    found = verifiers.score_pairs(verifier, pairs, 16)
     assert auc(found, [truth(t) for t in traces]) < 0.65
 
 
 def test_a_score_of_the_verifier_is_that_of_the_traces_own_clip_and_thoughts(world, briefly_trained):
     stage, folder, found = briefly_trained
     model, processor = minixmd.load(world / "ears")
-    verifier = small.load_verifier(folder / "run" / "verifier.safetensors", 32, stage.width).eval()
+    verifier = verifiers.load_verifier(folder / "run" / "verifier.safetensors", 32, stage.width).eval()
     assert (verifier.scale, verifier.offset) == (1000, 0.25)
     examples = {e.id: e for e in read_manifest(stage.manifest)}
     traces = read_jsonl(world / "traces.jsonl")
     assert keys(found["verdicts"]) == keys(traces)
     for trace, verdict in list(zip(traces, found["verdicts"], strict=True))[::7]:
         logmel_AM = load_logmel(examples[trace["id"]].audio, stage.clip_s)
-        text_BD = small.trace_vectors(model, processor, [thoughts(trace["text"])], 8192)
+        text_BD = verifiers.trace_vectors(model, processor, [thoughts(trace["text"])], 8192)
         with torch.no_grad():
             assert verdict["score"] == pytest.approx(verifier(logmel_AM[None], text_BD).item(), abs=1e-3)
     assert len({verdict["score"] for verdict in found["verdicts"]}) > 90
@@ -315,13 +315,13 @@ def test_a_verifier_that_is_trained_is_not_trained_again(briefly_trained, tmp_pa
     stage, folder, found = briefly_trained
     for shard in (folder / "run" / "shards").iterdir():
         shard.unlink()
-    monkeypatch.setattr(small, "fit", None)
+    monkeypatch.setattr(factcheck, "fit_verifier", None)
     assert run(stage, folder / "run") == found
 
 
 def test_the_same_seed_trains_the_same_verifier(briefly_trained, tmp_path, monkeypatch):
     stage, _, found = briefly_trained
-    monkeypatch.setattr(small, "platt", lambda score_B, truth_B: (1000.0, 0.25))
+    monkeypatch.setattr(verifiers, "platt", lambda score_B, truth_B: (1000.0, 0.25))
     assert run(stage, tmp_path / "run")["verdicts"] == found["verdicts"]
 
 
@@ -338,12 +338,12 @@ def test_a_verifier_needs_verdicts_of_both_kinds_on_its_traces(world, briefly_tr
 
 @pytest.mark.parametrize("options, mismatches", [("ddcd", [2, 2, 3, 2]), ("abcd", [1, 2, 3, 0]), ("dddd", [])])
 def test_the_loss_sets_each_clip_beside_the_next_trace_with_another_answer_as_false(monkeypatch, options, mismatches):
-    monkeypatch.setattr(small, "spec_augment", lambda x_B1AM, noise: x_B1AM)
+    monkeypatch.setattr(verifiers, "spec_augment", lambda x_B1AM, noise: x_B1AM)
     cnn = torch.nn.Module()  # whose output is the frames
     cnn.normalise, cnn.embed, cnn.fc_audioset = (lambda x: x[:, None]), (lambda x, noise: x.flatten(1)), lambda x: x
-    verifier = small.Verifier(cnn, 5).eval()
+    verifier = verifiers.Verifier(cnn, 5).eval()
     verifier.std_D.fill_(2.0)
-    pairs = [small.Pair(torch.randn(2, small.WIDTH // 2), torch.randn(5), option, accepted)
+    pairs = [verifiers.Pair(torch.randn(2, verifiers.WIDTH // 2), torch.randn(5), option, accepted)
              for option, accepted in zip(options, (True, False, False, True), strict=True)]
 
     def score(i, j):
@@ -351,22 +351,22 @@ def test_the_loss_sets_each_clip_beside_the_next_trace_with_another_answer_as_fa
 
     terms = [score(i, i).sigmoid() if pairs[i].accepted else 1 - score(i, i).sigmoid() for i in range(4)]
     terms += [1 - score(i, j).sigmoid() for i, j in enumerate(mismatches)]
-    loss = small.batch_loss(verifier, pairs, torch.Generator())
+    loss = verifiers.batch_loss(verifier, pairs, torch.Generator())
     assert loss.item() == pytest.approx(-torch.stack(terms).log().mean().item(), rel=1e-5)
 
 
 def test_a_text_is_read_as_the_mean_of_its_hidden_states(world):
     model, processor = minixmd.load(world / "ears")
     texts = ["I hear dog.", "owl", "I hear dog.", "cat cat cat"]
-    text_BD = small.trace_vectors(model, processor, texts, 5)
+    text_BD = verifiers.trace_vectors(model, processor, texts, 5)
     assert torch.equal(text_BD[0], text_BD[2]) and text_BD.shape == (4, 32)
     ids = torch.tensor(processor.encode(texts[3]))
     prompt = minixmd.Prompt(ids, torch.arange(len(ids)).expand(3, -1))
     with torch.no_grad():
         assert torch.allclose(text_BD[3], model(pack([prompt])).mean(0), atol=1e-5)
-    assert small.trace_vectors(model, processor, [], 5).shape == (0, 32)  # every clip of a shard may be bad
+    assert verifiers.trace_vectors(model, processor, [], 5).shape == (0, 32)  # every clip of a shard may be bad
     with pytest.raises(ValueError, match="a trace of 0 tokens"):
-        small.trace_vectors(model, processor, [""], 5)
+        verifiers.trace_vectors(model, processor, [""], 5)
 
 
 def test_the_area_under_roc_by_hand():
@@ -385,5 +385,5 @@ def test_platt_scaling_makes_scores_the_log_odds_of_the_truth():
     generator = torch.Generator().manual_seed(0)
     score_B = 3 * torch.randn(20_000, generator=generator)
     truth_B = (torch.rand(20_000, generator=generator) < torch.sigmoid(0.5 * score_B - 1)).float()
-    scale, offset = small.platt(score_B, truth_B)
+    scale, offset = verifiers.platt(score_B, truth_B)
     assert scale == pytest.approx(0.5, abs=0.02) and offset == pytest.approx(-1, abs=0.05)

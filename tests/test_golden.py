@@ -1,13 +1,12 @@
 """The numbers of golden.py on this machine: ids and counts exactly, figures to 1e-4 (machines round differently).
 
-Seen between two kinds of CPU: 1e-6, and of the switch, whose batch norms see eight clips, 1.2e-3.
+Seen between two kinds of CPU: 1e-6, and of the switch, whose batch norms see a few clips, 1.2e-3.
 """
 import json
 import math
 
 import golden
 import torch
-
 
 TOLERANCE = {"switch": 1e-2}
 

@@ -298,7 +298,7 @@ def test_the_reference_copies_what_trains_and_shares_the_rest_by_name(kind, tie)
     model.set_trainable("decoder")
     reference = check_copy(model, copies=lambda name: name.startswith(("model.", "lm_head.")))
     assert (reference.lm_head.weight is reference.model.embed_tokens.weight) == tie
-    model.set_trainable("none")
+    model.requires_grad_(False)
     frozen = check_copy(model, copies=lambda name: False)
     assert frozen.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
     with torch.no_grad():
@@ -331,7 +331,7 @@ def world(tmp_path_factory):
     return folder
 
 
-def lowercase(text, options, right):
+def lowercase(text, example, right):
     """A reward that a random model earns in part: a share of small letters."""
     return sum("a" <= letter <= "z" for letter in text) / max(1, len(text))
 

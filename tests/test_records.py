@@ -42,24 +42,26 @@ NO_ANSWER = "file:2: not an answer of an endpoint: it needs "
         ("{", "file:2: not JSON: Expecting property name enclosed in double quotes"),
         ("[1]", "file:2: must be a JSON object, got list"), ("7", "file:2: must be a JSON object, got int"),
         ("null", "file:2: must be a JSON object, got NoneType"))),
-    (read_by_id, LABEL, {"option": "dog"}, "file:2: needs 'id', str, got None"),
-    (read_by_id, LABEL, {"id": 7}, "file:2: needs 'id', str, got 7"),
-    (read_traces, TRACE, {"text": "x"}, "file: trace 2 needs 'id', str, got None"),
-    (read_traces, TRACE, {"id": "b"}, "file: trace 2 needs 'text', str, got None"),
-    (read_traces, TRACE, {"id": "b", "text": ["x"]}, "file: trace 2 needs 'text', str, got ['x']"),
-    (read_verdicts, VERDICT, {"sample": 0, "score": 1.0}, NOT_VERDICTS + "'id', str, got None"),
-    (read_verdicts, VERDICT, {"id": "b", "score": 1.0}, NOT_VERDICTS + "'sample', int, got None"),
-    (read_verdicts, VERDICT, {"id": "b", "sample": True, "score": 1.0}, NOT_VERDICTS + "'sample', int, got True"),
-    (read_verdicts, VERDICT, {"id": "b", "sample": 0}, NOT_VERDICTS + "'score', float or int, got None"),
-    (read_verdicts, VERDICT, {"id": "b", "sample": 0, "score": "1"}, NOT_VERDICTS + "'score', float or int, got '1'"),
-    (read_verdicts, VERDICT, {"id": "b", "sample": 0, "bad": 1}, NOT_VERDICTS + "'bad', str, got 1"),
-    (read_verdicts, VERDICT, {"id": "b", "sample": 0, "bad": "x"}, NOT_VERDICTS + "'detail', str, got None"),
-    (read_accepted, VERDICT, {"id": "b", "sample": 0, "score": 1.0}, NOT_VERDICTS + "'accepted', bool, got None"),
+    (read_by_id, LABEL, {"option": "dog"}, "file:2: needs 'id', a string, got None"),
+    (read_by_id, LABEL, {"id": 7}, "file:2: needs 'id', a string, got 7"),
+    (read_traces, TRACE, {"text": "x"}, "file: trace 2 needs 'id', a string, got None"),
+    (read_traces, TRACE, {"id": "b"}, "file: trace 2 needs 'text', a string, got None"),
+    (read_traces, TRACE, {"id": "b", "text": ["x"]}, "file: trace 2 needs 'text', a string, got ['x']"),
+    (read_verdicts, VERDICT, {"sample": 0, "score": 1.0}, NOT_VERDICTS + "'id', a string, got None"),
+    (read_verdicts, VERDICT, {"id": "b", "score": 1.0}, NOT_VERDICTS + "'sample', an int, got None"),
+    (read_verdicts, VERDICT, {"id": "b", "sample": True, "score": 1.0}, NOT_VERDICTS + "'sample', an int, got True"),
+    (read_verdicts, VERDICT, {"id": "b", "sample": 0}, NOT_VERDICTS + "'score', a float or an int, got None"),
+    (read_verdicts, VERDICT, {"id": "b", "sample": 0, "score": "1"},
+     NOT_VERDICTS + "'score', a float or an int, got '1'"),
+    (read_verdicts, VERDICT, {"id": "b", "sample": 0, "bad": 1}, NOT_VERDICTS + "'bad', a string, got 1"),
+    (read_verdicts, VERDICT, {"id": "b", "sample": 0, "bad": "x"}, NOT_VERDICTS + "'detail', a string, got None"),
+    (read_accepted, VERDICT, {"id": "b", "sample": 0, "score": 1.0},
+     NOT_VERDICTS + "'accepted', true or false, got None"),
     (read_accepted, VERDICT, {"id": "b", "sample": 0, "score": 1, "accepted": 1},
-     NOT_VERDICTS + "'accepted', bool, got 1"),
-    (read_endpoint_answers, ANSWER, {"text": "A", "finished": True}, NO_ANSWER + "'key', str, got None"),
-    (read_endpoint_answers, ANSWER, {"key": "l", "finished": True}, NO_ANSWER + "'text', str, got None"),
-    (read_endpoint_answers, ANSWER, {"key": "l", "text": "A"}, NO_ANSWER + "'finished', bool, got None"),
+     NOT_VERDICTS + "'accepted', true or false, got 1"),
+    (read_endpoint_answers, ANSWER, {"text": "A", "finished": True}, NO_ANSWER + "'key', a string, got None"),
+    (read_endpoint_answers, ANSWER, {"key": "l", "finished": True}, NO_ANSWER + "'text', a string, got None"),
+    (read_endpoint_answers, ANSWER, {"key": "l", "text": "A"}, NO_ANSWER + "'finished', true or false, got None"),
     (read_endpoint_answers, ANSWER, ANSWER, "file:2: 'k' is answered for the second time"),
 ])
 def test_a_reader_names_the_file_the_line_and_the_field(tmp_path, reader, good, second, said):
@@ -111,9 +113,9 @@ def test_bad_clips_are_counted_by_reason_the_most_frequent_first():
     bad = [bad_record(SimpleNamespace(id=str(i)), MediaError("x.wav", reason))
            for i, reason in enumerate(["short", "missing", "missing"])]
     assert bad[0] == {"id": "0", "bad": "short", "detail": str(MediaError("x.wav", "short"))}
-    found = count_bad([*bad, LABEL], SimpleNamespace(name="own", max_bad=0.75))
+    found = count_bad([*bad, LABEL], "own", 0.75)
     assert found == {"missing": 2, "short": 1} and list(found) == ["missing", "short"]
-    assert count_bad([LABEL], SimpleNamespace(name="own", max_bad=0.0)) == {}
+    assert count_bad([LABEL], "own", 0.0) == {}
 
 
 @pytest.mark.parametrize("good, max_bad, says", [(1, 0.5, "own: 2 of 3 clips are bad"),
@@ -121,7 +123,7 @@ def test_bad_clips_are_counted_by_reason_the_most_frequent_first():
 def test_too_many_bad_clips_or_none_but_bad_ones_are_refused_with_the_first(good, max_bad, says):
     bad = [{"id": "a", "bad": "missing", "detail": "a.wav: missing"}, {"id": "b", "bad": "short", "detail": "b.wav"}]
     with pytest.raises(ValueError, match=says) as caught:
-        count_bad([LABEL] * good + bad, SimpleNamespace(name="own", max_bad=max_bad))
+        count_bad([LABEL] * good + bad, "own", max_bad)
     assert str(caught.value).endswith(f"with max_bad {max_bad}; the first: a.wav: missing")
 
 

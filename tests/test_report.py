@@ -316,7 +316,7 @@ def test_the_switch_is_tallied_against_the_true_class(world, whole, tmp_path):
     (path.parent / "results.json").write_text(json.dumps(left))
     found, html = made(stage, tmp_path / "r")
     assert found["switch"]["tallies"] == left and "77.5 % of 40" in html.text
-    assert "always the commoner one: 55.0 %" in html.text
+    assert "always the more frequent answer: 55.0 %" in html.text
     assert html.tables[-1][1:] == [["the teacher is not better, by the class", "1,111", "4"],
                                    ["the teacher is better, by the class", "5", "6"]]
     write_lines(path, [dict(line, oracle=0.0) for line in lines] + [dict(id="c", p_teacher=0.9)])
@@ -537,8 +537,8 @@ def test_every_figure_of_the_paper_is_the_papers(whole):
         assert html.table([row[0] for row in rows])[1:] == rows
         assert all(re.search(r"\| " + r" +\| ".join(map(re.escape, row)) + r" +\|", marked) for row in rows)
     for said in ("equal in 1 and worse in 2 (in the paper, on VGGSound: better in 226 of 286)",
-                 "Right by the table of classes for 80.0 % of 10 (95 % interval 49.0–94.3); always the commoner one: "
-                 "70.0 %; the paper's, on VGGSound: 89.1 %.", "5 of 10 clips go to the teacher.",
+                 "Right by the table of classes for 80.0 % of 10 (95 % interval 49.0–94.3); always the more frequent "
+                 "answer: 70.0 %; the paper's, on VGGSound: 89.1 %.", "5 of 10 clips go to the teacher.",
                  "Nothing here was measured by this run."):
         assert said in text and said in marked
     assert found["paper"]["switch"] == {"validation": 88.8, "training": 89.1}

@@ -1,15 +1,18 @@
 """Rewards: what earns and what does not, by hand; that nothing a model can write stops them; and advantages by hand."""
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
+from minixmd.inputs.examples import Example
 from minixmd.learning.policy import advantages, no_variance
 from minixmd.tasks.answers import parse_answer
 from minixmd.tasks.rewards import REWARDS, accuracy_reward, format_reward
 
 OPTIONS = ("dog barking", "cat", "playing the violin, fiddle", "C#", "+", "cat food", "Church bell", "B")
 RIGHT = 1  # index of the right option
+EXAMPLE = Example("a", "a.wav", None, "?", OPTIONS)
 
 
 @pytest.mark.parametrize("text, right", [
@@ -36,7 +39,7 @@ RIGHT = 1  # index of the right option
     ("<THINK>x</THINK><ANSWER>B</ANSWER>", False),
 ])
 def test_the_form_is_one_think_then_one_answer_and_nothing_else(text, right):
-    assert format_reward(text, OPTIONS, RIGHT) == float(right)
+    assert format_reward(text, EXAMPLE, RIGHT) == float(right)
 
 
 @pytest.mark.parametrize("answer, index", [
@@ -56,7 +59,7 @@ def test_several_answers_and_none_are_no_answer():
     for text in ("B", "cat", "<answer>B", "B</answer>", "<answer>B</answer><answer>B</answer>",
                  "<answer>A</answer><answer>B</answer>", "<answer><answer>B</answer>", "<answer>B<think></answer>",
                  "<think>or <answer>A</answer></think><answer>B</answer>"):
-        assert parse_answer(text, OPTIONS) is None and accuracy_reward(text, OPTIONS, RIGHT) == 0
+        assert parse_answer(text, OPTIONS) is None and accuracy_reward(text, EXAMPLE, RIGHT) == 0
 
 
 def test_two_options_of_the_same_words_are_told_apart_by_letter_only():
@@ -69,7 +72,7 @@ def test_the_two_rewards_are_independent_and_sum_to_0_1_or_2():
     think = "<think>x</think>"
     cases = {f"{think}<answer>B</answer>": 2, f"{think}<answer>A</answer>": 1, "So <answer>cat</answer>.": 1,
              "It is a cat": 0, f"{think}<answer></answer>": 1}
-    assert {text: sum(reward(text, OPTIONS, RIGHT) for reward in REWARDS.values()) for text in cases} == cases
+    assert {text: sum(reward(text, EXAMPLE, RIGHT) for reward in REWARDS.values()) for text in cases} == cases
 
 
 def test_nothing_that_a_model_writes_stops_them():
@@ -81,7 +84,7 @@ def test_nothing_that_a_model_writes_stops_them():
         options = tuple("".join(rng.choices(pieces, k=rng.randrange(4))) for _ in range(rng.randrange(2, 27)))
         for case in (text, f"<think>{text}</think><answer>{text}</answer>"):
             for reward in REWARDS.values():
-                assert reward(case, options, rng.randrange(len(options))) in (0.0, 1.0)
+                assert reward(case, replace(EXAMPLE, options=options), rng.randrange(len(options))) in (0.0, 1.0)
             assert parse_answer(case, options) in (None, *range(len(options)))
 
 
@@ -89,7 +92,7 @@ def test_nothing_that_a_model_writes_stops_them():
 def test_a_text_of_a_million_letters_takes_no_time(piece):
     text = piece * (1_000_000 // len(piece))
     for case in (text, "<think>" + text, f"<answer>{text}"):
-        assert sum(reward(case, OPTIONS, RIGHT) for reward in REWARDS.values()) == 0
+        assert sum(reward(case, EXAMPLE, RIGHT) for reward in REWARDS.values()) == 0
 
 
 def test_advantages_by_hand():

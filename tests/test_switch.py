@@ -26,7 +26,7 @@ from minixmd.models.cnn14 import make_cnn14
 from minixmd.runs import distributed
 from minixmd.runs.records import append_jsonl
 from minixmd.stages import switch
-from minixmd.stages.small_networks import train_epochs
+from minixmd.stages.cnn14_training import load_logmel, load_logmels, train_epochs
 from minixmd.tasks import yes_no
 from minixmd.tasks.statistics import digest
 
@@ -223,7 +223,7 @@ def test_the_tally_by_hand():
 
 def test_a_clip_is_cut_or_followed_by_silence(tmp_path):
     write_wav(tmp_path / "a.wav", sine(440, 0.5))
-    longer, shorter = (switch.load_logmel(tmp_path / "a.wav", clip_s) for clip_s in (1.0, 0.4))
+    longer, shorter = (load_logmel(tmp_path / "a.wav", clip_s) for clip_s in (1.0, 0.4))
     assert longer.shape == (101, 64) and shorter.shape == (41, 64)
     assert longer[53:].eq(-100).all() and longer[:48].max() > 0
     assert torch.equal(longer[:38], shorter[:38])
@@ -463,6 +463,6 @@ def test_files_that_are_not_there_are_named_before_any_work(world, tmp_path):
 def test_a_clip_that_cannot_be_read_has_a_record_in_the_place_of_its_frames(world):
     examples = [replace(example, audio="nowhere.wav") if i == 1 else example
                 for i, example in enumerate(read_manifest(world / "blind/manifest.jsonl")[:3])]
-    logmels, bad = switch.load_logmels(examples, 1.0)
+    logmels, bad = load_logmels(examples, 1.0, "s")
     assert list(logmels) == ["clip0", "clip2"]
     assert bad == {"clip1": {"id": "clip1", "bad": "missing", "detail": "nowhere.wav: missing"}}

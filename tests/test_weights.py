@@ -368,8 +368,9 @@ def test_a_model_with_an_adapter_is_not_saved_as_plain_weights_until_it_is_merge
 
 def test_the_targets_are_a_pattern_over_whole_module_names(folders):
     model = load_model(folders["vision"])
-    names = add_lora(model, rank=3, alpha=5, targets=r"model\.layers\.\d+\.self_attn\.(q|v)_proj", seed=0)
-    assert len(names) == 4 and adapted(model).keys() == set(names)
+    add_lora(model, rank=3, alpha=5, targets=r"model\.layers\.\d+\.self_attn\.(q|v)_proj", seed=0)
+    chosen = {f"model.layers.{i}.self_attn.{kind}_proj" for i in range(2) for kind in "qv"}
+    assert adapted(model).keys() == chosen
 
 
 def test_a_new_adapter_changes_nothing_and_its_draw_depends_on_seed_and_module_name_alone(folders):

@@ -70,6 +70,8 @@ def hint(name, known):
     """What an unknown field was probably meant to be; empty if nothing is like it."""
     if RENAMED.get(name) in known:
         return f"; it is now called {RENAMED[name]!r}"
+    if name == "objective":
+        return "; the class says it: Distill, SFT or GRPO"
     if name in _owners:
         return f"; it is a field of {', '.join(_owners[name])}"
     return nearest(name, known)
@@ -150,15 +152,11 @@ def check_url(endpoint):
         raise ConfigError(f"config: endpoint {endpoint!r} is no URL such as http://localhost:8000/v1")
 
 
-# ---- annotations ----
-
-
 def _is_optional(annotation):
     return get_origin(annotation) in (Union, UnionType)  # only ever X | None
 
 
 def _choices(annotation):
-    """A Literal's values as text: 'a', 'b' or 'c'."""
     *most, last = map(repr, get_args(annotation))
     return f"{', '.join(most)} or {last}" if most else last
 

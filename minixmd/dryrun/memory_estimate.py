@@ -137,7 +137,7 @@ def trace_training(tracer, trainer, prompt):
 
 
 def add_gradients(tracer, trainer):
-    """Those of an earlier micro-batch."""
+    """Gradients as an earlier micro-batch leaves them."""
     tracer.category = "gradients"
     for p in trainer.parameters.values():
         p.grad = torch.zeros_like(p)

@@ -45,6 +45,7 @@ class StagePlan:
     model: ModelInfo | None = None  # of a stage that runs one here
     prompt: Prompt | None = None  # as long as any that the stage makes
     shown: str = ""  # a typical prompt, as text
+    writes: bool = False  # whether the model writes answers of its own
     phases: list = field(default_factory=list)  # meta_tracer.Phase
     same_as: str = ""  # the name of an earlier stage that takes the same memory
     fault: str = ""  # why the stage cannot run
@@ -56,25 +57,31 @@ def dry_run(config):
     with tempfile.TemporaryDirectory() as scratch:
         write_stand_in_tokenizer(Path(scratch), config.stages)
         plans = [plan_stage(stage, config.stages, Path(scratch)) for stage in config.stages]
-    estimate_memory(plans)
-    print(TEMPLATES.get_template("plan.txt.j2").render(
+    show(
+        "stages.txt.j2",
         config=config,
         plans=plans,
         kind=kind,
-        missing=missing_inputs(config),
         prompts=list(dict.fromkeys(plan.shown for plan in plans if plan.shown)),
         models={(plan.model.name, plan.model.source): plan.model for plan in plans if plan.model}.values(),
-        categories=CATEGORIES, clip_s=CLIP_S, fps=VIDEO_FPS, size=VIDEO_SIZE,
-    ))  # fmt: skip
+    )
+    estimate_memory(plans)  # takes a while for large models
+    show("memory.txt.j2", plans=plans, missing=missing_inputs(config), categories=CATEGORIES, clip_s=CLIP_S,
+         fps=VIDEO_FPS, size=VIDEO_SIZE)
     faults = [plan.fault for plan in plans if plan.fault]
     for fault in faults:
         print(f"minixmd: {fault}", file=sys.stderr)
     return 1 if faults else 0
 
 
+def show(template, **values):
+    print(TEMPLATES.get_template(template).render(values), flush=True)
+
+
 def plan_stage(stage, stages, scratch):
     """The StagePlan of a stage, still without its memory. scratch: the stand-in tokenizer's folder."""
     plan = StagePlan(stage)
+    plan.writes = isinstance(stage, (Traces, GRPO)) or getattr(stage, "answer", "") == "generate"
     try:
         if getattr(stage, "model", None):
             plan.model = find_model(stage.model, stages, scratch)
@@ -83,8 +90,7 @@ def plan_stage(stage, stages, scratch):
             trace_tokens = max((writer.max_new_tokens for writer in writers), default=512)
             longest_trace = " the" * ((trace_tokens - 1) // len(processor.encode(" the")))
             plan.prompt = example_prompt(stage, processor, longest_trace)
-            writes = isinstance(stage, (Traces, GRPO)) or getattr(stage, "answer", "") == "generate"
-            check_length(processor, EXAMPLE, plan.prompt, stage.max_new_tokens if writes else 0)
+            check_length(processor, EXAMPLE, plan.prompt, stage.max_new_tokens if plan.writes else 0)
             ids = example_prompt(stage, processor, TRACE).ids_N.tolist()
             text = processor.tokenizer.decode(ids, skip_special_tokens=False)
             text = re.sub(r"(<\|\w+\|>)\1+", lambda run: f"{run[1]} x {len(run[0]) // len(run[1])}", text)
@@ -106,7 +112,7 @@ def example_prompt(stage, processor, trace):
 
 def example_conversation(stage, trace):
     if isinstance(stage, FactCheck):
-        return factcheck.conversation(stage, EXAMPLE, trace)
+        return factcheck.conversation(stage.prompt, EXAMPLE, trace)
     answer = None
     if isinstance(stage, (SFT, Distill)):
         answer = trace if getattr(stage, "traces", None) else EXAMPLE.answer
@@ -133,7 +139,6 @@ def write_stand_in_tokenizer(folder, stages):
 
 
 def estimate_memory(plans):
-    """Fills in every plan's phases, or the earlier stage that takes the same."""
     estimated = {}  # what memory depends on -> the first such stage's name
     todo = [plan for plan in plans if plan.prompt or isinstance(plan.stage, Switch)]
     for plan in tqdm(todo, desc="memory", unit="stage", leave=False):

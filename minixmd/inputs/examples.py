@@ -77,6 +77,13 @@ def read_manifest(path):
     return examples
 
 
+def check_answers(examples, manifest, purpose):
+    """Raises ValueError for the first example without an answer. purpose: what it is needed for, for the message."""
+    for example in examples:
+        if example.answer is None:
+            raise ValueError(f"{manifest}: example {example.id!r} has no answer to {purpose}")
+
+
 def manifest_text(examples):
     """JSON lines of Examples whose media paths are relative to where the text will be written."""
     return "".join(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
@@ -110,7 +117,7 @@ def build_conversation(example, *, media, prompt, answer=None, trace="", video_o
     return turns
 
 
-def read_shown(name, manifest, media):
+def read_examples(name, manifest, media):
     """read_manifest's Examples. Raises ValueError also for the first that lacks what stage `name` shows."""
     examples = read_manifest(manifest)
     for example in examples:

@@ -96,7 +96,7 @@ def read_frames(path, *, fps=1.0, nframes=None):
     _check_file(path)
     kept, total, decoded_bytes = [], 0, 0
     with _open(path) as container:
-        stream = _first_video(container, path)
+        stream = first_video(container, path)
         rate = stream.average_rate  # None in a few formats
         for frame in _decode(container, stream, path):
             total += 1
@@ -116,7 +116,7 @@ def read_frames(path, *, fps=1.0, nframes=None):
         del kept
         chosen = set(index_T)  # strictly increasing: there are never more picks than frames
         with _open(path) as container:
-            frames = enumerate(_decode(container, _first_video(container, path), path))
+            frames = enumerate(_decode(container, first_video(container, path), path))
             images = [_to_rgb(frame, path) for i, frame in frames if i in chosen]
     if len({image.shape for image in images}) > 1:
         raise MediaError(path, "unreadable", "the picture size changes in the middle")
@@ -214,7 +214,7 @@ def _pictures(container):
     return [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
 
 
-def _first_video(container, path):
+def first_video(container, path):
     if not (streams := _pictures(container)):
         raise MediaError(path, "no video track")
     return streams[0]

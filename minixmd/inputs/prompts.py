@@ -32,7 +32,7 @@ def check_length(processor, example, prompt, max_new_tokens):
 def prefetch(function, items, on_bad, ahead=16):
     """function(item) for every item, in order, computed by threads up to `ahead` items early.
 
-    The one place where a clip that cannot be used is caught: on_bad(item, error) takes the place of a MediaError.
+    on_bad(item, error) takes the place of a MediaError: what cannot be used is caught here, and by endpoint.py.
     """
     items = iter(items)
     workers = max(2, min(8, (os.cpu_count() or 2) // 2))

@@ -4,7 +4,8 @@ from safetensors.torch import load_file
 
 from minixmd.learning.optim import optimizer_tensors, restore_optimizer
 from minixmd.models.hub import pinned
-from minixmd.models.weights import adapted, save_adapter, save_model
+from minixmd.models.lora import adapted
+from minixmd.models.weights import save_adapter, save_model
 from minixmd.runs.files import write_safetensors
 from minixmd.runs.training_state import load_state, rewind_logs, save_state
 
@@ -22,8 +23,7 @@ def save(folder, parameters, optimizer, progress):
 def restore(folder, parameters, optimizer):
     """Puts back the last saved state, and drops the log lines of steps that will be redone.
 
-    Returns:
-        (progress as saved, or None before the first save; the lines of log.jsonl that stay).
+    Returns (progress as saved, or None before the first save; the lines of log.jsonl that stay).
     """
     state = load_state(folder)
     if state is None:

@@ -10,10 +10,8 @@ def follows_teacher(gate, examples, switch, manifest):
     The gates "learned" and "oracle" do where the switch's p_teacher, or the true class's, is at least 0.5; "always" and
     "never" need no switch.
 
-    Args:
-        switch: switch.jsonl, or None. manifest: of the examples, for messages.
-    Raises:
-        ValueError: the file has no decision that this gate reads, or none on an example.
+    switch: switch.jsonl, or None. manifest: of the examples, for messages. Raises ValueError for a file that has no
+    decision that this gate reads, or none on an example.
     """
     if gate not in FIELD:
         return {example.id: gate == "always" for example in examples}

@@ -33,7 +33,9 @@ class KVCache:
     """
 
     def __init__(self, shapes, device, dtype, backend):
-        self.prompt_pool, self.pool = (torch.empty(shape, device=device, dtype=dtype) for shape in shapes)
+        prompt_shape, shape = shapes
+        self.prompt_pool = torch.empty(prompt_shape, device=device, dtype=dtype)
+        self.pool = torch.empty(shape, device=device, dtype=dtype)
         self.prompt_k, self.prompt_v = self.prompt_pool
         self.k, self.v = self.pool
         counts = dict(dtype=torch.int64, device=device)

@@ -25,11 +25,7 @@ class SampledVocabulary:
 
 @torch.no_grad()
 def token_logprobs(model, hidden_ND, batch, vocabulary):
-    """(T,) log-probabilities of a batch's targets, in nats, on the CPU.
-
-    Args:
-        hidden_ND: what the model gave for the batch. vocabulary: SampledVocabulary.
-    """
+    """(T,) log-probabilities of a batch's targets, in nats, on the CPU. hidden_ND: what the model gave for it."""
     row_loss = TokenLogprob(batch.target_id_T, vocabulary.temperature, vocabulary.suppressed_Z, vocabulary.vocab_limit,
                             model.backend)
     return model.head_loss(hidden_ND, batch.target_row_T, row_loss)[1]["logp"].cpu()

@@ -7,8 +7,7 @@ import torch
 def learning_rate(step, steps, peak, warmup_ratio):
     """Linear warm-up over the first `warmup_ratio` of the steps, then a cosine to zero.
 
-    Args:
-        step: 0-based; the rate of the update that makes step + 1 of `steps`.
+    step: 0-based; the rate is of the update that makes step + 1 of `steps`.
     """
     warmup_steps = round(warmup_ratio * steps)
     if step < warmup_steps:

@@ -28,8 +28,7 @@ def score_completions(completions, items):
     for name, reward in REWARDS.items():
         rows = []
         for group, item in zip(completions, items, strict=True):
-            options, right = item.example.options, item.target
-            rows.append([reward(completion.text, options, right) for completion in group])
+            rows.append([reward(completion.text, item.example, item.target) for completion in group])
         rewards[name] = torch.tensor(rows)
     rewards["reward"] = sum(rewards.values())
     return rewards
@@ -38,10 +37,8 @@ def score_completions(completions, items):
 def advantages(reward_G, scale):
     """(reward - mean) / (std + 1e-4) of one prompt's completions, with the unbiased std.
 
-    Args:
-        reward_G: (G,) fp32, G > 1. scale: "std"; "none" leaves the divisor out (Dr. GRPO).
-    Returns:
-        (G,) fp32; all 0 where the rewards are equal.
+    reward_G: (G,) fp32, G > 1. scale: "std"; "none" leaves the divisor out (Dr. GRPO). Returns (G,) fp32, all 0 where
+    the rewards are equal.
     """
     centred_G = reward_G - reward_G.mean()
     return centred_G / (reward_G.std() + EPS) if scale == "std" else centred_G
@@ -53,27 +50,19 @@ def no_variance(reward_G):
 
 
 def token_weights(lengths, aggregation, constant=None):
-    """The weights of a policy loss, for completions of `lengths` tokens.
+    """The weights (T,) of a policy loss, for completions of `lengths` tokens: all those of an optimizer step, so that
+    the gradient does not depend on the micro-batch size. A completion that is masked counts as one of length 0.
 
-    They are all those of an optimizer step, so that the gradient does not depend on the micro-batch size. A completion
-    that is masked counts as one of length 0.
-
-    Args:
-        aggregation: "sequence", the mean over completions of each one's mean (GRPO); "token", the mean over all tokens;
-            "constant", the sum over `constant` tokens a completion (Dr. GRPO: the longest that is allowed).
-    Returns:
-        (T,) fp32.
+    aggregation: "sequence", the mean over completions of each one's mean (GRPO); "token", the mean over all tokens;
+    "constant", the sum over `constant` tokens a completion (Dr. GRPO: the longest that is allowed).
     """
     count = torch.tensor(lengths)
     if aggregation == "sequence":
         weight = 1 / (len(count) * count)
     elif aggregation == "token":
         weight = (1 / count.sum()).expand(len(count))
-    elif aggregation == "constant" and constant:
-        weight = torch.tensor(1 / (len(count) * constant)).expand(len(count))
     else:
-        raise ValueError(f"aggregation must be 'sequence', 'token' or 'constant' with a constant, got {aggregation!r} "
-                         f"and {constant!r}")
+        weight = torch.tensor(1 / (len(count) * constant)).expand(len(count))
     return weight.repeat_interleave(count)
 
 
@@ -109,11 +98,7 @@ def make_rollout(stage, prompts, completions, reward_PG):
 
 
 def rollout_metrics(examples, completions, rewards):
-    """What a step's completions are like, for the log.
-
-    Args:
-        examples: P Examples. completions: P lists of G Completions. rewards: {name: (P, G)}, "reward" their sum.
-    """
+    """What a step's P x G completions are like, for the log. rewards: of score_completions."""
     metrics = {name: part_PG.mean().item() for name, part_PG in rewards.items()}
     unparsed = tokens = truncated = count = 0
     for example, group in zip(examples, completions, strict=True):
@@ -123,5 +108,10 @@ def rollout_metrics(examples, completions, rewards):
             truncated += not completion.finished
             count += 1
     equal = sum(no_variance(reward_G) for reward_G in rewards["reward"])
-    return {**metrics, "unparsed": unparsed / count, "zero_variance": equal / len(examples),  # shares
-            "completion_tokens": tokens / count, "truncated": truncated / count}
+    return {
+        **metrics,
+        "unparsed": unparsed / count,  # shares, but for the tokens
+        "zero_variance": equal / len(examples),
+        "completion_tokens": tokens / count,
+        "truncated": truncated / count,
+    }

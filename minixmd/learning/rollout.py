@@ -32,9 +32,6 @@ class Completion:
     finished: bool  # False: cut by max_new_tokens
 
 
-# ---- randomness ----
-
-
 def prompt_key(prompt):
     """A digest of a Prompt's ids and media: the same question about the same clip draws the same randomness."""
     digest = hashlib.blake2b(prompt.ids_N.cpu().numpy().tobytes(), digest_size=16)
@@ -76,9 +73,6 @@ def sample(logits_BV, uniform_B, temperature, suppressed_ids):
         ids_B = torch.searchsorted(cdf_BV, u_B[:, None], right=True).squeeze(1)
         ids_B = ids_B.clamp(max=cdf_BV.shape[1] - 1)  # NaN logits would point beyond; decode refuses them
     return ids_B, logp_BV.gather(1, ids_B[:, None]).squeeze(1)
-
-
-# ---- the device's side ----
 
 
 class Decoder:
@@ -181,9 +175,6 @@ def capture(step):
     return graph.replay
 
 
-# ---- the host's side ----
-
-
 class _Progress:
     """The completions so far, and which of them each decode slot is writing."""
 
@@ -195,7 +186,6 @@ class _Progress:
         self.is_finished, self.max_new_tokens, self.on_token = is_finished, max_new_tokens, on_token
 
     def accept(self, slot, token, logp):
-        """Adds a slot's new token to its completion."""
         i = self.completion_in[slot]
         if i is None:
             return
@@ -222,7 +212,6 @@ class _Progress:
         return all(i is None for i in self.completion_in[first:end])
 
     def lengths(self):
-        """Tokens so far of the completions that are being written."""
         return [len(self.ids[i]) for i in self.completion_in if i is not None]
 
 
@@ -307,10 +296,8 @@ def generate(model, processor, conversations, *, num_samples=1, max_new_tokens, 
     Returns:
         A list of num_samples Completions for each conversation.
     Raises:
-        ValueError: no conversation, or one that the processor refuses; num_samples or max_new_tokens < 1, a prompt past
-            the model's limit, a temperature that is neither 0 nor within TEMPERATURES, a stop that is one string or
-            holds an empty one, fewer decode_slots than num_samples, not as many keys as conversations, or logits that
-            are not finite.
+        ValueError: an argument out of its range, a conversation that the processor refuses, a prompt past the model's
+            limit, or logits that are not finite.
     """
     low, high = TEMPERATURES
     if num_samples < 1:

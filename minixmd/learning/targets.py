@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from minixmd.config import GRPO, SFT
-from minixmd.inputs.examples import Example
+from minixmd.inputs.examples import Example, check_answers
 from minixmd.learning.gate import follows_teacher
 from minixmd.runs.records import read_by_id, read_traces
 
@@ -16,8 +16,6 @@ TRACE_FILTERS = {"all": (None, None), "first": ("sample", 0), "unanimous": ("una
 
 @dataclass(frozen=True)
 class Item:
-    """An example and what is learnt of it."""
-
     example: Example
     target: int | str  # index of an option, or a text; GRPO rewards it instead of learning to write it
     source: str  # whose it is: "manifest" | "teacher" | "student" | "trace"
@@ -48,16 +46,12 @@ def resolve_targets(stage, examples):
 
 
 def manifest_items(examples, manifest):
-    """Every example with its own right answer."""
-    for example in examples:
-        if example.answer is None:
-            raise ValueError(f"{manifest}: example {example.id!r} has no answer to learn from")
+    check_answers(examples, manifest, "learn from")
     items = [Item(example, example.answer, "manifest") for example in examples]
     return items, Counter(manifest=len(items))
 
 
 def label_items(examples, manifest, labels_path):
-    """Every example that the teacher labelled, with its label."""
     labels = read_by_id(labels_path)
     items, counts = [], Counter()
     for example in examples:
@@ -77,8 +71,6 @@ def gated_items(stage, examples):
     student's own earlier letter, which keeps what the student knew (the anti-forgetting loss); without the student's
     letters such a clip is left out. The manifest's answers are not read.
 
-    Args:
-        stage: Distill.
     """
     teacher = read_by_id(stage.teacher_labels) if stage.teacher_labels else {}
     student = read_by_id(stage.student_labels) if stage.student_labels else {}
@@ -124,9 +116,6 @@ def trace_items(examples, manifest, traces_path, trace_filter):
             left_out["traces left out: several answers"] += 1
         else:
             items.append(Item(by_id[record["id"]], record["text"], "trace"))
-    if not items:
-        reasons = f" ({dict(left_out)})" if left_out else ""
-        raise ValueError(f"{traces_path} holds no trace to learn from{reasons}")
     counts = Counter(traces=len(items))
     without = len(examples) - len({item.example.id for item in items})
     if without:

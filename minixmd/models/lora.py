@@ -35,7 +35,6 @@ def apply_linears(x_ND, *layers):
 
 
 def named_linears(model):
-    """{module name: Linear} of a model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
 
 
@@ -54,8 +53,8 @@ def set_backend(model, backend):
 def add_lora(model, *, rank, alpha, targets, seed):
     """Freeze the model and give every Linear whose name fully matches `targets` an fp32 adapter (A uniform, B zero).
 
-    targets: regular expression over module names. seed: of A; each module's draw depends on its name only. Returns the
-    list of adapted module names; ValueError if the pattern matches no Linear.
+    targets: regular expression over module names. seed: of A; each module's draw depends on its name only. Raises
+    ValueError if the pattern matches no Linear.
     """
     model.requires_grad_(False)
     layers = {name: layer for name, layer in named_linears(model).items() if re.fullmatch(targets, name)}
@@ -70,7 +69,6 @@ def add_lora(model, *, rank, alpha, targets, seed):
         layer.lora_A = nn.Parameter(a_RD.to(device))
         layer.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
         layer.scale = alpha / rank
-    return list(layers)
 
 
 def make_trainable(model, what, *, name, **adapter):

@@ -1,6 +1,7 @@
 """MultimodalLM: encoder features take the place of their placeholder tokens in a Qwen2 decoder; an LM head reads it.
 
-This class is the only entrance to a model: code outside minixmd/models never reaches for a submodule's parameters.
+This class is the only entrance to a model: what trains or samples never reaches for a submodule's parameters. What
+checks it does (minixmd.verify, bench/).
 """
 from collections import OrderedDict
 from dataclasses import replace
@@ -105,8 +106,8 @@ class MultimodalLM(nn.Module):
         return self.model.embed_tokens.weight[ids]
 
     def set_trainable(self, what):
-        """Chooses the parameters that train, of a model without an adapter. what: "decoder" | "full" | "none"."""
-        trained = {"decoder": DECODER, "full": ("",), "none": ()}[what]  # prefixes
+        """Chooses the parameters that train, of a model without an adapter. what: "decoder" | "full"."""
+        trained = {"decoder": DECODER, "full": ("",)}[what]  # prefixes
         for name, p in self.named_parameters():
             p.requires_grad_(name.startswith(trained) and not name.endswith(NEVER_TRAINED))
 

@@ -111,7 +111,6 @@ class SightSound:
         return self.traces("test_traces", self.splits[self.main_split]["manifest"], **changes)
 
     def labels(self):
-        """teacher_labels: the teacher's letters on the train split."""
         return [Label(name="teacher_labels", model=self.teacher, manifest=self.train, prompt=self.prompt("direct"),
                       media="video", **self.video_fields, **self.device_fields)]
 
@@ -161,7 +160,6 @@ class SightSound:
         return stages
 
     def others(self):
-        """The other models of Table 1, on the main split."""
         return [
             self.evaluate("omni3b_audio", OMNI_3B, "direct"),
             self.evaluate("omni7b_audio", OMNI_7B, "direct"),

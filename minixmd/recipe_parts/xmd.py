@@ -71,7 +71,6 @@ class XMD:
         return self.trained(Distill, student, name, self.train, fields)
 
     def trained(self, stage, student, name, manifest, fields):
-        """A training stage and the evaluation of its model."""
         fields = fields | self.model_fields[student] | self.train_fields
         training = stage(name=name, model=self.models[student], manifest=manifest, **fields)
         return [training, *self.evaluated(name, f"@{name}", student)]
@@ -87,7 +86,6 @@ class XMD:
         return stages
 
     def cells(self, name):
-        """A row of a report's table: the results of `evaluated`."""
         return {split: f"@{name}_{split}" for split in self.splits}
 
     def report(self, titles, student, name="distilled", switch="@switch", *, rows=None, ablation=False):

@@ -4,7 +4,7 @@
 
 Data and checkpoints as in xmd_audio. One CUDA GPU; the paper had an L40 of 48 GB. Not measured by anybody yet. By
 arithmetic, on an H100 at 40 % of its peak: seven distillations beside xmd_audio's, 2 hours each, and 1 hour each to
-evaluate.
+evaluate. The report has the paper's figures.
 """
 from minixmd.recipe_parts.xmd import TITLES, vggsound
 

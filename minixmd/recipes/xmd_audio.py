@@ -7,7 +7,7 @@ Cnn14_16k_mAP=0.438.pth lies in models/. For other folders or checkpoints copy t
 
 One CUDA GPU; the paper had an L40 of 48 GB. Not measured by anybody yet. By arithmetic, on an H100 at 40 % of its peak:
 evaluating both models on every split 2 hours, labelling 149,460 clips 6 (5 of them by Qwen2-VL), the switch 1,
-distillation 2; 17 GB of weights and at most about 12 GB beside them, in distillation.
+distillation 2; 17 GB of weights and at most 12 GB beside them, in distillation. The report has the paper's figures.
 """
 from minixmd.recipe_parts.xmd import TITLES, vggsound
 

@@ -5,7 +5,7 @@
 
 Data and checkpoints as in xmd_audio. One CUDA GPU of 48 GB or more. Not measured by anybody yet. By arithmetic, on an
 H100 at 40 % of its peak: 9 hours for the stages that xmd_audio has too, 12 for distillation on 1,700 tokens a clip;
-17 GB of weights and about 25 GB beside them.
+17 GB of weights and about 25 GB beside them. The report has the paper's figures.
 """
 from minixmd.recipe_parts.xmd import TITLES, vggsound
 

@@ -140,7 +140,6 @@ def read_judged_traces(traces_path, verdicts_path):
 
 
 def _add_verdicts(traces, traces_path, verdicts_path):
-    """Writes the verdicts into traces, {clip: {sample: trace}}."""
     for (clip, sample), verdict in read_verdicts(verdicts_path, needs_accepted=True).items():
         trace = traces.get(clip, {}).get(sample)
         if trace is None:

@@ -7,9 +7,9 @@ from minixmd.report.published import MMAU_VERSION
 from minixmd.report.render import ROLES, words
 from minixmd.runs.files import read_json
 from minixmd.runs.records import read_jsonl
-from minixmd.stages.switch import tally
 from minixmd.tasks.benchmarks import TYPES
 from minixmd.tasks.statistics import groups, leads
+from minixmd.tasks.yes_no import tally
 
 BENCHMARK_NAMES = {"mmau": "MMAU", "music_avqa": "MUSIC-AVQA"}
 FUNNEL_SOURCES = {  # key of Report.funnel -> what only that stage's results.json holds, and the stage's name

@@ -13,7 +13,7 @@ class Runtime:
 
 
 def resolve_device(name, device):
-    """ "auto" is CUDA where there is one. name: of the stage, for the message."""
+    """"cpu" or "cuda"; "auto" is CUDA where there is one. name: of the stage, for the message."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -36,7 +36,7 @@ def runtime_of(stage):
 
 
 def describe_device(stage):
-    """" on cuda, bfloat16, kernels in triton" of a stage that computes on this machine, else nothing."""
+    """Such as " on cuda, bfloat16, kernels in triton", of a stage that computes on this machine; else ""."""
     if not hasattr(stage, "device") or getattr(stage, "endpoint", None) or getattr(stage, "checker", "") == "verdicts":
         return ""
     device = resolve_device(stage.name, stage.device)

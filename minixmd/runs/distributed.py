@@ -29,7 +29,6 @@ def rank_and_world_size():
 
 
 def barrier():
-    """Waits until all processes are here."""
     if rank_and_world_size()[1] > 1:
         dist.barrier()
 
@@ -55,12 +54,10 @@ def compute_shards(compute, items, folder, title, unit, shard_size=None, first_p
 
     Args:
         compute: function(items of a shard) -> records.
-        folder: of the shards' files.
-        title, unit: of the progress bar.
+        folder: of the shards' files. title, unit: of the progress bar.
         shard_size: items of a shard; None = SHARD.
         first_process_only: the other processes do not take part in this stage.
-    Returns:
-        The records in the items' order on the first process, which collects them; None on the others.
+    Returns the records in the items' order on the first process, which collects them; None on the others.
     """
     rank, world_size = (0, 1) if first_process_only else rank_and_world_size()
     size = shard_size or SHARD

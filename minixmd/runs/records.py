@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 from minixmd.runs.files import write_text
 
+TYPE_NAMES = {str: "a string", int: "an int", float: "a float", bool: "true or false"}
+
 
 def write_jsonl(path, records):
     """Replaces a file by one JSON object a line, atomically."""
@@ -42,11 +44,8 @@ def append_jsonl(path, record, sync=False):
 def read_jsonl(path, own=False):
     """The lines of a JSONL file; blank ones are passed over.
 
-    Args:
-        own: the file is one to which this program appends: a blank line is an error, and a last line without its end,
-            which a kill left behind, is passed over.
-    Raises:
-        ValueError: a line that is not a JSON object, with file and line.
+    own: the file is one to which this program appends: a blank line is an error, and a last line without its end, which
+    a kill left behind, is passed over. Raises ValueError, with file and line, for a line that is not a JSON object.
     """
     data = Path(path).read_bytes()
     if own:
@@ -81,7 +80,7 @@ def check_record(record, kinds, where):
     """Raises ValueError for a record that lacks a field or has one of another type. kinds: {field: types}."""
     for name, types in kinds.items():
         if type(record.get(name)) not in types:
-            wanted = " or ".join(kind.__name__ for kind in types)
+            wanted = " or ".join(TYPE_NAMES[kind] for kind in types)
             raise ValueError(f"{where} needs {name!r}, {wanted}, got {record.get(name)!r}")
 
 
@@ -135,19 +134,16 @@ def answers_beside(results):
     return read_jsonl(Path(results).with_name("answers.jsonl"))
 
 
-# ---- clips that cannot be used ----
-
-
 def bad_record(example, error):
     """The record of an Example whose clip raised this MediaError."""
     return {"id": example.id, "bad": error.reason, "detail": str(error)}
 
 
-def count_bad(records, stage):
-    """{reason: count} of the bad records. Raises ValueError when all are, or more than the stage's share max_bad."""
+def count_bad(records, name, max_bad):
+    """{reason: count} of a stage's bad records. Raises ValueError when all are, or more than the share max_bad."""
     bad = [record for record in records if "bad" in record]
     reasons = dict(Counter(record["bad"] for record in bad).most_common())
-    if len(bad) > stage.max_bad * len(records) or len(bad) == len(records):
-        raise ValueError(f"{stage.name}: {len(bad)} of {len(records)} clips are bad ({reasons}), with max_bad "
-                         f"{stage.max_bad}; the first: {bad[0]['detail']}")
+    if len(bad) > max_bad * len(records) or len(bad) == len(records):
+        raise ValueError(f"{name}: {len(bad)} of {len(records)} clips are bad ({reasons}), with max_bad {max_bad}; "
+                         f"the first: {bad[0]['detail']}")
     return reasons

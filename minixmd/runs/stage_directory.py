@@ -37,16 +37,13 @@ def begin(run_dir, stage, inputs, source, hub_names=None):
 
     Args:
         run_dir: directory of the run; the stage's is run_dir/stage.name.
-        stage: a stage dataclass.
         inputs: field -> path of every file or folder that the stage reads (references.input_paths).
-        source: the config file.
         hub_names: field -> "owner/name@commit" of inputs that are on the hub.
     Returns:
         The stage's directory, or None if the stage is finished.
     Raises:
         ValueError: the directory belongs to another config (MAY_CHANGE aside) or to other inputs, or an input is
             missing; one line.
-        OSError: it cannot be written.
     """
     folder = Path(run_dir) / stage.name
     config = json.loads(json.dumps({"stage": type(stage).__name__.lower(), **asdict(stage)}))  # tuples become lists
@@ -79,7 +76,15 @@ def finish(folder):
 def _check_same(folder, config, inputs, fingerprints):
     """Raises ValueError if the directory was made by another config or from other inputs."""
     old_config, old_fingerprints = _read(folder / "config.json"), _read(folder / "inputs.json")
-    differences = _differences(old_config, config)
+    if old_config.get("stage") != config["stage"]:
+        _refuse(folder, "another kind of stage", [f"{old_config.get('stage')} -> {config['stage']}"])
+    other_fields = (old_config.keys() ^ config.keys()) - set(MAY_CHANGE)
+    if other_fields:
+        _refuse(folder, "a version of minixmd whose stages have other fields", sorted(other_fields))
+    differences = []
+    for field, value in config.items():
+        if field not in MAY_CHANGE and value != old_config[field]:
+            differences.append(f"{field} {json.dumps(old_config[field])} -> {json.dumps(value)}")
     if differences:
         _refuse(folder, "another config", differences)
     changed = []
@@ -131,14 +136,6 @@ def _read(path):
         return json.loads(path.read_text())
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{path}: missing or not JSON; delete {path.parent} to run the stage anew") from error
-
-
-def _differences(old, new):
-    def shown(config, field):
-        return json.dumps(config[field]) if field in config else "(no such field)"
-
-    fields = [field for field in {**old, **new} if field not in MAY_CHANGE and shown(old, field) != shown(new, field)]
-    return [f"{field} {shown(old, field)} -> {shown(new, field)}" for field in fields]
 
 
 def _refuse(folder, what, differences):

@@ -26,7 +26,7 @@ from huggingface_hub.errors import HTTPError  # that of requests below version 1
 from tqdm import tqdm
 
 from minixmd.inputs.audio import SAMPLE_RATE
-from minixmd.inputs.media import AV_ERRORS, MediaError, read_audio, read_frames
+from minixmd.inputs.media import AV_ERRORS, MediaError, first_video, read_audio, read_frames
 from minixmd.runs.records import append_jsonl, read_endpoint_answers
 
 TOP_LOGPROBS = 20  # of the first token; OpenAI and vLLM give no more
@@ -68,7 +68,7 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
     options = {"model": stage.served, "max_tokens": max_tokens, "temperature": temperature}
     if logprobs:
         options.update(logprobs=True, top_logprobs=TOP_LOGPROBS)
-    client = _Client(stage, key_from(environment, stage), options, is_usable)
+    client = _Client(stage, key_from(environment, stage.api_key_env, stage.name), options, is_usable)
     # a ThreadPool's threads are daemons: an interrupt does not wait for their requests, as it would for an executor's
     pool = ThreadPool(max(1, min(stage.concurrency, len(todo))))
     with pool, tqdm(total=len(requests), initial=len(requests) - len(todo), desc=stage.name, unit=unit) as bar:
@@ -97,12 +97,12 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
     return results
 
 
-def key_from(environment, stage):
-    """The key in the environment variable that the stage names, None if there is none. Raises ValueError, without the
+def key_from(environment, variable, name):
+    """The key in an environment variable, None if there is none. Raises ValueError, naming the stage `name` and not the
     key, for one that no HTTP header can hold."""
-    key = environment.get(stage.api_key_env, "").strip()
+    key = environment.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(f"{stage.name}: environment variable {stage.api_key_env} holds a character that no key has")
+        raise ValueError(f"{name}: environment variable {variable} holds a character that no key has")
     return key or None
 
 
@@ -202,7 +202,7 @@ def silent_video_part(path):
     mp4 = io.BytesIO()
     try:
         with av.open("file:" + os.fspath(path), metadata_errors="replace") as clip, av.open(mp4, "w", "mp4") as silent:
-            track = next(s for s in clip.streams.video if not s.disposition & av.stream.Disposition.attached_pic)
+            track = first_video(clip, path)
             copy = silent.add_stream_from_template(track, opaque=True)
             for packet in clip.demux(track):
                 if packet.size:  # the last packet is empty: it is there to flush a decoder

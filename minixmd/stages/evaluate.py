@@ -4,7 +4,7 @@ from functools import partial
 
 from tqdm import tqdm
 
-from minixmd.inputs.examples import read_shown
+from minixmd.inputs.examples import check_answers, read_examples
 from minixmd.learning.targets import SPECIAL_TOKEN
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
@@ -21,10 +21,8 @@ LOGGED = ("count", "correct", "accuracy", "interval", "bad", "without_trace", "h
 
 
 def run(stage, folder, log):
-    examples = read_shown(stage.name, stage.manifest, stage.media)
-    for example in examples:
-        if example.answer is None:
-            raise ValueError(f"{stage.manifest}: example {example.id!r} has no answer to evaluate against")
+    examples = read_examples(stage.name, stage.manifest, stage.media)
+    check_answers(examples, stage.manifest, "evaluate against")
     benchmark = describe_benchmark(stage, examples)
     traces, without_trace = first_traces(stage, examples)
     model, processor = load_model(stage)
@@ -46,7 +44,7 @@ def collect(stage, folder, log, examples, records, without_trace, benchmark):
     if stage.traces is not None:
         results["traces"] = str(stage.traces)
         results["without_trace"] = dict(Counter(without_trace.values()).most_common())
-    results["bad"] = count_bad(records, stage)
+    results["bad"] = count_bad(records, stage.name, stage.max_bad)
     results |= tabulate(examples, records, stage.rule)
     if stage.answer == "generate":
         results |= writing_fields(stage) | letters_beside(examples, records, stage.rule)

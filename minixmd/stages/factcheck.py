@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from minixmd.inputs.examples import Example, build_conversation, read_shown
+from minixmd.inputs.examples import Example, build_conversation, read_examples
 from minixmd.inputs.media import MediaError
 from minixmd.inputs.prompts import batch_by_tokens, prefetch
 from minixmd.runs.distributed import compute_shards
@@ -19,9 +19,9 @@ from minixmd.runs.files import read_json, write_json, write_safetensors
 from minixmd.runs.records import count_bad, read_traces, read_verdicts, write_jsonl
 from minixmd.runs.seeds import hash_seed
 from minixmd.stages import endpoint
-from minixmd.stages import verifier as small
+from minixmd.stages.cnn14_training import load_logmels
 from minixmd.stages.multiple_choice import load_model, next_token_logits
-from minixmd.stages.switch import load_logmels
+from minixmd.stages.verifier import Pair, fit_verifier, load_verifier, make_verifier, score_pairs, trace_vectors
 from minixmd.tasks.answers import thoughts
 from minixmd.tasks.yes_no import log_odds, yes_no
 
@@ -43,7 +43,7 @@ class Trace:
 
 
 def run(stage, folder, log):
-    examples = read_shown(stage.name, stage.manifest, "audio")
+    examples = read_examples(stage.name, stage.manifest, "audio")
     traces = select_traces(stage, {example.id: example for example in examples})
     calibration = None
     if stage.checker == "model":
@@ -60,7 +60,7 @@ def run(stage, folder, log):
 
 def collect(stage, folder, log, traces, verdicts, calibration):
     """Writes verdicts.jsonl (each trace's score), traces.jsonl (the accepted ones, with it) and results.json."""
-    bad = count_bad(verdicts, stage)
+    bad = count_bad(verdicts, stage.name, stage.max_bad)
     judged = [trace.record for trace in traces]
     accepted = []
     for record, verdict in zip(judged, verdicts, strict=True):
@@ -80,10 +80,14 @@ def collect(stage, folder, log, traces, verdicts, calibration):
     }
     if calibration is not None:
         results["calibration"] = calibration
-    results["first"] = {"judged": sum(record["sample"] == 0 for record in judged),
-                        "accepted": sum(record["sample"] == 0 for record in accepted)}
-    results["unanimous"] = {"judged": sum(record["unanimous"] for record in judged),
-                            "accepted": sum(record["unanimous"] for record in accepted)}
+    results["first"] = {
+        "judged": sum(record["sample"] == 0 for record in judged),
+        "accepted": sum(record["sample"] == 0 for record in accepted),
+    }
+    results["unanimous"] = {
+        "judged": sum(record["unanimous"] for record in judged),
+        "accepted": sum(record["unanimous"] for record in accepted),
+    }
     write_jsonl(folder / "verdicts.jsonl", verdicts)
     write_jsonl(folder / "traces.jsonl", accepted)
     write_json(folder / "results.json", results)
@@ -131,7 +135,6 @@ def draw_calibration(traces, limit, seed):
 
 
 def score_verdict(key, score):
-    """A line of verdicts.jsonl. key: Trace.key."""
     return {"id": key[0], "sample": key[1], "score": round(score, 5)}
 
 
@@ -139,9 +142,9 @@ def bad_verdict(key, reason, detail):
     return {"id": key[0], "sample": key[1], "bad": reason, "detail": detail}
 
 
-def conversation(stage, example, text):
+def conversation(prompt, example, text):
     """What a checker is asked about a clip: whether the thoughts of a trace are true of it."""
-    return build_conversation(example, media="audio", prompt=stage.prompt, trace=thoughts(text))
+    return build_conversation(example, media="audio", prompt=prompt, trace=thoughts(text))
 
 
 def judge_by_model(stage, folder, traces):
@@ -156,7 +159,8 @@ def judge_by_model(stage, folder, traces):
     @torch.inference_mode()
     def judge(traces):
         verdicts = {}
-        for pairs in batch_by_tokens(usable_prompts(stage, model, processor, traces, verdicts), stage.batch_tokens):
+        for pairs in batch_by_tokens(usable_prompts(stage.prompt, model, processor, traces, verdicts),
+                                     stage.batch_tokens):
             logits_BV = next_token_logits(model, [prompt for _, prompt in pairs])
             score_B = logits_BV[:, yes_ids].logsumexp(-1) - logits_BV[:, no_ids].logsumexp(-1)
             if not score_B.isfinite().all():
@@ -169,11 +173,11 @@ def judge_by_model(stage, folder, traces):
     return compute_shards(judge, traces, folder / "shards", stage.name, "trace")
 
 
-def usable_prompts(stage, model, processor, traces, verdicts):
+def usable_prompts(prompt_text, model, processor, traces, verdicts):
     """Yields (Trace, Prompt) of every trace that can be judged; the verdicts on the others are filled in."""
     def build(trace):
         try:
-            return processor(conversation(stage, trace.example, trace.text))
+            return processor(conversation(prompt_text, trace.example, trace.text))
         except MediaError:
             raise
         except ValueError as error:  # too long, or with a placeholder in its text
@@ -194,7 +198,7 @@ def usable_prompts(stage, model, processor, traces, verdicts):
 def judge_by_endpoint(stage, folder, traces):
     requests = []
     for trace in traces:
-        requests.append(endpoint.Request(f"{trace.example.id}/{trace.sample}", partial(messages, stage, trace)))
+        requests.append(endpoint.Request(f"{trace.example.id}/{trace.sample}", partial(messages, stage.prompt, trace)))
     answers = endpoint.ask_endpoint(stage, requests, folder / "endpoint.jsonl", "trace", max_tokens=8, temperature=0.0,
                                     logprobs=stage.logprobs, is_usable=lambda text: yes_no(text) is not None)
     verdicts = []
@@ -206,9 +210,9 @@ def judge_by_endpoint(stage, folder, traces):
     return verdicts
 
 
-def messages(stage, trace):
+def messages(prompt, trace):
     clip = endpoint.audio_part(trace.example.audio)
-    return endpoint.user_message(clip, conversation(stage, trace.example, trace.text))
+    return endpoint.user_message(clip, conversation(prompt, trace.example, trace.text))
 
 
 def endpoint_score(answer):
@@ -228,15 +232,15 @@ def judge_by_verifier(stage, folder, traces, log):
         raise ValueError(f"{stage.name}: {stage.verdicts} judges none of the traces in {stage.traces}")
     model, processor = load_model(stage)
     text_width = model.config.text.hidden_size
-    read = partial(read_pairs, model, processor, known, stage.clip_s, stage.batch_tokens)
+    read = partial(read_pairs, stage, model, processor, known)
     weights_path, calibration_path = folder / "verifier.safetensors", folder / "calibration.json"
     if calibration_path.exists():  # written last
-        verifier = small.load_verifier(weights_path, text_width, stage.width).to(model.device)
+        verifier = load_verifier(weights_path, text_width, stage.width).to(model.device)
         calibration = read_json(calibration_path)
     else:
-        verifier = small.make_verifier(text_width, stage.width, stage.weights, stage.seed).to(model.device)
+        verifier = make_verifier(text_width, stage.width, stage.weights, stage.seed).to(model.device)
         pairs, _ = read(judged)
-        calibration = small.fit(stage, verifier, list(pairs.values()), log)
+        calibration = fit_verifier(stage, verifier, list(pairs.values()), log)
         write_safetensors(weights_path, verifier.state_dict())
         write_json(calibration_path, calibration)
     tqdm.write(f"{stage.name}: agrees with the checker on {100 * calibration['agreement']:.1f} % of "
@@ -244,7 +248,7 @@ def judge_by_verifier(stage, folder, traces, log):
 
     def judge(traces):
         pairs, verdicts = read(traces)
-        scores = small.scores(verifier, list(pairs.values()), stage.batch_size)
+        scores = score_pairs(verifier, list(pairs.values()), stage.batch_size)
         for key, score in zip(pairs, scores, strict=True):
             verdicts[key] = score_verdict(key, score)
         return [verdicts[trace.key] for trace in traces]
@@ -253,19 +257,19 @@ def judge_by_verifier(stage, folder, traces, log):
     return verdicts, calibration
 
 
-def read_pairs(model, processor, known, clip_s, batch_tokens, traces):
+def read_pairs(stage, model, processor, known, traces):
     """({key: Pair} of traces, {key: bad verdict} of those with a bad clip). known: the larger checker's verdicts."""
     clips = {trace.example.id: trace.example for trace in traces}
-    logmels, bad = load_logmels(clips.values(), clip_s)
+    logmels, bad = load_logmels(clips.values(), stage.clip_s, stage.name)
     texts = [thoughts(trace.text) for trace in traces if trace.example.id in logmels]
-    vectors = iter(small.trace_vectors(model, processor, texts, batch_tokens))
+    vectors = iter(trace_vectors(model, processor, texts, stage.batch_tokens))
     pairs, verdicts = {}, {}
     for trace in traces:
         clip_id = trace.example.id
         if clip_id in logmels:
             accepted = known.get(trace.key, {}).get("accepted")
             option = trace.record.get("option", trace.text)
-            pairs[trace.key] = small.Pair(logmels[clip_id], next(vectors), option, accepted)
+            pairs[trace.key] = Pair(logmels[clip_id], next(vectors), option, accepted)
         else:
             verdicts[trace.key] = {"id": clip_id, "sample": trace.sample} | bad[clip_id]
     return pairs, verdicts

@@ -21,7 +21,7 @@ from minixmd.tasks.benchmarks import vote
 from minixmd.tasks.statistics import tabulate
 
 BATCH_TOKENS = 8192  # packed into a forward pass
-SAMPLED_TOKENS = 4  # times batch_tokens: tokens of the answers sampled at once; by default 64 answers of 512 tokens
+SAMPLED_TO_PACKED = 4  # tokens of the answers sampled at once, in batch_tokens; by default 64 answers of 512 tokens
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Writing:
         """Answers decoded at once: those of a whole batch where they are greedy (None), else as many as fit."""
         if not self.temperature:
             return None
-        return max(self.num_samples, SAMPLED_TOKENS * batch_tokens // self.max_new_tokens)
+        return max(self.num_samples, SAMPLED_TO_PACKED * batch_tokens // self.max_new_tokens)
 
 
 def load_model(stage):
@@ -73,8 +73,8 @@ class Questions:
         """Makes an example's record from the logits (on the CPU) where its answer would start."""
         letters = logits_V[self.processor.letter_ids(len(example.options))]
         if not letters.isfinite().all():
-            raise ValueError(f"the logits of example {example.id!r} are not finite: the model's weights are broken, or "
-                             "too large for its dtype")
+            raise ValueError(f"the logits of example {example.id!r} are not finite: the weights of "
+                             f"{self.processor.folder} are broken, or too large for the dtype they were loaded as")
         best = int(letters.argmax())
         logits = [round(logit, 4) for logit in letters.tolist()]
         self.records[example.id] = {"id": example.id, "answer": best, "option": example.options[best], "logits": logits}
@@ -136,8 +136,10 @@ def write_answers(model, processor, examples, prompt_format, writing, *, batch_t
     questions = Questions(processor, examples, prompt_format, writing.max_new_tokens, traces or {})
     n = writing.num_samples
     for pairs in batch_by_tokens(questions.prompts(), batch_tokens):
-        uniform_BT = torch.stack([uniforms(writing.seed, 0, example.id, i, writing.max_new_tokens)
-                                  for example, _ in pairs for i in range(n)])
+        uniform = []
+        for example, _ in pairs:
+            uniform += [uniforms(writing.seed, 0, example.id, i, writing.max_new_tokens) for i in range(n)]
+        uniform_BT = torch.stack(uniform)
         completions = decode(model, processor, [prompt for _, prompt in pairs], uniform_BT, num_samples=n,
                              max_new_tokens=writing.max_new_tokens, temperature=writing.temperature, stop=writing.stop,
                              suppressed_ids=processor.suppressed_ids, decode_slots=writing.decode_slots(batch_tokens),
@@ -173,4 +175,4 @@ def validation_accuracy(model, processor, examples, stage):
                 record["answer"] = parse_answer(record["text"], example.options)
     else:
         records = score_letters(model, processor, examples, stage.prompt_format)
-    return tabulate(examples, records)["accuracy"], count_bad(records, stage)
+    return tabulate(examples, records)["accuracy"], count_bad(records, stage.name, stage.max_bad)

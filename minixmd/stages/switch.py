@@ -13,20 +13,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minixmd.inputs.audio import SAMPLE_RATE
-from minixmd.inputs.examples import read_shown
-from minixmd.inputs.media import read_audio
-from minixmd.inputs.panns import log_mel
-from minixmd.inputs.prompts import prefetch
+from minixmd.inputs.examples import read_examples
 from minixmd.learning.optim import optimizer_tensors, restore_optimizer
 from minixmd.models.cnn14 import make_cnn14, mixup, spec_augment
 from minixmd.runs.device import resolve_device
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
-from minixmd.runs.records import answers_beside, bad_record, count_bad, write_jsonl
+from minixmd.runs.records import answers_beside, count_bad, write_jsonl
 from minixmd.runs.seeds import hash_seed
 from minixmd.runs.training_state import load_state, save_state
-from minixmd.stages.small_networks import train_epochs
+from minixmd.stages.cnn14_training import load_logmels, train_epochs
 from minixmd.tasks.statistics import digest, leads, pairs, tabulate
 from minixmd.tasks.yes_no import tally
 
@@ -34,16 +30,15 @@ PAPER = {"validation": 88.8, "training": 89.1}  # % of clips for which the paper
 
 
 def run(stage, folder, log):
-    examples = read_shown(stage.name, stage.manifest, "audio")
-    clips = read_shown(stage.name, stage.train_manifest, "audio")
+    examples = read_examples(stage.name, stage.manifest, "audio")
+    clips = read_examples(stage.name, stage.train_manifest, "audio")
     gain = gains(stage, examples)
     results = count_classes(stage.name, gain, {example.label for example in examples})
     usable = [example for example in examples if example.label in gain]
     model, results["validation"] = fit(stage, folder, log, usable, gain)
 
     def decide(clips):
-        """A record a clip: {"id", "p_teacher"}, or a bad one."""
-        logmels, records = load_logmels(clips, stage.clip_s)
+        logmels, records = load_logmels(clips, stage.clip_s, stage.name)
         probabilities = teacher_probabilities(model, list(logmels.values()), stage.batch_size)
         for clip_id, p in zip(logmels, probabilities, strict=True):
             records[clip_id] = {"id": clip_id, "p_teacher": round(p, 6)}
@@ -56,7 +51,7 @@ def run(stage, folder, log):
 
 def collect(stage, folder, log, clips, records, gain, results):
     """Writes results.json and switch.jsonl, {"id", "p_teacher", "oracle" if it is known} or {"id", "bad", "detail"}."""
-    results["bad"] = count_bad(records, stage)
+    results["bad"] = count_bad(records, stage.name, stage.max_bad)
     results["clips"] = len(records) - sum(results["bad"].values())
     results["clips_to_teacher"] = sum(record.get("p_teacher", 0) >= 0.5 for record in records)
     known = []
@@ -134,27 +129,11 @@ def split(seed, examples):
     return train, val
 
 
-def load_logmel(path, clip_s):
-    """The log-mel frames (A, M) of a clip's first clip_s seconds, then of silence. Raises MediaError."""
-    wave_S = read_audio(path)
-    return log_mel(F.pad(wave_S, (0, round(clip_s * SAMPLE_RATE) - len(wave_S))))  # a negative padding cuts
-
-
-def load_logmels(examples, clip_s):
-    """({id: log-mel frames (A, M)} of the clips that can be used, {id: bad record} of the others), in order."""
-    logmels, bad = {}, {}
-    loaded = prefetch(lambda example: load_logmel(example.audio, clip_s), examples, bad_record)
-    for example, found in zip(examples, loaded, strict=True):
-        kind = bad if isinstance(found, dict) else logmels
-        kind[example.id] = found
-    return logmels, bad
-
-
 def fit(stage, folder, log, examples, gain):
     """(the trained Cnn14, the tally of its validation). All clips' frames are held in memory, 256 KB a clip of 10 s.
     The state is saved after every epoch: a stopped stage resumes and, on the CPU, ends with the same weights."""
-    logmels, bad = load_logmels(examples, stage.clip_s)
-    count_bad([bad.get(example.id, {}) for example in examples], stage)
+    logmels, bad = load_logmels(examples, stage.clip_s, stage.name)
+    count_bad([bad.get(example.id, {}) for example in examples], stage.name, stage.max_bad)
     train, val = split(stage.seed, examples)
     train = [example for example in train if example.id in logmels]
     val = [example for example in val if example.id in logmels]
@@ -208,7 +187,6 @@ def batch_loss(model, logmels, gain, augment, examples, noise):
 
 @torch.inference_mode()
 def teacher_probabilities(model, frames, batch_size):
-    """p(the teacher is better) of clips' frames, a list of floats."""
     model.eval()
     device = model.fc1.weight.device
     probabilities = []

@@ -11,7 +11,7 @@ from functools import partial
 from tqdm import tqdm
 
 from minixmd import generate
-from minixmd.inputs.examples import build_conversation, read_shown
+from minixmd.inputs.examples import build_conversation, read_examples
 from minixmd.learning.targets import SPECIAL_TOKEN
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
@@ -19,13 +19,14 @@ from minixmd.runs.records import count_bad, write_jsonl
 from minixmd.runs.seeds import hash_seed
 from minixmd.stages import endpoint
 from minixmd.stages.multiple_choice import Questions, load_model
-from minixmd.tasks.rewards import FORMAT, parse_answer
+from minixmd.tasks.answers import parse_answer
+from minixmd.tasks.rewards import FORMAT
 
 CLIPS = 64  # of a shard: their frames are held in memory, 13 MB a clip of 10 frames
 
 
 def run(stage, folder, log):
-    examples = read_shown(stage.name, stage.manifest, stage.media)
+    examples = read_examples(stage.name, stage.manifest, stage.media)
     sample = sample_locally if stage.endpoint is None else sample_at_endpoint
     records = sample(stage, folder, examples)
     if records is not None:
@@ -34,7 +35,7 @@ def run(stage, folder, log):
 
 def collect(stage, folder, log, examples, records):
     """Writes samples.jsonl, traces.jsonl (a line a usable sample), labels.jsonl (as Label's) and results.json."""
-    bad = count_bad(records, stage)
+    bad = count_bad(records, stage.name, stage.max_bad)
     traces, labels = [], []
     clips, uses = Counter(), Counter()
     for example, record in zip(examples, records, strict=True):

@@ -21,7 +21,7 @@ from minixmd.inputs.positions import positions_of
 from minixmd.inputs.prompts import batch_by_tokens
 from minixmd.models.cnn14 import make_cnn14, spec_augment
 from minixmd.runs.seeds import hash_seed
-from minixmd.stages.small_networks import train_epochs
+from minixmd.stages.cnn14_training import train_epochs
 from minixmd.tasks.yes_no import agreement
 
 WIDTH = 128  # C: of the space in which a clip and a trace are compared
@@ -92,7 +92,7 @@ def trace_vectors(model, processor, texts, batch_tokens):
     return torch.cat(means)
 
 
-def fit(stage, verifier, pairs, log):
+def fit_verifier(stage, verifier, pairs, log):
     """Trains a Verifier, on the device that it is on, on judged Pairs, and calibrates it on those held out. Returns
     {"verdicts": number of pairs, and the fields of agreement on those held out}. Raises ValueError for too few, or all
     with the same verdict, to train or to calibrate with."""
@@ -111,7 +111,7 @@ def fit(stage, verifier, pairs, log):
     optimizer = torch.optim.Adam(verifier.parameters(), lr=stage.lr)
     for epoch, loss_S in train_epochs(stage, verifier, optimizer, partial(batch_loss, verifier), train, batch_size):
         log({"epoch": epoch, "loss": loss_S.double().mean().item()})
-    score_B = torch.tensor(scores(verifier, held_out, batch_size))
+    score_B = torch.tensor(score_pairs(verifier, held_out, batch_size))
     accepted = [pair.accepted for pair in held_out]
     scale, offset = platt(score_B, torch.tensor(accepted).float())
     verifier.scale.fill_(scale)
@@ -142,7 +142,7 @@ def batch_loss(verifier, pairs, noise):
 
 
 @torch.inference_mode()
-def scores(verifier, pairs, batch_size):
+def score_pairs(verifier, pairs, batch_size):
     verifier.eval()
     found = []
     for start in range(0, len(pairs), batch_size):

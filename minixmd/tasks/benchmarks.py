@@ -121,7 +121,7 @@ def mmau_table(metas, rights):
 
 
 def music_table(metas, rights):
-    """MUSIC-AVQA's, as mmau_table.
+    """MUSIC-AVQA's tables, from the Examples' meta and a boolean each.
 
     {"audio": {type: rights, "all": rights}, "every": the same over all modalities, "pair": {"Audio Counting": rights}}.
     "audio" is over audio and audio-visual questions: the test split's 6,707 of 9,129, our reading of the paper's "7k".
@@ -137,7 +137,6 @@ def music_table(metas, rights):
 
 
 def _group(names, rights):
-    """{name: its rights}, sorted by name."""
     groups = {name: [] for name in sorted(set(names))}
     for name, right in zip(names, rights, strict=True):
         groups[name].append(right)

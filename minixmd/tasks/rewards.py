@@ -1,4 +1,4 @@
-"""What a completion is worth in GRPO: functions (completion text, options, right index) -> float. Add yours to REWARDS.
+"""What a completion is worth in GRPO: functions (text, Example, index of the right option) -> float, in REWARDS.
 
 SightSound-R1 rewards a right answer with 1 and the right form with 1, each on its own: 0, 1 or 2 in all. The form is
 `<think>…</think><answer>…</answer>`, with newlines anywhere and nothing but white space around; no tag stands twice.
@@ -10,13 +10,13 @@ from minixmd.tasks.answers import INSIDE, parse_answer
 FORMAT = re.compile(rf"\s*<think>{INSIDE}</think>\s*<answer>{INSIDE}</answer>\s*", re.DOTALL)
 
 
-def accuracy_reward(completion, options, right):
+def accuracy_reward(completion, example, right):
     """1.0 where the completion's answer is the right option, else 0.0; the form around it does not matter."""
-    index = parse_answer(completion, options)
+    index = parse_answer(completion, example.options)
     return float(index is not None and index == right)
 
 
-def format_reward(completion, options, right):
+def format_reward(completion, example, right):
     """1.0 where the whole completion has the form, else 0.0."""
     return float(FORMAT.fullmatch(completion) is not None)
 

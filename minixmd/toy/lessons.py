@@ -118,8 +118,6 @@ def batches(count, size, rng):
 
 
 class Fit:
-    """Optimizer, progress bar and losses of one phase."""
-
     def __init__(self, title, parameters, weight_decay=0.05):
         self.parameters = list(parameters)
         self.optimizer = torch.optim.AdamW(self.parameters, betas=(0.9, 0.98), weight_decay=weight_decay)

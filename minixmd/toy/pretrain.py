@@ -93,7 +93,6 @@ def run(stage, folder, log):
 
 
 def new_model(folder, model_type, seed):
-    """An untrained model and its processor, whose files are written to `folder`."""
     write_processor(folder, model_type)
     model = make_model(folder, model_type, hash_seed(seed, "weights"))
     model.set_trainable("full")

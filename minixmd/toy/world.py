@@ -158,7 +158,6 @@ def wav_bytes(wave_S):
 
 
 def mp4_bytes(frames, wave_S):
-    """The picture as H.264 with the sound beside it as AAC."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         # one thread: encoders that split the work write other bytes on another machine

@@ -44,7 +44,6 @@ def run_check(name, subject):
 
 
 def main(argv=None):
-    """Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m minixmd.verify", description=__doc__.splitlines()[0])
     parser.add_argument("model", help="what minixmd.load takes: a model's folder or an adapter's")
     parser.add_argument("--against", choices=["transformers"], help="compare logits with it, whatever the size; "
@@ -73,7 +72,6 @@ def main(argv=None):
 
 
 def load_subject(args):
-    """The Subject that the arguments ask for. Raises ValueError for bad input."""
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     if args.device == "cuda" != device:
         raise ValueError("device 'cuda' was asked for, but torch sees no GPU")

@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 
 from minixmd import Group, Prompt, pack
-from minixmd.models.lora import add_lora
-from minixmd.models.weights import adapted, load_adapter, save_adapter
+from minixmd.models.lora import adapted, add_lora
+from minixmd.models.weights import load_adapter, save_adapter
 from minixmd.verify.subject import QUESTION, TEMPERATURE, Outcome, synthetic_clips
 
 ANSWER = "A dog runs and barks."
@@ -129,7 +129,8 @@ def logprobs(subject):
     groups = [Group(prompt, tuple(ids_2T)) for prompt, ids_2T in zip(subject.prompts, ids_P2T, strict=True)]
     scored_T = subject.target_logprobs(pack(groups), subject.endless, TEMPERATURE)
     gap_T = (scored_T - generated_P2T.flatten()).abs()
-    mean, largest = gap_T.mean().item(), gap_T.max().item()
+    mean = gap_T.mean().item()
+    largest = gap_T.max().item()
     max_mean, max_gap = MAX_GAP[subject.dtype]
     return Outcome(
         f"mean {mean:.1e}, max {largest:.1e} nats",
@@ -169,10 +170,11 @@ def another_clip(subject):
 
 
 def same_clip(subject):
-    """Log-probs of the same answer about the same clip do not."""
+    """Log-probs of the same answer about the same clip are the same."""
     changes = []
     for kind in subject.clips:
-        first, second = answer_logprobs(subject, kind), answer_logprobs(subject, kind)
+        first = answer_logprobs(subject, kind)
+        second = answer_logprobs(subject, kind)
         changes.append(difference(first, second))
     return Outcome(f"{max(changes):.0e} nats", "exactly 0", all(change == 0 for change in changes))
 

@@ -43,7 +43,8 @@ class Subject:
         for clips in self.clips.values():
             contents += [[clip, QUESTION] for clip in clips]
         kinds = list(self.clips)
-        first, last = self.clips[kinds[0]][0], self.clips[kinds[-1]][1]
+        first = self.clips[kinds[0]][0]
+        last = self.clips[kinds[-1]][1]
         contents += [[QUESTION, last, first], "Hello"]
         self.conversations = [[{"role": "user", "content": content}] for content in contents]
         self.prompts = [self.processor(conversation) for conversation in self.conversations]
@@ -51,7 +52,6 @@ class Subject:
         self.endless.end_id = -1  # no token ends a turn
 
     def media(self, kind):
-        """The prompts' clips of a kind, as Media."""
         return [m for m in pack(self.prompts).media if m.kind == kind]
 
     def logits(self, prompts=None):
@@ -67,7 +67,6 @@ class Subject:
         return token_logprobs(self.model, self.model(batch), batch, vocabulary)
 
     def base_parameters(self):
-        """{name: parameter} without adapters."""
         return {name: p for name, p in self.model.named_parameters() if "lora_" not in name}
 
     @cached_property

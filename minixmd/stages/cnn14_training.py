@@ -1,28 +1,50 @@
-"""The training loop of the two small networks, Switch's Cnn14 and FactCheck's verifier."""
+"""What training a Cnn14 takes, for Switch and FactCheck's verifier: the clips' log-mel frames and the epochs."""
 import math
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
+from minixmd.inputs.audio import SAMPLE_RATE
+from minixmd.inputs.media import read_audio
+from minixmd.inputs.panns import log_mel
+from minixmd.inputs.prompts import prefetch
 from minixmd.learning.optim import learning_rate
+from minixmd.runs.records import bad_record
 from minixmd.runs.seeds import hash_seed
+
+
+def load_logmel(path, clip_s):
+    """The log-mel frames (A, M) of a clip's first clip_s seconds, then of silence. Raises MediaError."""
+    wave_S = read_audio(path)
+    return log_mel(F.pad(wave_S, (0, round(clip_s * SAMPLE_RATE) - len(wave_S))))  # a negative padding cuts
+
+
+def load_logmels(examples, clip_s, title):
+    """({id: log-mel frames (A, M)} of the clips that can be used, {id: bad record} of the others), in order."""
+    logmels, bad = {}, {}
+    loaded = prefetch(lambda example: load_logmel(example.audio, clip_s), examples, bad_record)
+    bar = tqdm(loaded, f"{title}: reading clips", len(examples), unit="clip", leave=False)
+    for example, found in zip(examples, bar, strict=True):
+        kind = bad if isinstance(found, dict) else logmels
+        kind[example.id] = found
+    return logmels, bad
 
 
 def train_epochs(stage, model, optimizer, batch_loss, items, batch_size, first_epoch=0):
     """Trains epoch by epoch on every item in a new order; a smaller last batch is left out.
 
     Args:
-        stage: Switch or FactCheck, for its name, epochs, lr, warmup_ratio and seed.
+        stage: Switch or FactCheck: name, epochs, lr, warmup_ratio, seed.
         batch_loss: function(items of a batch, generator on the model's device for augmentation and dropout) -> scalar.
-        items: list of at least batch_size.
         first_epoch: epochs that are done. An epoch's order and noise depend on the seed and its number alone.
-    Yields:
-        After each epoch its number, from 1, and the losses of its steps: (S,) fp32, on the model's device. Raises
-        ValueError where one is not finite.
+    Yields after each epoch its number, from 1, and the losses of its steps: (S,) fp32, on the model's device.
+    Raises ValueError where one is not finite.
     """
     device = next(model.parameters()).device
     steps = len(items) // batch_size
-    for epoch in tqdm(range(first_epoch, stage.epochs), stage.name, stage.epochs, initial=first_epoch, unit="epoch"):
+    bar = tqdm(range(first_epoch, stage.epochs), stage.name, stage.epochs, initial=first_epoch, unit="epoch")
+    for epoch in bar:
         shuffle = torch.Generator().manual_seed(hash_seed(stage.seed, "order", epoch))
         noise = torch.Generator(device).manual_seed(hash_seed(stage.seed, "noise", epoch))
         order = [items[i] for i in torch.randperm(len(items), generator=shuffle).tolist()]
@@ -41,4 +63,5 @@ def train_epochs(stage, model, optimizer, batch_loss, items, batch_size, first_e
         mean = loss_S.mean().item()
         if not math.isfinite(mean):
             raise ValueError(f"{stage.name}: the loss of epoch {epoch + 1} is {mean}; stopped")
+        bar.set_postfix_str(f"loss {mean:.3f}", refresh=False)
         yield epoch + 1, loss_S
