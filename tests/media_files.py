@@ -26,15 +26,16 @@ def write_wav(path, wave, rate=16000, subtype="PCM_16"):
 
 
 def write_mp4(path, frames, wave=None, fps=10, rate=16000, *, codec="libx264", pix_fmt="yuv420p", late_s=0.0,
-              hidden=0, options=None):
+              picture_late_s=0.0, hidden=0, encoder=None, options=None):
     """Writes a video with its sound track; the suffix chooses the container.
 
     Args:
         frames: (T, H, W, 3) uint8, or None for sound alone; H.264 needs even sides.
         wave: (S,) float32, written as AAC, or None for no sound.
         codec, pix_fmt: "ffv1" and "bgr0" in an .mkv are lossless and take odd sides.
-        late_s: seconds by which the sound starts later than the picture.
+        late_s: seconds by which the sound starts later than the picture. picture_late_s: the reverse.
         hidden: first frames that lie before time 0, behind an edit list.
+        encoder: options of the video encoder, such as {"bf": "3"}.
         options: the container's, such as {"movflags": "faststart"}.
     """
     with av.open(str(path), "w", options=options or {}) as out:
@@ -43,15 +44,15 @@ def write_mp4(path, frames, wave=None, fps=10, rate=16000, *, codec="libx264", p
             video = out.add_stream(codec, rate=fps)
             video.height, video.width, video.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
             if codec == "libx264":
-                video.options = {"preset": "ultrafast", "crf": "10", "threads": "1"}
+                video.options = {"preset": "ultrafast", "crf": "10", "threads": "1", **(encoder or {})}
         if wave is not None:
             audio = out.add_stream("aac", rate=rate, layout="mono")
         if video:
             for i, image in enumerate(frames):
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
                 frame.pts, frame.time_base = i, Fraction(1, fps)
-                _mux(out, video, frame, -hidden / fps)
-            _mux(out, video, None, -hidden / fps)
+                _mux(out, video, frame, picture_late_s - hidden / fps)
+            _mux(out, video, None, picture_late_s - hidden / fps)
         if audio:
             for start in range(0, len(wave), 1024):
                 block = np.ascontiguousarray(wave[None, start:start + 1024], dtype=np.float32)

@@ -1,35 +1,38 @@
 """Decode clips: sound to 16 kHz mono float32, video to a few RGB frames. A fault of a file is a MediaError.
 
-The content, not the name, decides who decodes: libsndfile (soundfile) reads what starts like WAV, FLAC, OGG or MP3;
-FFmpeg's libraries (PyAV) read everything else and what libsndfile refuses. Neither is run as a program.
+FFmpeg's libraries (PyAV) read everything; its programs are not run. The content, not the name, decides how, among the
+FORMATS of files that hold sound or pictures themselves: no script, playlist, device or network is ever opened.
 
 Broken files: nothing is repaired, and no part of a clip is passed off as the whole. A file is `truncated` when it is
-shorter than its own header says (WAV data chunk, FLAC frame count, OGG end-of-stream flag, MP3 frame count, MP4 boxes)
-or when decoding fails after some frames came out; when none came out it is `unreadable`. Not noticed: errors that a
-video decoder hides, and a cut in a format that does not say how long it is (Matroska between two clusters). On a
-damaged MP3 libsndfile prints notes of its own.
+shorter than its own header says (containers.py) or when decoding fails after some frames came out; when none came out
+it is `unreadable`. It has the `wrong length` when a part that its header does not know follows: FFmpeg would stop
+before it. Sounds joined in formats without a header over the whole (MP3, AAC, Ogg, FLAC, MPEG-TS) are read to the end.
+Not noticed: errors that a video decoder hides, and a cut in a format that does not say how long it is.
 """
 import os
-import re
 import stat
-import struct
 
 import av
 import numpy as np
-import soundfile
 import torch
 
 from minixmd.inputs.audio import SAMPLE_RATE, resample
+from minixmd.inputs.containers import announced
 from minixmd.inputs.image import sample_frames
 
-BLOCK_SAMPLES = 1 << 18  # soundfile allocates what the header promises: in blocks a lying header costs nothing
+FORMATS = ("wav,w64,aiff,au,caf,flac,mp3,aac,ac3,eac3,amr,ogg,mov,matroska,avi,asf,flv,mpegts,mpeg,gif,h264,hevc,m4v,"
+           "mpegvideo,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe")  # FFmpeg's names of the demuxers that may open a file
+MAX_PIXELS = 1 << 25  # of a frame: 8K is 33 million
+MAX_FRAMES = 1 << 18  # of a video: 2.4 hours at 30 a second
 KEPT_BYTES = 256 << 20  # decoded frames kept while their number is unknown; a longer video is decoded twice
-MP4_BOXES = (b"ftyp", b"styp", b"sidx", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"uuid")
-MP3_SLACK = 2 * 1152  # samples: an MP3's announced length is right to a frame or two
+TIMED = ("h264", "hevc", "vp9", "av1")  # codecs of one frame a packet, in these containers
+ONE_FRAME_A_PACKET = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+SIZED_PACKETS = (*ONE_FRAME_A_PACKET, "avi", "asf", "flv")  # containers that say how long each packet is
 RATES = range(1_000, 768_001)  # Hz; outside, a header is broken and would ask for gigabytes
 LOUDEST = 1e9  # full scale is 1; far beyond, the power of the spectrum overflows float32
+BEYOND_S = 0.5  # read beyond the seconds that are wanted, for the resampler's filter
+MAX_SHIFT_S = 3600.0  # sound that starts further from the picture is a broken time stamp, not a pause
 AV_ERRORS = (av.FFmpegError, OSError, ValueError)  # PyAV: codec errors, names it cannot encode, formats without arrays
-MAX_LATE_S = 3600.0  # sound that starts later than this after the picture is a broken time stamp, not a pause
 
 av.logging.set_level(av.logging.PANIC)  # FFmpeg writes its notes straight to stderr, where a progress bar lives
 
@@ -38,8 +41,8 @@ class MediaError(ValueError):
     """A clip that cannot be used, and why.
 
     Attributes: path; reason, one of a fixed set of phrases, so that reasons can be counted (missing, not a file, empty
-    file, unreadable, truncated, no audio track, no video track, no samples, no frames, no frame rate, not finite, too
-    short, bad shape); detail, free text. str() is one line that names the file.
+    file, unreadable, truncated, wrong length, no audio track, no video track, no samples, no frames, no frame rate, not
+    finite, too short, too long, too large, bad shape); detail, free text. str() is one line that names the file.
     """
 
     def __init__(self, path, reason, detail=""):
@@ -52,37 +55,70 @@ class MediaError(ValueError):
         return f"{name}: {self.reason}" + (f" ({' '.join(self.detail.split())})" if self.detail else "")
 
 
-def read_audio(path, *, sample_rate=SAMPLE_RATE):
+def read_audio(path, *, sample_rate=SAMPLE_RATE, max_s=None):
     """Decode the first audio track of a sound or video file to mono.
 
     Channels are averaged (opposite channels cancel), then resampled (`audio.resample`). Values are not clipped to +-1.
-    In a file with pictures, sound that starts later than they do is preceded by silence, so that sample n is heard at
-    n / sample_rate on the video's clock; codec priming is dropped; gaps inside the track are closed up.
+    In a file with pictures sample n is heard at n / sample_rate on the video's clock: sound that starts later than they
+    do is preceded by silence, and what is heard before them is left out. Codec priming is dropped; gaps inside the
+    track are closed up.
 
-    path: taken literally, never as a URL or pattern. sample_rate: of the result, in Hz. Returns wave_S: (S,) float32,
-    finite, S >= 1. Raises MediaError: see the module's policy.
+    path: taken literally, never as a URL or pattern. sample_rate: of the result, in Hz. max_s: seconds after which
+    reading stops; None = never. Returns wave_S: (S,) float32, finite, S >= 1. Raises MediaError: see the module's
+    policy.
     """
-    head = _check_file(path)
-    mono, rate = _read_sndfile(path) if _is_sndfile(head) else (None, 0)
-    if mono is None:
-        mono, rate = _read_pyav_audio(path)
+    length = _check_file(path)
+    with _open(path) as container:
+        mono, rate, whole = _read_track(container, path, max_s)
+    if whole and len(mono) < length.samples:
+        raise MediaError(path, "truncated", f"decoding stops after {len(mono)} of {length.samples} samples")
     if not len(mono):
         raise MediaError(path, "no samples")
-    if rate not in RATES:
-        raise MediaError(path, "unreadable", f"a sample rate of {rate} Hz")
     if bad := int((~(np.abs(mono) <= LOUDEST)).sum()):  # written so that NaN counts as bad
         raise MediaError(path, "not finite", f"{bad} of {len(mono)} samples are NaN, infinite or above {LOUDEST:g}")
     wave_S = resample(mono, rate, sample_rate)
+    if max_s is not None:
+        wave_S = wave_S[:round(max_s * sample_rate)]
     if not len(wave_S):
         raise MediaError(path, "no samples", f"{len(mono)} samples at {rate} Hz are none at {sample_rate} Hz")
     return torch.from_numpy(wave_S)
 
 
+def _read_track(container, path, max_s):
+    """(mono float32 samples, rate, whether the track was read to its end)."""
+    if not container.streams.audio:
+        raise MediaError(path, "no audio track")
+    fifo, rate, shift, most, whole = av.AudioFifo(), 0, 0, None, True
+    for frame in _decode(container, container.streams.audio[0], path):
+        if not rate:
+            rate = frame.sample_rate
+            if rate not in RATES:
+                raise MediaError(path, "unreadable", f"a sample rate of {rate} Hz")
+            shift = round(_seconds_after_picture(container, frame, path) * rate)
+            if max_s is not None:
+                most = round((max_s + BEYOND_S) * rate) - shift
+        frame.pts = None  # which closes up gaps
+        try:
+            fifo.write(frame)
+        except ValueError:
+            raise MediaError(path, "unreadable", "the format of the sound changes in the middle") from None
+        if most is not None and fifo.samples >= most:
+            whole = False
+            break
+    if not rate:
+        return np.zeros(0, np.float32), 0, True
+    mono = _mono(fifo.read(partial=True), path)
+    if shift < 0:
+        return mono[-shift:], rate, whole
+    return np.concatenate([np.zeros(shift, np.float32), mono]), rate, whole
+
+
 def read_frames(path, *, fps=1.0, nframes=None):
-    """Decode the frames that Qwen's rule picks (`image.sample_frames`) from the first video track.
+    """Decode the frames that Qwen's rule picks (`image.sample_frames`) from the video track.
 
     Frames that decode count, not the header's number: clips cut without re-encoding list frames that an edit list
-    hides. The rate is the track's average. As in the reference, a rotation tag and a sample aspect ratio are ignored.
+    hides. The rate is the track's average. Frames are turned as the file says, as the reference's readers do; a sample
+    aspect ratio is ignored, as there.
 
     fps: frames to pick per second of video. nframes: a fixed number instead, even and >= 2.
     Returns:
@@ -94,38 +130,90 @@ def read_frames(path, *, fps=1.0, nframes=None):
     """
     sample_frames(1 << 20, 1.0, fps=fps, nframes=nframes)  # a wrong argument is the caller's fault, not the file's
     _check_file(path)
-    kept, total, decoded_bytes = [], 0, 0
-    with _open(path) as container:
-        stream = first_video(container, path)
-        rate = stream.average_rate  # None in a few formats
-        for frame in _decode(container, stream, path):
-            total += 1
-            decoded_bytes += sum(plane.buffer_size for plane in frame.planes)
-            if decoded_bytes <= KEPT_BYTES:
-                kept.append(frame)
-    if not total:
-        raise MediaError(path, "no frames")
-    if not rate and nframes is None:
-        raise MediaError(path, "no frame rate", "ask for a fixed number of frames")
-    if nframes is not None and nframes > total:
-        raise MediaError(path, "too short", f"{nframes} frames wanted, {total} in the file")
-    index_T = sample_frames(total, float(rate or 1), fps=fps, nframes=nframes)
-    if len(kept) == total:
-        images = [_to_rgb(kept[i], path) for i in index_T]
-    else:
-        del kept
-        chosen = set(index_T)  # strictly increasing: there are never more picks than frames
-        with _open(path) as container:
-            frames = enumerate(_decode(container, first_video(container, path), path))
-            images = [_to_rgb(frame, path) for i, frame in frames if i in chosen]
+    rate, times = _frame_times(path)
+
+    def choose(total):
+        if not total:
+            raise MediaError(path, "no frames")
+        if not rate and nframes is None:
+            raise MediaError(path, "no frame rate", "ask for a fixed number of frames")
+        if nframes is not None and nframes > total:
+            raise MediaError(path, "too short", f"{nframes} frames wanted, {total} in the file")
+        return sample_frames(total, float(rate or 1), fps=fps, nframes=nframes)
+
+    images = None
+    if times:
+        images = _decode_times(path, [times[i] for i in choose(len(times))])
+    total = len(times)
+    if images is None:
+        images, total = _decode_all(path, choose)
     if len({image.shape for image in images}) > 1:
         raise MediaError(path, "unreadable", "the picture size changes in the middle")
     frames_TCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return frames_TCHW, float(len(index_T) / total * rate) if rate else None
+    return frames_TCHW, float(len(images) / total * rate) if rate else None
+
+
+def _frame_times(path):
+    """(the track's average rate, or None; the time stamps of its frames in order, from the packets alone). There are
+    none where a packet may be another number of frames than one, or its time is not known."""
+    with _open(path) as container:
+        stream = film(container, path)
+        rate = stream.average_rate  # None in a few formats
+        if container.format.name not in ONE_FRAME_A_PACKET or stream.codec_context.codec.canonical_name not in TIMED:
+            return rate, []
+        times = []
+        try:
+            for packet in container.demux(stream):
+                if packet.size and not packet.is_discard:
+                    times.append(packet.pts)
+        except AV_ERRORS:
+            return rate, []  # decoding will say what is wrong
+    if None in times or len(set(times)) < len(times):
+        return rate, []
+    return rate, sorted(times)
+
+
+def _decode_times(path, times):
+    """The frames at these time stamps, in RGB; None if one does not come out. Frames on which no other depends, and
+    which are not wanted, are not decoded."""
+    images = {}
+
+    def skip_if_unneeded(packet):
+        wanted = packet.pts is None or packet.pts in chosen
+        packet.stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
+
+    chosen = set(times)
+    with _open(path) as container:
+        for frame in _decode(container, film(container, path), path, skip_if_unneeded):
+            if frame.pts in chosen:
+                images[frame.pts] = _to_rgb(frame, path)
+    if images.keys() != chosen:
+        return None
+    return [images[time] for time in times]
+
+
+def _decode_all(path, choose):
+    """(the chosen frames in RGB, the number of all frames). choose: function(number of frames) -> indices."""
+    kept, total, kept_bytes = [], 0, 0
+    with _open(path) as container:
+        for frame in _decode(container, film(container, path), path):
+            total += 1
+            kept_bytes += sum(plane.buffer_size for plane in frame.planes)
+            if kept_bytes <= KEPT_BYTES:
+                kept.append(frame)
+    index_T = choose(total)
+    if len(kept) == total:
+        return [_to_rgb(kept[i], path) for i in index_T], total
+    del kept
+    chosen = set(index_T)  # strictly increasing: there are never more picks than frames
+    with _open(path) as container:
+        frames = enumerate(_decode(container, film(container, path), path))
+        return [_to_rgb(frame, path) for i, frame in frames if i in chosen], total
 
 
 def _check_file(path):
-    """The file's first 12 bytes. Refuses what is missing, no regular file (a pipe would block), empty or cut short."""
+    """The file's announced length. Refuses what is missing, no regular file (a pipe would block), empty, cut short, or
+    longer than its header knows."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -133,140 +221,108 @@ def _check_file(path):
         if not status.st_size:
             raise MediaError(path, "empty file")
         with open(path, "rb") as file:
-            head = file.read(12)
-            declared = _declared_bytes(file, head, status.st_size)
+            length = announced(file, status.st_size)
     except FileNotFoundError:
         raise MediaError(path, "missing") from None
     except MediaError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise MediaError(path, "unreadable", _message(error)) from None
-    if declared > status.st_size:
-        raise MediaError(path, "truncated", f"{status.st_size} bytes of the {declared} its header announces")
-    return head
-
-
-def _declared_bytes(file, head, size):
-    """How long the container itself says the file is at least, in bytes; 0 if it does not say."""
-    end = 0
-    if head[4:8] == b"ftyp":  # MP4: a chain of boxes, each 4 bytes of size and 4 of name
-        while end + 16 <= size:
-            file.seek(end)
-            length, name, long_length = struct.unpack(">I4sQ", file.read(16))
-            length = long_length if length == 1 else length
-            if length < 8 or name not in MP4_BOXES:
-                break  # 0 means "to the end"; anything else is padding or junk, the decoder's business
-            end += length
-    elif head[:4] == b"RIFF" and head[8:12] == b"WAVE":
-        start = 12
-        while start + 8 <= size:
-            file.seek(start)
-            name, length = struct.unpack("<4sI", file.read(8))
-            if name == b"data":
-                return start + 8 + length if length < 0x7FFFF000 else 0  # above: written to a pipe, length not known
-            start += 8 + length + length % 2
-    elif head[:4] == b"OggS":
-        file.seek(max(0, size - (1 << 17)))  # a page is at most 65,307 bytes
-        pages = re.findall(rb"OggS\0[\0-\7]", file.read())
-        if not pages or not pages[-1][5] & 4:  # the flag "last page of the stream"
-            return size + 1
-    return end
+    if length.end > status.st_size:
+        raise MediaError(path, "truncated", f"{status.st_size} bytes of the {length.end} its header announces")
+    if length.joined:
+        raise MediaError(path, "wrong length", f"after {length.end} of {status.st_size} bytes {length.joined}")
+    return length
 
 
 def _message(error):
     return getattr(error, "strerror", None) or str(error)  # strerror leaves out the path, which MediaError names
 
 
-def _is_sndfile(head):
-    mpeg = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06  # layer bits 00 would be AAC
-    return head[:4] in (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS") or head[:3] == b"ID3" or bool(mpeg)
-
-
-def _read_sndfile(path):
-    """(mono float32 samples, rate), or (None, 0) when libsndfile does not know the format."""
-    try:
-        file = soundfile.SoundFile(os.fspath(path))
-    except (soundfile.LibsndfileError, UnicodeError):
-        return None, 0
-    with file:
-        blocks, failed = [], False
-        try:
-            while len(block := file.read(BLOCK_SAMPLES, dtype="float32", always_2d=True)):
-                blocks.append(block.mean(1))
-        except soundfile.LibsndfileError:
-            failed = True
-        count = sum(map(len, blocks))
-        slack = MP3_SLACK if file.format == "MP3" else 0
-        if failed or count + slack < file.frames < 1 << 62:  # above: length unknown
-            raise MediaError(path, "truncated", f"decoding stops after {count} of {file.frames} samples")
-        return np.concatenate(blocks) if blocks else np.zeros(0, np.float32), file.samplerate
-
-
 def _open(path):
-    try:  # "file:": a name with a colon is no URL, and FFmpeg keeps a playlist inside such a file off the network
-        return av.open("file:" + os.fspath(path), metadata_errors="replace")
+    options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+    try:  # "file:": a name with a colon is no URL
+        return av.open("file:" + os.fspath(path), options=options, metadata_errors="replace")
     except AV_ERRORS as error:
         raise MediaError(path, "unreadable", _message(error)) from None
 
 
 def _pictures(container):
-    """The video tracks; the cover picture of a song is none."""
-    return [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    """The video tracks; the cover picture of a song is none, nor is a list of thumbnails."""
+    still = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+    return [stream for stream in container.streams.video if not stream.disposition & still]
 
 
-def first_video(container, path):
-    if not (streams := _pictures(container)):
+def film(container, path):
+    """The video track: FFmpeg's choice among those of more than one frame, if there are such. Raises MediaError."""
+    streams = _pictures(container)
+    if not streams:
         raise MediaError(path, "no video track")
-    return streams[0]
+    streams = [stream for stream in streams if stream.frames != 1] or streams
+    best = container.streams.best("video")
+    stream = next((stream for stream in streams if stream.index == best.index), streams[0])
+    context = stream.codec_context
+    if context.width * context.height > MAX_PIXELS:
+        raise MediaError(path, "too large", f"frames of {context.width} x {context.height} pixels")
+    return stream
 
 
-def _decode(container, stream, path):
+def _decode(container, stream, path, before_packet=None):
+    """The frames of a track. before_packet: function(packet), called before it is decoded."""
     count, fault = 0, ""
+    stream.codec_context.thread_count = 1  # the work is divided by clips
+    sized = container.format.name in SIZED_PACKETS
     try:
         for packet in container.demux(stream):
-            if packet.is_corrupt:
+            if packet.is_corrupt and sized:
                 fault = "a packet is incomplete"
                 break
-            for frame in packet.decode():
+            if before_packet is not None:
+                before_packet(packet)
+            for frame in _frames_of(packet):
                 count += 1
                 yield frame
+            if count > MAX_FRAMES and stream.type == "video":
+                raise MediaError(path, "too long", f"more than {MAX_FRAMES} frames")
+    except MediaError:
+        raise
     except AV_ERRORS as error:
         fault = _message(error)
     if fault:
         raise MediaError(path, "truncated" if count else "unreadable", f"decoding fails after {count} frames: {fault}")
 
 
-def _to_rgb(frame, path):
+def _frames_of(packet):
+    """A packet decoded. Tags and zeros, as they stand where MP3s are joined or padded, are no sound and no fault."""
     try:
-        return frame.to_ndarray(format="rgb24")  # (H, W, 3)
+        return packet.decode()
+    except AV_ERRORS:
+        data = bytes(packet)
+        if data.startswith((b"ID3", b"TAG", b"APETAGEX")) or data and not data.strip(b"\0"):
+            return []
+        raise
+
+
+def _to_rgb(frame, path):
+    """A frame's picture (H, W, 3), turned as the file says."""
+    try:
+        image = frame.to_ndarray(format="rgb24")
     except AV_ERRORS as error:
         raise MediaError(path, "unreadable", f"no RGB from {frame.format.name}: {error}") from None
+    return np.rot90(image, round(frame.rotation / 90)) if frame.rotation else image
 
 
-def _read_pyav_audio(path):
-    """(mono float32 samples, rate) of the first audio track."""
-    with _open(path) as container:
-        if not container.streams.audio:
-            raise MediaError(path, "no audio track")
-        blocks, rate, late_s = [], 0, 0.0
-        for frame in _decode(container, container.streams.audio[0], path):
-            if not blocks:
-                rate, late_s = frame.sample_rate, _late_seconds(container, frame)
-            if frame.sample_rate != rate:
-                raise MediaError(path, "unreadable", "the sample rate changes in the middle")
-            blocks.append(_mono(frame, path))
-    if late_s > MAX_LATE_S:
-        raise MediaError(path, "unreadable", f"the sound starts {late_s:.0f} s after the picture")
-    return np.concatenate([np.zeros(round(late_s * rate), np.float32), *blocks]), rate
-
-
-def _late_seconds(container, first_frame):
-    """How much later than the picture the sound starts, >= 0; 0 without pictures, when the clock is the sound's own."""
+def _seconds_after_picture(container, first_frame, path):
+    """How much later than the picture the sound starts, below 0 if it starts earlier; 0 without pictures, when the
+    clock is the sound's own."""
     streams = _pictures(container)
     if not streams or first_frame.pts is None:
         return 0.0
     start = max(0, streams[0].start_time or 0) * streams[0].time_base  # below 0: decoding delay or hidden frames
-    return max(0.0, float(first_frame.pts * first_frame.time_base - start))
+    seconds = float(first_frame.pts * first_frame.time_base - start)
+    if abs(seconds) > MAX_SHIFT_S:
+        raise MediaError(path, "unreadable", f"the sound starts {seconds:.0f} s after the picture")
+    return seconds
 
 
 def _mono(frame, path):

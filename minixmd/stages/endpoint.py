@@ -26,7 +26,7 @@ from huggingface_hub.errors import HTTPError  # that of requests below version 1
 from tqdm import tqdm
 
 from minixmd.inputs.audio import SAMPLE_RATE
-from minixmd.inputs.media import AV_ERRORS, MediaError, first_video, read_audio, read_frames
+from minixmd.inputs.media import AV_ERRORS, MediaError, film, read_audio, read_frames
 from minixmd.runs.records import append_jsonl, read_endpoint_answers
 
 TOP_LOGPROBS = 20  # of the first token; OpenAI and vLLM give no more
@@ -202,7 +202,7 @@ def silent_video_part(path):
     mp4 = io.BytesIO()
     try:
         with av.open("file:" + os.fspath(path), metadata_errors="replace") as clip, av.open(mp4, "w", "mp4") as silent:
-            track = first_video(clip, path)
+            track = film(clip, path)
             copy = silent.add_stream_from_template(track, opaque=True)
             for packet in clip.demux(track):
                 if packet.size:  # the last packet is empty: it is there to flush a decoder

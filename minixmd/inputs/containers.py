@@ -1,0 +1,189 @@
+"""What a file says of its own length. A demuxer takes what is there for the whole; these headers tell a part from it.
+
+Containers with a length in their header: WAV (RIFF, RIFX, RF64, BW64), Wave64, AIFF, AU, CAF, AVI, MP4, Matroska, ASF.
+Ogg marks its last page; FLAC and, where an encoder left a Xing header, MP3 count samples. A placeholder (0, all bits
+set), as programs leave it that write to a pipe, is no length. An ID3 tag in front of any of them is passed over.
+"""
+import re
+import struct
+import zlib
+from dataclasses import dataclass
+
+MP4_BOXES = (b"ftyp", b"styp", b"sidx", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"uuid")
+BEGINNINGS = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b"caff")  # of a file, so of another one joined to this
+W64_RIFF = bytes.fromhex("726966662e91cf11a5d628db04c10000")
+ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+UNKNOWN_BYTES = 0x7FFFF000  # a 32-bit length from here on is a placeholder
+
+
+@dataclass(frozen=True)
+class Announced:
+    end: int = 0  # the file's bytes, at least; 0 = it does not say
+    samples: int = 0  # of its sound, 0 = it does not say
+    joined: str = ""  # why what follows is no part of this file; "" = nothing follows, or it belongs here
+
+
+def announced(file, size):
+    """The Announced of an open file of `size` bytes."""
+    start = _after_id3(file)
+    head = _read(file, start, 40)
+    if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
+        return _chunks(file, start + 12, size, ">I" if head[:4] == b"RIFX" else "<I", b"data")
+    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
+        return _chunks(file, start + 12, size, ">I", b"SSND")
+    if head[:4] == b"caff":
+        return _chunks(file, start + 8, size, ">q", b"data")
+    if head[:4] == b".snd":
+        offset, length = struct.unpack(">II", head[4:12])
+        return _ends_at(file, start + offset + length, size) if 0 < length < UNKNOWN_BYTES else Announced()
+    if head[:16] == W64_RIFF:
+        length = struct.unpack("<Q", head[16:24])[0]
+        return _ends_at(file, start + length, size) if length < 1 << 62 else Announced()
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        return _avi(file, start, size)
+    if head[4:8] == b"ftyp":
+        return _mp4(file, start, size)
+    if head[:4] == EBML:
+        return _matroska(file, start, size)
+    if head[:16] == ASF_HEADER:
+        return _asf(file, start, size)
+    if head[:4] == b"OggS":
+        return _ogg(file, start, size)
+    if head[:4] == b"fLaC":
+        return Announced(samples=struct.unpack(">Q", head[18:26])[0] & (1 << 36) - 1)
+    return Announced(samples=_xing_samples(_read(file, start, 4096)))
+
+
+def _read(file, at, count):
+    file.seek(at)
+    return file.read(count).ljust(min(count, 64), b"\0")
+
+
+def _after_id3(file):
+    """Where the file begins behind the ID3 tags in front of it."""
+    start = 0
+    while (head := _read(file, start, 10))[:3] == b"ID3":
+        length = 0
+        for byte in head[6:10]:
+            length = length << 7 | byte & 0x7F
+        start += 10 + length + (10 if head[5] & 0x10 else 0)  # the flag: a footer
+    return start
+
+
+def _ends_at(file, end, size):
+    """Announced of a file whose last byte is known: nothing but zeros or an ID3 tag may follow."""
+    rest = _read(file, end, 1 << 16) if end < size else b""
+    return Announced(end, joined="" if not rest.strip(b"\0") or rest[:3] == b"TAG" else "more sound than announced")
+
+
+def _chunks(file, at, size, length_format, content):
+    """Announced of a chain of chunks (name, length, that many bytes), of which `content` holds the sound."""
+    end, long_length = 0, None
+    width = struct.calcsize(length_format)
+    while at + 4 + width <= size:
+        head = _read(file, at, 64)
+        name = head[:4]
+        length = struct.unpack(length_format, head[4:4 + width])[0]
+        if name == b"ds64":  # RF64's lengths of 64 bits: of the file, then of the sound
+            long_length = struct.unpack("<Q", head[16:24])[0]
+        if name == content:
+            if length_format != ">q" and length >= UNKNOWN_BYTES:
+                length = long_length
+            if not length or length < 0:
+                return Announced()
+            end = at + 4 + width + length
+        elif end:
+            legible = re.fullmatch(rb"[ -~]{4}", name) and at + 4 + width + length <= size + 1
+            if name in BEGINNINGS or not legible:
+                return _ends_at(file, at, size)
+        at += 4 + width + length
+        if length_format != ">q":
+            at += length % 2
+    return Announced(end)
+
+
+def _avi(file, start, size):
+    end = start + 8 + struct.unpack("<I", _read(file, start + 4, 4)[:4])[0]
+    next_one = _read(file, end, 12) if end < size else b""
+    joined = "another film follows" if next_one[:4] == b"RIFF" and next_one[8:12] == b"AVI " else ""
+    return Announced(0 if end == start + 8 else end, joined=joined)
+
+
+def _mp4(file, start, size):
+    """A chain of boxes, each 4 bytes of size and 4 of name."""
+    end, indices = start, 0
+    while end + 16 <= size:
+        length, name, long_length = struct.unpack(">I4sQ", _read(file, end, 16)[:16])
+        length = long_length if length == 1 else length
+        if length < 8 or name not in MP4_BOXES:
+            break  # 0 means "to the end"; anything else is padding or junk, the decoder's business
+        indices += name == b"moov"
+        end += length
+    return Announced(end, joined="another film follows" if indices > 1 else "")
+
+
+def _matroska(file, start, size):
+    """An EBML header and a segment, each a name and a length of 1 to 8 bytes."""
+    at = start
+    for name in (EBML, SEGMENT):
+        head = _read(file, at, 12)
+        width = 9 - head[4].bit_length()
+        if head[:4] != name or width > 8:
+            return Announced()
+        length = int.from_bytes(head[4:4 + width], "big") & (1 << 7 * width) - 1
+        if length == (1 << 7 * width) - 1:  # all bits set
+            return Announced()
+        at += 4 + width + length
+    return Announced(at, joined="another film follows" if at < size and _read(file, at, 4)[:4] == EBML else "")
+
+
+def _asf(file, start, size):
+    header = _read(file, start, 4096)
+    at = header.find(ASF_FILE_PROPERTIES)
+    if at < 0 or len(header) < at + 96 or header[at + 88] & 1:  # the flag: a broadcast
+        return Announced()
+    return _ends_at(file, start + struct.unpack("<Q", header[at + 40:at + 48])[0], size)
+
+
+def _ogg(file, at, size):
+    """A chain of pages. A decoder passes over damaged and missing ones; here their checksums and numbers must be right,
+    and the last page of every stream must say that it is."""
+    last = {}  # stream -> its last page's number and whether it is the stream's end
+    while at < size:
+        head = _read(file, at, 27 + 255)
+        if head[:4] != b"OggS":
+            break
+        flags, stream, number, checksum = head[5], *struct.unpack("<III", head[14:26])
+        length = 27 + head[26] + sum(head[27:27 + head[26]])
+        if at + length > size:
+            return Announced(at + length)
+        if not flags & 2 and last.get(stream, (-1, False))[0] != number - 1:
+            return Announced(at, joined=f"page {number} does not follow")
+        if _ogg_checksum(_read(file, at, length)) != checksum:
+            return Announced(at, joined="a damaged page follows")
+        last[stream] = number, bool(flags & 4)
+        at += length
+    if not all(is_last for _, is_last in last.values()):
+        return Announced(size + 1)
+    return _ends_at(file, at, size)
+
+
+def _ogg_checksum(page):
+    """CRC-32 without the reflection and inversions that zlib's has, over a page with 0 in its checksum's place."""
+    page = (page[:22] + bytes(4) + page[26:]).translate(REVERSED_BITS)
+    reflected = zlib.crc32(page, 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int.from_bytes(reflected.to_bytes(4, "little").translate(REVERSED_BITS), "big")
+
+
+def _xing_samples(head):
+    """Samples by the Xing header of an MP3's first frame, less what a player may cut from both ends; 0 without one."""
+    match = re.search(rb"(?:Xing|Info)(....)(....)", head, re.DOTALL)
+    sync = re.search(rb"\xff[\xe2-\xff]", head)
+    if not match or not sync or not match[1][3] & 1:
+        return 0
+    frame = 1152 if head[sync.start() + 1] & 0x08 else 576  # MPEG 1; MPEG 2 and 2.5
+    count = struct.unpack(">I", match[2])[0]
+    return (count - 3) * frame if 3 < count < UNKNOWN_BYTES else 0
