@@ -22,10 +22,10 @@ import numpy as np
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 
-from prepare.child_processes import Task, run_tasks  # noqa: E402
 from prepare.clip_checks import check_clip  # noqa: E402
 
 from bench.reference import environment  # noqa: E402
+from minixmd.inputs.prompts import prefetch  # noqa: E402
 from minixmd.runs.files import write_json  # noqa: E402
 
 RATE = 44_100  # of the sound
@@ -66,13 +66,12 @@ def make_clip(path, sizes):
 def clips_per_second(path, workers, count):
     """The first two clips a worker start it, and do not count."""
     warmup = 2 * workers
-    job = path.name, path.stat().st_size, str(path), None
-    tasks = [Task(i, job=job) for i in range(count + warmup)]
-    done = run_tasks(tasks, check_clip, workers=workers, limit_s=60, preload=["minixmd.inputs.media"])
+    done = prefetch(lambda _, check: check(str(path), path.name, None), range(count + warmup), None, load=check_clip,
+                    ahead=2 * workers, workers=workers)
     for _ in range(warmup):
         next(done)
     began = time.perf_counter()
-    results = [task.result for task in done]
+    results = list(done)
     seconds = time.perf_counter() - began
     dropped = [result for result in results if "reason" in result]
     assert not dropped, dropped[0]

@@ -168,10 +168,13 @@ class Trainer:
             self.log(line)
         tqdm.write(text)
 
-    def build_sample(self, item):
+    def build_sample(self, item, load):
         """(Prompt, Item); the Prompt ends with the target, but not in GRPO, where the model writes its own."""
-        answer = None if isinstance(self.stage, GRPO) else item.target
-        prompt = build_prompt(self.processor, item.example, self.stage.prompt_format, answer)
+        stage = self.stage
+        writes = isinstance(stage, GRPO)
+        answer = None if writes else item.target
+        prompt = build_prompt(self.processor, item.example, stage.prompt_format, answer, load=load)
+        check_length(self.processor, item.example, prompt, stage.max_new_tokens if writes else 0)
         return prompt, item
 
     def count_bad_clip(self, item, error):
@@ -312,8 +315,6 @@ class Trainer:
         stage = self.stage
         prompts = [prompt for prompt, _ in samples]
         items = [item for _, item in samples]
-        for prompt, item in samples:
-            check_length(self.processor, item.example, prompt, stage.max_new_tokens)
 
         started = time.perf_counter()
         if self.model.encoders_frozen():  # sampling, scoring and learning then share the encoders' output

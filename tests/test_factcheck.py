@@ -289,7 +289,7 @@ def test_the_words_alone_tell_the_verifier_nothing(world, trained):
     order = torch.randperm(48, generator=generator).tolist()
     audio = [examples[order[int(t["id"].removeprefix("clip"))]].audio for t in traces]
     text_BD = verifiers.trace_vectors(model, processor, [thoughts(t["text"]) for t in traces], 8192)
-    pairs = [verifiers.Pair(load_logmel(path, stage.clip_s), text_D, "")
+    pairs = [verifiers.Pair(torch.from_numpy(load_logmel(path, stage.clip_s)), text_D, "")
              for path, text_D in zip(audio, text_BD, strict=True)]
     found = verifiers.score_pairs(verifier, pairs, 16)
     assert auc(found, [truth(t) for t in traces]) < 0.65
@@ -304,7 +304,7 @@ def test_a_score_of_the_verifier_is_that_of_the_traces_own_clip_and_thoughts(wor
     traces = read_jsonl(world / "traces.jsonl")
     assert keys(found["verdicts"]) == keys(traces)
     for trace, verdict in list(zip(traces, found["verdicts"], strict=True))[::7]:
-        logmel_AM = load_logmel(examples[trace["id"]].audio, stage.clip_s)
+        logmel_AM = torch.from_numpy(load_logmel(examples[trace["id"]].audio, stage.clip_s))
         text_BD = verifiers.trace_vectors(model, processor, [thoughts(trace["text"])], 8192)
         with torch.no_grad():
             assert verdict["score"] == pytest.approx(verifier(logmel_AM[None], text_BD).item(), abs=1e-3)

@@ -5,9 +5,7 @@ import io
 import json
 import os
 import resource
-import signal
 import sys
-import time
 from collections import Counter
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,8 +23,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import prepare_audioset  # noqa: E402
 import prepare_vggsound  # noqa: E402
-from prepare import child_processes, clip_checks  # noqa: E402
-from prepare.child_processes import Task, run_tasks  # noqa: E402
+from prepare import clip_checks  # noqa: E402
 from prepare.option_sampling import OptionSampler, uniforms  # noqa: E402
 
 STAT = ("dog barking,60,animals\r\nrapping,30,music\r\n\"bee, wasp, etc. buzzing\",20,animals\r\n"
@@ -270,42 +267,6 @@ def test_sound_is_extracted_once_as_the_reader_hears_it(vgg, clip, capsys):
     (vgg / "out" / "audio").symlink_to(vgg / "taken")
     assert vggsound(vgg, "--extract-audio") == 1  # what cannot be written is no fault of the clip
     assert "cannot write" in capsys.readouterr().err
-
-
-def odd_job(kind, number):
-    if kind == "hang":
-        time.sleep(60)
-    if kind == "die":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if kind == "grow":
-        bytearray(6 << 30)  # never touched, so that a machine has it
-    if kind == "err":
-        raise TypeError("odd")
-    return {"number": number}
-
-
-def test_a_job_that_hangs_or_crashes_loses_itself_alone():
-    kinds = ["fine", "hang", "die", "fine", "err", "die", "grow", "fine"]
-    tasks = [Task(kind, None, (kind, i)) for i, kind in enumerate(kinds)] + [Task("known", {"number": 8})]
-    start = time.monotonic()
-    done = list(run_tasks(tasks, odd_job, workers=2, limit_s=1.0, preload=["minixmd.inputs.media"]))
-    assert time.monotonic() - start < 20 and [task.item for task in done] == [*kinds, "known"]
-    assert [task.result.get("reason") for task in done] == [
-        None, "out of time", "crashed", None, "crashed", "crashed", "out of memory", None, None]
-    assert [task.result["number"] for task in done if "number" in task.result] == [0, 3, 7, 8]
-    assert [done[i].result["detail"] for i in (1, 2, 4)] == ["more than 1 s", "exit code -11", "TypeError: odd"]
-
-
-@pytest.mark.slow
-def test_a_worker_whose_parent_does_not_kill_it_ends_itself():
-    context = get_context("forkserver")
-    pipe, child_end = context.Pipe()
-    process = context.Process(target=child_processes._work, args=(child_end, odd_job, 0.5), daemon=True)
-    process.start()
-    assert pipe.recv() == "ready"
-    pipe.send(("hang", 0))
-    process.join(20)
-    assert process.exitcode == -signal.SIGALRM
 
 
 def peak_of(folder, pipe):

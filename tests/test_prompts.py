@@ -8,7 +8,7 @@ from minixmd.inputs.media import MediaError
 from minixmd.inputs.prompts import batch_by_tokens, check_length, prefetch
 
 
-def read(number):
+def read(number, load=None):
     """Stands for reading a clip: every third one cannot be used."""
     if number % 3 == 2:
         raise MediaError(f"{number}.wav", "missing")
@@ -41,7 +41,7 @@ def test_no_more_than_ahead_items_are_taken_early():
             taken.append(i)
             yield i
 
-    results = prefetch(lambda i: i, items(), None, ahead=4)
+    results = prefetch(lambda i, load: i, items(), None, ahead=4)
     for i in range(10):
         assert next(results) == i and len(taken) <= i + 1 + 4 + 1
     results.close()
@@ -49,7 +49,7 @@ def test_no_more_than_ahead_items_are_taken_early():
 
 
 def test_any_other_exception_propagates_in_its_place():
-    def fail(number):
+    def fail(number, load):
         if number == 5:
             raise ValueError("example 'five': no such field")
         return read(number)
@@ -86,7 +86,8 @@ def test_batches_hold_at_most_so_many_tokens_and_a_longer_prompt_goes_alone():
 
 
 def test_a_prompt_and_its_answer_may_fill_the_context_and_no_more():
-    processor, example = SimpleNamespace(max_positions=100), SimpleNamespace(id="dog")
+    processor, example = SimpleNamespace(max_positions=100), SimpleNamespace(video=None, audio="dog.wav")
     check_length(processor, example, "x" * 60, 40)
-    with pytest.raises(ValueError, match="example 'dog': the prompt's 61 tokens and max_new_tokens 40 are over .* 100"):
+    said = r"dog.wav: too long \(the prompt's 61 tokens and max_new_tokens 40 are over .* 100"
+    with pytest.raises(MediaError, match=said):
         check_length(processor, example, "x" * 61, 40)

@@ -239,7 +239,8 @@ def test_what_a_trace_says_is_the_turn_that_is_learnt(tmp_path):
     stage = SFT(name="s", model="m", manifest="m", traces="t", prompt="{options}")
     example = Example(id="a", audio=str(tmp_path), video=None, question="?", options=CLASSES)
     seen = []
-    build_prompt(seen.append, example, stage.prompt_format, answer="<think>hm</think>")
+    build_prompt(lambda conversation, load: seen.append(conversation), example, stage.prompt_format,
+                 answer="<think>hm</think>")
     assert seen[0][1] == {"role": "assistant", "content": "<think>hm</think>"}
 
 
@@ -421,7 +422,7 @@ def test_audio_too_short_for_one_token_is_refused(world, tmp_path, capsys):
 def test_a_prompt_over_the_models_limit_is_refused(world, tmp_path, capsys):
     write_model(tmp_path / "narrow", "audio", limit=40)
     line = refused(tmp_path, capsys, train(world, model=f"{tmp_path}/narrow"))
-    assert "example 'clip" in line and "over the model's limit of 40" in line
+    assert "above max_bad" in line and "too long (the prompt has" in line and "over the model's limit of 40" in line
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "has shape"])

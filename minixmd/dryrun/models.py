@@ -7,6 +7,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from minixmd.config import TRAINING, Toy
 from minixmd.inputs.audio import SAMPLE_RATE
+from minixmd.inputs.clips import hear
 from minixmd.inputs.image import sample_frames, smart_resize
 from minixmd.inputs.tokenizer import Processor
 from minixmd.models.families import ModelConfig, read_config
@@ -50,14 +51,17 @@ class ModelInfo:
 class BlankProcessor(Processor):
     """A Processor that opens no file: every clip is silent and black, and lasts CLIP_S."""
 
-    def _audio(self, source):
-        return super()._audio(torch.zeros(CLIP_S * SAMPLE_RATE))
+    def __call__(self, conversation, load=None):
+        return super().__call__(conversation, blank_clip)
 
-    def _video(self, part):
-        indices = sample_frames(CLIP_S * VIDEO_FPS, VIDEO_FPS, fps=part["fps"], nframes=part["nframes"])
-        size = smart_resize(*VIDEO_SIZE, min_pixels=part["min_pixels"], max_pixels=part["max_pixels"])
-        frames_TCHW = torch.zeros(len(indices), 3, *size, dtype=torch.uint8)
-        return super()._video({**part, "video": frames_TCHW})
+
+def blank_clip(path, kind, options):
+    """What load_clip would give."""
+    if kind == "audio":
+        return hear(torch.zeros(CLIP_S * SAMPLE_RATE), path, **options)
+    indices = sample_frames(CLIP_S * VIDEO_FPS, VIDEO_FPS, fps=options["fps"], nframes=options["nframes"])
+    size = smart_resize(*VIDEO_SIZE, min_pixels=options["min_pixels"], max_pixels=options["max_pixels"])
+    return torch.zeros(len(indices), 3, *size, dtype=torch.uint8), len(indices) / CLIP_S
 
 
 def find_model(value, stages, scratch):

@@ -1,21 +1,23 @@
 """From examples to Prompts: building one, building many ahead of time, and grouping them by tokens."""
-import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
+from minixmd.inputs.clips import load_clip
+from minixmd.inputs.contained import LIMIT_S, Contained, num_workers
 from minixmd.inputs.examples import build_conversation
 from minixmd.inputs.media import MediaError
 
 
-def build_prompt(processor, example, prompt_format, answer=None, trace=""):
-    """The Prompt that asks an example's question, as a config.PromptFormat says; answer, trace: build_conversation's.
+def build_prompt(processor, example, prompt_format, answer=None, trace="", load=load_clip):
+    """The Prompt that asks an example's question, as a config.PromptFormat says; answer, trace: build_conversation's,
+    load: Processor's.
 
     Raises MediaError: the clip cannot be used. ValueError: another fault; the example is named.
     """
     conversation = build_conversation(example, media=prompt_format.media, prompt=prompt_format.template, answer=answer,
                                       trace=trace, video_options=prompt_format.video_options)
     try:
-        return processor(conversation)
+        return processor(conversation, load)
     except MediaError:
         raise
     except ValueError as error:
@@ -23,25 +25,27 @@ def build_prompt(processor, example, prompt_format, answer=None, trace=""):
 
 
 def check_length(processor, example, prompt, max_new_tokens):
-    """Raises ValueError where a prompt and what is to be written after it are over the model's limit."""
+    """Raises MediaError where a prompt and what is to be written after it are over the model's limit."""
     if len(prompt) + max_new_tokens > processor.max_positions:
-        raise ValueError(f"example {example.id!r}: the prompt's {len(prompt)} tokens and max_new_tokens "
-                         f"{max_new_tokens} are over the model's limit of {processor.max_positions}")
+        raise MediaError(example.video or example.audio, "too long", f"the prompt's {len(prompt)} tokens and "
+                         f"max_new_tokens {max_new_tokens} are over the model's limit of {processor.max_positions}")
 
 
-def prefetch(function, items, on_bad, ahead=16):
-    """function(item) for every item, in order, computed by threads up to `ahead` items early.
+def prefetch(function, items, on_bad, *, load=load_clip, ahead=16, limit_s=LIMIT_S, workers=None):
+    """function(item, load) for every item, in order, computed by threads up to `ahead` items early.
 
+    load: function(path, …) that reads a file; `function` is given it Contained, limit_s seconds a file. workers: files
+    read at a time; None = num_workers().
     on_bad(item, error) takes the place of a MediaError: what cannot be used is caught here, and by endpoint.py.
     """
     items = iter(items)
-    workers = max(2, min(8, (os.cpu_count() or 2) // 2))
-    with ThreadPoolExecutor(workers) as pool:
+    contained = Contained(load, limit_s)
+    with ThreadPoolExecutor(workers or num_workers()) as pool:
         waiting = deque()
         try:
             while True:
                 for item in items:
-                    waiting.append((item, pool.submit(function, item)))
+                    waiting.append((item, pool.submit(function, item, contained)))
                     if len(waiting) > ahead:
                         break
                 if not waiting:
@@ -50,6 +54,7 @@ def prefetch(function, items, on_bad, ahead=16):
                 error = future.exception()
                 yield on_bad(item, error) if isinstance(error, MediaError) else future.result()
         finally:
+            contained.stop()
             pool.shutdown(cancel_futures=True)
 
 

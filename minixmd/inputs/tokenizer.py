@@ -1,4 +1,5 @@
 """Processor: a conversation to a Prompt, in the family's chat template, placeholders expanded to their exact count."""
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import ascii_uppercase
@@ -6,10 +7,11 @@ from string import ascii_uppercase
 import torch
 from tokenizers import Tokenizer
 
-from minixmd.inputs.audio import log_mel, num_audio_tokens, num_mel_frames
+from minixmd.inputs.audio import num_audio_tokens
 from minixmd.inputs.batch import Media, Prompt
-from minixmd.inputs.image import patchify, resize
-from minixmd.inputs.media import MediaError, read_audio, read_frames
+from minixmd.inputs.clips import hear, load_clip, see
+from minixmd.inputs.image import patchify
+from minixmd.inputs.media import MediaError
 from minixmd.inputs.positions import grid_offsets, interleave, positions_of
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -35,11 +37,13 @@ def common_vocab_size(processor, labels_path):
 class Draft:
     """A Prompt that is being written."""
 
+    load: Callable  # reads a clip's file, as load_clip
     ids: list = field(default_factory=list)
     target: list = field(default_factory=list)
     media: list = field(default_factory=list)
     blocks: list = field(default_factory=list)  # as positions_of takes them
     audios: int = 0  # so far
+    first_clip: str = "prompt"  # its name, for messages
 
     def add(self, ids, target=False):
         self.ids += ids
@@ -110,7 +114,7 @@ class Processor:
             letter_ids += ids
         return letter_ids
 
-    def __call__(self, conversation):
+    def __call__(self, conversation, load=load_clip):
         """A conversation in transformers' form to a Prompt, which is never truncated.
 
         Args:
@@ -118,13 +122,14 @@ class Processor:
                 are paths, 16 kHz mono waves (float tensor (S,)) or frames (uint8 tensor (T, 3, H, W)). A video part may
                 carry fps, min_pixels, max_pixels, nframes, and `"use_audio": True` (Omni) for its sound track, in turns
                 with the picture. A last assistant turn is the target; without one the prompt ends where it would start.
+            load: reads a clip's file, as load_clip, such as a Contained one.
         Raises:
-            MediaError: a clip that cannot be used, with its reason.
-            ValueError: a malformed conversation, media the family does not take, or a prompt over the model's limit.
+            MediaError: a clip that cannot be used, with its reason; "too long" for a prompt over the model's limit.
+            ValueError: a malformed conversation, or media the family does not take.
         """
         if not conversation or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in conversation):
             raise ValueError("a conversation is a non-empty list of {'role': …, 'content': …}")
-        draft = Draft()
+        draft = Draft(load)
         if conversation[0]["role"] != "system":
             draft.add(self.encode(f"{START}system\n{self.family.system}{END}\n"))
         for number, turn in enumerate(conversation):
@@ -153,7 +158,8 @@ class Processor:
             draft.add(self.encode(f"{START}assistant\n"))
         length = len(draft.ids)
         if length > self.max_positions:
-            raise ValueError(f"the prompt has {length} tokens, over the model's limit of {self.max_positions}")
+            detail = f"the prompt has {length} tokens, over the model's limit of {self.max_positions}"
+            raise MediaError(draft.first_clip, "too long", detail)
         return Prompt(torch.tensor(draft.ids), positions_of(length, draft.blocks), tuple(draft.media),
                       torch.tensor(draft.target))
 
@@ -179,16 +185,18 @@ class Processor:
             raise ValueError(f"turn {number}: {kind} part has no key {kind!r}")
         if kind == "audio":
             draft.audios += 1
-            media, offsets_3P = self._audio(part["audio"]), None
+            media, offsets_3P = self._audio(part["audio"], draft.load), None
         else:
-            media, offsets_3P = self._video(part)
+            media, offsets_3P = self._video(part, draft.load)
+        if draft.first_clip == "prompt" and not isinstance(part[kind], torch.Tensor):
+            draft.first_clip = part[kind]
         if part.get("use_audio"):
             if self.config.chunk_s is None:
                 raise ValueError(f"turn {number}: a {self.family.model_type} model cannot take a video with its sound")
             if isinstance(part["video"], torch.Tensor):
                 raise ValueError(f"turn {number}: use_audio needs a video file; frames have no sound")
             draft.add(self.encode(text))
-            self._add_sounded(draft, media, offsets_3P, self._audio(part["video"]))
+            self._add_sounded(draft, media, offsets_3P, self._audio(part["video"], draft.load))
             return ""
         draft.add(self.encode(text + template.before.format(n=draft.audios)))
         placeholder = self.tokenizer.token_to_id(template.placeholder)
@@ -209,33 +217,28 @@ class Processor:
                  replace(audio, rows_P=(~is_video_P).nonzero()[:, 0] + 2)]
         draft.add_clips(ids, clips, torch.cat([begin_3P, offsets_3P + 1, end_3P], dim=1))
 
-    def _audio(self, source):
+    def _audio(self, source, load):
         """The Media of a sound file or wave; its rows count from 0."""
-        wave_S = source if isinstance(source, torch.Tensor) else read_audio(source)
-        frames = num_mel_frames(len(wave_S), self.family.max_audio_s)
-        tokens = num_audio_tokens(frames)
-        if tokens == 0:
-            name = "audio" if isinstance(source, torch.Tensor) else source
-            raise MediaError(name, "too short", f"{len(wave_S)} samples at 16 kHz; one audio token takes 321")
-        return Media("audio", log_mel(wave_S, self.family.max_audio_s), torch.arange(tokens), frames=frames)
+        max_s = self.family.max_audio_s
+        if isinstance(source, torch.Tensor):
+            mel_MA, frames = hear(source, "audio", max_s)
+        else:
+            mel_MA, frames = load(source, "audio", dict(max_s=max_s))
+        return Media("audio", torch.as_tensor(mel_MA), torch.arange(num_audio_tokens(frames)), frames=frames)
 
-    def _video(self, part):
+    def _video(self, part, load):
         """The Media of a video part, whose rows count from 0, and the rows' position offsets."""
         source = part["video"]
-        given = {name: part[name] for name in VIDEO_DEFAULTS if part.get(name) is not None}
-        fps, min_pixels, max_pixels, nframes = {**VIDEO_DEFAULTS, **given}.values()
-        name, frames_TCHW = "video", source
-        if not isinstance(source, torch.Tensor):
-            name = source
-            frames_TCHW, sampled_fps = read_frames(source, fps=fps, nframes=nframes)
-            if self.family.sampled_fps or nframes:
+        options = VIDEO_DEFAULTS | {name: part[name] for name in VIDEO_DEFAULTS if part.get(name) is not None}
+        fps = options["fps"]
+        if isinstance(source, torch.Tensor):
+            frames_TCHW = see(source, "video", options["min_pixels"], options["max_pixels"])
+        else:
+            frames_TCHW, sampled_fps = load(source, "video", options)
+            if self.family.sampled_fps or options["nframes"]:
                 fps = sampled_fps
             if fps is None and self.config.ids_per_s is not None:
                 raise MediaError(source, "no frame rate", "this model places frames by their time")
-        try:
-            frames_TCHW = resize(frames_TCHW, min_pixels=min_pixels, max_pixels=max_pixels)
-        except ValueError as error:
-            raise MediaError(name, "bad shape", str(error)) from None
-        patches_PC, grid_thw = patchify(frames_TCHW)
+        patches_PC, grid_thw = patchify(torch.as_tensor(frames_TCHW))
         offsets_3P = grid_offsets(grid_thw, ids_per_s=self.config.ids_per_s, fps=fps)
         return Media("video", patches_PC, torch.arange(offsets_3P.shape[1]), grid_thw=grid_thw), offsets_3P

@@ -15,15 +15,19 @@ from minixmd.runs.seeds import hash_seed
 
 
 def load_logmel(path, clip_s):
-    """The log-mel frames (A, M) of a clip's first clip_s seconds, then of silence. Raises MediaError."""
-    wave_S = read_audio(path)
-    return log_mel(F.pad(wave_S, (0, round(clip_s * SAMPLE_RATE) - len(wave_S))))  # a negative padding cuts
+    """The log-mel frames (A, M) of a clip's first clip_s seconds, then of silence, in numpy. Raises MediaError."""
+    wave_S = read_audio(path, max_s=clip_s)
+    return log_mel(F.pad(wave_S, (0, round(clip_s * SAMPLE_RATE) - len(wave_S)))).numpy()
 
 
 def load_logmels(examples, clip_s, title):
     """({id: log-mel frames (A, M)} of the clips that can be used, {id: bad record} of the others), in order."""
     logmels, bad = {}, {}
-    loaded = prefetch(lambda example: load_logmel(example.audio, clip_s), examples, bad_record)
+
+    def load_one(example, load):
+        return torch.from_numpy(load(example.audio, clip_s))
+
+    loaded = prefetch(load_one, examples, bad_record, load=load_logmel)
     bar = tqdm(loaded, f"{title}: reading clips", len(examples), unit="clip", leave=False)
     for example, found in zip(examples, bar, strict=True):
         kind = bad if isinstance(found, dict) else logmels

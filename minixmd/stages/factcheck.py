@@ -175,9 +175,9 @@ def judge_by_model(stage, folder, traces):
 
 def usable_prompts(prompt_text, model, processor, traces, verdicts):
     """Yields (Trace, Prompt) of every trace that can be judged; the verdicts on the others are filled in."""
-    def build(trace):
+    def build(trace, load):
         try:
-            return processor(conversation(prompt_text, trace.example, trace.text))
+            return processor(conversation(prompt_text, trace.example, trace.text), load)
         except MediaError:
             raise
         except ValueError as error:  # too long, or with a placeholder in its text

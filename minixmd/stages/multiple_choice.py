@@ -63,11 +63,13 @@ class Questions:
             if isinstance(prompt, dict):
                 self.records[example.id] = prompt
                 continue
-            check_length(self.processor, example, prompt, self.max_new_tokens)
             yield example, prompt
 
-    def _build(self, example):
-        return build_prompt(self.processor, example, self.prompt_format, trace=self.traces.get(example.id, ""))
+    def _build(self, example, load):
+        trace = self.traces.get(example.id, "")
+        prompt = build_prompt(self.processor, example, self.prompt_format, trace=trace, load=load)
+        check_length(self.processor, example, prompt, self.max_new_tokens)
+        return prompt
 
     def read_letters(self, example, logits_V):
         """Makes an example's record from the logits (on the CPU) where its answer would start."""

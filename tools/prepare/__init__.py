@@ -3,7 +3,6 @@
     command_line       arguments; what is wrong with the input becomes one line on stderr
     official_files     csv files, lists of names and JSON records, as they are published
     clip_checks        finds a clip, decodes it once as training will, and keeps the verdict for the next run
-    child_processes    a decoder that hangs, crashes or fills the memory costs one clip, not the run
     option_sampling    draws wrong options by class frequency, the same on every machine
     questions          benchmarks that bring their own questions: checks a record, writes a manifest a file
     manifests          writes manifests, drops.jsonl and summary.json

@@ -13,6 +13,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
+from math import isinf
 from pathlib import Path
 
 import soundfile
@@ -21,9 +22,10 @@ from tqdm import tqdm
 from minixmd.inputs.audio import SAMPLE_RATE
 from minixmd.inputs.image import smart_resize
 from minixmd.inputs.media import MediaError, read_audio, read_frames
+from minixmd.inputs.prompts import prefetch
 from minixmd.runs.files import write_text
-from prepare.child_processes import Task, run_tasks
 
+TASKS_AHEAD = 32  # rows read ahead a worker, so that a slow clip does not stop the others
 CHUNK = 200  # rows; a run that is killed loses the verdicts on at most so many
 MIN_SAMPLES = 4_960  # at 16 kHz: the least that Cnn14 takes; Qwen2-Audio needs 321
 MAX_SECONDS = 15.0  # clips are cut to 10 s at most: a longer one was never cut
@@ -40,6 +42,16 @@ class Row:
     file_names: tuple[str, ...]  # under which it may lie in the folder of clips; the first is the official one
     facts: dict  # what the official file says about it
     drop: dict | None = None  # its verdict (dropped), if its clip need not be looked for
+
+
+@dataclass
+class Task:
+    """A row with its verdict, or with what opening its clip takes: the file's name, its bytes, its path and the FLAC
+    file to write."""
+
+    item: Row
+    result: dict | None = None
+    job: tuple | None = None
 
 
 def dropped(reason, detail=""):
@@ -62,8 +74,8 @@ def check_clips(rows, args, total, title, max_seconds=MAX_SECONDS):
     for leftover in Path(args.out, "audio").glob(".*.tmp"):  # of child processes that were killed
         leftover.unlink(missing_ok=True)
     check = partial(check_clip, max_seconds=max_seconds)
-    tasks = run_tasks(_tasks(rows, args, folder), check, workers=args.workers, limit_s=args.time_limit,
-                      preload=["minixmd.inputs.media"])
+    tasks = prefetch(_decide, _tasks(rows, args, folder), _lose, load=check, ahead=TASKS_AHEAD * args.workers,
+                     limit_s=args.time_limit, workers=args.workers)
     with tqdm(total=total, desc=title, unit="clip", smoothing=0.1) as bar, closing(tasks):
         for number in count():
             chunk = []
@@ -79,6 +91,19 @@ def check_clips(rows, args, total, title, max_seconds=MAX_SECONDS):
                 _keep_verdicts(folder, number, chunk)
             for task in chunk:
                 yield task.item, task.result
+
+
+def _decide(task, check):
+    """The task with its result; called by a thread."""
+    if task.result is None:
+        name, _, path, flac = task.job
+        task.result = check(path, name, flac)
+    return task
+
+
+def _lose(task, error):
+    task.result = dropped(error.reason, error.detail)
+    return task
 
 
 def _tasks(rows, args, folder):
@@ -160,14 +185,14 @@ def _earlier_verdicts(folder, number):
 # ---- one clip, in a child process ----
 
 
-def check_clip(name, size, path, flac, max_seconds=MAX_SECONDS):
+def check_clip(path, name, flac, max_seconds=MAX_SECONDS):
     """Decodes a file as training will; its sound is written to `flac` unless that is None. Returns the verdict."""
     try:
-        wave_S = read_audio(path)
+        wave_S = read_audio(path, max_s=None if isinf(max_seconds) else max_seconds + 1)
         if len(wave_S) < MIN_SAMPLES:
             raise MediaError(path, "too short", f"{len(wave_S)} samples at 16 kHz, {MIN_SAMPLES} are needed")
         if len(wave_S) > max_seconds * SAMPLE_RATE:
-            raise MediaError(path, "too long", f"{len(wave_S) / SAMPLE_RATE:.1f} s, at most {max_seconds:g}: not cut")
+            raise MediaError(path, "too long", f"more than {max_seconds:g} s: not cut")
         if not name.lower().endswith(SOUND_ONLY):
             _check_picture(path)
     except MediaError as error:

@@ -1,0 +1,140 @@
+"""Runs a function in child processes: a file whose decoder hangs, crashes or fills the memory costs that file alone.
+
+Threads call the function here; each waits for one child. Children are forked, without this process's locks, from a
+server that has imported the function's module once.
+"""
+import os
+import re
+import resource
+import signal
+import threading
+from math import ceil
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from minixmd.inputs.media import MediaError
+
+LIMIT_S = 60.0  # seconds that a call may take
+MAX_BYTES = 4 << 30  # of memory that a child may allocate beyond what it starts with
+GRACE_S = 5  # a child whose parent died ends itself this much later than its parent would have killed it
+
+
+def num_workers():
+    """Children that this process may keep busy: its cores, shared with the other processes that torchrun started."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+class Contained:
+    """function(path, *arguments) in a child process; of a module's own function, or a partial of one.
+
+    Calling it returns the result, which is pickled, or raises the MediaError or OSError that the function raised. A
+    call that is lost raises MediaError: "out of time", "out of memory" or "crashed", as any other exception counts.
+    """
+
+    def __init__(self, function, limit_s=LIMIT_S):
+        self.function, self.limit_s = function, limit_s
+        self.context = get_context("forkserver")  # fast to start, with shared memory
+        module = getattr(function, "func", function).__module__
+        self.context.set_forkserver_preload(["__main__", __name__, module])
+        self.lock = threading.Lock()
+        self.idle, self.children = [], []
+        self.stopped = False
+
+    def stop(self):
+        """Kills the children and waits for none; calls that go on are lost."""
+        with self.lock:
+            self.stopped = True
+            for child in self.children:
+                child.process.kill()
+
+    def __call__(self, path, *arguments):
+        child = self._take(path)
+        try:
+            child.pipe.send((path, arguments))
+            if not child.pipe.poll(self.limit_s):
+                self._end(child)
+                raise MediaError(path, "out of time", f"more than {self.limit_s:g} s")
+            result = child.pipe.recv()
+        except (EOFError, ConnectionError):
+            self._end(child)
+            code = child.process.exitcode  # negative: minus the number of the signal
+            raise MediaError(path, "crashed", f"exit code {code}") from None
+        with self.lock:
+            self.idle.append(child)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _take(self, path):
+        """An idle child, or a new one."""
+        with self.lock:
+            if self.stopped:
+                raise MediaError(path, "crashed", "stopped")
+            if self.idle:
+                return self.idle.pop()
+            child = _Child(self.context, self.function, self.limit_s)
+            self.children.append(child)
+        try:
+            child.pipe.recv()  # it is ready
+        except (EOFError, ConnectionError):
+            child.process.join(GRACE_S)
+            if self.stopped:
+                raise MediaError(path, "crashed", "stopped") from None
+            raise OSError(f"a child process ended before its first job (exit code {child.process.exitcode})") from None
+        return child
+
+    def _end(self, child):
+        child.process.kill()
+        child.process.join(GRACE_S)  # a process that waits for a dead disk cannot be killed; it is left behind
+        child.pipe.close()
+        with self.lock:
+            self.children.remove(child)
+
+
+class _Child:
+    def __init__(self, context, function, limit_s):
+        self.pipe, end = context.Pipe()
+        self.process = context.Process(target=_work, args=(end, function, limit_s), daemon=True)
+        self.process.start()
+        end.close()  # so that the child's death closes the pipe
+
+
+def _work(pipe, function, limit_s):
+    """What a child process runs: it takes a call and sends its result, until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its children
+    torch.set_num_threads(1)
+    _limit_memory()
+    pipe.send("ready")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders print notes to stderr, where the progress bar is
+    try:
+        while True:
+            path, arguments = pipe.recv()
+            signal.alarm(ceil(limit_s) + GRACE_S)
+            try:
+                result = function(path, *arguments)
+            except (MediaError, OSError) as error:
+                result = error
+            except MemoryError:
+                result = MediaError(path, "out of memory", f"more than {MAX_BYTES >> 30} GiB")
+            except Exception as error:
+                result = MediaError(path, "crashed", f"{type(error).__name__}: {error}")
+            signal.alarm(0)
+            pipe.send(result)
+    except (EOFError, OSError):
+        return
+
+
+def _limit_memory():
+    """Lets this process allocate MAX_BYTES more than it has now; no limit where the system does not say how much."""
+    status = Path("/proc/self/status")
+    in_use = re.search(r"VmData:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if in_use is None:
+        return
+    soft = (int(in_use[1]) << 10) + MAX_BYTES
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard >= 0:  # below 0: unlimited
+        soft = min(soft, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
