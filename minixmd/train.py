@@ -45,8 +45,10 @@ MAX_START_KL = 1e-6  # to the reference, before the first update
 
 def train(stage, folder, log):
     """Runs a Distill, SFT or GRPO stage. Writes best/ (an adapter, or a whole model) and log.jsonl."""
-    examples = read_examples(stage.name, stage.manifest, stage.media)
-    validation = read_examples(stage.name, stage.val_manifest, stage.media) if stage.val_manifest else []
+    examples = read_examples(stage.name, stage.manifest, stage.media, stage.allow_outside)
+    validation = []
+    if stage.val_manifest:
+        validation = read_examples(stage.name, stage.val_manifest, stage.media, stage.allow_outside)
     check_answers(validation, stage.val_manifest, "validate against")
     items, counts = resolve_targets(stage, examples)
     trainer = Trainer(stage, len(items), folder, log)
@@ -122,7 +124,8 @@ class Trainer:
         take_step = {Distill: self.distill_step, SFT: self.sft_step, GRPO: self.grpo_step}[type(stage)]
         self.announce(counts)
         upcoming = self.upcoming_items(items)
-        samples = prefetch(self.build_sample, upcoming, self.count_bad_clip, ahead=2 * stage.batch_size)
+        samples = prefetch(self.build_sample, upcoming, self.count_bad_clip, reading=stage.reading,
+                           ahead=2 * stage.batch_size)
         with tqdm(total=self.steps, initial=self.step, desc=stage.name, unit="step") as bar:
             while True:
                 if validation and self.validation_due():  # also after a stop between the state and its validation

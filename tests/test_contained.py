@@ -10,6 +10,7 @@ from multiprocessing import get_context
 
 import pytest
 
+from minixmd.config.prompts import ClipReading
 from minixmd.inputs import contained
 from minixmd.inputs.contained import Contained, num_workers
 from minixmd.inputs.media import MediaError
@@ -36,7 +37,7 @@ def test_a_call_that_hangs_or_crashes_is_lost_alone():
     kinds = ["fine", "hang", "die", "fine", "err", "die", "grow", "bad", "fine"]
     start = time.monotonic()
     done = list(prefetch(lambda item, load: load(*item), [(kind, i) for i, kind in enumerate(kinds)],
-                         lambda item, error: str(error), load=odd_job, limit_s=1.0, workers=2))
+                         lambda item, error: str(error), load=odd_job, reading=ClipReading(1.0), workers=2))
     assert time.monotonic() - start < 20
     assert [result[0] for result in done if isinstance(result, tuple)] == [0, 3, 8]
     assert [result for result in done if isinstance(result, str)] == [

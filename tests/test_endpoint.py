@@ -37,7 +37,7 @@ def stage(url, **fields):
                   **{"retry_backoff_s": 0.01, "timeout_s": 10.0, "attempts": 3, "max_bad": 1.0, **fields})
 
 
-def messages(i):
+def messages(i, load=None):
     return [{"role": "user", "content": [{"type": "text", "text": f"question {i}"}]}]
 
 
@@ -261,7 +261,7 @@ def test_back_off_doubles_and_retry_after_is_honoured_up_to_a_cap(path, monkeypa
 
 
 def test_a_clip_that_cannot_be_used_is_counted_and_not_asked(path):
-    def broken():
+    def broken(load):
         raise MediaError("clip.mp4", "missing")
 
     requests = [Request(f"broken {i}", broken) for i in range(9)] + asked(3)
@@ -272,7 +272,7 @@ def test_a_clip_that_cannot_be_used_is_counted_and_not_asked(path):
 
 
 def test_an_error_in_making_a_request_is_raised(path):
-    def wrong():
+    def wrong(load):
         raise ValueError("example 'a' has no video")
 
     with FakeEndpoint(replies) as endpoint, pytest.raises(ValueError, match="has no video"):
@@ -435,7 +435,6 @@ def test_a_silent_video_has_the_same_frames_and_nothing_else(tmp_path):
     for clip in clips:
         copy = tmp_path / "copy.mp4"
         copy.write_bytes(decoded(silent_video_part(clip)))
-        assert silent_video_part(clip) is silent_video_part(clip)  # n samples of a clip do not decode it n times
         with av.open(str(copy)) as container:
             assert [stream.type for stream in container.streams] == ["video"]
             assert container.format.name.startswith("mov,mp4")

@@ -43,7 +43,8 @@ def write_traces(path, clips=48):
 
 
 def stage_of(world, **more):
-    given = dict(name="check", traces=str(world / "traces.jsonl"), manifest=str(world / "clips" / "manifest.jsonl"),
+    given = dict(name="check", allow_outside=True, traces=str(world / "traces.jsonl"),
+                 manifest=str(world / "clips" / "manifest.jsonl"),
                  model=str(world / "ears"), prompt=PROMPT, threshold=THRESHOLD)
     return FactCheck(**given | more)
 

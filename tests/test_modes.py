@@ -58,7 +58,8 @@ def manifest(world, tmp_path):
 
 def run(folder, world, manifest, **more):
     """The stage's results and records."""
-    fields = dict(name="asked", model=str(world / "ears"), manifest=str(manifest), device="cpu", max_bad=0.3) | more
+    fields = dict(name="asked", model=str(world / "ears"), manifest=str(manifest), device="cpu", max_bad=0.3,
+                  allow_outside=True) | more
     evaluate.run(Evaluate(**fields), folder, lambda line: None)
     return json.loads((folder / "results.json").read_text()), read_jsonl(folder / "answers.jsonl")
 
@@ -83,7 +84,7 @@ def test_the_samples_are_generates_and_their_vote_is_the_answer(world, manifest,
     found, records = run(tmp_path / "run", world, path, seed=3, **SAMPLED)
     letters = run(tmp_path / "letters", world, path)[1]
     model, processor = minixmd.load(world / "ears")
-    for example, record, plain in zip(read_manifest(path), records, letters, strict=True):
+    for example, record, plain in zip(read_manifest(path, True), records, letters, strict=True):
         asked = build_conversation(example, media="audio", prompt=Evaluate.prompt)
         [said] = minixmd.generate(model, processor, [asked], num_samples=4, max_new_tokens=6, temperature=1.5, seed=3,
                                   keys=[example.id])
@@ -113,7 +114,7 @@ def test_one_sampled_answer_is_the_first_of_many(world, manifest, tmp_path):
 
 
 def test_the_seed_and_the_id_choose_the_samples_and_the_batch_does_not(world, manifest, tmp_path, monkeypatch):
-    examples = read_manifest(manifest([{}] * 8))
+    examples = read_manifest(manifest([{}] * 8), True)
     model, processor = minixmd.load(world / "ears")
     prompt_format = Evaluate(name="asked", model="m", manifest="m").prompt_format
     decode_slots, forced = [], {}
@@ -213,7 +214,7 @@ def test_the_first_trace_of_each_clip_stands_in_its_prompt(world, manifest, tmp_
     assert "; asked without a trace: {'special token': 2, 'no trace': 1}" in said
     assert [record.get("without_trace") for record in records] == [None, None, "no trace", *["special token"] * 2]
     model, processor = minixmd.load(world / "ears")
-    for example, record, trace in zip(read_manifest(path), records, shown, strict=True):
+    for example, record, trace in zip(read_manifest(path, True), records, shown, strict=True):
         asked = build_conversation(example, media="audio", prompt=TRACE_PROMPT, trace=trace)
         text = asked[0]["content"][-1]["text"]
         assert f"reasoned:\n{trace}\nRespond only" in text and example.question in text

@@ -13,6 +13,7 @@ from minixmd.config import Report
 from minixmd.config.field_checks import ConfigError
 from minixmd.config.references import check_references, input_paths
 from minixmd.inputs.examples import read_manifest
+from minixmd.report import clips as report_clips
 from minixmd.report import gather as report
 from minixmd.report.render import ROLES, markdown, page, ticks
 from minixmd.runner import main
@@ -25,6 +26,14 @@ VOID = {"meta", "link", "rect", "line", "circle", "polyline"}
 TAGS = VOID | set("html head title style body h1 h2 h3 h4 p ul li nav a small section div table thead tbody tr th td "
                   "svg g text span details summary pre video audio".split())
 FILES = ("report.html", "report.json", "report.md")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _everything_decodes():
+    """The media files of these worlds are a few letters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_clips.Media, "_decodes", lambda self, file, kind: True)
+        yield
 
 
 def plain(text):

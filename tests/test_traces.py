@@ -23,7 +23,8 @@ def world(tmp_path_factory):
 
 
 def stage_of(world, **more):
-    given = dict(name="traces", model=str(world / "eyes"), manifest=str(world / "clips" / "manifest.jsonl"),
+    given = dict(name="traces", allow_outside=True, model=str(world / "eyes"),
+                 manifest=str(world / "clips" / "manifest.jsonl"),
                  num_samples=3, max_new_tokens=6, **FRAMES)
     return Traces(**given | more)
 

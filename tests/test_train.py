@@ -44,8 +44,8 @@ def world(tmp_path_factory):
 
 
 def train(world, kind="SFT", **more):
-    fields = dict(name="student", model=f"{world}/ears", manifest=f"{world}/clips/manifest.jsonl", batch_size=4,
-                  micro_batch_size=2, lr=1e-2, device="cpu")
+    fields = dict(name="student", allow_outside=True, model=f"{world}/ears",
+                  manifest=f"{world}/clips/manifest.jsonl", batch_size=4, micro_batch_size=2, lr=1e-2, device="cpu")
     return f"{kind}({', '.join(f'{key}={value!r}' for key, value in {**fields, **more}.items())})"
 
 
@@ -533,7 +533,8 @@ def test_an_evaluation_in_which_no_clip_can_be_used_is_refused_whatever_max_bad_
     records = [json.loads(line) for line in (world / "clips" / "manifest.jsonl").read_text().splitlines()]
     path = tmp_path / "gone.jsonl"
     path.write_text("".join(json.dumps({**record, "audio": "/nowhere.wav"}) + "\n" for record in records))
-    stage = f"Evaluate(name='e', model='{world}/ears', manifest='{path}', max_bad=1.0, device='cpu')"
+    stage = (f"Evaluate(name='e', model='{world}/ears', manifest='{path}', max_bad=1.0, device='cpu', "
+             "allow_outside=True)")
     assert "12 of 12 clips are bad" in refused(tmp_path, capsys, stage)
 
 
@@ -544,8 +545,9 @@ def test_line_separators_inside_a_string_do_not_cut_a_manifest_or_a_label(world,
                   audio=str(world / "clips" / record["audio"]))
     path = tmp_path / "odd.jsonl"
     path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert read_manifest(path)[0].options[0] == "d\u2028og"
-    assert run(tmp_path, f"Label(name='l', model='{world}/ears', manifest='{path}', device='cpu')") == 0
+    assert read_manifest(path, True)[0].options[0] == "d\u2028og"
+    stage = f"Label(name='l', model='{world}/ears', manifest='{path}', device='cpu', allow_outside=True)"
+    assert run(tmp_path, stage) == 0
 
 
 @pytest.mark.parametrize("fault, says", [
@@ -558,10 +560,11 @@ def test_a_switch_that_could_decide_nothing_is_refused(world, tmp_path, capsys, 
         record.update({kind: str(world / "clips" / record[kind]) for kind in ("audio", "video")})
     path = tmp_path / "analysis.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    seen = f"manifest='{path}', device='cpu'"
+    seen = f"manifest='{path}', device='cpu', allow_outside=True"
     stages = (f"Evaluate(name='t', model='{world}/eyes', media='video', {FRAMES}, {seen}), "
               f"Evaluate(name='s', model='{world}/ears', {seen}), Label(name='l', model='{world}/ears', {seen}), "
-              f"Switch(name='w', teacher='@t', student='@s', manifest='{path}', train_manifest='{path}')")
+              f"Switch(name='w', teacher='@t', student='@s', manifest='{path}', train_manifest='{path}', "
+              "allow_outside=True)")
     assert run(tmp_path, stages) == 1
     assert says in capsys.readouterr().err.splitlines()[-1]
 

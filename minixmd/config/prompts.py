@@ -26,6 +26,15 @@ TRACE_PROMPT = ("{question}\n{options}\nSomebody who saw the scene, but could no
 
 
 @dataclass(frozen=True)
+class ClipReading:
+    """How the clips of a stage are read; inputs/prompts.prefetch reads them so."""
+
+    limit_s: float = 60.0  # seconds that one file may take
+    cache: str | None = None  # folder, as inputs/clips.py keeps it
+    cache_gib: float = 100.0
+
+
+@dataclass(frozen=True)
 class PromptFormat:
     """What a stage shows of a clip and how it asks; inputs/prompts.build_prompt makes a Prompt of it."""
 
@@ -35,6 +44,7 @@ class PromptFormat:
     min_pixels: int = 100_352
     max_pixels: int = 262_144
     nframes: int | None = None
+    reading: ClipReading = ClipReading()
 
     @property
     def video_options(self):

@@ -21,7 +21,14 @@ from minixmd.config.field_checks import (
     default_of,
     stage,
 )
-from minixmd.config.prompts import AUDIO_COT_PROMPT, CHECK_PROMPT, PROMPT, THINK_PROMPT, PromptFormat
+from minixmd.config.prompts import (
+    AUDIO_COT_PROMPT,
+    CHECK_PROMPT,
+    PROMPT,
+    THINK_PROMPT,
+    ClipReading,
+    PromptFormat,
+)
 
 Media = Literal["audio", "video", "both", "sounded"]
 FRAME_FIELDS = ("fps", "min_pixels", "max_pixels", "nframes")
@@ -48,6 +55,15 @@ class _Local:
     max_bad: Share = 0.01  # share of bad clips (of FactCheck: traces) above which the stage fails; 1 = never
     device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" is CUDA where there is one
     seed: NonNegativeInt = 0  # of all randomness in the stage: new weights, data order, sampling, augmentation
+    # how clips are read
+    allow_outside: bool = False  # whether a manifest may name files beside its folder and that of prepare_*'s clips
+    clip_limit_s: Positive = 60.0  # seconds that reading a file may take, in a child process
+    cache: str | None = None  # folder that keeps what was read of a clip (inputs/clips.py); None = none
+    cache_gib: Positive = 100.0  # GiB that it may take
+
+    @property
+    def reading(self):
+        return ClipReading(self.clip_limit_s, self.cache, self.cache_gib)
 
 
 @stage
@@ -94,7 +110,8 @@ class _Prompted(_LocalModel):
 
     @property
     def prompt_format(self):
-        return PromptFormat(self.media, self.prompt, self.fps, self.min_pixels, self.max_pixels, self.nframes)
+        return PromptFormat(self.media, self.prompt, self.fps, self.min_pixels, self.max_pixels, self.nframes,
+                            self.reading)
 
 
 @stage
@@ -385,6 +402,7 @@ class Report:
     bars: tuple[str, ...] = ("test",)  # columns whose classes are drawn
     clips: str | None = None  # JSONL file: manifest of the column clips_of, for clips to play; None = none
     clips_of: str = "test"  # column
+    allow_outside: bool = False  # whether it may name files beside its folder and that of prepare_*'s clips
     embed_mib: NonNegative = 16.0  # media files that the page itself holds, MiB in all; the others are linked
     gallery: tuple[str, ...] = ()  # rows whose answers stand beside each clip; () = those of roles
     traces: str | None = None  # "@traces" on these clips, to stand beside them; None = none

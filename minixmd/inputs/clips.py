@@ -1,20 +1,101 @@
-"""A clip's file as an encoder takes it: read, cut to what is heard and resized to what is seen."""
-from minixmd.inputs.audio import log_mel, num_audio_tokens, num_mel_frames
+"""A clip's file as an encoder takes it: read, cut to what is heard and resized to what is seen, and kept in a cache.
+
+A cache is a folder of files named by a digest of the clip's content and of how it is read: sound as 16-bit FLAC, frames
+as uint8 in safetensors. Each of its 256 parts takes its share of the limit and then no more; all of it may be deleted
+at any time. With a cache sound is rounded to 16 bits and clipped at full scale whether it is found there or not.
+"""
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import soundfile
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from minixmd.inputs.audio import SAMPLE_RATE, log_mel, num_audio_tokens, num_mel_frames
 from minixmd.inputs.image import resize
-from minixmd.inputs.media import MediaError, read_audio, read_frames
+from minixmd.inputs.media import MediaError, check_file, read_audio, read_frames
 
 
-def load_clip(path, kind, options):
+@dataclass(frozen=True)
+class Cache:
+    folder: str
+    limit_gib: float  # of all its files
+
+    def place(self, path, how):
+        """Where the clip `path`, read so, is kept. Raises MediaError as reading it does."""
+        check_file(path)
+        digest = hashlib.blake2b(how.encode(), digest_size=16)
+        try:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise MediaError(path, "unreadable", error.strerror or str(error)) from None
+        name = digest.hexdigest()
+        return Path(self.folder, name[:2], name)
+
+    def keep(self, place, write):
+        """Keeps what write(path) writes, if there is room. Raises OSError where the folder cannot be written."""
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if sum(entry.stat().st_size for entry in os.scandir(place.parent)) > self.limit_gib * 2**30 / 256:
+            return
+        temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+        try:
+            write(temporary)
+            os.replace(temporary, place)
+        except soundfile.LibsndfileError as error:
+            raise OSError(5, f"cannot write: {error}", str(temporary)) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def load_clip(path, kind, options, cache=None):
     """What a model's Processor needs of a file, as numpy arrays, which a child process can send.
 
     kind: "audio", then (mel_MA, mel frames that hold sound); or "video", then (frames, (T, 3, H, W) uint8, and how many
-    were picked a second, or None). options: of hear or see. Raises MediaError.
+    were picked a second, or None). options: max_s of hear; or fps, nframes, min_pixels and max_pixels. Raises
+    MediaError.
     """
     if kind == "audio":
-        mel_MA, frames = hear(read_audio(path, max_s=options["max_s"]), path, **options)
+        mel_MA, frames = hear(read_sound(path, options["max_s"], cache), path, options["max_s"])
         return mel_MA.numpy(), frames
-    frames_TCHW, sampled_fps = read_frames(path, fps=options["fps"], nframes=options["nframes"])
-    return see(frames_TCHW, path, options["min_pixels"], options["max_pixels"]).numpy(), sampled_fps
+    frames_TCHW, sampled_fps = read_film(path, options, cache)
+    return frames_TCHW.numpy(), sampled_fps
+
+
+def read_sound(path, max_s, cache=None):
+    """read_audio's first max_s seconds, (S,)."""
+    if cache is None:
+        return read_audio(path, max_s=max_s)
+    place = cache.place(path, f"sound {max_s}")
+    try:
+        samples_S, _ = soundfile.read(place, dtype="int16")
+    except soundfile.LibsndfileError:  # it is not there, or not whole
+        wave_S = read_audio(path, max_s=max_s)
+        samples_S = (wave_S * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy()
+        cache.keep(place, lambda file: soundfile.write(file, samples_S, SAMPLE_RATE, "PCM_16", format="FLAC"))
+    return torch.from_numpy(samples_S).float() / 32768
+
+
+def read_film(path, options, cache=None):
+    """read_frames' frames at the size that the model sees, and how many were picked a second."""
+    fps, nframes, sizes = options["fps"], options["nframes"], (options["min_pixels"], options["max_pixels"])
+    place = cache and cache.place(path, f"film {fps} {nframes} {sizes}")
+    if place is not None and place.is_file():
+        try:
+            with safe_open(place, "pt") as file:
+                return file.get_tensor("frames"), float(file.metadata()["fps"]) or None
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            pass  # not whole: it is made again
+    frames_TCHW, sampled_fps = read_frames(path, fps=fps, nframes=nframes)
+    frames_TCHW = see(frames_TCHW, path, *sizes)
+    if place is not None:
+        metadata = {"fps": repr(sampled_fps or 0.0)}
+        cache.keep(place, lambda file: save_file({"frames": frames_TCHW.contiguous()}, file, metadata))
+    return frames_TCHW, sampled_fps
 
 
 def hear(wave_S, name, max_s):

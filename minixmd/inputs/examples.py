@@ -1,5 +1,6 @@
 """Example: one line of a manifest, and the conversation that asks its question."""
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from string import ascii_uppercase
@@ -54,13 +55,25 @@ def _parse_line(line, place):
     return Example(**{**record, "options": tuple(options)})
 
 
-def read_manifest(path):
+def data_root(manifest):
+    """The folder that holds all files of a manifest: its own or, where tools/prepare_* wrote it, the common parent of
+    that and of the clips' folder, which is in summary.json beside it."""
+    folder = Path(manifest).parent.absolute()
+    try:
+        clips = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["clips_folder"]
+        return os.path.commonpath([folder, os.path.normpath(folder / clips)])
+    except (OSError, ValueError, KeyError, TypeError):
+        return str(folder)
+
+
+def read_manifest(path, allow_outside=False):
     """The Examples of a JSONL manifest, media paths made absolute.
 
-    Raises ValueError, which names file, line and field: a line that is not an example, a repeated id, or no example.
+    allow_outside: they may lie outside data_root. Raises ValueError, which names file, line and field: a line that is
+    not an example, a repeated id, a path outside, or no example.
     """
     path = Path(path)
-    folder = path.parent.absolute()
+    folder, root = path.parent.absolute(), data_root(path)
     examples, line_of = [], {}
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
@@ -71,6 +84,10 @@ def read_manifest(path):
         line_of[example.id] = number
         paths = {kind: getattr(example, kind) for kind in ("audio", "video")}
         absolute = {kind: str(folder / name) for kind, name in paths.items() if name is not None}
+        for kind, name in absolute.items():
+            if not allow_outside and os.path.commonpath([root, os.path.normpath(name)]) != root:
+                raise ValueError(f"{path}:{number}: field {kind!r} {paths[kind]!r} is outside of {root}; where that is "
+                                 "meant, set allow_outside=True")
         examples.append(replace(example, **absolute))
     if not examples:
         raise ValueError(f"{path}: the manifest holds no example")
@@ -117,9 +134,9 @@ def build_conversation(example, *, media, prompt, answer=None, trace="", video_o
     return turns
 
 
-def read_examples(name, manifest, media):
+def read_examples(name, manifest, media, allow_outside=False):
     """read_manifest's Examples. Raises ValueError also for the first that lacks what stage `name` shows."""
-    examples = read_manifest(manifest)
+    examples = read_manifest(manifest, allow_outside)
     for example in examples:
         for kind in MEDIA_KINDS[media]:
             if getattr(example, kind) is None:

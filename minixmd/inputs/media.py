@@ -67,7 +67,7 @@ def read_audio(path, *, sample_rate=SAMPLE_RATE, max_s=None):
     reading stops; None = never. Returns wave_S: (S,) float32, finite, S >= 1. Raises MediaError: see the module's
     policy.
     """
-    length = _check_file(path)
+    length = check_file(path)
     with _open(path) as container:
         mono, rate, whole = _read_track(container, path, max_s)
     if whole and len(mono) < length.samples:
@@ -129,7 +129,7 @@ def read_frames(path, *, fps=1.0, nframes=None):
         ValueError: fps or nframes out of range.
     """
     sample_frames(1 << 20, 1.0, fps=fps, nframes=nframes)  # a wrong argument is the caller's fault, not the file's
-    _check_file(path)
+    check_file(path)
     rate, times = _frame_times(path)
 
     def choose(total):
@@ -211,7 +211,7 @@ def _decode_all(path, choose):
         return [_to_rgb(frame, path) for i, frame in frames if i in chosen], total
 
 
-def _check_file(path):
+def check_file(path):
     """The file's announced length. Refuses what is missing, no regular file (a pipe would block), empty, cut short, or
     longer than its header knows."""
     try:

@@ -1,8 +1,9 @@
 """From examples to Prompts: building one, building many ahead of time, and grouping them by tokens."""
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-from minixmd.inputs.clips import load_clip
+from minixmd.inputs.clips import Cache, load_clip
 from minixmd.inputs.contained import LIMIT_S, Contained, num_workers
 from minixmd.inputs.examples import build_conversation
 from minixmd.inputs.media import MediaError
@@ -31,15 +32,17 @@ def check_length(processor, example, prompt, max_new_tokens):
                          f"max_new_tokens {max_new_tokens} are over the model's limit of {processor.max_positions}")
 
 
-def prefetch(function, items, on_bad, *, load=load_clip, ahead=16, limit_s=LIMIT_S, workers=None):
+def prefetch(function, items, on_bad, *, load=load_clip, reading=None, ahead=16, workers=None):
     """function(item, load) for every item, in order, computed by threads up to `ahead` items early.
 
-    load: function(path, …) that reads a file; `function` is given it Contained, limit_s seconds a file. workers: files
-    read at a time; None = num_workers().
+    load: function(path, …) that reads a file; `function` is given it Contained. reading: config.ClipReading, with whose
+    cache `load` is called if it has one. workers: files read at a time; None = num_workers().
     on_bad(item, error) takes the place of a MediaError: what cannot be used is caught here, and by endpoint.py.
     """
     items = iter(items)
-    contained = Contained(load, limit_s)
+    if reading is not None and reading.cache is not None:
+        load = partial(load, cache=Cache(reading.cache, reading.cache_gib))
+    contained = Contained(load, reading.limit_s if reading else LIMIT_S)
     with ThreadPoolExecutor(workers or num_workers()) as pool:
         waiting = deque()
         try:

@@ -5,6 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from minixmd.inputs.contained import Contained
+from minixmd.inputs.media import MediaError, read_audio, read_frames
 from minixmd.runs.records import read_traces, read_verdicts
 from minixmd.tasks.statistics import digest
 
@@ -48,10 +50,21 @@ def gallery_kinds(first, last, judged):
     return kinds
 
 
+def decodes(path, kind):
+    """True for a file that can be read as "audio", "video" or "both"; raises MediaError for another."""
+    if kind != "video":
+        read_audio(path, max_s=1.0)
+    if kind != "audio":
+        read_frames(path)
+    return True
+
+
 class Media:
-    """The media files of the clips shown: data URIs while they fit into the page's limit_mib, after that links."""
+    """The media files of the clips shown: data URIs while they fit into the page's limit_mib, after that links. What
+    does not decode is not put into the page."""
 
     def __init__(self, folder, limit_mib):
+        self.decodes = Contained(decodes)
         self.folder = folder  # of the page
         self.bytes_left = int(limit_mib * 2**20)
         self.data_uris = {}  # path as the page writes it -> the file
@@ -68,11 +81,18 @@ class Media:
             path = Path(os.path.relpath(file, self.folder)).as_posix()
             size = os.path.getsize(file) if os.path.isfile(file) else None
             mime_type = MIME_TYPES.get(Path(file).suffix.lower())
-            if path not in self.data_uris and mime_type and size is not None and size <= self.bytes_left:
+            fits = mime_type and size is not None and size <= self.bytes_left
+            if path not in self.data_uris and fits and self._decodes(file, kind):
                 self.data_uris[path] = f"data:{mime_type};base64,{b64encode(Path(file).read_bytes()).decode()}"
                 self.bytes_left -= size
             files.append({"kind": kind, "path": path, "bytes": size, "embedded": path in self.data_uris})
         return files
+
+    def _decodes(self, file, kind):
+        try:
+            return self.decodes(file, kind)
+        except MediaError:
+            return False
 
 
 def answered_clips(examples, answers, traces, manifest, column):

@@ -64,6 +64,7 @@ def gather(stage, folder):
         report["gallery"] = clips(stage, {row: rows[row] for row in stage.gallery}, media)
     elif stage.clips:
         report["clips"] = clips(stage, {role: stage.tables[row] for role, row in report["roles"].items()}, media)
+    media.decodes.stop()
     if stage.funnel:
         report["funnel"] = {title: funnel(paths) for title, paths in stage.funnel.items()}
     if stage.curves:
@@ -126,7 +127,7 @@ def clips(stage, rows, media):
     """Clips of the roles by their answers; of a gallery by its rows' answers and the verdicts on the teacher's traces.
     rows: {role or row: {column: path of a results.json}}. media: Media, to which the clips' files are added."""
     answers = {name: answers_beside(paths[stage.clips_of]) for name, paths in rows.items()}
-    examples = read_manifest(stage.clips)
+    examples = read_manifest(stage.clips, stage.allow_outside)
     traces = {} if stage.gallery else None
     if stage.traces:
         traces = read_judged_traces(stage.traces, stage.verdicts)

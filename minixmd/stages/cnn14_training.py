@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minixmd.inputs.audio import SAMPLE_RATE
-from minixmd.inputs.media import read_audio
+from minixmd.inputs.clips import read_sound
 from minixmd.inputs.panns import log_mel
 from minixmd.inputs.prompts import prefetch
 from minixmd.learning.optim import learning_rate
@@ -14,21 +14,21 @@ from minixmd.runs.records import bad_record
 from minixmd.runs.seeds import hash_seed
 
 
-def load_logmel(path, clip_s):
+def load_logmel(path, clip_s, cache=None):
     """The log-mel frames (A, M) of a clip's first clip_s seconds, then of silence, in numpy. Raises MediaError."""
-    wave_S = read_audio(path, max_s=clip_s)
+    wave_S = read_sound(path, clip_s, cache)
     return log_mel(F.pad(wave_S, (0, round(clip_s * SAMPLE_RATE) - len(wave_S)))).numpy()
 
 
-def load_logmels(examples, clip_s, title):
+def load_logmels(examples, stage):
     """({id: log-mel frames (A, M)} of the clips that can be used, {id: bad record} of the others), in order."""
     logmels, bad = {}, {}
 
     def load_one(example, load):
-        return torch.from_numpy(load(example.audio, clip_s))
+        return torch.from_numpy(load(example.audio, stage.clip_s))
 
-    loaded = prefetch(load_one, examples, bad_record, load=load_logmel)
-    bar = tqdm(loaded, f"{title}: reading clips", len(examples), unit="clip", leave=False)
+    loaded = prefetch(load_one, examples, bad_record, load=load_logmel, reading=stage.reading)
+    bar = tqdm(loaded, f"{stage.name}: reading clips", len(examples), unit="clip", leave=False)
     for example, found in zip(examples, bar, strict=True):
         kind = bad if isinstance(found, dict) else logmels
         kind[example.id] = found

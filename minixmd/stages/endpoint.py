@@ -26,6 +26,7 @@ from huggingface_hub.errors import HTTPError  # that of requests below version 1
 from tqdm import tqdm
 
 from minixmd.inputs.audio import SAMPLE_RATE
+from minixmd.inputs.contained import Contained
 from minixmd.inputs.media import AV_ERRORS, MediaError, film, read_audio, read_frames
 from minixmd.runs.records import append_jsonl, read_endpoint_answers
 
@@ -41,7 +42,7 @@ CLIP_FAULTS = ("rejected", "nonsense")
 @dataclass(frozen=True)
 class Request:
     key: str  # unique; names the answer in the file
-    make_messages: Callable  # called by a thread: returns the chat messages, or raises MediaError
+    make_messages: Callable  # function(load), called by a thread: the chat messages; load: clip_part in a child process
     seed: int = 0  # of the server's sampling
 
 
@@ -87,6 +88,7 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
                 bar.update()
         finally:
             client.stop.set()
+            client.contained.stop()
     results = [records[request.key] for request in requests]
     failures = [record for record in results if "bad" in record]
     if len(failures) > stage.max_bad * len(requests):
@@ -112,13 +114,15 @@ class _Client:
     def __init__(self, stage, api_key, options, is_usable):
         self.stage, self.api_key, self.options, self.is_usable = stage, api_key, options, is_usable
         self.stop = threading.Event()
+        self.contained = Contained(clip_part, stage.clip_limit_s)
+        self.load = lru_cache(CACHED_CLIPS)(self.contained)
         # given no key, InferenceClient would send the user's token for the hub
         self.http = InferenceClient(base_url=stage.endpoint, timeout=stage.timeout_s, api_key=api_key or "EMPTY")
 
     def answer(self, request):
         """The record of a request, after as many attempts as it takes and the stage allows."""
         try:
-            messages = request.make_messages()
+            messages = request.make_messages(self.load)
         except MediaError as error:
             return {"key": request.key, "bad": error.reason, "detail": str(error)}
         reason, detail, pause_s = "stopped", "", 0.0
@@ -194,7 +198,11 @@ def user_message(clip, conversation):
     return [{"role": "user", "content": [clip, turn["content"][-1]]}]
 
 
-@lru_cache(CACHED_CLIPS)
+def clip_part(path, kind):
+    """The part of a message that shows a "video", or plays an "audio"."""
+    return audio_part(path) if kind == "audio" else silent_video_part(path)
+
+
 def silent_video_part(path):
     """The part of a message that shows a video without its sound: an MP4 with the packets of its first video track, as
     they are. Raises MediaError as read_frames, and "unreadable" for a codec that MP4 does not take (VP8, GIF)."""
@@ -213,7 +221,6 @@ def silent_video_part(path):
     return {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{_base64(mp4)}"}}
 
 
-@lru_cache(CACHED_CLIPS)
 def audio_part(path):
     """The part of a message that plays a clip: read_audio's 16 kHz mono as a 16-bit WAV, clipped at full scale."""
     wav = io.BytesIO()

@@ -7,12 +7,12 @@ listening. Each verdict keeps its score. A trace that could not be judged is not
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 
 import torch
 from tqdm import tqdm
 
 from minixmd.inputs.examples import Example, build_conversation, read_examples
-from minixmd.inputs.media import MediaError
 from minixmd.inputs.prompts import batch_by_tokens, prefetch
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import read_json, write_json, write_safetensors
@@ -43,7 +43,7 @@ class Trace:
 
 
 def run(stage, folder, log):
-    examples = read_examples(stage.name, stage.manifest, "audio")
+    examples = read_examples(stage.name, stage.manifest, "audio", stage.allow_outside)
     traces = select_traces(stage, {example.id: example for example in examples})
     calibration = None
     if stage.checker == "model":
@@ -159,8 +159,7 @@ def judge_by_model(stage, folder, traces):
     @torch.inference_mode()
     def judge(traces):
         verdicts = {}
-        for pairs in batch_by_tokens(usable_prompts(stage.prompt, model, processor, traces, verdicts),
-                                     stage.batch_tokens):
+        for pairs in batch_by_tokens(usable_prompts(stage, model, processor, traces, verdicts), stage.batch_tokens):
             logits_BV = next_token_logits(model, [prompt for _, prompt in pairs])
             score_B = logits_BV[:, yes_ids].logsumexp(-1) - logits_BV[:, no_ids].logsumexp(-1)
             if not score_B.isfinite().all():
@@ -173,26 +172,41 @@ def judge_by_model(stage, folder, traces):
     return compute_shards(judge, traces, folder / "shards", stage.name, "trace")
 
 
-def usable_prompts(prompt_text, model, processor, traces, verdicts):
-    """Yields (Trace, Prompt) of every trace that can be judged; the verdicts on the others are filled in."""
-    def build(trace, load):
-        try:
-            return processor(conversation(prompt_text, trace.example, trace.text), load)
-        except MediaError:
-            raise
-        except ValueError as error:  # too long, or with a placeholder in its text
-            return bad_verdict(trace.key, "no prompt", str(error))
+def usable_prompts(stage, model, processor, traces, verdicts):
+    """Yields (Trace, Prompt) of every trace that can be judged; the verdicts on the others are filled in. A clip is
+    read and encoded once, however many traces in a row are about it."""
+    def build(run, load):
+        kept = {}  # kind of medium -> what was read
 
-    built = prefetch(build, traces, lambda trace, error: bad_verdict(trace.key, error.reason, str(error)))
-    clip_id, encoded = None, ()
-    for trace, prompt in zip(traces, built, strict=True):
-        if isinstance(prompt, dict):
-            verdicts[trace.key] = prompt
-            continue
-        if trace.example.id != clip_id:  # the tower encodes a clip once, however many traces it has
-            clip_id, encoded = trace.example.id, model.encode_media(prompt).media
-        media = [replace(clip, rows_P=own.rows_P) for clip, own in zip(encoded, prompt.media, strict=True)]
-        yield trace, replace(prompt, media=tuple(media))
+        def load_once(path, kind, options):
+            if kind not in kept:
+                kept[kind] = load(path, kind, options)
+            return kept[kind]
+
+        prompts = []
+        for trace in run:
+            try:
+                prompts.append(processor(conversation(stage.prompt, trace.example, trace.text), load_once))
+            except ValueError as error:  # too long, or with a placeholder in its text
+                reason = getattr(error, "reason", "no prompt")
+                if reason not in ("too long", "no prompt"):
+                    raise
+                prompts.append(bad_verdict(trace.key, reason, str(error)))
+        return prompts
+
+    def lose(run, error):
+        return [bad_verdict(trace.key, error.reason, str(error)) for trace in run]
+
+    runs = [list(run) for _, run in groupby(traces, key=lambda trace: trace.example.id)]
+    for run, prompts in zip(runs, prefetch(build, runs, lose, reading=stage.reading), strict=True):
+        encoded = None
+        for trace, prompt in zip(run, prompts, strict=True):
+            if isinstance(prompt, dict):
+                verdicts[trace.key] = prompt
+                continue
+            encoded = encoded or model.encode_media(prompt).media
+            media = [replace(clip, rows_P=own.rows_P) for clip, own in zip(encoded, prompt.media, strict=True)]
+            yield trace, replace(prompt, media=tuple(media))
 
 
 def judge_by_endpoint(stage, folder, traces):
@@ -210,8 +224,8 @@ def judge_by_endpoint(stage, folder, traces):
     return verdicts
 
 
-def messages(prompt, trace):
-    clip = endpoint.audio_part(trace.example.audio)
+def messages(prompt, trace, load):
+    clip = load(trace.example.audio, "audio")
     return endpoint.user_message(clip, conversation(prompt, trace.example, trace.text))
 
 
@@ -260,7 +274,7 @@ def judge_by_verifier(stage, folder, traces, log):
 def read_pairs(stage, model, processor, known, traces):
     """({key: Pair} of traces, {key: bad verdict} of those with a bad clip). known: the larger checker's verdicts."""
     clips = {trace.example.id: trace.example for trace in traces}
-    logmels, bad = load_logmels(clips.values(), stage.clip_s, stage.name)
+    logmels, bad = load_logmels(clips.values(), stage)
     texts = [thoughts(trace.text) for trace in traces if trace.example.id in logmels]
     vectors = iter(trace_vectors(model, processor, texts, stage.batch_tokens))
     pairs, verdicts = {}, {}

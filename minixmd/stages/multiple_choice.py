@@ -58,7 +58,7 @@ class Questions:
 
     def prompts(self):
         """Yields (Example, Prompt) of every usable example; the others get bad records."""
-        built = prefetch(self._build, self.examples, bad_record)
+        built = prefetch(self._build, self.examples, bad_record, reading=self.prompt_format.reading)
         for example, prompt in zip(self.examples, built, strict=True):
             if isinstance(prompt, dict):
                 self.records[example.id] = prompt

@@ -30,15 +30,15 @@ PAPER = {"validation": 88.8, "training": 89.1}  # % of clips for which the paper
 
 
 def run(stage, folder, log):
-    examples = read_examples(stage.name, stage.manifest, "audio")
-    clips = read_examples(stage.name, stage.train_manifest, "audio")
+    examples = read_examples(stage.name, stage.manifest, "audio", stage.allow_outside)
+    clips = read_examples(stage.name, stage.train_manifest, "audio", stage.allow_outside)
     gain = gains(stage, examples)
     results = count_classes(stage.name, gain, {example.label for example in examples})
     usable = [example for example in examples if example.label in gain]
     model, results["validation"] = fit(stage, folder, log, usable, gain)
 
     def decide(clips):
-        logmels, records = load_logmels(clips, stage.clip_s, stage.name)
+        logmels, records = load_logmels(clips, stage)
         probabilities = teacher_probabilities(model, list(logmels.values()), stage.batch_size)
         for clip_id, p in zip(logmels, probabilities, strict=True):
             records[clip_id] = {"id": clip_id, "p_teacher": round(p, 6)}
@@ -132,7 +132,7 @@ def split(seed, examples):
 def fit(stage, folder, log, examples, gain):
     """(the trained Cnn14, the tally of its validation). All clips' frames are held in memory, 256 KB a clip of 10 s.
     The state is saved after every epoch: a stopped stage resumes and, on the CPU, ends with the same weights."""
-    logmels, bad = load_logmels(examples, stage.clip_s, stage.name)
+    logmels, bad = load_logmels(examples, stage)
     count_bad([bad.get(example.id, {}) for example in examples], stage.name, stage.max_bad)
     train, val = split(stage.seed, examples)
     train = [example for example in train if example.id in logmels]

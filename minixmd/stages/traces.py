@@ -26,7 +26,7 @@ CLIPS = 64  # of a shard: their frames are held in memory, 13 MB a clip of 10 fr
 
 
 def run(stage, folder, log):
-    examples = read_examples(stage.name, stage.manifest, stage.media)
+    examples = read_examples(stage.name, stage.manifest, stage.media, stage.allow_outside)
     sample = sample_locally if stage.endpoint is None else sample_at_endpoint
     records = sample(stage, folder, examples)
     if records is not None:
@@ -150,10 +150,8 @@ def clip_record(clip_id, answers):
     return {"id": clip_id, "samples": samples}
 
 
-def messages(stage, example):
+def messages(stage, example, load):
     """What an endpoint is asked: the clip, silent where it is a video, and the question."""
-    if stage.media == "video":
-        clip = endpoint.silent_video_part(example.video)
-    else:
-        clip = endpoint.audio_part(example.audio)
+    path = example.video if stage.media == "video" else example.audio
+    clip = load(path, stage.media)
     return endpoint.user_message(clip, build_conversation(example, media=stage.media, prompt=stage.prompt))

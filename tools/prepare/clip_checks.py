@@ -19,6 +19,7 @@ from pathlib import Path
 import soundfile
 from tqdm import tqdm
 
+from minixmd.config.prompts import ClipReading
 from minixmd.inputs.audio import SAMPLE_RATE
 from minixmd.inputs.image import smart_resize
 from minixmd.inputs.media import MediaError, read_audio, read_frames
@@ -75,7 +76,7 @@ def check_clips(rows, args, total, title, max_seconds=MAX_SECONDS):
         leftover.unlink(missing_ok=True)
     check = partial(check_clip, max_seconds=max_seconds)
     tasks = prefetch(_decide, _tasks(rows, args, folder), _lose, load=check, ahead=TASKS_AHEAD * args.workers,
-                     limit_s=args.time_limit, workers=args.workers)
+                     reading=ClipReading(args.time_limit), workers=args.workers)
     with tqdm(total=total, desc=title, unit="clip", smoothing=0.1) as bar, closing(tasks):
         for number in count():
             chunk = []

@@ -104,7 +104,7 @@ class ManifestWriter:
         by_reason = {reason: {} for reason, _ in reasons.most_common()}
         for (reason, split), number in sorted(self.dropped.items()):
             by_reason[reason][split] = number
-        summary = {"kept": self.kept, "dropped": by_reason, "silent": self.silent}
+        summary = {"clips_folder": self.clips, "kept": self.kept, "dropped": by_reason, "silent": self.silent}
         for name in ("options", "seed"):
             if name in args:
                 summary[name] = getattr(args, name)
