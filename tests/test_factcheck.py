@@ -8,6 +8,7 @@ from mini import CLASSES, write_clips, write_model
 import minixmd
 from minixmd.config import FactCheck
 from minixmd.inputs.batch import pack
+from minixmd.inputs.clips import load_clip
 from minixmd.inputs.examples import read_manifest
 from minixmd.models.whisper import Whisper
 from minixmd.runs.records import read_jsonl
@@ -125,11 +126,17 @@ def test_a_verdict_depends_on_no_other_trace(world, judged, tmp_path):
     assert all(v["score"] == pytest.approx(scores[v["id"], v["sample"]], abs=2e-4) for v in found["verdicts"])
 
 
-def test_the_tower_hears_a_clip_once(world, tmp_path, monkeypatch):
-    heard, real = [], Whisper.forward
+def test_a_clip_is_read_once_and_the_tower_hears_it_once(world, tmp_path, monkeypatch):
+    read, heard, real = [], [], Whisper.forward
     monkeypatch.setattr(Whisper, "forward", lambda self, media: heard.append(len(media)) or real(self, media))
+
+    def counted(path, *arguments):
+        read.append(path)
+        return load_clip(path, *arguments)
+
+    monkeypatch.setattr(factcheck, "prefetch", lambda build, runs, lose, reading: [build(run, counted) for run in runs])
     run(stage_of(world, trace_filter="all"), tmp_path / "run")
-    assert sum(heard) == 48
+    assert sum(heard) == 48 and len(read) == 48 == len(set(read))
 
 
 def test_which_traces_are_judged(world, tmp_path):

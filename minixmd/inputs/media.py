@@ -262,6 +262,8 @@ def film(container, path):
     best = container.streams.best("video")
     stream = next((stream for stream in streams if stream.index == best.index), streams[0])
     context = stream.codec_context
+    if context is None:
+        raise MediaError(path, "unreadable", "no decoder for its codec")
     if context.width * context.height > MAX_PIXELS:
         raise MediaError(path, "too large", f"frames of {context.width} x {context.height} pixels")
     return stream
@@ -270,6 +272,8 @@ def film(container, path):
 def _decode(container, stream, path, before_packet=None):
     """The frames of a track. before_packet: function(packet), called before it is decoded."""
     count, fault = 0, ""
+    if stream.codec_context is None:
+        raise MediaError(path, "unreadable", "no decoder for its codec")
     stream.codec_context.thread_count = 1  # the work is divided by clips
     sized = container.format.name in SIZED_PACKETS
     try:
