@@ -97,7 +97,7 @@ def test_what_is_streamed_is_the_text_of_generate(models, monkeypatch, capsys, c
         status, out, err = run(monkeypatch, capsys, models[kind], "What is it?", *argv, "--max-new-tokens", 30,
                                "--temperature", temperature, "--seed", seed)
         assert (status, "".join(out)) == (0, expected.text + "\n")
-        assert len([chunk for chunk in out if chunk]) > 5  # in pieces
+        assert len([chunk for chunk in out if chunk]) > 3  # in pieces
         assert f"loading {models[kind]} in float32 on " in err and "parameters, loaded in" in err
         assert ("cut after 30 tokens" in err) == (not expected.finished)
         texts.add(expected.text)

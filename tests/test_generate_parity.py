@@ -38,7 +38,7 @@ def theirs(kind, reference, p, end):
         mask = torch.stack([torch.arange(3000) < m.frames for m in p.media]).long()
         inputs.update(input_features=torch.stack([full_mel(m) for m in p.media]), feature_attention_mask=mask)
     elif p.media:
-        inputs.update(pixel_values_videos=torch.cat([m.features for m in p.media]),
+        inputs.update(pixel_values_videos=torch.cat([m.patches() for m in p.media]),
                       video_grid_thw=torch.tensor([m.grid_thw for m in p.media]),
                       mm_token_type_ids=2 * (p.ids_N == 91).long()[None])
     said = reference.generate(**inputs, do_sample=False, max_new_tokens=NEW, suppress_tokens=SUPPRESSED,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from minixmd.inputs import image
-from minixmd.inputs.image import patchify, resize, sample_frames, smart_resize
+from minixmd.inputs.image import grid_of, patchify, resize, sample_frames, smart_resize
 
 LIMITS = [(100352, 602112), (100352, 262144), (3136, 1003520)]
 # height, width: the size under each of LIMITS, from transformers 5.23's smart_resize; None: refused
@@ -118,7 +118,7 @@ def test_patch_order_by_hand():
     for t, c, y, x in itertools.product((0, 1, 2, 3), (0, 1, 2), (0, 13, 14, 27, 28, 55), (0, 13, 14, 28, 42, 83)):
         frames_TCHW = torch.zeros(T, 3, H, W, dtype=torch.uint8)
         frames_TCHW[t, c, y, x] = 255
-        patches_PC, grid_thw = patchify(frames_TCHW)
+        patches_PC, grid_thw = patchify(frames_TCHW), grid_of(frames_TCHW)
         assert grid_thw == (2, 4, 6) and patches_PC.shape == (48, 1176)
         block = (t // 2 * 2 + y // 28) * 3 + x // 28  # frame pair, then 28-pixel blocks row by row
         row = block * 4 + y % 28 // 14 * 2 + x % 28 // 14  # then the block's four patches
@@ -130,17 +130,17 @@ def test_patch_order_by_hand():
 def test_patches_are_normalised_per_colour():
     frames_TCHW = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
     frames_TCHW[:, 1], frames_TCHW[:, 2] = 128, 255
-    patches_PC, _ = patchify(frames_TCHW)
+    patches_PC = patchify(frames_TCHW)
     expected = [(0 - 0.48145466) / 0.26862954, (128 / 255 - 0.4578275) / 0.26130258, (1 - 0.40821073) / 0.27577711]
     torch.testing.assert_close(patches_PC[0, [0, 392, 784]], torch.tensor(expected), atol=1e-6, rtol=0)
 
 
 def test_an_odd_number_of_frames_repeats_the_last():
     frames_TCHW = pattern(3, 28, 56)
-    patches_PC, grid_thw = patchify(frames_TCHW)
+    patches_PC, grid_thw = patchify(frames_TCHW), grid_of(frames_TCHW)
     assert grid_thw == (2, 2, 4)
-    assert torch.equal(patches_PC, patchify(torch.cat([frames_TCHW, frames_TCHW[2:]]))[0])
-    one, grid_thw = patchify(frames_TCHW[:1])
+    assert torch.equal(patches_PC, patchify(torch.cat([frames_TCHW, frames_TCHW[2:]])))
+    one, grid_thw = patchify(frames_TCHW[:1]), grid_of(frames_TCHW[:1])
     assert grid_thw == (1, 2, 4) and torch.equal(one.view(8, 3, 2, 196)[:, :, 0], one.view(8, 3, 2, 196)[:, :, 1])
 
 
@@ -157,6 +157,6 @@ def test_patches_of_a_still_equal_transformers_image_processor():
     frames_TCHW = pattern(1, 112, 84)
     processor = module.Qwen2VLImageProcessorPil(do_resize=False)
     out = processor(images=[frames_TCHW[0].permute(1, 2, 0).numpy()], return_tensors="np")
-    patches_PC, grid_thw = patchify(frames_TCHW)
+    patches_PC, grid_thw = patchify(frames_TCHW), grid_of(frames_TCHW)
     assert tuple(out["image_grid_thw"][0]) == grid_thw
     np.testing.assert_allclose(patches_PC.numpy(), out["pixel_values"], atol=1e-6, rtol=0)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import sys
 from collections import Counter
 from multiprocessing import get_context
@@ -15,8 +16,10 @@ import pytest
 import soundfile
 from media_files import grey_frames, sine, write_mp4, write_wav
 
+from minixmd.inputs.clips import Cache, load_clip
 from minixmd.inputs.examples import manifest_text, read_manifest
 from minixmd.inputs.media import read_audio
+from minixmd.inputs.tokenizer import VIDEO_DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -261,6 +264,14 @@ def test_sound_is_extracted_once_as_the_reader_hears_it(vgg, clip, capsys):
     assert vggsound(vgg, "--extract-audio") == 0 and contents(vgg) == expected
     assert soundfile.info(loud.audio).frames == len(wave)
     assert [p.name for p in (vgg / "out" / "audio").iterdir() if p.suffix != ".flac"] == []
+    shutil.rmtree(vgg / "out")
+    assert vggsound(vgg, "--extract") == 0
+    cached = Cache(str(vgg / "out" / "cache"), 1.0)
+    kept = sorted(file.name for file in (vgg / "out" / "cache").rglob("*") if file.is_file())
+    assert len(kept) == 4 and cached.place(str(path), "sound 30").name in kept
+    frames, _ = load_clip(str(path), "video", VIDEO_DEFAULTS, cached)
+    assert np.array_equal(frames, load_clip(str(path), "video", VIDEO_DEFAULTS)[0])
+    assert sorted(file.name for file in (vgg / "out" / "cache").rglob("*") if file.is_file()) == kept
     capsys.readouterr()
     (vgg / "taken").write_text("")
     (vgg / "out" / "audio").rename(vgg / "elsewhere")

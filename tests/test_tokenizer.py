@@ -189,7 +189,7 @@ def test_media_know_their_rows_and_hold_the_features_of_their_clip(kind, process
         if MEDIUM[kind] == "audio":
             assert torch.equal(m.features, log_mel(part["audio"])) and m.frames == 4 * len(m.rows_P)
         else:
-            assert m.grid_thw == (1, 2, 2 * len(m.rows_P)) and m.features.shape == (4 * len(m.rows_P), 1176)
+            assert m.grid_thw == (1, 2, 2 * len(m.rows_P)) and m.patches().shape == (4 * len(m.rows_P), 1176)
     alone = processor([turn("user", parts[2])])
     assert torch.equal(alone.media[0].features, prompt.media[2].features)
 

@@ -195,7 +195,7 @@ def reference_forward(kind, reference, p):
     if kind != "audio":
         inputs.update(position_ids=p.positions_3N[:, None])
     if videos:
-        inputs.update(pixel_values_videos=torch.cat([m.features for m in videos]),
+        inputs.update(pixel_values_videos=torch.cat([m.patches() for m in videos]),
                       video_grid_thw=torch.tensor([m.grid_thw for m in videos]))
     out = reference(**inputs, output_hidden_states=True)
     return out.hidden_states[-1][0], out.logits[0]

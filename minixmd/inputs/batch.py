@@ -8,19 +8,26 @@ from itertools import accumulate
 
 import torch
 
+from minixmd.inputs.image import patchify
+
 
 @dataclass(frozen=True)
 class Media:
     """One clip's features and the rows of the token sequence that they fill."""
 
     kind: str  # "audio" | "video" | "encoded"
-    features: torch.Tensor  # audio: mel_MA with its halo (fp32); video: patches_PC (fp32); encoded: rows for rows_P
+    features: torch.Tensor  # audio: mel_MA with its halo (fp32); video: frames_TCHW (uint8); encoded: rows for rows_P
     rows_P: torch.Tensor  # its placeholders' rows in the token sequence (int64)
     frames: int = 0  # audio: mel frames that hold sound (the halo not counted)
     grid_thw: tuple[int, int, int] | None = None  # video: patch grid, before the 2x2 merge
 
     def to(self, device):
         return replace(self, features=self.features.to(device), rows_P=self.rows_P.to(device))
+
+    def patches(self):
+        """A video's patches_PC, cut on the device that its frames are on; features that are patches already are
+        taken as they are."""
+        return patchify(self.features) if self.features.dtype == torch.uint8 else self.features
 
 
 @dataclass(frozen=True)

@@ -81,14 +81,18 @@ def resize(frames_TCHW, *, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS):
     return F.interpolate(frames_TCHW, size=size, mode="bicubic", antialias=True, align_corners=False)
 
 
+def grid_of(frames_TCHW):
+    """(frame pairs, H / 14, W / 14) of frames as patchify takes them: P is their product, and they are P / 4 tokens."""
+    T, _, H, W = frames_TCHW.shape
+    return -(-T // TEMPORAL), H // PATCH, W // PATCH
+
+
 def patchify(frames_TCHW):
     """Normalise frames, (T, 3, H, W) uint8 with H and W multiples of 28, and cut them into the tower's patches.
 
     An odd T repeats the last frame.
-    Returns:
-        patches_PC: (P, 1176) float32. Rows run over frame pairs, then rows and columns of 2 x 2 patches, then the
-            four patches inside; a row is (colour 3, frame 2, height 14, width 14).
-        grid_thw: (frame pairs, H / 14, W / 14); P is their product and the video takes P / 4 tokens.
+    Returns patches_PC: (P, 1176) float32. Rows run over frame pairs, then rows and columns of 2 x 2 patches, then the
+    four patches inside; a row is (colour 3, frame 2, height 14, width 14).
     Raises ValueError: another dtype or shape. Source: transformers 5.23 Qwen2VLVideoProcessor, its fused constants.
     """
     T, C, H, W = frames_TCHW.shape
@@ -97,10 +101,10 @@ def patchify(frames_TCHW):
                          f"{tuple(frames_TCHW.shape)}")
     if T % TEMPORAL:
         frames_TCHW = torch.cat([frames_TCHW, frames_TCHW[-1:]])
-    t, h, w = len(frames_TCHW) // TEMPORAL, H // PATCH, W // PATCH
+    t, h, w = grid_of(frames_TCHW)
     cut = frames_TCHW.reshape(t, TEMPORAL, C, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
     values = TEMPORAL * PATCH * PATCH  # of one colour in a patch
     patches_PC = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, C * values).float()
     mean_C = (torch.tensor(MEAN) * 255.0).repeat_interleave(values)
     std_C = (torch.tensor(STD) * 255.0).repeat_interleave(values)
-    return patches_PC.sub_(mean_C).div_(std_C), (t, h, w)
+    return patches_PC.sub_(mean_C.to(patches_PC.device)).div_(std_C.to(patches_PC.device))

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from minixmd.inputs.audio import num_audio_tokens
 from minixmd.inputs.batch import Media, Prompt
 from minixmd.inputs.clips import hear, load_clip, see
-from minixmd.inputs.image import patchify
+from minixmd.inputs.image import grid_of
 from minixmd.inputs.media import MediaError
 from minixmd.inputs.positions import grid_offsets, interleave, positions_of
 
@@ -239,6 +239,7 @@ class Processor:
                 fps = sampled_fps
             if fps is None and self.config.ids_per_s is not None:
                 raise MediaError(source, "no frame rate", "this model places frames by their time")
-        patches_PC, grid_thw = patchify(torch.as_tensor(frames_TCHW))
+        frames_TCHW = torch.as_tensor(frames_TCHW)
+        grid_thw = grid_of(frames_TCHW)
         offsets_3P = grid_offsets(grid_thw, ids_per_s=self.config.ids_per_s, fps=fps)
-        return Media("video", patches_PC, torch.arange(offsets_3P.shape[1]), grid_thw=grid_thw), offsets_3P
+        return Media("video", frames_TCHW, torch.arange(offsets_3P.shape[1]), grid_thw=grid_thw), offsets_3P

@@ -126,7 +126,7 @@ class ViT(nn.Module):
 
     def forward(self, media):
         """Video tokens of a list of Media, (sum of t h w / 4, D); patches see their frame pair or their window."""
-        x_PE = self.patch_embed(torch.cat([clip.features for clip in media]))
+        x_PE = self.patch_embed(torch.cat([clip.patches() for clip in media]))
         cos_PK, sin_PK = self.rotary(media)
         grids = [clip.grid_thw for clip in media]
         frames = consecutive_segments([h * w for t, h, w in grids for _ in range(t)])

@@ -76,6 +76,6 @@ def inputs_of(subject, prompt):
         inputs["feature_attention_mask"] = (torch.arange(length) < frames).long()
     videos = [m for m in prompt.media if m.kind == "video"]
     if videos:
-        inputs["pixel_values_videos"] = torch.cat([m.features for m in videos]).to(dtype)
+        inputs["pixel_values_videos"] = torch.cat([m.patches() for m in videos]).to(dtype)
         inputs["video_grid_thw"] = torch.tensor([m.grid_thw for m in videos])
     return {name: value.to(subject.device) for name, value in inputs.items()}

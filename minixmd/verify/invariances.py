@@ -94,7 +94,7 @@ def plain_video(model, m):
     """A video's features, every frame pair encoded by itself."""
     _, height, width = m.grid_thw
     features = []
-    for patches_PC in m.features.split(height * width):
+    for patches_PC in m.patches().split(height * width):
         pair = replace(m, features=patches_PC, grid_thw=(1, height, width))
         features.append(model.encode("video", [pair]))
     return torch.cat(features)
@@ -149,8 +149,8 @@ def answer_logprobs(subject, kind, other=None):
     batch = pack([subject.processor(conversation)])
     if other is not None:
         [clip], axis = batch.media, int(kind == "audio")
-        indices = torch.arange(clip.features.shape[axis]) % other.features.shape[axis]
-        features = other.features.index_select(axis, indices)
+        own, others = (m.features if kind == "audio" else m.patches() for m in (clip, other))
+        features = others.index_select(axis, torch.arange(own.shape[axis]) % others.shape[axis])
         batch = replace(batch, media=(replace(clip, features=features),))
     return subject.target_logprobs(batch, subject.processor)
 

@@ -13,17 +13,19 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from math import isinf
+from math import inf, isinf
 from pathlib import Path
 
 import soundfile
 from tqdm import tqdm
 
 from minixmd.config.prompts import ClipReading
-from minixmd.inputs.audio import SAMPLE_RATE
+from minixmd.inputs.audio import SAMPLE_RATE, WINDOW_S
+from minixmd.inputs.clips import Cache, load_clip
 from minixmd.inputs.image import smart_resize
 from minixmd.inputs.media import MediaError, read_audio, read_frames
 from minixmd.inputs.prompts import prefetch
+from minixmd.inputs.tokenizer import VIDEO_DEFAULTS
 from minixmd.runs.files import write_text
 
 TASKS_AHEAD = 32  # rows read ahead a worker, so that a slow clip does not stop the others
@@ -74,7 +76,8 @@ def check_clips(rows, args, total, title, max_seconds=MAX_SECONDS):
     folder = Path(args.out, "opened")
     for leftover in Path(args.out, "audio").glob(".*.tmp"):  # of child processes that were killed
         leftover.unlink(missing_ok=True)
-    check = partial(check_clip, max_seconds=max_seconds)
+    cache = Cache(str(Path(args.out, "cache")), inf) if args.extract else None
+    check = partial(check_clip, max_seconds=max_seconds, keep_in=cache)
     tasks = prefetch(_decide, _tasks(rows, args, folder), _lose, load=check, ahead=TASKS_AHEAD * args.workers,
                      reading=ClipReading(args.time_limit), workers=args.workers)
     with tqdm(total=total, desc=title, unit="clip", smoothing=0.1) as bar, closing(tasks):
@@ -133,7 +136,7 @@ def _open_task(row, args, earlier):
     flac = Path(args.out, "audio", f"{row.id}.flac") if args.extract_audio else None
     if earlier and earlier.items() >= _file(name, size).items():
         sound_is_there = flac is None or flac.exists() and flac.stat().st_size == earlier.get("flac_bytes")
-        if "reason" in earlier or sound_is_there:
+        if "reason" in earlier or sound_is_there and (earlier.get("extracted") or not args.extract):
             return Task(row, earlier)
     return Task(row, job=(name, size, os.path.join(args.clips, name), flac))
 
@@ -186,8 +189,9 @@ def _earlier_verdicts(folder, number):
 # ---- one clip, in a child process ----
 
 
-def check_clip(path, name, flac, max_seconds=MAX_SECONDS):
-    """Decodes a file as training will; its sound is written to `flac` unless that is None. Returns the verdict."""
+def check_clip(path, name, flac, max_seconds=MAX_SECONDS, keep_in=None):
+    """Decodes a file as training will; its sound is written to `flac` unless that is None, and what a model's Processor
+    reads of it to the Cache `keep_in`. Returns the verdict."""
     try:
         wave_S = read_audio(path, max_s=None if isinf(max_seconds) else max_seconds + 1)
         if len(wave_S) < MIN_SAMPLES:
@@ -203,6 +207,11 @@ def check_clip(path, name, flac, max_seconds=MAX_SECONDS):
     if flac:
         _write_flac(flac, wave_S)
         verdict["flac_bytes"] = flac.stat().st_size
+    if keep_in is not None:
+        load_clip(path, "audio", {"max_s": WINDOW_S}, keep_in)
+        if not name.lower().endswith(SOUND_ONLY):
+            load_clip(path, "video", VIDEO_DEFAULTS, keep_in)
+        verdict["extracted"] = True
     return verdict
 
 

@@ -35,6 +35,9 @@ def _add_common(parser):
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write to")
     parser.add_argument("--extract-audio", action="store_true",
                         help="write every clip's sound to OUT/audio, 16 kHz mono FLAC, and list that")
+    parser.add_argument("--extract", action="store_true",
+                        help="keep every clip's sound and, at the default fps and pixels, its frames in OUT/cache, for "
+                        "the stages' field cache")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N",
                         help="processes that open clips; one a core when absent")
     parser.add_argument("--time-limit", type=float, default=60, metavar="S",
