@@ -265,7 +265,7 @@ def test_sound_is_extracted_once_as_the_reader_hears_it(vgg, clip, capsys):
     assert soundfile.info(loud.audio).frames == len(wave)
     assert [p.name for p in (vgg / "out" / "audio").iterdir() if p.suffix != ".flac"] == []
     shutil.rmtree(vgg / "out")
-    assert vggsound(vgg, "--extract") == 0
+    assert vggsound(vgg, "--extract", "--extract-audio") == 0
     cached = Cache(str(vgg / "out" / "cache"), 1.0)
     kept = sorted(file.name for file in (vgg / "out" / "cache").rglob("*") if file.is_file())
     assert len(kept) == 4 and cached.place(str(path), "sound 30").name in kept

@@ -69,7 +69,8 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
     options = {"model": stage.served, "max_tokens": max_tokens, "temperature": temperature}
     if logprobs:
         options.update(logprobs=True, top_logprobs=TOP_LOGPROBS)
-    client = _Client(stage, key_from(environment, stage.api_key_env, stage.name), options, is_usable)
+    api_key = key_from(environment, stage.api_key_env, stage.name)
+    client = _Client(stage, api_key, options, is_usable)
     # a ThreadPool's threads are daemons: an interrupt does not wait for their requests, as it would for an executor's
     pool = ThreadPool(max(1, min(stage.concurrency, len(todo))))
     with pool, tqdm(total=len(requests), initial=len(requests) - len(todo), desc=stage.name, unit=unit) as bar:

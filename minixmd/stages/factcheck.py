@@ -185,8 +185,9 @@ def usable_prompts(stage, model, processor, traces, verdicts):
 
         prompts = []
         for trace in run:
+            asked = conversation(stage.prompt, trace.example, trace.text)
             try:
-                prompts.append(processor(conversation(stage.prompt, trace.example, trace.text), load_once))
+                prompts.append(processor(asked, load_once))
             except ValueError as error:  # too long, or with a placeholder in its text
                 reason = getattr(error, "reason", "no prompt")
                 if reason not in ("too long", "no prompt"):

@@ -73,8 +73,12 @@ def count_classes(name, gain, labels):
     """How many classes the teacher wins, ties and loses, and how many were left out; also printed."""
     won = sum(g > 0 for g in gain.values())
     lost = sum(g < 0 for g in gain.values())
-    counts = {"classes_won": won, "classes_tied": len(gain) - won - lost, "classes_lost": lost,
-              "classes_left_out": len(labels) - len(gain)}
+    counts = {
+        "classes_won": won,
+        "classes_tied": len(gain) - won - lost,
+        "classes_lost": lost,
+        "classes_left_out": len(labels) - len(gain),
+    }
     line = (f"{name}: the teacher wins {won} classes, ties {counts['classes_tied']}, loses {lost} "
             "(the paper: 226 to 60)")
     if counts["classes_left_out"]:

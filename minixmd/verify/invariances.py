@@ -149,8 +149,11 @@ def answer_logprobs(subject, kind, other=None):
     batch = pack([subject.processor(conversation)])
     if other is not None:
         [clip], axis = batch.media, int(kind == "audio")
-        own, others = (m.features if kind == "audio" else m.patches() for m in (clip, other))
-        features = others.index_select(axis, torch.arange(own.shape[axis]) % others.shape[axis])
+        own, others = clip.features, other.features
+        if kind == "video":
+            own, others = clip.patches(), other.patches()
+        indices = torch.arange(own.shape[axis]) % others.shape[axis]
+        features = others.index_select(axis, indices)
         batch = replace(batch, media=(replace(clip, features=features),))
     return subject.target_logprobs(batch, subject.processor)
 
