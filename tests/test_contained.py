@@ -106,6 +106,15 @@ def test_ctrl_c_waits_for_no_child(tmp_path):
         assert time.monotonic() - start < 2
 
 
+def test_a_script_without_a_guard_runs_once(tmp_path):
+    (tmp_path / "run.py").write_text(INTERRUPTED.replace('if __name__ == "__main__":', "if True:").replace(
+        '["fine", "hang", "hang", "hang"]', '["fine", "bad"]').replace("None, load", "lambda item, error: None, load"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for command, stdin in (([tmp_path / "run.py"], None), (["-"], (tmp_path / "run.py").read_text())):
+        run = subprocess.run([sys.executable, *command], input=stdin, capture_output=True, text=True, env=environment)
+        assert (run.stdout.split(), run.stderr, run.returncode) == (["ready", "one", "one"], "", 0)
+
+
 def test_the_processes_of_a_run_share_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert num_workers() == 8

@@ -7,10 +7,12 @@ import os
 import re
 import resource
 import signal
+import sys
 import threading
 from math import ceil
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -38,7 +40,7 @@ class Contained:
         self.function, self.limit_s = function, limit_s
         self.context = get_context("forkserver")  # fast to start, with shared memory
         module = getattr(function, "func", function).__module__
-        self.context.set_forkserver_preload(["__main__", __name__, module])
+        self.context.set_forkserver_preload([__name__, module])
         self.lock = threading.Lock()
         self.idle, self.children = [], []
         self.stopped = False
@@ -98,7 +100,12 @@ class _Child:
     def __init__(self, context, function, limit_s):
         self.pipe, end = context.Pipe()
         self.process = context.Process(target=_work, args=(end, function, limit_s), daemon=True)
-        self.process.start()
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")  # else the child would import it, and a script would run again
+        try:
+            self.process.start()
+        finally:
+            sys.modules["__main__"] = main
         end.close()  # so that the child's death closes the pipe
 
 
