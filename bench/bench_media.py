@@ -152,12 +152,12 @@ def label_twice(folder, count, width, height, fps):
         lines.append({"id": f"{i}", "audio": None, "video": f"{i}.mp4", "question": "Which?", "options": ["a", "b"]})
     found = {}
     for number in (count // 4, count):
-        (folder / f"{number}.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines[:number]))
+        (folder / f"{number}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:number]))
     for name, number in (("a quarter", count // 4), ("first", count), ("second", count)):
         (folder / "config.py").write_text(
-            f"from minixmd.config import Label\\nstages = [Label(name='labels', model='{folder}/eyes', media='video', "
-            f"manifest='{folder}/{number}.jsonl', device='cpu', batch_tokens=1024, max_pixels=50176, min_pixels=3136, "
-            f"cache='{folder}/cache of {number}')]\\n")
+            f"from minixmd.config import Label\nstages = [Label(name='labels', model='{folder}/eyes', media='video', "
+            f"manifest='{folder}/{number}.jsonl', device='cpu', batch_tokens=1024, max_pixels=12544, min_pixels=3136, "
+            f"cache='{folder}/cache of {number}')]\n")
         run = subprocess.run([sys.executable, "-c", LABEL, folder / "config.py", f"run_dir={folder}/{name}"],
                              stdout=subprocess.PIPE, text=True, check=True)
         found[name] = json.loads(run.stdout.splitlines()[-1])
