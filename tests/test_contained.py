@@ -9,6 +9,7 @@ from functools import partial
 from multiprocessing import get_context
 
 import pytest
+import torch
 
 from minixmd.config.prompts import ClipReading
 from minixmd.inputs import contained
@@ -24,6 +25,8 @@ def odd_job(path, number=0, exponent=1):
         os.kill(os.getpid(), signal.SIGSEGV)
     if path == "grow":
         bytearray(6 << 30)  # never touched, so that a machine has it
+    if path == "tensors":
+        return torch.empty(6 << 30, dtype=torch.uint8)
     if path == "err":
         raise TypeError("odd")
     if path == "bad":
@@ -34,7 +37,7 @@ def odd_job(path, number=0, exponent=1):
 
 
 def test_a_call_that_hangs_or_crashes_is_lost_alone():
-    kinds = ["fine", "hang", "die", "fine", "err", "die", "grow", "bad", "fine"]
+    kinds = ["fine", "hang", "die", "fine", "err", "die", "grow", "bad", "fine", "tensors"]
     start = time.monotonic()
     done = list(prefetch(lambda item, load: load(*item), [(kind, i) for i, kind in enumerate(kinds)],
                          lambda item, error: str(error), load=odd_job, reading=ClipReading(1.0), workers=2))
@@ -42,7 +45,8 @@ def test_a_call_that_hangs_or_crashes_is_lost_alone():
     assert [result[0] for result in done if isinstance(result, tuple)] == [0, 3, 8]
     assert [result for result in done if isinstance(result, str)] == [
         "hang: out of time (more than 1 s)", "die: crashed (exit code -11)", "err: crashed (TypeError: odd)",
-        "die: crashed (exit code -11)", "grow: out of memory (more than 4 GiB)", "bad: truncated (half)"]
+        "die: crashed (exit code -11)", "grow: out of memory (more than 4 GiB)", "bad: truncated (half)",
+        "tensors: out of memory (more than 4 GiB)"]
 
 
 def test_what_is_no_fault_of_the_file_stops_the_run():
@@ -59,6 +63,39 @@ def test_children_are_used_again_and_are_as_many_as_workers():
     call = Contained(partial(odd_job, exponent=3))
     assert call("fine", 2)[0] == 8
     call.stop()
+
+
+def test_a_child_that_is_killed_while_it_is_idle_costs_no_clip():
+    call = Contained(odd_job)
+    for number in range(4):
+        assert call("fine", number)[0] == number
+        os.kill(call.idle[0].process.pid, signal.SIGKILL)
+        call.idle[0].process.join()
+    call.stop()
+
+
+def test_threads_beyond_the_workers_wait_for_a_child():
+    call = Contained(odd_job, workers=2)
+    threads = [threading.Thread(target=call, args=("fine", i)) for i in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 1 <= len(call.children) <= 2
+    call.stop()
+
+
+def test_many_starts_at_a_time_leave_the_main_module_as_it_was():
+    main = sys.modules["__main__"]
+    calls = [Contained(odd_job) for _ in range(6)]
+    threads = [threading.Thread(target=call, args=("fine", 1)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sys.modules["__main__"] is main
+    for call in calls:
+        call.stop()
 
 
 def test_stopping_kills_a_call_that_goes_on_and_waits_for_none():

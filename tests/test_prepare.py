@@ -268,7 +268,7 @@ def test_sound_is_extracted_once_as_the_reader_hears_it(vgg, clip, capsys):
     assert vggsound(vgg, "--extract", "--extract-audio") == 0
     cached = Cache(str(vgg / "out" / "cache"), 1.0)
     kept = sorted(file.name for file in (vgg / "out" / "cache").rglob("*") if file.is_file())
-    assert len(kept) == 4 and cached.place(str(path), "sound 30").name in kept
+    assert len(kept) == 4 and cached.place(str(path), "sound").name in kept
     frames, _ = load_clip(str(path), "video", VIDEO_DEFAULTS, cached)
     assert np.array_equal(frames, load_clip(str(path), "video", VIDEO_DEFAULTS)[0])
     assert sorted(file.name for file in (vgg / "out" / "cache").rglob("*") if file.is_file()) == kept

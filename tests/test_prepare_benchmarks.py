@@ -72,7 +72,7 @@ def test_avqa_asks_about_the_audio_and_keeps_the_wording_for_the_video(tmp_path)
     assert why.question == "Why do the people in the audio scream?"
     assert why.meta == {"video_question": "Why do the people in the video scream?", "relation": "Both", "type": "Why",
                         "group": "Why", "youtube": "0AEJTlHIhz0", "start_s": 358}
-    assert happened.video == happened.audio == str(tmp_path / "out" / "../clips/-HG3Omg_89c_000030.mp4")
+    assert happened.video == happened.audio == str(tmp_path / "clips/-HG3Omg_89c_000030.mp4")
     assert drops(tmp_path) == [] and summary(tmp_path)["groups"] == {"train": {"Happening": 1, "Which": 1, "Why": 1}}
 
 
@@ -88,7 +88,7 @@ def test_avqa_reads_r1_aqa_lines_and_counts_those_that_are_none(tmp_path):
         (tmp_path / sound).parent.mkdir(parents=True, exist_ok=True)
         write_wav(tmp_path / sound, sine(440, 1))
     assert run(tmp_path, "avqa", files=[tmp_path / "train.jsonl"]) == 0
-    found = [(e.id, e.video, Path(e.audio).relative_to(tmp_path / "out" / ".." / "clips")) for e in
+    found = [(e.id, e.video, Path(e.audio).relative_to(tmp_path / "clips")) for e in
              manifest(tmp_path, "avqa")]
     assert found == [("avqa_183", None, Path("wavs/-HG3Omg_89c_000030.wav")),
                      ("avqa_1139", None, Path("06GyG4-wONQ_6.wav")), ("avqa_mine-1", None, Path("own/dog.flac"))]

@@ -57,7 +57,7 @@ class _Local:
     seed: NonNegativeInt = 0  # of all randomness in the stage: new weights, data order, sampling, augmentation
     # how clips are read
     allow_outside: bool = False  # whether a manifest may name files beside its folder and that of prepare_*'s clips
-    clip_limit_s: Positive = 60.0  # seconds that reading a file may take, in a child process
+    clip_limit_s: Annotated[float, "> 0", "<= 86400"] = 60.0  # seconds that reading a file may take, in a child process
     cache: str | None = None  # folder that keeps what was read of a clip (inputs/clips.py); None = none
     cache_gib: Positive = 100.0  # GiB that it may take
 
@@ -170,6 +170,7 @@ class _Endpoint:
             raise ConfigError(f"config: either model or endpoint must be given, got {model!r} and {self.endpoint!r}")
         if self.endpoint is not None:
             check_url(self.endpoint)
+            check_unused(self, "an endpoint", ("cache",))
         if (self.endpoint is None) != (self.served is None):
             raise ConfigError(f"config: endpoint {self.endpoint!r} with served {self.served!r}: both or neither")
 

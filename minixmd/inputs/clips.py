@@ -1,8 +1,8 @@
 """A clip's file as an encoder takes it: read, cut to what is heard and resized to what is seen, and kept in a cache.
 
 A cache is a folder of files named by a digest of the clip's content and of how it is read: sound as 16-bit FLAC, frames
-as uint8 in safetensors. Each of its 256 parts takes its share of the limit and then no more; all of it may be deleted
-at any time. With a cache sound is rounded to 16 bits and clipped at full scale whether it is found there or not.
+as uint8 in safetensors. Each of its 256 parts takes its share of the limit and no more; all of it may be deleted at any
+time. With a cache sound is rounded to 16 bits and clipped at full scale whether it is found there or not.
 """
 import hashlib
 import os
@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from minixmd.inputs.audio import SAMPLE_RATE, log_mel, num_audio_tokens, num_mel_frames
 from minixmd.inputs.image import resize
 from minixmd.inputs.media import MediaError, check_file, read_audio, read_frames
+
+LONGEST_S = 300  # of sound that is kept: no model here hears more
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,22 @@ class Cache:
     def keep(self, place, write):
         """Keeps what write(path) writes, if there is room. Raises OSError where the folder cannot be written."""
         place.parent.mkdir(parents=True, exist_ok=True)
-        if sum(entry.stat().st_size for entry in os.scandir(place.parent)) > self.limit_gib * 2**30 / 256:
-            return
         temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
         try:
             write(temporary)
-            os.replace(temporary, place)
+            if sum(map(_bytes_of, os.scandir(place.parent))) <= self.limit_gib * 2**30 / 256:
+                os.replace(temporary, place)
         except soundfile.LibsndfileError as error:
             raise OSError(5, f"cannot write: {error}", str(temporary)) from None
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _bytes_of(entry):
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:  # another process has renamed it meanwhile
+        return 0
 
 
 def load_clip(path, kind, options, cache=None):
@@ -70,14 +78,14 @@ def read_sound(path, max_s, cache=None):
     """read_audio's first max_s seconds, (S,)."""
     if cache is None:
         return read_audio(path, max_s=max_s)
-    place = cache.place(path, f"sound {max_s}")
+    place = cache.place(path, "sound")  # one for whoever hears how much of it
     try:
         samples_S, _ = soundfile.read(place, dtype="int16")
     except soundfile.LibsndfileError:  # it is not there, or not whole
-        wave_S = read_audio(path, max_s=max_s)
+        wave_S = read_audio(path, max_s=max(max_s, LONGEST_S))
         samples_S = (wave_S * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy()
         cache.keep(place, lambda file: soundfile.write(file, samples_S, SAMPLE_RATE, "PCM_16", format="FLAC"))
-    return torch.from_numpy(samples_S).float() / 32768
+    return torch.from_numpy(samples_S[:round(max_s * SAMPLE_RATE)]).float() / 32768
 
 
 def read_film(path, options, cache=None):
@@ -90,8 +98,8 @@ def read_film(path, options, cache=None):
                 return file.get_tensor("frames"), float(file.metadata()["fps"]) or None
         except (SafetensorError, KeyError, TypeError, ValueError):
             pass  # not whole: it is made again
-    frames_TCHW, sampled_fps = read_frames(path, fps=fps, nframes=nframes)
-    frames_TCHW = see(frames_TCHW, path, *sizes)
+    frames_TCHW, sampled_fps = read_frames(
+        path, fps=fps, nframes=nframes, fit=lambda frames_1CHW, total: see(frames_1CHW, path, *sizes, total))
     if place is not None:
         metadata = {"fps": repr(sampled_fps or 0.0)}
         cache.keep(place, lambda file: save_file({"frames": frames_TCHW.contiguous()}, file, metadata))
@@ -106,9 +114,9 @@ def hear(wave_S, name, max_s):
     return log_mel(wave_S, max_s), frames
 
 
-def see(frames_TCHW, name, min_pixels, max_pixels):
-    """Frames at the size that the model sees them."""
+def see(frames_TCHW, name, min_pixels, max_pixels, total=None):
+    """Frames, of a video of `total`, at the size that the model sees them."""
     try:
-        return resize(frames_TCHW, min_pixels=min_pixels, max_pixels=max_pixels)
+        return resize(frames_TCHW, min_pixels=min_pixels, max_pixels=max_pixels, total=total)
     except ValueError as error:
         raise MediaError(name, "bad shape", str(error)) from None

@@ -9,8 +9,9 @@ import resource
 import signal
 import sys
 import threading
+from contextlib import contextmanager
 from math import ceil
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +21,7 @@ from minixmd.inputs.media import MediaError
 
 LIMIT_S = 60.0  # seconds that a call may take
 MAX_BYTES = 4 << 30  # of memory that a child may allocate beyond what it starts with
+_STARTING = threading.Lock()  # of all Contained: what a start changes belongs to the whole process
 GRACE_S = 5  # a child whose parent died ends itself this much later than its parent would have killed it
 
 
@@ -36,11 +38,14 @@ class Contained:
     call that is lost raises MediaError: "out of time", "out of memory" or "crashed", as any other exception counts.
     """
 
-    def __init__(self, function, limit_s=LIMIT_S):
+    def __init__(self, function, limit_s=LIMIT_S, workers=None):
         self.function, self.limit_s = function, limit_s
         self.context = get_context("forkserver")  # fast to start, with shared memory
         module = getattr(function, "func", function).__module__
         self.context.set_forkserver_preload([__name__, module])
+        with _without_main():
+            forkserver.ensure_running()
+        self.slots = threading.Semaphore(workers or num_workers())  # threads may be more
         self.lock = threading.Lock()
         self.idle, self.children = [], []
         self.stopped = False
@@ -53,6 +58,10 @@ class Contained:
                 child.process.kill()
 
     def __call__(self, path, *arguments):
+        with self.slots:
+            return self._call(path, arguments)
+
+    def _call(self, path, arguments):
         child = self._take(path)
         try:
             child.pipe.send((path, arguments))
@@ -72,13 +81,21 @@ class Contained:
 
     def _take(self, path):
         """An idle child, or a new one."""
+        while True:
+            with self.lock:
+                if self.stopped:
+                    raise MediaError(path, "crashed", "stopped")
+                if not self.idle:
+                    break
+                child = self.idle.pop()
+            if child.process.is_alive():
+                return child
+            self._end(child)  # it was killed meanwhile, by no fault of a clip
+        child = _Child(self.context, self.function, self.limit_s)
         with self.lock:
-            if self.stopped:
-                raise MediaError(path, "crashed", "stopped")
-            if self.idle:
-                return self.idle.pop()
-            child = _Child(self.context, self.function, self.limit_s)
             self.children.append(child)
+            if self.stopped:
+                child.process.kill()
         try:
             child.pipe.recv()  # it is ready
         except (EOFError, ConnectionError):
@@ -96,16 +113,27 @@ class Contained:
             self.children.remove(child)
 
 
+@contextmanager
+def _without_main():
+    """A child would import the program's main module, and a script would run again; so it is hidden while one starts.
+    Ctrl-C waits so long: the server, which starts with the first child, would print where it was interrupted."""
+    with _STARTING:
+        main = sys.modules["__main__"]
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 class _Child:
     def __init__(self, context, function, limit_s):
         self.pipe, end = context.Pipe()
         self.process = context.Process(target=_work, args=(end, function, limit_s), daemon=True)
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = ModuleType("__main__")  # else the child would import it, and a script would run again
-        try:
+        with _without_main():
             self.process.start()
-        finally:
-            sys.modules["__main__"] = main
         end.close()  # so that the child's death closes the pipe
 
 
@@ -124,10 +152,11 @@ def _work(pipe, function, limit_s):
                 result = function(path, *arguments)
             except (MediaError, OSError) as error:
                 result = error
-            except MemoryError:
-                result = MediaError(path, "out of memory", f"more than {MAX_BYTES >> 30} GiB")
             except Exception as error:
-                result = MediaError(path, "crashed", f"{type(error).__name__}: {error}")
+                if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch raises a RuntimeError
+                    result = MediaError(path, "out of memory", f"more than {MAX_BYTES >> 30} GiB")
+                else:
+                    result = MediaError(path, "crashed", f"{type(error).__name__}: {error}")
             signal.alarm(0)
             pipe.send(result)
     except (EOFError, OSError):

@@ -2,7 +2,8 @@
 
 Containers with a length in their header: WAV (RIFF, RIFX, RF64, BW64), Wave64, AIFF, AU, CAF, AVI, MP4, Matroska, ASF.
 Ogg marks its last page; FLAC and, where an encoder left a Xing header, MP3 count samples. A placeholder (0, all bits
-set), as programs leave it that write to a pipe, is no length. An ID3 tag in front of any of them is passed over.
+set), as programs leave it that write to a pipe, is no length. ID3 tags in front are passed over. What stands behind the
+announced end is ignored where it is zeros, a tag, or less than 1 % of the file, and does not begin a file.
 """
 import re
 import struct
@@ -10,7 +11,8 @@ import zlib
 from dataclasses import dataclass
 
 MP4_BOXES = (b"ftyp", b"styp", b"sidx", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"uuid")
-BEGINNINGS = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b"caff")  # of a file, so of another one joined to this
+BEGINNINGS = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b"caff", b".snd")  # of another file joined to this one
+TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")  # that stand behind sound
 W64_RIFF = bytes.fromhex("726966662e91cf11a5d628db04c10000")
 ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
@@ -41,7 +43,7 @@ def announced(file, size):
         return _ends_at(file, start + offset + length, size) if 0 < length < UNKNOWN_BYTES else Announced()
     if head[:16] == W64_RIFF:
         length = struct.unpack("<Q", head[16:24])[0]
-        return _ends_at(file, start + length, size) if length < 1 << 62 else Announced()
+        return _ends_at(file, start + length, size) if 0 < length < 1 << 62 else Announced()
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         return _avi(file, start, size)
     if head[4:8] == b"ftyp":
@@ -74,9 +76,10 @@ def _after_id3(file):
 
 
 def _ends_at(file, end, size):
-    """Announced of a file whose last byte is known: nothing but zeros or an ID3 tag may follow."""
+    """Announced of a file whose last byte is known."""
     rest = _read(file, end, 1 << 16) if end < size else b""
-    return Announced(end, joined="" if not rest.strip(b"\0") or rest[:3] == b"TAG" else "more sound than announced")
+    ignored = not rest.strip(b"\0") or rest.startswith(TAGS) or size - end < 0.01 * end
+    return Announced(end, joined="" if ignored and not rest.startswith(BEGINNINGS) else "more sound than announced")
 
 
 def _chunks(file, at, size, length_format, content):
@@ -89,6 +92,8 @@ def _chunks(file, at, size, length_format, content):
         length = struct.unpack(length_format, head[4:4 + width])[0]
         if name == b"ds64":  # RF64's lengths of 64 bits: of the file, then of the sound
             long_length = struct.unpack("<Q", head[16:24])[0]
+        if name == content and end:
+            return Announced(end, joined="a second sound follows")
         if name == content:
             if length_format != ">q" and length >= UNKNOWN_BYTES:
                 length = long_length
@@ -106,10 +111,17 @@ def _chunks(file, at, size, length_format, content):
 
 
 def _avi(file, start, size):
-    end = start + 8 + struct.unpack("<I", _read(file, start + 4, 4)[:4])[0]
-    next_one = _read(file, end, 12) if end < size else b""
-    joined = "another film follows" if next_one[:4] == b"RIFF" and next_one[8:12] == b"AVI " else ""
-    return Announced(0 if end == start + 8 else end, joined=joined)
+    """A chain of RIFF chunks: "AVI ", and above 1 GB "AVIX"."""
+    at, kind = start, b"AVI "
+    while True:
+        length = struct.unpack("<I", _read(file, at + 4, 4)[:4])[0]
+        if not 0 < length < UNKNOWN_BYTES:
+            return Announced()
+        at += 8 + length
+        head = _read(file, at, 12) if at < size else b""
+        kind = head[8:12] if head[:4] == b"RIFF" else b""
+        if kind != b"AVIX":
+            return Announced(at, joined="another film follows" if kind == b"AVI " else "")
 
 
 def _mp4(file, start, size):
@@ -145,7 +157,8 @@ def _asf(file, start, size):
     at = header.find(ASF_FILE_PROPERTIES)
     if at < 0 or len(header) < at + 96 or header[at + 88] & 1:  # the flag: a broadcast
         return Announced()
-    return _ends_at(file, start + struct.unpack("<Q", header[at + 40:at + 48])[0], size)
+    length = struct.unpack("<Q", header[at + 40:at + 48])[0]
+    return _ends_at(file, start + length, size) if length else Announced()
 
 
 def _ogg(file, at, size):
@@ -180,10 +193,9 @@ def _ogg_checksum(page):
 
 def _xing_samples(head):
     """Samples by the Xing header of an MP3's first frame, less what a player may cut from both ends; 0 without one."""
-    match = re.search(rb"(?:Xing|Info)(....)(....)", head, re.DOTALL)
-    sync = re.search(rb"\xff[\xe2-\xff]", head)
-    if not match or not sync or not match[1][3] & 1:
+    match = re.match(rb"\0*\xff([\xe2-\xff])..(?:.{0,36}?)(?:Xing|Info)(....)(....)", head, re.DOTALL)
+    if not match or not match[2][3] & 1:
         return 0
-    frame = 1152 if head[sync.start() + 1] & 0x08 else 576  # MPEG 1; MPEG 2 and 2.5
-    count = struct.unpack(">I", match[2])[0]
+    frame = 1152 if match[1][0] & 0x08 else 576  # MPEG 1; MPEG 2 and 2.5
+    count = struct.unpack(">I", match[3])[0]
     return (count - 3) * frame if 3 < count < UNKNOWN_BYTES else 0

@@ -58,12 +58,12 @@ def _parse_line(line, place):
 def data_root(manifest):
     """The folder that holds all files of a manifest: its own or, where tools/prepare_* wrote it, the common parent of
     that and of the clips' folder, which is in summary.json beside it."""
-    folder = Path(manifest).parent.absolute()
+    folder = os.path.realpath(Path(manifest).parent)
     try:
-        clips = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["clips_folder"]
-        return os.path.commonpath([folder, os.path.normpath(folder / clips)])
+        clips = json.loads(Path(folder, "summary.json").read_text(encoding="utf-8"))["clips_folder"]
+        return os.path.commonpath([folder, os.path.normpath(os.path.join(folder, clips))])
     except (OSError, ValueError, KeyError, TypeError):
-        return str(folder)
+        return folder
 
 
 def read_manifest(path, allow_outside=False):
@@ -73,7 +73,7 @@ def read_manifest(path, allow_outside=False):
     not an example, a repeated id, a path outside, or no example.
     """
     path = Path(path)
-    folder, root = path.parent.absolute(), data_root(path)
+    folder, root = os.path.realpath(path.parent), data_root(path)
     examples, line_of = [], {}
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
@@ -83,11 +83,13 @@ def read_manifest(path, allow_outside=False):
             raise ValueError(f"{path}:{number}: field 'id' {example.id!r} already stands in line {line_of[example.id]}")
         line_of[example.id] = number
         paths = {kind: getattr(example, kind) for kind in ("audio", "video")}
-        absolute = {kind: str(folder / name) for kind, name in paths.items() if name is not None}
-        for kind, name in absolute.items():
-            if not allow_outside and os.path.commonpath([root, os.path.normpath(name)]) != root:
-                raise ValueError(f"{path}:{number}: field {kind!r} {paths[kind]!r} is outside of {root}; where that is "
-                                 "meant, set allow_outside=True")
+        absolute = {}
+        for kind, name in paths.items():
+            if name is not None:
+                absolute[kind] = os.path.normpath(os.path.join(folder, name))
+                if not allow_outside and os.path.commonpath([root, absolute[kind]]) != root:
+                    raise ValueError(f"{path}:{number}: field {kind!r} {name!r} is outside of {root}; where that is "
+                                     "meant, set allow_outside=True, or run prepare_* again")
         examples.append(replace(example, **absolute))
     if not examples:
         raise ValueError(f"{path}: the manifest holds no example")

@@ -66,14 +66,15 @@ def smart_resize(height, width, *, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
     return tuple(sides)
 
 
-def resize(frames_TCHW, *, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS):
-    """Resize (T, 3, H, W) uint8 frames to `smart_resize`'s size with an antialiased bicubic filter; returns uint8.
+def resize(frames_TCHW, *, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, total=None):
+    """Resize (T, 3, H, W) uint8 frames, of a video of `total` (None = T), to `smart_resize`'s size with an antialiased
+    bicubic filter; returns uint8.
 
     It runs on the uint8 tensor itself, as the reference's does: in floating point the result differs by a grey level.
     Beyond about 690 frames the video's total budget lowers max_pixels, to 1.05 min_pixels at least.
     """
     height, width = frames_TCHW.shape[-2:]
-    budget = TOTAL_PIXELS * TEMPORAL / len(frames_TCHW)  # of one frame
+    budget = TOTAL_PIXELS * TEMPORAL / (total or len(frames_TCHW))  # of one frame
     max_pixels = min(max_pixels, max(budget, int(min_pixels * 1.05)))
     size = smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
     if size == (height, width):

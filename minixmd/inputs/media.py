@@ -11,6 +11,7 @@ Not noticed: errors that a video decoder hides, and a cut in a format that does 
 """
 import os
 import stat
+from collections import Counter
 
 import av
 import numpy as np
@@ -20,13 +21,17 @@ from minixmd.inputs.audio import SAMPLE_RATE, resample
 from minixmd.inputs.containers import announced
 from minixmd.inputs.image import sample_frames
 
-FORMATS = ("wav,w64,aiff,au,caf,flac,mp3,aac,ac3,eac3,amr,ogg,mov,matroska,avi,asf,flv,mpegts,mpeg,gif,h264,hevc,m4v,"
-           "mpegvideo,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe")  # FFmpeg's names of the demuxers that may open a file
+FORMATS = (  # FFmpeg's names of the demuxers that may open a file
+    "wav,w64,aiff,au,caf,flac,mp3,aac,ac3,eac3,amr,ogg,wv,tta,nistsphere,mov,matroska,avi,asf,flv,mpegts,mpeg,ivf,nut,"
+    "gif,h264,hevc,m4v,mpegvideo,png_pipe,apng,jpeg_pipe,webp_pipe,bmp_pipe")
 MAX_PIXELS = 1 << 25  # of a frame: 8K is 33 million
 MAX_FRAMES = 1 << 18  # of a video: 2.4 hours at 30 a second
 KEPT_BYTES = 256 << 20  # decoded frames kept while their number is unknown; a longer video is decoded twice
 TIMED = ("h264", "hevc", "vp9", "av1")  # codecs of one frame a packet, in these containers
 ONE_FRAME_A_PACKET = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+EXACT_DURATION = ("wv", "tta", "nistsphere")  # formats of which FFmpeg knows the header's length
+SELF_FRAMED = ("mp3", "aac", "ac3", "eac3")  # sound without a container: what is no frame behind the last one is a tag
+MAX_JUNK_BYTES = 1 << 16
 SIZED_PACKETS = (*ONE_FRAME_A_PACKET, "avi", "asf", "flv")  # containers that say how long each packet is
 RATES = range(1_000, 768_001)  # Hz; outside, a header is broken and would ask for gigabytes
 LOUDEST = 1e9  # full scale is 1; far beyond, the power of the spectrum overflows float32
@@ -42,7 +47,8 @@ class MediaError(ValueError):
 
     Attributes: path; reason, one of a fixed set of phrases, so that reasons can be counted (missing, not a file, empty
     file, unreadable, truncated, wrong length, no audio track, no video track, no samples, no frames, no frame rate, not
-    finite, too short, too long, too large, bad shape); detail, free text. str() is one line that names the file.
+    finite, too short, too long, too large, bad shape; of child processes out of time, out of memory, crashed); detail,
+    free text. str() is one line that names the file.
     """
 
     def __init__(self, path, reason, detail=""):
@@ -68,10 +74,11 @@ def read_audio(path, *, sample_rate=SAMPLE_RATE, max_s=None):
     policy.
     """
     length = check_file(path)
-    with _open(path) as container:
-        mono, rate, whole = _read_track(container, path, max_s)
-    if whole and len(mono) < length.samples:
-        raise MediaError(path, "truncated", f"decoding stops after {len(mono)} of {length.samples} samples")
+    with open_media(path) as container:
+        mono, rate, whole, by_track = _read_track(container, path, max_s)
+    if whole and len(mono) < max(length.samples, by_track):
+        raise MediaError(path, "truncated", f"decoding stops after {len(mono)} of "
+                         f"{max(length.samples, by_track)} samples")
     if not len(mono):
         raise MediaError(path, "no samples")
     if bad := int((~(np.abs(mono) <= LOUDEST)).sum()):  # written so that NaN counts as bad
@@ -85,11 +92,12 @@ def read_audio(path, *, sample_rate=SAMPLE_RATE, max_s=None):
 
 
 def _read_track(container, path, max_s):
-    """(mono float32 samples, rate, whether the track was read to its end)."""
+    """(mono float32 samples, rate, whether the track was read to its end, samples that its header announces or 0)."""
     if not container.streams.audio:
         raise MediaError(path, "no audio track")
+    stream = container.streams.audio[0]
     fifo, rate, shift, most, whole = av.AudioFifo(), 0, 0, None, True
-    for frame in _decode(container, container.streams.audio[0], path):
+    for frame in _decode(container, stream, path):
         if not rate:
             rate = frame.sample_rate
             if rate not in RATES:
@@ -106,21 +114,24 @@ def _read_track(container, path, max_s):
             whole = False
             break
     if not rate:
-        return np.zeros(0, np.float32), 0, True
+        return np.zeros(0, np.float32), 0, True, 0
     mono = _mono(fifo.read(partial=True), path)
-    if shift < 0:
-        return mono[-shift:], rate, whole
-    return np.concatenate([np.zeros(shift, np.float32), mono]), rate, whole
+    by_track = 0
+    if container.format.name in EXACT_DURATION and stream.duration:
+        by_track = int(0.99 * stream.duration * stream.time_base * rate)
+    mono = mono[-shift:] if shift < 0 else np.concatenate([np.zeros(shift, np.float32), mono])
+    return mono, rate, whole, by_track
 
 
-def read_frames(path, *, fps=1.0, nframes=None):
+def read_frames(path, *, fps=1.0, nframes=None, fit=None):
     """Decode the frames that Qwen's rule picks (`image.sample_frames`) from the video track.
 
     Frames that decode count, not the header's number: clips cut without re-encoding list frames that an edit list
     hides. The rate is the track's average. Frames are turned as the file says, as the reference's readers do; a sample
     aspect ratio is ignored, as there.
 
-    fps: frames to pick per second of video. nframes: a fixed number instead, even and >= 2.
+    fps: frames to pick per second of video. nframes: a fixed number instead, even and >= 2. fit: function((1, 3, H, W),
+    T) that resizes each picked frame at once, so that few large ones are held.
     Returns:
         frames_TCHW: (T, 3, H, W) uint8 RGB. T is even, or 1 for a video of one frame.
         Frames picked per second, T / all frames * the track's rate; None when the file does not say its rate.
@@ -141,22 +152,29 @@ def read_frames(path, *, fps=1.0, nframes=None):
             raise MediaError(path, "too short", f"{nframes} frames wanted, {total} in the file")
         return sample_frames(total, float(rate or 1), fps=fps, nframes=nframes)
 
+    shapes = set()
+
+    def convert(frame, count):
+        image = torch.from_numpy(np.ascontiguousarray(_to_rgb(frame, path))).permute(2, 0, 1)[None]
+        shapes.add(image.shape)
+        return image.contiguous() if fit is None else fit(image, count)
+
     images = None
     if times:
-        images = _decode_times(path, [times[i] for i in choose(len(times))])
+        images = _decode_times(path, [times[i] for i in choose(len(times))], convert)
     total = len(times)
     if images is None:
-        images, total = _decode_all(path, choose)
-    if len({image.shape for image in images}) > 1:
+        shapes.clear()
+        images, total = _decode_all(path, choose, convert)
+    if len(shapes) > 1:
         raise MediaError(path, "unreadable", "the picture size changes in the middle")
-    frames_TCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return frames_TCHW, float(len(images) / total * rate) if rate else None
+    return torch.cat(images), float(len(images) / total * rate) if rate else None
 
 
 def _frame_times(path):
     """(the track's average rate, or None; the time stamps of its frames in order, from the packets alone). There are
     none where a packet may be another number of frames than one, or its time is not known."""
-    with _open(path) as container:
+    with open_media(path) as container:
         stream = film(container, path)
         rate = stream.average_rate  # None in a few formats
         if container.format.name not in ONE_FRAME_A_PACKET or stream.codec_context.codec.canonical_name not in TIMED:
@@ -173,8 +191,8 @@ def _frame_times(path):
     return rate, sorted(times)
 
 
-def _decode_times(path, times):
-    """The frames at these time stamps, in RGB; None if one does not come out. Frames on which no other depends, and
+def _decode_times(path, times, convert):
+    """The frames at these time stamps, converted; None if one does not come out. Frames on which no other depends, and
     which are not wanted, are not decoded."""
     images = {}
 
@@ -183,19 +201,19 @@ def _decode_times(path, times):
         packet.stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
 
     chosen = set(times)
-    with _open(path) as container:
+    with open_media(path) as container:
         for frame in _decode(container, film(container, path), path, skip_if_unneeded):
             if frame.pts in chosen:
-                images[frame.pts] = _to_rgb(frame, path)
+                images[frame.pts] = convert(frame, len(times))
     if images.keys() != chosen:
         return None
     return [images[time] for time in times]
 
 
-def _decode_all(path, choose):
-    """(the chosen frames in RGB, the number of all frames). choose: function(number of frames) -> indices."""
+def _decode_all(path, choose, convert):
+    """(the chosen frames, converted, the number of all frames). choose: function(number of frames) -> indices."""
     kept, total, kept_bytes = [], 0, 0
-    with _open(path) as container:
+    with open_media(path) as container:
         for frame in _decode(container, film(container, path), path):
             total += 1
             kept_bytes += sum(plane.buffer_size for plane in frame.planes)
@@ -203,12 +221,12 @@ def _decode_all(path, choose):
                 kept.append(frame)
     index_T = choose(total)
     if len(kept) == total:
-        return [_to_rgb(kept[i], path) for i in index_T], total
+        return [convert(kept[i], len(index_T)) for i in index_T], total
     del kept
     chosen = set(index_T)  # strictly increasing: there are never more picks than frames
-    with _open(path) as container:
+    with open_media(path) as container:
         frames = enumerate(_decode(container, film(container, path), path))
-        return [_to_rgb(frame, path) for i, frame in frames if i in chosen], total
+        return [convert(frame, len(index_T)) for i, frame in frames if i in chosen], total
 
 
 def check_file(path):
@@ -239,10 +257,16 @@ def _message(error):
     return getattr(error, "strerror", None) or str(error)  # strerror leaves out the path, which MediaError names
 
 
-def _open(path):
+def open_media(path):
+    """PyAV's container of a file in one of FORMATS. Raises MediaError."""
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
-    try:  # "file:": a name with a colon is no URL
-        return av.open("file:" + os.fspath(path), options=options, metadata_errors="replace")
+    try:
+        with open(path, "rb") as file:  # a JPEG's name would choose a reader of numbered files
+            kind = "jpeg_pipe" if file.read(3) == b"\xff\xd8\xff" else None
+        # "file:": a name with a colon is no URL
+        return av.open("file:" + os.fspath(path), format=kind, options=options, metadata_errors="replace")
+    except av.error.ArgumentError:
+        raise MediaError(path, "unreadable", "not in a format that is read here") from None
     except AV_ERRORS as error:
         raise MediaError(path, "unreadable", _message(error)) from None
 
@@ -253,14 +277,26 @@ def _pictures(container):
     return [stream for stream in container.streams.video if not stream.disposition & still]
 
 
-def film(container, path):
-    """The video track: FFmpeg's choice among those of more than one frame, if there are such. Raises MediaError."""
+def _film_track(container, path):
+    """The video track: FFmpeg's choice among those of more than one frame, if there are such; None without pictures."""
     streams = _pictures(container)
-    if not streams:
+    if len(streams) > 1:
+        counts = {stream.index: stream.frames for stream in streams}
+        if 0 in counts.values():  # the container does not say
+            with open_media(path) as other:
+                packets = Counter(packet.stream_index for packet in other.demux(video=tuple(range(len(streams)))))
+            counts = {index: packets[index] - 1 for index in counts}  # the last one is empty
+        streams = [stream for stream in streams if counts[stream.index] > 1] or streams
+        best = container.streams.best("video")
+        return next((stream for stream in streams if stream.index == best.index), streams[0])
+    return streams[0] if streams else None
+
+
+def film(container, path):
+    """The video track, checked. Raises MediaError."""
+    stream = _film_track(container, path)
+    if stream is None:
         raise MediaError(path, "no video track")
-    streams = [stream for stream in streams if stream.frames != 1] or streams
-    best = container.streams.best("video")
-    stream = next((stream for stream in streams if stream.index == best.index), streams[0])
     context = stream.codec_context
     if context is None:
         raise MediaError(path, "unreadable", "no decoder for its codec")
@@ -276,6 +312,8 @@ def _decode(container, stream, path, before_packet=None):
         raise MediaError(path, "unreadable", "no decoder for its codec")
     stream.codec_context.thread_count = 1  # the work is divided by clips
     sized = container.format.name in SIZED_PACKETS
+    loose = stream.type == "audio" and container.format.name in SELF_FRAMED
+    behind = None  # what a packet raised that may be a tag behind the sound
     try:
         for packet in container.demux(stream):
             if packet.is_corrupt and sized:
@@ -283,15 +321,26 @@ def _decode(container, stream, path, before_packet=None):
                 break
             if before_packet is not None:
                 before_packet(packet)
-            for frame in _frames_of(packet):
+            try:
+                frames = _frames_of(packet)
+            except AV_ERRORS as error:
+                if not loose or behind is not None and packet.size > MAX_JUNK_BYTES:
+                    raise
+                behind = error
+                continue
+            for frame in frames:
+                if behind is not None:
+                    raise behind
                 count += 1
                 yield frame
             if count > MAX_FRAMES and stream.type == "video":
                 raise MediaError(path, "too long", f"more than {MAX_FRAMES} frames")
-    except MediaError:
+    except (MediaError, MemoryError):
         raise
     except AV_ERRORS as error:
         fault = _message(error)
+    if behind is not None and not count:
+        fault = _message(behind)
     if fault:
         raise MediaError(path, "truncated" if count else "unreadable", f"decoding fails after {count} frames: {fault}")
 
@@ -319,10 +368,10 @@ def _to_rgb(frame, path):
 def _seconds_after_picture(container, first_frame, path):
     """How much later than the picture the sound starts, below 0 if it starts earlier; 0 without pictures, when the
     clock is the sound's own."""
-    streams = _pictures(container)
-    if not streams or first_frame.pts is None:
+    track = _film_track(container, path)
+    if track is None or first_frame.pts is None:
         return 0.0
-    start = max(0, streams[0].start_time or 0) * streams[0].time_base  # below 0: decoding delay or hidden frames
+    start = max(0, track.start_time or 0) * track.time_base  # below 0: decoding delay or hidden frames
     seconds = float(first_frame.pts * first_frame.time_base - start)
     if abs(seconds) > MAX_SHIFT_S:
         raise MediaError(path, "unreadable", f"the sound starts {seconds:.0f} s after the picture")

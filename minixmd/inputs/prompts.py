@@ -42,8 +42,9 @@ def prefetch(function, items, on_bad, *, load=load_clip, reading=None, ahead=16,
     items = iter(items)
     if reading is not None and reading.cache is not None:
         load = partial(load, cache=Cache(reading.cache, reading.cache_gib))
-    contained = Contained(load, reading.limit_s if reading else LIMIT_S)
-    with ThreadPoolExecutor(workers or num_workers()) as pool:
+    workers = workers or num_workers()
+    contained = Contained(load, reading.limit_s if reading else LIMIT_S, workers)
+    with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
         try:
             while True:

@@ -64,7 +64,6 @@ class Media:
     does not decode is not put into the page."""
 
     def __init__(self, folder, limit_mib):
-        self.decodes = Contained(decodes)
         self.folder = folder  # of the page
         self.bytes_left = int(limit_mib * 2**20)
         self.data_uris = {}  # path as the page writes it -> the file
@@ -89,10 +88,13 @@ class Media:
         return files
 
     def _decodes(self, file, kind):
+        contained = Contained(decodes)
         try:
-            return self.decodes(file, kind)
+            return contained(file, kind)
         except MediaError:
             return False
+        finally:
+            contained.stop()
 
 
 def answered_clips(examples, answers, traces, manifest, column):

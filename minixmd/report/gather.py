@@ -64,7 +64,6 @@ def gather(stage, folder):
         report["gallery"] = clips(stage, {row: rows[row] for row in stage.gallery}, media)
     elif stage.clips:
         report["clips"] = clips(stage, {role: stage.tables[row] for role, row in report["roles"].items()}, media)
-    media.decodes.stop()
     if stage.funnel:
         report["funnel"] = {title: funnel(paths) for title, paths in stage.funnel.items()}
     if stage.curves:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from minixmd.inputs.audio import SAMPLE_RATE
 from minixmd.inputs.contained import Contained
-from minixmd.inputs.media import AV_ERRORS, MediaError, film, read_audio, read_frames
+from minixmd.inputs.media import AV_ERRORS, MediaError, film, open_media, read_audio, read_frames
 from minixmd.runs.records import append_jsonl, read_endpoint_answers
 
 TOP_LOGPROBS = 20  # of the first token; OpenAI and vLLM give no more
@@ -116,9 +116,22 @@ class _Client:
         self.stage, self.api_key, self.options, self.is_usable = stage, api_key, options, is_usable
         self.stop = threading.Event()
         self.contained = Contained(clip_part, stage.clip_limit_s)
-        self.load = lru_cache(CACHED_CLIPS)(self.contained)
+        self.parts = lru_cache(CACHED_CLIPS)(self._part_or_error)
         # given no key, InferenceClient would send the user's token for the hub
         self.http = InferenceClient(base_url=stage.endpoint, timeout=stage.timeout_s, api_key=api_key or "EMPTY")
+
+    def _part_or_error(self, path, kind):
+        try:
+            return self.contained(path, kind)
+        except MediaError as error:
+            return error
+
+    def load(self, path, kind):
+        """clip_part, by a child process, once for all requests about a clip."""
+        part = self.parts(path, kind)
+        if isinstance(part, MediaError):
+            raise part
+        return part
 
     def answer(self, request):
         """The record of a request, after as many attempts as it takes and the stage allows."""
@@ -210,7 +223,7 @@ def silent_video_part(path):
     read_frames(path)  # refuses a broken clip, which a server's decoder might pass off as a shorter one
     mp4 = io.BytesIO()
     try:
-        with av.open("file:" + os.fspath(path), metadata_errors="replace") as clip, av.open(mp4, "w", "mp4") as silent:
+        with open_media(path) as clip, av.open(mp4, "w", "mp4") as silent:
             track = film(clip, path)
             copy = silent.add_stream_from_template(track, opaque=True)
             for packet in clip.demux(track):
