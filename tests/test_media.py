@@ -542,6 +542,14 @@ def test_what_programs_leave_behind_a_wavs_sound_is_passed_over(tmp_path, tail):
     assert len(read_audio(tmp_path / "b.wav")) == 32000
 
 
+@pytest.mark.parametrize("length", [-1, -12, -24, -(2**63)])
+def test_a_chunk_of_negative_length_is_no_trap(tmp_path, length):
+    data = write_wav(tmp_path / "a.caf", noise(1)).read_bytes()
+    chunk = b"free" + length.to_bytes(8, "big", signed=True)
+    (tmp_path / "b.caf").write_bytes(data[:8] + chunk + data[8:])
+    assert reason(read_audio, tmp_path / "b.caf") in ("unreadable", "no samples", "truncated", "no audio track")
+
+
 def test_a_second_sound_in_a_wav_is_refused(tmp_path):
     data = write_wav(tmp_path / "a.wav", noise(2)).read_bytes()
     (tmp_path / "b.wav").write_bytes(data + data[36:])

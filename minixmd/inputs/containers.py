@@ -90,6 +90,8 @@ def _chunks(file, at, size, length_format, content):
         head = _read(file, at, 64)
         name = head[:4]
         length = struct.unpack(length_format, head[4:4 + width])[0]
+        if length < 0:  # of CAF: unknown, or a trap
+            return Announced()
         if name == b"ds64":  # RF64's lengths of 64 bits: of the file, then of the sound
             long_length = struct.unpack("<Q", head[16:24])[0]
         if name == content and end:
@@ -97,7 +99,7 @@ def _chunks(file, at, size, length_format, content):
         if name == content:
             if length_format != ">q" and length >= UNKNOWN_BYTES:
                 length = long_length
-            if not length or length < 0:
+            if not length:
                 return Announced()
             end = at + 4 + width + length
         elif end:
@@ -112,7 +114,7 @@ def _chunks(file, at, size, length_format, content):
 
 def _avi(file, start, size):
     """A chain of RIFF chunks: "AVI ", and above 1 GB "AVIX"."""
-    at, kind = start, b"AVI "
+    at = start
     while True:
         length = struct.unpack("<I", _read(file, at + 4, 4)[:4])[0]
         if not 0 < length < UNKNOWN_BYTES:

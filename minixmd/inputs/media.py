@@ -284,7 +284,8 @@ def _film_track(container, path):
         counts = {stream.index: stream.frames for stream in streams}
         if 0 in counts.values():  # the container does not say
             with open_media(path) as other:
-                packets = Counter(packet.stream_index for packet in other.demux(video=tuple(range(len(streams)))))
+                tracks = [other.streams[stream.index] for stream in streams]
+                packets = Counter(packet.stream_index for packet in other.demux(tracks))
             counts = {index: packets[index] - 1 for index in counts}  # the last one is empty
         streams = [stream for stream in streams if counts[stream.index] > 1] or streams
         best = container.streams.best("video")
