@@ -130,11 +130,16 @@ if __name__ == "__main__":
 """
 
 
+def listen():
+    """A process that is started in the background ignores SIGINT; the one under test must not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_waits_for_no_child(tmp_path):
     (tmp_path / "run.py").write_text(INTERRUPTED)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, tmp_path / "run.py"], stdout=subprocess.PIPE, text=True,
-                          start_new_session=True, env=environment) as run:
+                          start_new_session=True, env=environment, preexec_fn=listen) as run:
         assert [run.stdout.readline().strip() for _ in range(2)] == ["ready", "one"]
         time.sleep(0.5)
         start = time.monotonic()

@@ -10,6 +10,7 @@ import time
 import pytest
 from hostile_files import write_hostile
 from mini import write_clips, write_config, write_model
+from test_contained import listen
 
 from minixmd.inputs.clips import load_clip
 from minixmd.inputs.contained import Contained
@@ -74,7 +75,8 @@ def test_one_interrupt_ends_it_within_two_seconds(world, tmp_path):
     config = write_config(tmp_path / "config.py", CONFIG.format(folder, 1000))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "minixmd.train", config, f"run_dir={tmp_path / 'run'}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment) as run:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment,
+                          preexec_fn=listen) as run:
         log = tmp_path / "run" / "student" / "log.jsonl"
         while not log.exists() or log.read_text().count("\n") < 20:
             time.sleep(0.1)
