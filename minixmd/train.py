@@ -177,7 +177,8 @@ class Trainer:
         writes = isinstance(stage, GRPO)
         answer = None if writes else item.target
         prompt = build_prompt(self.processor, item.example, stage.prompt_format, answer, load=load)
-        check_length(self.processor, item.example, prompt, stage.max_new_tokens if writes else 0)
+        if writes:
+            check_length(self.processor, item.example, prompt, stage.max_new_tokens)
         return prompt, item
 
     def count_bad_clip(self, item, error):

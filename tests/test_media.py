@@ -564,6 +564,8 @@ def test_what_programs_leave_behind_an_mp3s_sound_is_passed_over(tmp_path, tail)
     data = write_wav(tmp_path / "a.mp3", noise(3), subtype=None).read_bytes()
     (tmp_path / "b.mp3").write_bytes(data + tail)
     assert abs(len(read_audio(tmp_path / "b.mp3")) - len(read_audio(tmp_path / "a.mp3"))) < 1200
+    (tmp_path / "b.mp3").write_bytes(data + np.random.default_rng(0).bytes(1 << 18).replace(b"\xff", b"\xfe"))
+    assert reason(read_audio, tmp_path / "b.mp3") == "truncated"  # so much is no tag
     middle = len(data) // 2
     (tmp_path / "b.mp3").write_bytes(data[:middle] + np.random.default_rng(0).bytes(3000) + data[middle + 3000:])
     assert reason(read_audio, tmp_path / "b.mp3") == "truncated"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from minixmd.inputs.audio import SAMPLE_RATE, resample
-from minixmd.inputs.containers import announced
+from minixmd.inputs.containers import TAGS, announced
 from minixmd.inputs.image import sample_frames
 
 FORMATS = (  # FFmpeg's names of the demuxers that may open a file
@@ -31,7 +31,7 @@ TIMED = ("h264", "hevc", "vp9", "av1")  # codecs of one frame a packet, in these
 ONE_FRAME_A_PACKET = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 EXACT_DURATION = ("wv", "tta", "nistsphere")  # formats of which FFmpeg knows the header's length
 SELF_FRAMED = ("mp3", "aac", "ac3", "eac3")  # sound without a container: what is no frame behind the last one is a tag
-MAX_JUNK_BYTES = 1 << 16
+MAX_JUNK_BYTES = 1 << 16  # of tags; more is lost sound
 SIZED_PACKETS = (*ONE_FRAME_A_PACKET, "avi", "asf", "flv")  # containers that say how long each packet is
 RATES = range(1_000, 768_001)  # Hz; outside, a header is broken and would ask for gigabytes
 LOUDEST = 1e9  # full scale is 1; far beyond, the power of the spectrum overflows float32
@@ -314,7 +314,7 @@ def _decode(container, stream, path, before_packet=None):
     stream.codec_context.thread_count = 1  # the work is divided by clips
     sized = container.format.name in SIZED_PACKETS
     loose = stream.type == "audio" and container.format.name in SELF_FRAMED
-    behind = None  # what a packet raised that may be a tag behind the sound
+    behind, junk_bytes = None, 0  # what a packet raised that may be a tag behind the sound, and the size of such
     try:
         for packet in container.demux(stream):
             if packet.is_corrupt and sized:
@@ -325,7 +325,8 @@ def _decode(container, stream, path, before_packet=None):
             try:
                 frames = _frames_of(packet)
             except AV_ERRORS as error:
-                if not loose or behind is not None and packet.size > MAX_JUNK_BYTES:
+                junk_bytes += packet.size
+                if not loose or junk_bytes > MAX_JUNK_BYTES:
                     raise
                 behind = error
                 continue
@@ -352,7 +353,7 @@ def _frames_of(packet):
         return packet.decode()
     except AV_ERRORS:
         data = bytes(packet)
-        if data.startswith((b"ID3", b"TAG", b"APETAGEX")) or data and not data.strip(b"\0"):
+        if data.startswith(TAGS) or data and not data.strip(b"\0"):
             return []
         raise
 

@@ -37,7 +37,7 @@ def prefetch(function, items, on_bad, *, load=load_clip, reading=None, ahead=16,
 
     load: function(path, …) that reads a file; `function` is given it Contained. reading: config.ClipReading, with whose
     cache `load` is called if it has one. workers: files read at a time; None = num_workers().
-    on_bad(item, error) takes the place of a MediaError: what cannot be used is caught here, and by endpoint.py.
+    on_bad(item, error) takes the place of a MediaError.
     """
     items = iter(items)
     if reading is not None and reading.cache is not None:
