@@ -74,7 +74,7 @@ def read_audio(path, *, sample_rate=SAMPLE_RATE, max_s=None):
     policy.
     """
     length = check_file(path)
-    with open_media(path) as container:
+    with open_media(path, sound_only=True) as container:
         mono, rate, whole, by_track = _read_track(container, path, max_s)
     if whole and len(mono) < max(length.samples, by_track):
         raise MediaError(path, "truncated", f"decoding stops after {len(mono)} of "
@@ -257,12 +257,15 @@ def _message(error):
     return getattr(error, "strerror", None) or str(error)  # strerror leaves out the path, which MediaError names
 
 
-def open_media(path):
-    """PyAV's container of a file in one of FORMATS. Raises MediaError."""
+def open_media(path, sound_only=False):
+    """PyAV's container of a file in one of FORMATS. Raises MediaError. sound_only: no picture will be asked for."""
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
     try:
-        with open(path, "rb") as file:  # a JPEG's name would choose a reader of numbered files
-            kind = "jpeg_pipe" if file.read(3) == b"\xff\xd8\xff" else None
+        with open(path, "rb") as file:
+            head = file.read(8)
+        kind = "jpeg_pipe" if head[:3] == b"\xff\xd8\xff" else None  # its name would choose a reader of numbered files
+        if sound_only and head[4:] == b"ftyp":
+            options["codec_whitelist"] = "aac"  # else FFmpeg decodes a frame of the film when it opens an MP4
         # "file:": a name with a colon is no URL
         return av.open("file:" + os.fspath(path), format=kind, options=options, metadata_errors="replace")
     except av.error.ArgumentError:
