@@ -20,7 +20,7 @@ from tqdm import tqdm
 from minixmd import generate, load, pack
 from minixmd.config import GRPO, SFT, Distill
 from minixmd.inputs.examples import check_answers, read_examples
-from minixmd.inputs.prompts import build_prompt, check_length, prefetch
+from minixmd.inputs.prompts import build_prompt, prefetch
 from minixmd.inputs.tokenizer import common_vocab_size
 from minixmd.kernels.grpo import ClipConfig
 from minixmd.learning import checkpoint
@@ -173,13 +173,11 @@ class Trainer:
 
     def build_sample(self, item, load):
         """(Prompt, Item); the Prompt ends with the target, but not in GRPO, where the model writes its own."""
-        stage = self.stage
-        writes = isinstance(stage, GRPO)
-        answer = None if writes else item.target
-        prompt = build_prompt(self.processor, item.example, stage.prompt_format, answer, load=load)
-        if writes:
-            check_length(self.processor, item.example, prompt, stage.max_new_tokens)
-        return prompt, item
+        answer, max_new_tokens = item.target, 0
+        if isinstance(self.stage, GRPO):
+            answer, max_new_tokens = None, self.stage.max_new_tokens
+        prompt_format = self.stage.prompt_format
+        return build_prompt(self.processor, item.example, prompt_format, answer, "", load, max_new_tokens), item
 
     def count_bad_clip(self, item, error):
         """Logs a clip that cannot be used. Raises ValueError when there are too many."""

@@ -388,7 +388,7 @@ def test_what_cannot_run_is_told_in_a_line_and_the_rest_is_shown(models, tmp_pat
     assert status == 1 and "\ngood" in out.split("memory, MiB\n")[1]
     for line, said in zip(err, ("blind: turn 0: a qwen2_audio model cannot take a part of type",
                                 "unknown: model 'somebody/else' is neither here",
-                                "twice: @case carries an adapter already", "long: clip: too long (the prompt's"),
+                                "twice: @case carries an adapter already", "long: clip: too long (the prompt has"),
                           strict=True):
         assert said in line
     assert main([str(write_config(tmp_path / "c.py", "[Evaluate(name='a', modell='b')]")), "--dry-run"]) == 1

@@ -175,7 +175,7 @@ def test_a_prompt_that_leaves_no_room_for_the_answer_is_named(puppet, tmp_path):
     processor.max_positions = tokens + 3
     assert "bad" not in write_answers(model, processor, examples[:1], asked, Writing(3))[0]
     [record] = write_answers(model, processor, examples[:1], asked, Writing(4))
-    said = f"the prompt's {tokens} tokens and max_new_tokens 4 are over the model's limit of {processor.max_positions}"
+    said = f"has {tokens} tokens and max_new_tokens is 4, over the model's limit of {processor.max_positions}"
     assert record["bad"] == "too long" and said in record["detail"]
 
 

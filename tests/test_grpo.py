@@ -450,7 +450,7 @@ def test_a_run_that_learns_nothing_ends_with_an_error(world, tmp_path, earns, ca
 def test_a_prompt_without_room_for_a_completion_is_named(world, tmp_path, earns, capsys):
     assert run(tmp_path, train(world, max_new_tokens=10**6)) == 1
     said = capsys.readouterr().err
-    assert re.search(r"bad clips, above max_bad .*too long \(the prompt's \d+ tokens and max_new_tokens 1000000", said)
+    assert re.search(r"bad clips, above max_bad .*too long \(the prompt has \d+ tokens and max_new_tokens is 1000000", said)
 
 
 def test_a_step_gives_every_prompt_its_group_and_two_like_prompts_groups_of_their_own(world, tmp_path, monkeypatch):
@@ -565,12 +565,12 @@ def test_what_is_rewarded_is_the_manifests_answer_or_the_teachers(world, tmp_pat
 
 def test_a_prompt_ends_where_the_model_is_to_speak_and_in_sft_with_the_target(monkeypatch):
     example = Example(id="a", audio="a.wav", video=None, question="?", options=("dog", "cat"), answer=1)
-    monkeypatch.setattr(training, "build_prompt", lambda processor, example, prompt_format, answer, load: answer)
-    monkeypatch.setattr(training, "check_length", lambda *arguments: None)
+    monkeypatch.setattr(training, "build_prompt", lambda *arguments: (arguments[3], arguments[6]))  # answer, room
     stages = stage_of(), SFT(name="s", model="m", manifest="d", device="cpu")
     built = [trainer_of(stage, tiny_model("audio"), SUPPRESSED).build_sample(Item(example, 1, "manifest"), None)
              for stage in stages]
-    assert built == [(None, Item(example, 1, "manifest")), (1, Item(example, 1, "manifest"))]
+    item = Item(example, 1, "manifest")
+    assert built == [((None, stages[0].max_new_tokens), item), ((1, 0), item)]
 
 
 def test_validation_counts_the_answers_that_are_written(world, tmp_path, monkeypatch):

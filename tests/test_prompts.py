@@ -1,11 +1,10 @@
 """Prompts built ahead of time: their order, the one place that catches a bad clip, and batches by tokens."""
 import threading
-from types import SimpleNamespace
 
 import pytest
 
 from minixmd.inputs.media import MediaError
-from minixmd.inputs.prompts import batch_by_tokens, check_length, prefetch
+from minixmd.inputs.prompts import batch_by_tokens, prefetch
 
 
 def read(number, load=None):
@@ -83,11 +82,3 @@ def test_batches_hold_at_most_so_many_tokens_and_a_longer_prompt_goes_alone():
     runs = [[i for i, _ in run] for run in batch_by_tokens(pairs, 10)]
     assert runs == [[0, 1, 2], [3], [4], [5, 6], [7]]
     assert list(batch_by_tokens([], 10)) == []
-
-
-def test_a_prompt_and_its_answer_may_fill_the_context_and_no_more():
-    processor, example = SimpleNamespace(max_positions=100), SimpleNamespace(video=None, audio="dog.wav")
-    check_length(processor, example, "x" * 60, 40)
-    said = r"dog.wav: too long \(the prompt's 61 tokens and max_new_tokens 40 are over .* 100"
-    with pytest.raises(MediaError, match=said):
-        check_length(processor, example, "x" * 61, 40)

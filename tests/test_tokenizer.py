@@ -360,6 +360,11 @@ def test_a_prompt_at_the_limit_is_taken_whole_and_one_over_it_is_an_error(kind, 
     assert len(processor_of(folders[kind], kind, max_positions=length)(conversation)) == length
     with pytest.raises(ValueError, match=f"{length} tokens, over the model's limit of {length - 1}"):
         processor_of(folders[kind], kind, max_positions=length - 1)(conversation)
+    processor = processor_of(folders[kind], kind, max_positions=length + 40)
+    assert len(processor(conversation, max_new_tokens=40)) == length  # an answer of 40 tokens just fits
+    said = f"too long .the prompt has {length} tokens and max_new_tokens is 41, over the model's limit of {length + 40}"
+    with pytest.raises(MediaError, match=said):
+        processor(conversation, max_new_tokens=41)
 
 
 def test_audio_of_320_samples_is_too_short_and_of_321_is_one_token(folders, tmp_path):

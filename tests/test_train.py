@@ -239,7 +239,7 @@ def test_what_a_trace_says_is_the_turn_that_is_learnt(tmp_path):
     stage = SFT(name="s", model="m", manifest="m", traces="t", prompt="{options}")
     example = Example(id="a", audio=str(tmp_path), video=None, question="?", options=CLASSES)
     seen = []
-    build_prompt(lambda conversation, load: seen.append(conversation), example, stage.prompt_format,
+    build_prompt(lambda conversation, *options: seen.append(conversation), example, stage.prompt_format,
                  answer="<think>hm</think>")
     assert seen[0][1] == {"role": "assistant", "content": "<think>hm</think>"}
 

@@ -7,7 +7,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from minixmd.config import TRAINING, Toy
 from minixmd.inputs.audio import SAMPLE_RATE
-from minixmd.inputs.clips import hear
+from minixmd.inputs.clips import load_clip
 from minixmd.inputs.image import sample_frames, smart_resize
 from minixmd.inputs.tokenizer import Processor
 from minixmd.models.families import ModelConfig, read_config
@@ -51,14 +51,14 @@ class ModelInfo:
 class BlankProcessor(Processor):
     """A Processor that opens no file: every clip is silent and black, and lasts CLIP_S."""
 
-    def __call__(self, conversation, load=None):
-        return super().__call__(conversation, blank_clip)
+    def __call__(self, conversation, load=None, max_new_tokens=0):
+        return super().__call__(conversation, blank_clip, max_new_tokens)
 
 
 def blank_clip(path, kind, options):
     """What load_clip would give."""
     if kind == "audio":
-        return hear(torch.zeros(CLIP_S * SAMPLE_RATE), path, **options)
+        return load_clip(torch.zeros(CLIP_S * SAMPLE_RATE), kind, options)
     indices = sample_frames(CLIP_S * VIDEO_FPS, VIDEO_FPS, fps=options["fps"], nframes=options["nframes"])
     size = smart_resize(*VIDEO_SIZE, min_pixels=options["min_pixels"], max_pixels=options["max_pixels"])
     return torch.zeros(len(indices), 3, *size, dtype=torch.uint8), len(indices) / CLIP_S

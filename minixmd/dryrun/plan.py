@@ -22,7 +22,6 @@ from minixmd.dryrun.models import CLIP_S, VIDEO_FPS, VIDEO_SIZE, ModelInfo, find
 from minixmd.inputs.batch import Prompt
 from minixmd.inputs.examples import Example, build_conversation
 from minixmd.inputs.positions import positions_of
-from minixmd.inputs.prompts import check_length
 from minixmd.models.families import FAMILIES, SYSTEM
 from minixmd.runs.hub_names import parse_hub_name
 from minixmd.stages import factcheck
@@ -89,8 +88,7 @@ def plan_stage(stage, stages, scratch):
             writers = [stage] if isinstance(stage, SFT) else [other for other in stages if isinstance(other, Traces)]
             trace_tokens = max((writer.max_new_tokens for writer in writers), default=512)
             longest_trace = " the" * ((trace_tokens - 1) // len(processor.encode(" the")))
-            plan.prompt = example_prompt(stage, processor, longest_trace)
-            check_length(processor, EXAMPLE, plan.prompt, stage.max_new_tokens if plan.writes else 0)
+            plan.prompt = example_prompt(stage, processor, longest_trace, stage.max_new_tokens if plan.writes else 0)
             ids = example_prompt(stage, processor, TRACE).ids_N.tolist()
             text = processor.tokenizer.decode(ids, skip_special_tokens=False)
             text = re.sub(r"(<\|\w+\|>)\1+", lambda run: f"{run[1]} x {len(run[0]) // len(run[1])}", text)
@@ -102,12 +100,12 @@ def plan_stage(stage, stages, scratch):
     return plan
 
 
-def example_prompt(stage, processor, trace):
+def example_prompt(stage, processor, trace, max_new_tokens=0):
     """The Prompt that a stage makes of EXAMPLE and a trace, with the answer where one is learnt."""
     if isinstance(stage, FactCheck) and stage.checker == "verifier":  # the decoder reads nothing but the trace
         ids = processor.encode(thoughts(trace))
         return Prompt(torch.tensor(ids), positions_of(len(ids), []))
-    return processor(example_conversation(stage, trace))
+    return processor(example_conversation(stage, trace), max_new_tokens=max_new_tokens)
 
 
 def example_conversation(stage, trace):

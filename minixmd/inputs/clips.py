@@ -5,6 +5,7 @@ as uint8 in safetensors. Each of its 256 parts takes its share of the limit and 
 time. With a cache sound is rounded to 16 bits and clipped at full scale whether it is found there or not.
 """
 import hashlib
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from pathlib import Path
 import soundfile
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from minixmd.inputs.audio import SAMPLE_RATE, log_mel, num_audio_tokens, num_mel_frames
 from minixmd.inputs.image import resize
 from minixmd.inputs.media import MediaError, check_file, read_audio, read_frames
+from minixmd.runs.files import write_bytes
 
 LONGEST_S = 300  # of sound that is kept: no model here hears more
 
@@ -39,18 +41,12 @@ class Cache:
         name = digest.hexdigest()
         return Path(self.folder, name[:2], name)
 
-    def keep(self, place, write):
-        """Keeps what write(path) writes, if there is room. Raises OSError where the folder cannot be written."""
+    def keep(self, place, data):
+        """Writes `data`, if there is room. Raises OSError where the folder cannot be written."""
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-        try:
-            write(temporary)
-            if sum(map(_bytes_of, os.scandir(place.parent))) <= self.limit_gib * 2**30 / 256:
-                os.replace(temporary, place)
-        except soundfile.LibsndfileError as error:
-            raise OSError(5, f"cannot write: {error}", str(temporary)) from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        held = sum(map(_bytes_of, os.scandir(place.parent)))
+        if held + len(data) <= self.limit_gib * 2**30 / 256:
+            write_bytes(place, data, sync=False)
 
 
 def _bytes_of(entry):
@@ -60,18 +56,28 @@ def _bytes_of(entry):
         return 0
 
 
-def load_clip(path, kind, options, cache=None):
-    """What a model's Processor needs of a file, as numpy arrays, which a child process can send.
+def load_clip(source, kind, options, cache=None):
+    """What a model's Processor needs of a clip, as numpy arrays, which a child process can send.
 
-    kind: "audio", then (mel_MA, mel frames that hold sound); or "video", then (frames, (T, 3, H, W) uint8, and how many
-    were picked a second, or None). options: max_s of hear; or fps, nframes, min_pixels and max_pixels. Raises
+    source: path, 16 kHz mono wave (float tensor (S,)) or frames (uint8 tensor (T, 3, H, W)). kind: "audio", then
+    (mel_MA, mel frames that hold sound); or "video", then (frames, (T, 3, H, W) uint8, and how many were picked a
+    second, or None). options: max_s, seconds that are heard; or fps, nframes, min_pixels and max_pixels. Raises
     MediaError.
     """
-    if kind == "audio":
-        mel_MA, frames = hear(read_sound(path, options["max_s"], cache), path, options["max_s"])
-        return mel_MA.numpy(), frames
-    frames_TCHW, sampled_fps = read_film(path, options, cache)
-    return frames_TCHW.numpy(), sampled_fps
+    given = isinstance(source, torch.Tensor)
+    if kind == "video":
+        if given:
+            frames_TCHW, sampled_fps = see(source, kind, options), options["fps"]
+        else:
+            frames_TCHW, sampled_fps = read_film(source, options, cache)
+        return frames_TCHW.numpy(), sampled_fps
+    max_s = options["max_s"]
+    wave_S = source if given else read_sound(source, max_s, cache)
+    frames = num_mel_frames(len(wave_S), max_s)
+    if num_audio_tokens(frames) == 0:
+        name = kind if given else source
+        raise MediaError(name, "too short", f"{len(wave_S)} samples at 16 kHz; one audio token takes 321")
+    return log_mel(wave_S, max_s).numpy(), frames
 
 
 def read_sound(path, max_s, cache=None):
@@ -84,7 +90,9 @@ def read_sound(path, max_s, cache=None):
     except soundfile.LibsndfileError:  # it is not there, or not whole
         wave_S = read_audio(path, max_s=max(max_s, LONGEST_S))
         samples_S = (wave_S * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy()
-        cache.keep(place, lambda file: soundfile.write(file, samples_S, SAMPLE_RATE, "PCM_16", format="FLAC"))
+        flac = io.BytesIO()
+        soundfile.write(flac, samples_S, SAMPLE_RATE, "PCM_16", format="FLAC")
+        cache.keep(place, flac.getvalue())
     return torch.from_numpy(samples_S[:round(max_s * SAMPLE_RATE)]).float() / 32768
 
 
@@ -99,24 +107,15 @@ def read_film(path, options, cache=None):
         except (SafetensorError, KeyError, TypeError, ValueError):
             pass  # not whole: it is made again
     frames_TCHW, sampled_fps = read_frames(
-        path, fps=fps, nframes=nframes, fit=lambda frames_1CHW, total: see(frames_1CHW, path, *sizes, total))
+        path, fps=fps, nframes=nframes, fit=lambda frames_1CHW, total: see(frames_1CHW, path, options, total))
     if place is not None:
-        metadata = {"fps": repr(sampled_fps or 0.0)}
-        cache.keep(place, lambda file: save_file({"frames": frames_TCHW.contiguous()}, file, metadata))
+        cache.keep(place, save({"frames": frames_TCHW.contiguous()}, {"fps": repr(sampled_fps or 0.0)}))
     return frames_TCHW, sampled_fps
 
 
-def hear(wave_S, name, max_s):
-    """(mel_MA, mel frames that hold sound) of a wave's first max_s seconds. name: for the message."""
-    frames = num_mel_frames(len(wave_S), max_s)
-    if num_audio_tokens(frames) == 0:
-        raise MediaError(name, "too short", f"{len(wave_S)} samples at 16 kHz; one audio token takes 321")
-    return log_mel(wave_S, max_s), frames
-
-
-def see(frames_TCHW, name, min_pixels, max_pixels, total=None):
-    """Frames, of a video of `total`, at the size that the model sees them."""
+def see(frames_TCHW, name, options, total=None):
+    """Frames, of a video of `total`, at the size that the model sees them. name: for the message."""
     try:
-        return resize(frames_TCHW, min_pixels=min_pixels, max_pixels=max_pixels, total=total)
+        return resize(frames_TCHW, min_pixels=options["min_pixels"], max_pixels=options["max_pixels"], total=total)
     except ValueError as error:
         raise MediaError(name, "bad shape", str(error)) from None

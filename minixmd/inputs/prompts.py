@@ -9,27 +9,20 @@ from minixmd.inputs.examples import build_conversation
 from minixmd.inputs.media import MediaError
 
 
-def build_prompt(processor, example, prompt_format, answer=None, trace="", load=load_clip):
+def build_prompt(processor, example, prompt_format, answer=None, trace="", load=load_clip, max_new_tokens=0):
     """The Prompt that asks an example's question, as a config.PromptFormat says; answer, trace: build_conversation's,
-    load: Processor's.
+    load, max_new_tokens: Processor's.
 
     Raises MediaError: the clip cannot be used. ValueError: another fault; the example is named.
     """
     conversation = build_conversation(example, media=prompt_format.media, prompt=prompt_format.template, answer=answer,
                                       trace=trace, video_options=prompt_format.video_options)
     try:
-        return processor(conversation, load)
+        return processor(conversation, load, max_new_tokens)
     except MediaError:
         raise
     except ValueError as error:
         raise ValueError(f"example {example.id!r}: {error}") from error
-
-
-def check_length(processor, example, prompt, max_new_tokens):
-    """Raises MediaError where a prompt and what is to be written after it are over the model's limit."""
-    if len(prompt) + max_new_tokens > processor.max_positions:
-        raise MediaError(example.video or example.audio, "too long", f"the prompt's {len(prompt)} tokens and "
-                         f"max_new_tokens {max_new_tokens} are over the model's limit of {processor.max_positions}")
 
 
 def prefetch(function, items, on_bad, *, load=load_clip, reading=None, ahead=16, workers=None):

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from minixmd.inputs.audio import num_audio_tokens
 from minixmd.inputs.batch import Media, Prompt
-from minixmd.inputs.clips import hear, load_clip, see
+from minixmd.inputs.clips import load_clip
 from minixmd.inputs.image import grid_of
 from minixmd.inputs.media import MediaError
 from minixmd.inputs.positions import grid_offsets, interleave, positions_of
@@ -37,13 +37,21 @@ def common_vocab_size(processor, labels_path):
 class Draft:
     """A Prompt that is being written."""
 
-    load: Callable  # reads a clip's file, as load_clip
+    load: Callable  # reads a clip's file, as load_clip does
     ids: list = field(default_factory=list)
     target: list = field(default_factory=list)
     media: list = field(default_factory=list)
     blocks: list = field(default_factory=list)  # as positions_of takes them
     audios: int = 0  # so far
     first_clip: str = "prompt"  # its name, for messages
+
+    def read(self, source, kind, options):
+        """A clip as load_clip gives it."""
+        if isinstance(source, torch.Tensor):
+            return load_clip(source, kind, options)
+        if self.first_clip == "prompt":
+            self.first_clip = source
+        return self.load(source, kind, options)
 
     def add(self, ids, target=False):
         self.ids += ids
@@ -114,7 +122,7 @@ class Processor:
             letter_ids += ids
         return letter_ids
 
-    def __call__(self, conversation, load=load_clip):
+    def __call__(self, conversation, load=load_clip, max_new_tokens=0):
         """A conversation in transformers' form to a Prompt, which is never truncated.
 
         Args:
@@ -123,6 +131,7 @@ class Processor:
                 carry fps, min_pixels, max_pixels, nframes, and `"use_audio": True` (Omni) for its sound track, in turns
                 with the picture. A last assistant turn is the target; without one the prompt ends where it would start.
             load: reads a clip's file, as load_clip, such as a Contained one.
+            max_new_tokens: tokens that will be written after the prompt, for which there must be room.
         Raises:
             MediaError: a clip that cannot be used, with its reason; "too long" for a prompt over the model's limit.
             ValueError: a malformed conversation, or media the family does not take.
@@ -157,8 +166,9 @@ class Processor:
         if conversation[-1]["role"] != "assistant":
             draft.add(self.encode(f"{START}assistant\n"))
         length = len(draft.ids)
-        if length > self.max_positions:
-            detail = f"the prompt has {length} tokens, over the model's limit of {self.max_positions}"
+        if length + max_new_tokens > self.max_positions:
+            written = f" and max_new_tokens is {max_new_tokens}" if max_new_tokens else ""
+            detail = f"the prompt has {length} tokens{written}, over the model's limit of {self.max_positions}"
             raise MediaError(draft.first_clip, "too long", detail)
         return Prompt(torch.tensor(draft.ids), positions_of(length, draft.blocks), tuple(draft.media),
                       torch.tensor(draft.target))
@@ -185,18 +195,16 @@ class Processor:
             raise ValueError(f"turn {number}: {kind} part has no key {kind!r}")
         if kind == "audio":
             draft.audios += 1
-            media, offsets_3P = self._audio(part["audio"], draft.load), None
+            media, offsets_3P = self._audio(part["audio"], draft), None
         else:
-            media, offsets_3P = self._video(part, draft.load)
-        if draft.first_clip == "prompt" and not isinstance(part[kind], torch.Tensor):
-            draft.first_clip = part[kind]
+            media, offsets_3P = self._video(part, draft)
         if part.get("use_audio"):
             if self.config.chunk_s is None:
                 raise ValueError(f"turn {number}: a {self.family.model_type} model cannot take a video with its sound")
             if isinstance(part["video"], torch.Tensor):
                 raise ValueError(f"turn {number}: use_audio needs a video file; frames have no sound")
             draft.add(self.encode(text))
-            self._add_sounded(draft, media, offsets_3P, self._audio(part["video"], draft.load))
+            self._add_sounded(draft, media, offsets_3P, self._audio(part["video"], draft))
             return ""
         draft.add(self.encode(text + template.before.format(n=draft.audios)))
         placeholder = self.tokenizer.token_to_id(template.placeholder)
@@ -217,28 +225,19 @@ class Processor:
                  replace(audio, rows_P=(~is_video_P).nonzero()[:, 0] + 2)]
         draft.add_clips(ids, clips, torch.cat([begin_3P, offsets_3P + 1, end_3P], dim=1))
 
-    def _audio(self, source, load):
+    def _audio(self, source, draft):
         """The Media of a sound file or wave; its rows count from 0."""
-        max_s = self.family.max_audio_s
-        if isinstance(source, torch.Tensor):
-            mel_MA, frames = hear(source, "audio", max_s)
-        else:
-            mel_MA, frames = load(source, "audio", dict(max_s=max_s))
+        mel_MA, frames = draft.read(source, "audio", dict(max_s=self.family.max_audio_s))
         return Media("audio", torch.as_tensor(mel_MA), torch.arange(num_audio_tokens(frames)), frames=frames)
 
-    def _video(self, part, load):
+    def _video(self, part, draft):
         """The Media of a video part, whose rows count from 0, and the rows' position offsets."""
         source = part["video"]
         options = VIDEO_DEFAULTS | {name: part[name] for name in VIDEO_DEFAULTS if part.get(name) is not None}
-        fps = options["fps"]
-        if isinstance(source, torch.Tensor):
-            frames_TCHW = see(source, "video", options["min_pixels"], options["max_pixels"])
-        else:
-            frames_TCHW, sampled_fps = load(source, "video", options)
-            if self.family.sampled_fps or options["nframes"]:
-                fps = sampled_fps
-            if fps is None and self.config.ids_per_s is not None:
-                raise MediaError(source, "no frame rate", "this model places frames by their time")
+        frames_TCHW, sampled_fps = draft.read(source, "video", options)
+        fps = sampled_fps if self.family.sampled_fps or options["nframes"] else options["fps"]
+        if fps is None and self.config.ids_per_s is not None:
+            raise MediaError(source, "no frame rate", "this model places frames by their time")
         frames_TCHW = torch.as_tensor(frames_TCHW)
         grid_thw = grid_of(frames_TCHW)
         offsets_3P = grid_offsets(grid_thw, ids_per_s=self.config.ids_per_s, fps=fps)

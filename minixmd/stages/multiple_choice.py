@@ -11,7 +11,7 @@ from minixmd.config import GRPO
 from minixmd.config.prompts import PromptFormat
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import Example
-from minixmd.inputs.prompts import batch_by_tokens, build_prompt, check_length, prefetch
+from minixmd.inputs.prompts import batch_by_tokens, build_prompt, prefetch
 from minixmd.inputs.tokenizer import Processor
 from minixmd.learning.rollout import decode, uniforms
 from minixmd.runs.device import runtime_of
@@ -67,9 +67,7 @@ class Questions:
 
     def _build(self, example, load):
         trace = self.traces.get(example.id, "")
-        prompt = build_prompt(self.processor, example, self.prompt_format, trace=trace, load=load)
-        check_length(self.processor, example, prompt, self.max_new_tokens)
-        return prompt
+        return build_prompt(self.processor, example, self.prompt_format, None, trace, load, self.max_new_tokens)
 
     def read_letters(self, example, logits_V):
         """Makes an example's record from the logits (on the CPU) where its answer would start."""
