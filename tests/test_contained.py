@@ -69,8 +69,8 @@ def test_a_child_that_is_killed_while_it_is_idle_costs_no_clip():
     call = Contained(odd_job)
     for number in range(4):
         assert call("fine", number)[0] == number
-        os.kill(call.idle[0].process.pid, signal.SIGKILL)
-        call.idle[0].process.join()
+        os.kill(call.children[-1].process.pid, signal.SIGKILL)
+        call.children[-1].process.join()
     call.stop()
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from math import ceil
 from multiprocessing import forkserver, get_context
 from pathlib import Path
+from queue import LifoQueue
 from types import ModuleType
 
 import torch
@@ -45,72 +46,57 @@ class Contained:
         self.context.set_forkserver_preload([__name__, module])
         with _without_main():
             forkserver.ensure_running()
-        self.slots = threading.Semaphore(workers or num_workers())  # threads may be more
-        self.lock = threading.Lock()
-        self.idle, self.children = [], []
+        self.slots = LifoQueue()  # of children; None: one that has yet to be started. Threads may be more
+        for _ in range(workers or num_workers()):
+            self.slots.put(None)
+        self.children = []  # all that were started
         self.stopped = False
 
     def stop(self):
         """Kills the children and waits for none; calls that go on are lost."""
-        with self.lock:
-            self.stopped = True
-            for child in self.children:
-                child.process.kill()
+        self.stopped = True
+        for child in self.children:
+            child.process.kill()
 
     def __call__(self, path, *arguments):
-        with self.slots:
-            return self._call(path, arguments)
-
-    def _call(self, path, arguments):
-        child = self._take(path)
+        child, is_whole = self.slots.get(), False
         try:
-            child.pipe.send((path, arguments))
-            if not child.pipe.poll(self.limit_s):
-                self._end(child)
-                raise MediaError(path, "out of time", f"more than {self.limit_s:g} s")
-            result = child.pipe.recv()
-        except (EOFError, ConnectionError):
-            self._end(child)
-            code = child.process.exitcode  # negative: minus the number of the signal
-            raise MediaError(path, "crashed", f"exit code {code}") from None
-        with self.lock:
-            self.idle.append(child)
+            if child is None or not child.process.is_alive():  # it was killed meanwhile, by no fault of a clip
+                child = self._start(path)
+            result = self._ask(child, path, arguments)
+            is_whole = True
+        finally:
+            if child is not None and not is_whole:
+                child.end()
+            self.slots.put(child if is_whole else None)
         if isinstance(result, Exception):
             raise result
         return result
 
-    def _take(self, path):
-        """An idle child, or a new one."""
-        while True:
-            with self.lock:
-                if self.stopped:
-                    raise MediaError(path, "crashed", "stopped")
-                if not self.idle:
-                    break
-                child = self.idle.pop()
-            if child.process.is_alive():
-                return child
-            self._end(child)  # it was killed meanwhile, by no fault of a clip
-        child = _Child(self.context, self.function, self.limit_s)
-        with self.lock:
+    def _start(self, path):
+        if not self.stopped:
+            child = _Child(self.context, self.function, self.limit_s)
             self.children.append(child)
-            if self.stopped:
-                child.process.kill()
-        try:
-            child.pipe.recv()  # it is ready
-        except (EOFError, ConnectionError):
-            child.process.join(GRACE_S)
-            if self.stopped:
-                raise MediaError(path, "crashed", "stopped") from None
-            raise OSError(f"a child process ended before its first job (exit code {child.process.exitcode})") from None
-        return child
+            try:
+                if child.pipe.recv() and not self.stopped:  # it is ready
+                    return child
+            except (EOFError, ConnectionError):
+                pass
+            child.end()
+        if self.stopped:
+            raise MediaError(path, "crashed", "stopped")
+        raise OSError(f"a child process ended before its first job (exit code {child.process.exitcode})")
 
-    def _end(self, child):
-        child.process.kill()
-        child.process.join(GRACE_S)  # a process that waits for a dead disk cannot be killed; it is left behind
-        child.pipe.close()
-        with self.lock:
-            self.children.remove(child)
+    def _ask(self, child, path, arguments):
+        try:
+            child.pipe.send((path, arguments))
+            if child.pipe.poll(self.limit_s):
+                return child.pipe.recv()
+        except (EOFError, ConnectionError):
+            child.end()
+            code = child.process.exitcode  # negative: minus the number of the signal
+            raise MediaError(path, "crashed", f"exit code {code}") from None
+        raise MediaError(path, "out of time", f"more than {self.limit_s:g} s")
 
 
 @contextmanager
@@ -135,6 +121,11 @@ class _Child:
         with _without_main():
             self.process.start()
         end.close()  # so that the child's death closes the pipe
+
+    def end(self):
+        self.process.kill()
+        self.process.join(GRACE_S)  # a process that waits for a dead disk cannot be killed; it is left behind
+        self.pipe.close()
 
 
 def _work(pipe, function, limit_s):
