@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [  # a module imports from its own room and the rows above; "" is minixmd/__init__.py
-    {"kernels", "inputs", "runs", "tasks"},
+    {"kernels", "runs"},
+    {"inputs", "tasks"},
     {"config"},
     {"models", "recipe_parts"},
     {"learning"},

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from string import ascii_uppercase
 
+from minixmd.runs.records import numbered_records
+
 MEDIA_KINDS = {"audio": ("audio",), "video": ("video",), "both": ("video", "audio"), "sounded": ("video",)}
 
 
@@ -23,14 +25,8 @@ class Example:
     meta: dict = field(default_factory=dict)
 
 
-def _parse_line(line, place):
+def _example_of(record, place):
     """The Example of a manifest's line; ValueError, naming `place`, if it is none."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON: {error.msg}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{place}: a manifest line must be a JSON object, got {type(record).__name__}")
     known = sorted(f.name for f in fields(Example))
     if extra := sorted(record.keys() - known):
         raise ValueError(f"{place}: unknown field {extra[0]!r}; an example has {', '.join(known)}")
@@ -75,10 +71,8 @@ def read_manifest(path, allow_outside=False):
     path = Path(path)
     folder, root = os.path.realpath(path.parent), data_root(path)
     examples, line_of = [], {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        example = _parse_line(line, f"{path}:{number}")
+    for number, record in numbered_records(path):
+        example = _example_of(record, f"{path}:{number}")
         if example.id in line_of:
             raise ValueError(f"{path}:{number}: field 'id' {example.id!r} already stands in line {line_of[example.id]}")
         line_of[example.id] = number

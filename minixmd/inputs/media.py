@@ -9,6 +9,7 @@ it is `unreadable`. It has the `wrong length` when a part that its header does n
 before it. Sounds joined in formats without a header over the whole (MP3, AAC, Ogg, FLAC, MPEG-TS) are read to the end.
 Not noticed: errors that a video decoder hides, and a cut in a format that does not say how long it is.
 """
+import math
 import os
 import stat
 from collections import Counter
@@ -73,16 +74,12 @@ def read_audio(path, *, sample_rate=SAMPLE_RATE, max_s=None):
     reading stops; None = never. Returns wave_S: (S,) float32, finite, S >= 1. Raises MediaError: see the module's
     policy.
     """
-    length = check_file(path)
+    announced_samples = check_file(path).samples
     with open_media(path, sound_only=True) as container:
-        mono, rate, whole, by_track = _read_track(container, path, max_s)
-    if whole and len(mono) < max(length.samples, by_track):
-        raise MediaError(path, "truncated", f"decoding stops after {len(mono)} of "
-                         f"{max(length.samples, by_track)} samples")
-    if not len(mono):
-        raise MediaError(path, "no samples")
+        mono, rate, shift = _read_track(container, path, max_s, announced_samples)
     if bad := int((~(np.abs(mono) <= LOUDEST)).sum()):  # written so that NaN counts as bad
         raise MediaError(path, "not finite", f"{bad} of {len(mono)} samples are NaN, infinite or above {LOUDEST:g}")
+    mono = mono[-shift:] if shift < 0 else np.concatenate([np.zeros(shift, np.float32), mono])
     wave_S = resample(mono, rate, sample_rate)
     if max_s is not None:
         wave_S = wave_S[:round(max_s * sample_rate)]
@@ -91,12 +88,13 @@ def read_audio(path, *, sample_rate=SAMPLE_RATE, max_s=None):
     return torch.from_numpy(wave_S)
 
 
-def _read_track(container, path, max_s):
-    """(mono float32 samples, rate, whether the track was read to its end, samples that its header announces or 0)."""
+def _read_track(container, path, max_s, announced_samples):
+    """(mono float32 samples, rate, samples by which they start after the picture). Raises MediaError for a track that
+    is read to its end and holds fewer samples than are announced."""
     if not container.streams.audio:
         raise MediaError(path, "no audio track")
     stream = container.streams.audio[0]
-    fifo, rate, shift, most, whole = av.AudioFifo(), 0, 0, None, True
+    fifo, rate, shift, most = av.AudioFifo(), 0, 0, math.inf
     for frame in _decode(container, stream, path):
         if not rate:
             rate = frame.sample_rate
@@ -110,17 +108,17 @@ def _read_track(container, path, max_s):
             fifo.write(frame)
         except ValueError:
             raise MediaError(path, "unreadable", "the format of the sound changes in the middle") from None
-        if most is not None and fifo.samples >= most:
-            whole = False
+        if fifo.samples >= most:
             break
-    if not rate:
-        return np.zeros(0, np.float32), 0, True, 0
-    mono = _mono(fifo.read(partial=True), path)
-    by_track = 0
-    if container.format.name in EXACT_DURATION and stream.duration:
-        by_track = int(0.99 * stream.duration * stream.time_base * rate)
-    mono = mono[-shift:] if shift < 0 else np.concatenate([np.zeros(shift, np.float32), mono])
-    return mono, rate, whole, by_track
+    else:
+        if container.format.name in EXACT_DURATION and stream.duration:
+            announced_samples = int(0.99 * stream.duration * stream.time_base * rate)
+        if fifo.samples < announced_samples:
+            detail = f"decoding stops after {fifo.samples} of {announced_samples} samples"
+            raise MediaError(path, "truncated", detail)
+    if not fifo.samples:
+        raise MediaError(path, "no samples")
+    return _mono(fifo.read(partial=True), path), rate, shift
 
 
 def read_frames(path, *, fps=1.0, nframes=None, fit=None):
@@ -274,15 +272,11 @@ def open_media(path, sound_only=False):
         raise MediaError(path, "unreadable", _message(error)) from None
 
 
-def _pictures(container):
-    """The video tracks; the cover picture of a song is none, nor is a list of thumbnails."""
-    still = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
-    return [stream for stream in container.streams.video if not stream.disposition & still]
-
-
 def _film_track(container, path):
-    """The video track: FFmpeg's choice among those of more than one frame, if there are such; None without pictures."""
-    streams = _pictures(container)
+    """The video track: FFmpeg's choice among those of more than one frame, if there are such; None without pictures.
+    The cover picture of a song is no video, nor is a list of thumbnails."""
+    still = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+    streams = [stream for stream in container.streams.video if not stream.disposition & still]
     if len(streams) > 1:
         counts = {stream.index: stream.frames for stream in streams}
         if 0 in counts.values():  # the container does not say

@@ -11,6 +11,7 @@
 
 A clip that cannot be used has the record {"id", "bad": reason, "detail"} in any of the first six.
 """
+import codecs
 import json
 import os
 import sys
@@ -42,27 +43,31 @@ def append_jsonl(path, record, sync=False):
 
 
 def read_jsonl(path, own=False):
-    """The lines of a JSONL file; blank ones are passed over.
+    """The records of numbered_records."""
+    return [record for _, record in numbered_records(path, own)]
+
+
+def numbered_records(path, own=False):
+    """Yields (line number, object) of a JSONL file, UTF-8 with or without a mark; blank lines are passed over.
 
     own: the file is one to which this program appends: a blank line is an error, and a last line without its end, which
     a kill left behind, is passed over. Raises ValueError, with file and line, for a line that is not a JSON object.
     """
-    data = Path(path).read_bytes()
+    data = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
     if own:
         data = data[:data.rfind(b"\n") + 1]
-    lines = data.removesuffix(b"\n").split(b"\n") if data else []
-    records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n") if data else [], 1):
         if not own and not line.strip():
             continue
         try:
             record = json.loads(line.decode())
-        except ValueError as error:  # not JSON, or not UTF-8
+            if b"\\u" in line:
+                json.dumps(record, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which is no text
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or brackets in brackets without an end
             raise ValueError(f"{path}:{number}: not JSON: {getattr(error, 'msg', error)}") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path}:{number}: must be a JSON object, got {type(record).__name__}")
-        records.append(record)
-    return records
+        yield number, record
 
 
 def drop_torn_line(path, consequence=""):
@@ -87,7 +92,7 @@ def check_record(record, kinds, where):
 def read_by_id(path):
     """{id: record} of labels or a switch's decisions."""
     found = {}
-    for number, record in enumerate(read_jsonl(path), 1):
+    for number, record in numbered_records(path):
         check_record(record, {"id": (str,)}, f"{path}:{number}:")
         found[record["id"]] = record
     return found
@@ -119,7 +124,7 @@ def read_endpoint_answers(path):
     """{key: record} of endpoint.jsonl; empty if there is none. A torn last line is dropped if the others are good."""
     path = Path(path)
     found = {}
-    for number, record in enumerate(read_jsonl(path, own=True) if path.exists() else [], 1):
+    for number, record in numbered_records(path, own=True) if path.exists() else ():
         kinds = {"key": (str,), "text": (str,), "finished": (bool,)}
         check_record(record, kinds, f"{path}:{number}: not an answer of an endpoint: it")
         if record["key"] in found:
