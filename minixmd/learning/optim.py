@@ -49,17 +49,11 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 def adamw(parameters, *, lr, betas, eps, weight_decay):
-    """AdamW over {name: parameter}, with fp32 masters where they are bf16.
-
-    Matrices decay, vectors (biases, gains) do not.
-    """
+    """AdamW over {name: parameter}, with fp32 masters where they are bf16. Matrices decay, vectors (biases, gains) do
+    not."""
     matrices = [p for p in parameters.values() if p.ndim > 1]
     vectors = [p for p in parameters.values() if p.ndim <= 1]
-    groups = []
-    if matrices:
-        groups.append({"params": matrices, "weight_decay": weight_decay})
-    if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     half = any(p.dtype == torch.bfloat16 for p in parameters.values())
     optimizer = MasterAdamW if half else torch.optim.AdamW
     return optimizer(groups, lr=lr, betas=betas, eps=eps)
