@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from minixmd.inputs.audio import SAMPLE_RATE
 from minixmd.inputs.contained import Contained
+from minixmd.inputs.examples import build_conversation
 from minixmd.inputs.media import AV_ERRORS, MediaError, film, open_media, read_audio, read_frames
 from minixmd.runs.records import append_jsonl, read_endpoint_answers
 
@@ -206,10 +207,11 @@ def _first_token_logprobs(first):
     return top
 
 
-def user_message(clip, conversation):
-    """Chat messages: a conversation's only turn, with `clip` (such as audio_part) in place of its media."""
-    [turn] = conversation
-    return [{"role": "user", "content": [clip, turn["content"][-1]]}]
+def messages(example, media, prompt, trace, load):
+    """Chat messages that show an Example's clip, as `load` encodes it, and ask; arguments as build_conversation."""
+    [turn] = build_conversation(example, media=media, prompt=prompt, trace=trace)
+    clip, text = turn["content"]
+    return [{"role": "user", "content": [load(clip[media], media), text]}]
 
 
 def clip_part(path, kind):
