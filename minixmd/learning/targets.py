@@ -28,14 +28,15 @@ def resolve_targets(stage, examples):
     SFT learns the manifest's own answers or a teacher's traces; GRPO is rewarded for the manifest's or the teacher's
     answers; Distill learns what the gate says (label_items).
 
-    Raises:
-        ValueError: an example without an answer, labels, decisions or traces of other clips, labels without stored
-            logits, or nothing left to learn.
+    Raises ValueError: an example without an answer, labels, decisions or traces of other clips, labels without stored
+    logits, or nothing left to learn.
     """
     if isinstance(stage, SFT) and stage.traces is not None:
         items, counts = trace_items(examples, stage.manifest, stage.traces, stage.trace_filter)
     elif isinstance(stage, SFT) or isinstance(stage, GRPO) and stage.teacher_labels is None:
-        items, counts = manifest_items(examples, stage.manifest)
+        check_answers(examples, stage.manifest, "learn from")
+        items = [Item(example, example.answer, "manifest") for example in examples]
+        counts = Counter(manifest=len(items))
     else:
         items, counts = label_items(stage, examples)
     if not items:
@@ -43,18 +44,11 @@ def resolve_targets(stage, examples):
     return items, dict(counts)
 
 
-def manifest_items(examples, manifest):
-    check_answers(examples, manifest, "learn from")
-    items = [Item(example, example.answer, "manifest") for example in examples]
-    return items, Counter(manifest=len(items))
-
-
 def label_items(stage, examples):
     """The labels of the teacher. In a distillation the gate decides clip by clip whose label is the target (gate.py).
 
-    Where it sends a clip to the teacher, the teacher's letter or its stored logits are the target. Elsewhere it is the
-    student's own earlier letter, which keeps what the student knew (the anti-forgetting loss); without the student's
-    letters such a clip is left out. The manifest's answers are not read.
+    Where it does not send a clip to the teacher, the target is the student's own earlier letter, which keeps what the
+    student knew (the anti-forgetting loss); without the student's letters such a clip is left out.
     """
     distills = isinstance(stage, Distill)
     paths = {"teacher": stage.teacher_labels, "student": stage.student_labels if distills else None}
@@ -73,18 +67,17 @@ def label_items(stage, examples):
             counts[f"left out: {record['bad']}"] += 1
             continue
         target = _option_index(record, example, source, stage.manifest)
-        topk = _stored_topk(stage, record) if source == "teacher" and distills and stage.teacher_loss != "ce" else None
+        topk = None
+        if distills and source == "teacher" and stage.teacher_loss != "ce":
+            topk = _stored_topk(stage, record)
         items.append(Item(example, target, source, topk))
         counts[source] += 1
     return items, counts
 
 
 def trace_items(examples, manifest, traces_path, trace_filter):
-    """A teacher's traces: an example of n of them stands n times, in their order; one without is left out.
-
-    First traces are those with "sample" 0, unanimous ones those with "unanimous" true. A trace need not have the form
-    of a thought and an answer, but holds no special token and no second answer.
-    """
+    """A teacher's traces: an example of n of them stands n times, in their order; one without is left out. A trace need
+    not have the form of a thought and an answer, but holds no special token and no second answer."""
     field, wanted = TRACE_FILTERS[trace_filter]
     by_id = {example.id: example for example in examples}
     items, left_out = [], Counter()
@@ -127,11 +120,8 @@ def _stored_topk(stage, record):
 
 
 def stored_rows(topk, common_vocab, suppressed_Z):
-    """The teacher's best ids of K clips as kernels/distill_topk.py takes them: (id_KJ, logq_KJ, tail_K, dropped_K).
-
-    Ids outside the common vocabulary are taken out and the rest is normalised again. What lies outside among the ids
-    that were not stored cannot be told from the tail, which it is part of.
-    """
+    """The teacher's best ids of K clips as kernels/distill_topk.py takes them: (id_KJ, logq_KJ, tail_K, dropped_K). Ids
+    outside the common vocabulary are taken out and the rest is normalised again; in the tail they cannot be told."""
     ids, logq = [], []
     for stored in topk:
         temperature, logsumexp = stored["temperature"], stored["logsumexp"]
