@@ -1,7 +1,6 @@
 """MultimodalLM: encoder features take the place of their placeholder tokens in a Qwen2 decoder; an LM head reads it.
 
-This class is the only entrance to a model: what trains or samples never reaches for a submodule's parameters. What
-checks it does (minixmd.verify, bench/).
+What trains or samples never reaches for a submodule's parameters; only what checks does (minixmd.verify, bench/).
 """
 from collections import OrderedDict
 from copy import deepcopy
@@ -24,8 +23,7 @@ DECODER = ("model.", "lm_head.")  # prefixes of the decoder's parameters; all ot
 
 class MultimodalLM(nn.Module):
     """Returns the hidden states of all N rows, never logits: the vocabulary is far wider than the model, so only the
-    rows that need it go through `logits` or `head_loss`.
-    """
+    rows that need it go through `logits` or `head_loss`."""
 
     def __init__(self, config):
         super().__init__()
@@ -55,11 +53,9 @@ class MultimodalLM(nn.Module):
         return self.lm_head.weight.dtype
 
     def forward(self, batch, attend=None):
-        """Hidden states (N, D) in packed order, in the storage dtype, of a Batch on the model's device.
-
-        attend: how rows see each other, as Qwen2's; None = packed_attention over the batch's segments. Raises
-        ValueError: a clip with another number of features than placeholders, or without an encoder in this model.
-        """
+        """Hidden states (N, D) in packed order, in the storage dtype, of a Batch on the model's device. attend: as
+        Qwen2's; None = packed_attention over the batch's segments. Raises ValueError: a clip with another number of
+        features than placeholders, or without an encoder in this model."""
         attend = attend or (lambda layer, *qkv: packed_attention(*qkv, batch.segments))
         return self.model(self._embed(batch), batch.positions_3N, attend)
 
