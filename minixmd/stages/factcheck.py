@@ -80,14 +80,10 @@ def collect(stage, folder, log, traces, verdicts, calibration):
     }
     if calibration is not None:
         results["calibration"] = calibration
-    results["first"] = {
-        "judged": sum(record["sample"] == 0 for record in judged),
-        "accepted": sum(record["sample"] == 0 for record in accepted),
-    }
-    results["unanimous"] = {
-        "judged": sum(record["unanimous"] for record in judged),
-        "accepted": sum(record["unanimous"] for record in accepted),
-    }
+    results |= {"first": {}, "unanimous": {}}
+    for part, records in (("judged", judged), ("accepted", accepted)):
+        results["first"][part] = sum(record["sample"] == 0 for record in records)
+        results["unanimous"][part] = sum(record["unanimous"] for record in records)
     write_jsonl(folder / "verdicts.jsonl", verdicts)
     write_jsonl(folder / "traces.jsonl", accepted)
     write_json(folder / "results.json", results)
