@@ -21,10 +21,8 @@ def save(folder, parameters, optimizer, progress):
 
 
 def restore(folder, parameters, optimizer):
-    """Puts back the last saved state, and drops the log lines of steps that will be redone.
-
-    Returns (progress as saved, or None before the first save; the lines of log.jsonl that stay).
-    """
+    """Puts back the last saved state, and drops the log lines of steps that will be redone. Returns (progress as saved,
+    or None before the first save; the lines of log.jsonl that stay)."""
     state = load_state(folder)
     if state is None:
         return None, rewind_logs(folder, 0)
@@ -41,10 +39,8 @@ def save_best(folder, parameters):
 
 
 def publish(folder, model, processor, parameters, base):
-    """Writes best/, an adapter or a whole model: the best weights in validation, or the last ones without it.
-
-    base: the model that training started from, which an adapter names.
-    """
+    """Writes best/, an adapter or a whole model: the best weights in validation, or the last ones without it. base: the
+    model that training started from, which an adapter names."""
     if (folder / BEST).exists():
         with torch.no_grad():
             for name, tensor in load_file(folder / BEST).items():

@@ -5,10 +5,8 @@ FIELD = {"learned": "p_teacher", "oracle": "oracle"}  # gate -> what it reads of
 
 
 def follows_teacher(gate, examples, switch, manifest):
-    """{example id: whether the gate sends the clip to the teacher}.
-
-    The gates "learned" and "oracle" do where the switch's p_teacher, or the true class's, is at least 0.5; "always" and
-    "never" need no switch.
+    """{example id: whether the gate sends the clip to the teacher}. "learned" and "oracle" do where the switch's
+    p_teacher, or the true class's, is at least 0.5; "always" and "never" need no switch.
 
     switch: switch.jsonl, or None. manifest: of the examples, for messages. Raises ValueError for a file that has no
     decision that this gate reads, or none on an example.

@@ -8,11 +8,8 @@ from minixmd.models.attention import packed_attention
 
 
 def pool_shapes(text, prompt_slots, longest_prompt, decode_slots, max_new_tokens):
-    """The shapes of the two pools of keys and values, (2, layers, slots, kv heads, rows, K) each.
-
-    The first holds prompts of up to `longest_prompt` tokens, the second completions, whose last token needs no row.
-    text: TextConfig.
-    """
+    """The shapes (2, layers, slots, kv heads, rows, K) of two pools of keys and values: one of prompts of up to
+    `longest_prompt` tokens, one of completions, whose last token needs no row. text: TextConfig."""
     K = text.hidden_size // text.num_attention_heads
     rows = max(max_new_tokens - 1, 1)
     return ((2, text.num_hidden_layers, prompt_slots, text.num_key_value_heads, longest_prompt, K),

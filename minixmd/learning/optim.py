@@ -5,10 +5,7 @@ import torch
 
 
 def learning_rate(step, steps, peak, warmup_ratio):
-    """Linear warm-up over the first `warmup_ratio` of the steps, then a cosine to zero.
-
-    step: 0-based; the rate is of the update that makes step + 1 of `steps`.
-    """
+    """Linear warm-up over the first `warmup_ratio` of the steps, then a cosine to zero. step: updates made before."""
     warmup_steps = round(warmup_ratio * steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -26,40 +23,31 @@ class MasterAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
             for p in group["params"]:
-                if p.grad is not None:
-                    self._step_one(p, group)
-
-    def _step_one(self, p, group):
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        state, grad = self.state[p], p.grad.float()
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(grad)
-            state["exp_avg_sq"] = torch.zeros_like(grad)
-            state["master"] = p.float()
-        state["step"] += 1
-        t = state["step"].item()
-        m, v, master = state["exp_avg"], state["exp_avg_sq"], state["master"]
-        m.lerp_(grad, 1 - beta1)
-        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        root = v.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
-        master.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, root, value=-lr / (1 - beta1**t))
-        p.copy_(master)
+                if p.grad is None:
+                    continue
+                state, grad = self.state[p], p.grad.float()
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(grad)
+                    state["exp_avg_sq"] = torch.zeros_like(grad)
+                    state["master"] = p.float()
+                state["step"] += 1
+                t = state["step"].item()
+                m, v, master = state["exp_avg"], state["exp_avg_sq"], state["master"]
+                m.lerp_(grad, 1 - beta1)
+                v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                root = v.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
+                master.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, root, value=-lr / (1 - beta1**t))
+                p.copy_(master)
 
 
 def adamw(parameters, *, lr, betas, eps, weight_decay):
-    """AdamW over {name: parameter}, with fp32 masters where they are bf16.
-
-    Matrices decay, vectors (biases, gains) do not.
-    """
+    """AdamW over {name: parameter}, with fp32 masters where they are bf16. Only matrices decay, not biases or gains."""
     matrices = [p for p in parameters.values() if p.ndim > 1]
     vectors = [p for p in parameters.values() if p.ndim <= 1]
-    groups = []
-    if matrices:
-        groups.append({"params": matrices, "weight_decay": weight_decay})
-    if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     half = any(p.dtype == torch.bfloat16 for p in parameters.values())
     optimizer = MasterAdamW if half else torch.optim.AdamW
     return optimizer(groups, lr=lr, betas=betas, eps=eps)

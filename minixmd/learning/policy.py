@@ -35,11 +35,8 @@ def score_completions(completions, items):
 
 
 def advantages(reward_G, scale):
-    """(reward - mean) / (std + 1e-4) of one prompt's completions, with the unbiased std.
-
-    reward_G: (G,) fp32, G > 1. scale: "std"; "none" leaves the divisor out (Dr. GRPO). Returns (G,) fp32, all 0 where
-    the rewards are equal.
-    """
+    """(reward - mean) / (std + 1e-4) of one prompt's completions, with the unbiased std: (G,) fp32, G > 1. scale:
+    "std"; "none" leaves the divisor out (Dr. GRPO)."""
     centred_G = reward_G - reward_G.mean()
     return centred_G / (reward_G.std() + EPS) if scale == "std" else centred_G
 
@@ -72,9 +69,7 @@ def make_rollout(stage, prompts, completions, reward_PG):
     A masked completion (truncated="mask") counts in the denominators, as one without tokens. A skipped group
     (zero_variance="skip") does not: it is as if its prompt had not been drawn.
 
-    Args:
-        stage: GRPO: zero_variance, truncated, scale_rewards, aggregation, max_new_tokens.
-        prompts: P Prompts. completions: P lists of G Completions. reward_PG: (P, G) fp32.
+    prompts: P Prompts. completions: P lists of G Completions. reward_PG: (P, G) fp32.
     """
     groups, lengths, advantage, sampled = [], [], [], []
     for prompt, group, reward_G in zip(prompts, completions, reward_PG, strict=True):

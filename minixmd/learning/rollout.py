@@ -42,11 +42,8 @@ def prompt_key(prompt):
 
 
 def uniforms(seed, step, key, sample, count):
-    """(count,) fp64 in [0, 1): number t depends on (seed, step, key, sample, t) alone.
-
-    It is bytes 8 t ... 8 t + 7 of what SHAKE-128 makes of the other four, shifted to 53 bits; a larger count changes
-    none of the first ones.
-    """
+    """(count,) fp64 in [0, 1): number t depends on (seed, step, key, sample, t) alone. It is bytes 8 t ... 8 t + 7 of
+    what SHAKE-128 makes of the other four, shifted to 53 bits."""
     source = repr((seed, step, key, sample)).encode()
     stream = hashlib.shake_128(source).digest(8 * count)
     integers = np.frombuffer(stream, ">u8")
@@ -58,8 +55,7 @@ def sample(logits_BV, uniform_B, temperature, suppressed_ids):
 
     Args:
         logits_BV: (B, V) fp32. uniform_B: (B,) fp64 in [0, 1), not read at temperature 0. suppressed_ids: (X,) int64.
-    Returns:
-        ids (B,) int64 and their log-probabilities (B,) fp32 (at temperature 1 when temperature is 0).
+    Returns ids (B,) int64 and their log-probabilities (B,) fp32 (at temperature 1 when temperature is 0).
     """
     logits_BV = logits_BV.index_fill(1, suppressed_ids, -torch.inf)
     logp_BV = F.log_softmax(logits_BV / (temperature or 1.0), dim=-1)
@@ -105,8 +101,7 @@ class Decoder:
 
         Args:
             prompts: G Prompts. prompt_slots: their slots. uniform_BT: the uniforms of their G num_samples completions.
-        Returns:
-            The logits after each prompt (G, V), and lists of the first tokens' ids and log-probabilities.
+        Returns the logits after each prompt (G, V), and lists of the first tokens' ids and log-probabilities.
         """
         device, n = self.device, self.num_samples
         batch = pack(prompts).to(device)
@@ -133,11 +128,8 @@ class Decoder:
         return logits_GV, ids_B.tolist(), logp_B.tolist()
 
     def step(self):
-        """Decodes one token in every slot.
-
-        A slot whose token ends the turn, or fills the pool, starts over at row 0: from then on its output is ignored,
-        and few rows are read for it.
-        """
+        """Decodes one token in every slot. One whose token ends the turn, or fills the pool, starts over at row 0: from
+        then on its output is ignored, and few rows are read for it."""
         length_B = self.cache.length_B
         positions_3B = (self.start_B + length_B).expand(3, -1)
         hidden_BD = self.model(Batch(self.token_B, positions_3B), self.cache.decode)
@@ -160,10 +152,8 @@ class Decoder:
 
 
 def capture(step):
-    """A CUDA graph of step(), as a function that replays it.
-
-    It is run once before, on the empty state: kernels are compiled then, and libraries take their work space.
-    """
+    """A CUDA graph of step(), as a function that replays it. step() is run once before, on the empty state, in which
+    kernels are compiled and libraries take their work space."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -178,12 +168,15 @@ def capture(step):
 class _Progress:
     """The completions so far, and which of them each decode slot is writing."""
 
-    def __init__(self, num_completions, num_slots, is_finished, max_new_tokens, on_token):
+    def __init__(self, processor, num_completions, num_slots, stop, max_new_tokens, on_token):
+        self.processor = processor
+        self.stop = stop
+        self.max_new_tokens = max_new_tokens
+        self.on_token = on_token
         self.ids = [[] for _ in range(num_completions)]
         self.logprobs = [[] for _ in range(num_completions)]
         self.finished = [False] * num_completions
         self.completion_in = [None] * num_slots  # None: the slot's output is ignored
-        self.is_finished, self.max_new_tokens, self.on_token = is_finished, max_new_tokens, on_token
 
     def accept(self, slot, token, logp):
         i = self.completion_in[slot]
@@ -195,14 +188,24 @@ class _Progress:
         self.logprobs[i].append(logp)
         if self.on_token is not None:
             self.on_token(i, tuple(self.ids[i]))
-        self.finished[i] = self.is_finished(self.ids[i])
+        self.finished[i] = self._is_finished(self.ids[i])
         if self.finished[i] or len(self.ids[i]) == self.max_new_tokens:
             self.completion_in[slot] = None
 
-    def completions(self, processor):
+    def _is_finished(self, ids):
+        """Whether the last id ends the turn or a stop string, which lies in at most as many ids as it has bytes."""
+        if ids[-1] == self.processor.end_id:
+            return True
+        for string in self.stop:
+            tail = ids[-len(string.encode()):]
+            if string in self.processor.decode(tail):
+                return True
+        return False
+
+    def completions(self):
         finished = []
         for i, ids in enumerate(self.ids):
-            text = processor.decode(ids)
+            text = self.processor.decode(ids)
             logprobs = tuple(self.logprobs[i])
             finished.append(Completion(text, tuple(ids), logprobs, self.finished[i]))
         return finished
@@ -213,20 +216,6 @@ class _Progress:
 
     def lengths(self):
         return [len(self.ids[i]) for i in self.completion_in if i is not None]
-
-
-def _ends(processor, stop, ids):
-    """Whether the last id ends the turn or a stop string.
-
-    A stop string lies in as many ids as it has bytes, for each id has at least one.
-    """
-    if ids[-1] == processor.end_id:
-        return True
-    for string in stop:
-        tail = ids[-len(string.encode()):]
-        if string in processor.decode(tail):
-            return True
-    return False
 
 
 @torch.inference_mode()
@@ -248,8 +237,7 @@ def decode(model, processor, prompts, uniform_BT, *, num_samples=1, max_new_toke
         suppressed_ids=suppressed_ids, end_id=processor.end_id, backend=backend or model.backend)
     if uniform_BT is None:
         uniform_BT = torch.zeros(num_completions, max_new_tokens, dtype=torch.float64)
-    is_finished = partial(_ends, processor, stop)
-    progress = _Progress(num_completions, prompt_slots * n, is_finished, max_new_tokens, on_token)
+    progress = _Progress(processor, num_completions, prompt_slots * n, stop, max_new_tokens, on_token)
     waiting = deque(range(len(prompts)))
     while True:
         free = [g for g in range(prompt_slots) if progress.all_finished(n * g, n * g + n)]
@@ -277,7 +265,7 @@ def decode(model, processor, prompts, uniform_BT, *, num_samples=1, max_new_toke
             for ids, logps in zip(*decoder.run(steps), strict=True):
                 for slot, (token, logp) in enumerate(zip(ids, logps, strict=True)):
                     progress.accept(slot, token, logp)
-    return progress.completions(processor)
+    return progress.completions()
 
 
 def generate(model, processor, conversations, *, num_samples=1, max_new_tokens, temperature, seed, stop=(), step=0,
@@ -293,11 +281,8 @@ def generate(model, processor, conversations, *, num_samples=1, max_new_tokens, 
         decode_slots: completions decoded at once, at least num_samples; None = all. Memory: kv_cache.pool_bytes.
         backend: "triton" | "torch", of the decoding attention; None = the model's. On a GPU "triton" also captures the
             step as a CUDA graph, which runs no hooks of the model's modules.
-    Returns:
-        A list of num_samples Completions for each conversation.
-    Raises:
-        ValueError: an argument out of its range, a conversation that the processor refuses, a prompt past the model's
-            limit, or logits that are not finite.
+    Returns a list of num_samples Completions for each conversation. Raises ValueError: an argument out of its range, a
+    conversation that the processor refuses, a prompt past the model's limit, or logits that are not finite.
     """
     low, high = TEMPERATURES
     if num_samples < 1:

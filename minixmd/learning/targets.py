@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minixmd.config import GRPO, SFT
+from minixmd.config import GRPO, SFT, Distill
 from minixmd.inputs.examples import Example, check_answers
 from minixmd.learning.gate import follows_teacher
 from minixmd.runs.records import read_by_id, read_traces
@@ -26,80 +26,58 @@ def resolve_targets(stage, examples):
     """The Items of a training stage, and {reason: count} of whose they are and what was left out.
 
     SFT learns the manifest's own answers or a teacher's traces; GRPO is rewarded for the manifest's or the teacher's
-    answers; Distill learns what the gate says (gated_items).
+    answers; Distill learns what the gate says (label_items).
 
-    Raises:
-        ValueError: an example without an answer, labels, decisions or traces of other clips, labels without stored
-            logits, or nothing left to learn.
+    Raises ValueError: an example without an answer, labels, decisions or traces of other clips, labels without stored
+    logits, or nothing left to learn.
     """
     if isinstance(stage, SFT) and stage.traces is not None:
         items, counts = trace_items(examples, stage.manifest, stage.traces, stage.trace_filter)
     elif isinstance(stage, SFT) or isinstance(stage, GRPO) and stage.teacher_labels is None:
-        items, counts = manifest_items(examples, stage.manifest)
-    elif isinstance(stage, GRPO):
-        items, counts = label_items(examples, stage.manifest, stage.teacher_labels)
+        check_answers(examples, stage.manifest, "learn from")
+        items = [Item(example, example.answer, "manifest") for example in examples]
+        counts = Counter(manifest=len(items))
     else:
-        items, counts = gated_items(stage, examples)
+        items, counts = label_items(stage, examples)
     if not items:
         raise ValueError(f"{stage.name}: no clip is left to learn from ({dict(counts)})")
     return items, dict(counts)
 
 
-def manifest_items(examples, manifest):
-    check_answers(examples, manifest, "learn from")
-    items = [Item(example, example.answer, "manifest") for example in examples]
-    return items, Counter(manifest=len(items))
+def label_items(stage, examples):
+    """The labels of the teacher. In a distillation the gate decides clip by clip whose label is the target (gate.py).
 
-
-def label_items(examples, manifest, labels_path):
-    labels = read_by_id(labels_path)
-    items, counts = [], Counter()
-    for example in examples:
-        record = _label_of(example, labels, labels_path, manifest)
-        if "bad" in record:
-            counts[f"left out: {record['bad']}"] += 1
-        else:
-            items.append(Item(example, _option_index(record, example, "teacher", manifest), "teacher"))
-            counts["teacher"] += 1
-    return items, counts
-
-
-def gated_items(stage, examples):
-    """Distillation: the gate decides clip by clip whose label is the target (gate.py).
-
-    Where it sends a clip to the teacher, the teacher's letter or its stored logits are the target. Elsewhere it is the
-    student's own earlier letter, which keeps what the student knew (the anti-forgetting loss); without the student's
-    letters such a clip is left out. The manifest's answers are not read.
-
+    Where it does not send a clip to the teacher, the target is the student's own earlier letter, which keeps what the
+    student knew (the anti-forgetting loss); without the student's letters such a clip is left out.
     """
-    teacher = read_by_id(stage.teacher_labels) if stage.teacher_labels else {}
-    student = read_by_id(stage.student_labels) if stage.student_labels else {}
-    to_teacher = follows_teacher(stage.gate, examples, stage.switch, stage.manifest)
+    distills = isinstance(stage, Distill)
+    paths = {"teacher": stage.teacher_labels, "student": stage.student_labels if distills else None}
+    labels = {source: read_by_id(path) for source, path in paths.items() if path}
+    to_teacher = follows_teacher(stage.gate, examples, stage.switch, stage.manifest) if distills else {}
     items, counts = [], Counter()
     for example in examples:
-        if to_teacher[example.id]:
-            source, record = "teacher", _label_of(example, teacher, stage.teacher_labels, stage.manifest)
-        elif stage.student_labels:
-            source, record = "student", _label_of(example, student, stage.student_labels, stage.manifest)
-        else:
+        source = "teacher" if to_teacher.get(example.id, True) else "student"
+        if source not in labels:
             counts["left out: switch open"] += 1
             continue
+        if example.id not in labels[source]:
+            raise ValueError(f"{paths[source]}: no label for example {example.id!r} of {stage.manifest}")
+        record = labels[source][example.id]
         if "bad" in record:
             counts[f"left out: {record['bad']}"] += 1
             continue
         target = _option_index(record, example, source, stage.manifest)
-        topk = _stored_topk(stage, record) if source == "teacher" and stage.teacher_loss != "ce" else None
+        topk = None
+        if distills and source == "teacher" and stage.teacher_loss != "ce":
+            topk = _stored_topk(stage, record)
         items.append(Item(example, target, source, topk))
         counts[source] += 1
     return items, counts
 
 
 def trace_items(examples, manifest, traces_path, trace_filter):
-    """A teacher's traces: an example of n of them stands n times, in their order; one without is left out.
-
-    First traces are those with "sample" 0, unanimous ones those with "unanimous" true. A trace need not have the form
-    of a thought and an answer, but holds no special token and no second answer.
-    """
+    """A teacher's traces: an example of n of them stands n times, in their order; one without is left out. A trace need
+    not have the form of a thought and an answer, but holds no special token and no second answer."""
     field, wanted = TRACE_FILTERS[trace_filter]
     by_id = {example.id: example for example in examples}
     items, left_out = [], Counter()
@@ -123,12 +101,6 @@ def trace_items(examples, manifest, traces_path, trace_filter):
     return items, counts + left_out
 
 
-def _label_of(example, labels, path, manifest):
-    if example.id not in labels:
-        raise ValueError(f"{path}: no label for example {example.id!r} of {manifest}")
-    return labels[example.id]
-
-
 def _option_index(record, example, source, manifest):
     """The label's option in this manifest's order."""
     option = record.get("option")
@@ -148,11 +120,8 @@ def _stored_topk(stage, record):
 
 
 def stored_rows(topk, common_vocab, suppressed_Z):
-    """The teacher's best ids of K clips as kernels/distill_topk.py takes them: (id_KJ, logq_KJ, tail_K, dropped_K).
-
-    Ids outside the common vocabulary are taken out and the rest is normalised again. What lies outside among the ids
-    that were not stored cannot be told from the tail, which it is part of.
-    """
+    """The teacher's best ids of K clips as kernels/distill_topk.py takes them: (id_KJ, logq_KJ, tail_K, dropped_K). Ids
+    outside the common vocabulary are taken out and the rest is normalised again; in the tail they cannot be told."""
     ids, logq = [], []
     for stored in topk:
         temperature, logsumexp = stored["temperature"], stored["logsumexp"]

@@ -120,10 +120,8 @@ def mixup(x_B1AM, target_BK, generator):
 
 
 def make_cnn14(classes, width, seed, weights=None):
-    """A Cnn14 whose weights are drawn from `seed` and their names: Xavier's uniform, as the original's.
-
-    weights: path of a checkpoint, as load_weights takes it, for all but the head.
-    """
+    """A Cnn14 whose weights are drawn from `seed` and their names: Xavier's uniform, as the original's. weights: path
+    of a checkpoint, as load_weights takes it, for all but the head."""
     with torch.device("meta"):
         model = Cnn14(classes, width)
     model.to_empty(device="cpu")
@@ -143,11 +141,9 @@ def make_cnn14(classes, width, seed, weights=None):
 
 
 def load_weights(model, path, head=True):
-    """Fill a Cnn14 from a checkpoint: PANNs' .pth ({"model": tensors, …} or the tensors alone) or safetensors.
-
-    head: False leaves the model its own fc_audioset, for other classes than the file's. Raises ValueError: the file
-    cannot be read without running code; or missing, unexpected and misshapen tensors and another front end, together.
-    """
+    """Fill a Cnn14 from a checkpoint: PANNs' .pth ({"model": tensors, …} or the tensors alone) or safetensors. head:
+    False leaves the model its own fc_audioset, for other classes than the file's. Raises ValueError: the file cannot be
+    read without running code; or all tensors that do not fit, together."""
     tensors, state = _read(Path(path)), model.state_dict()
     if not head:
         for name in ("fc_audioset.weight", "fc_audioset.bias"):

@@ -171,10 +171,8 @@ LISTS = {"mrope_section": ("positive ints", 1), "fullatt_block_indexes": ("block
 
 
 def read_config(raw):
-    """config.json (published flat, sparse, or nested as transformers 5 writes it) to a ModelConfig.
-
-    Raises ValueError: an unsupported model_type, or a field that is not implemented at its value (it is named).
-    """
+    """config.json (published flat, sparse, or nested as transformers 5 writes it) to a ModelConfig. Raises ValueError:
+    an unsupported model_type, or a field that is not implemented at its value (it is named)."""
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")

@@ -52,10 +52,8 @@ class CrossEntropy:
 
 @dataclass(frozen=True, eq=False)
 class DistillKL:
-    """T² KL(teacher || student) from a live teacher, whose logits too exist for one chunk only.
-
-    teacher_TE, teacher_head_WE: its hidden states at the targets and its head. All else: as in kernels/distill.py.
-    """
+    """T² KL(teacher || student) from a live teacher, whose logits too exist for one chunk only. teacher_TE,
+    teacher_head_WE: its hidden states at the targets and its head. All else: as in kernels/distill.py."""
 
     teacher_TE: torch.Tensor
     teacher_head_WE: torch.Tensor
@@ -203,8 +201,7 @@ def head_loss(hidden_ND, head_VD, row_T, row_loss, chunk=CHUNK):
     Args:
         hidden_ND: (N, D) from the model. head_VD: (V, D) the LM head's weight, of the same dtype. Both differentiable.
         row_T: (T,) which row predicts each target of row_loss; rows may repeat.
-    Returns:
-        (loss, {column: (T,)}): the differentiable sum, and each target's own values (fp32, detached, not weighted).
+    Returns (loss, {column: (T,)}): the differentiable sum, and each target's own values (fp32, detached, not weighted).
     Raises ValueError: there is no target, or the row loss has another number of them.
     Source: tests/test_head.py compares values and gradients with plain PyTorch in fp64, bench/check_trl.py with TRL.
     """

@@ -18,10 +18,8 @@ SMALL_FILES = ("config.json", "adapter_config.json", INDEX, *PROCESSOR_FILES)
 
 
 def model_folder(name):
-    """The local folder of a model or adapter, fetched from the hub if it is a name there and no folder here.
-
-    Raises ValueError: no such folder, repository, revision or file; access refused; no network and no cached copy.
-    """
+    """The local folder of a model or adapter, fetched from the hub if it is a name there and no folder here. Raises
+    ValueError: no such folder, repository, revision or file; access refused; no network and no cached copy."""
     if Path(name).is_dir():
         return Path(name)
     name = pinned(name)

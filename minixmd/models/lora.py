@@ -51,11 +51,8 @@ def set_backend(model, backend):
 
 
 def add_lora(model, *, rank, alpha, targets, seed):
-    """Freeze the model and give every Linear whose name fully matches `targets` an fp32 adapter (A uniform, B zero).
-
-    targets: regular expression over module names. seed: of A; each module's draw depends on its name only. Raises
-    ValueError if the pattern matches no Linear.
-    """
+    """Freeze the model and give every Linear whose name fully matches the regular expression `targets` an fp32 adapter
+    (A uniform, drawn from seed and name; B zero). Raises ValueError if it matches no Linear."""
     model.requires_grad_(False)
     layers = {name: layer for name, layer in named_linears(model).items() if re.fullmatch(targets, name)}
     if not layers:
@@ -72,11 +69,8 @@ def add_lora(model, *, rank, alpha, targets, seed):
 
 
 def make_trainable(model, what, *, name, **adapter):
-    """Chooses what trains.
-
-    what: "lora": a new adapter, of add_lora's options; ValueError, naming the model, if it carries one. "decoder" |
-    "full": the weights themselves, into which an adapter that the model carries is merged.
-    """
+    """Chooses what trains: "lora", a new adapter, of add_lora's options; ValueError, naming the model, if it carries
+    one; "decoder" | "full", the weights themselves, into which an adapter that the model carries is merged."""
     if what != "lora":
         merge_lora(model)
         model.set_trainable(what)

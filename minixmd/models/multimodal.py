@@ -1,9 +1,9 @@
 """MultimodalLM: encoder features take the place of their placeholder tokens in a Qwen2 decoder; an LM head reads it.
 
-This class is the only entrance to a model: what trains or samples never reaches for a submodule's parameters. What
-checks it does (minixmd.verify, bench/).
+What trains or samples never reaches for a submodule's parameters; only what checks does (minixmd.verify, bench/).
 """
 from collections import OrderedDict
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from minixmd.models.attention import packed_attention
 from minixmd.models.head import CHUNK, head_loss, raw_logits
-from minixmd.models.lora import Linear, set_backend
+from minixmd.models.lora import Linear
 from minixmd.models.qwen2 import Qwen2
 from minixmd.models.vit import ViT
 from minixmd.models.whisper import Whisper
@@ -23,8 +23,7 @@ DECODER = ("model.", "lm_head.")  # prefixes of the decoder's parameters; all ot
 
 class MultimodalLM(nn.Module):
     """Returns the hidden states of all N rows, never logits: the vocabulary is far wider than the model, so only the
-    rows that need it go through `logits` or `head_loss`.
-    """
+    rows that need it go through `logits` or `head_loss`."""
 
     def __init__(self, config):
         super().__init__()
@@ -54,11 +53,9 @@ class MultimodalLM(nn.Module):
         return self.lm_head.weight.dtype
 
     def forward(self, batch, attend=None):
-        """Hidden states (N, D) in packed order, in the storage dtype, of a Batch on the model's device.
-
-        attend: how rows see each other, as Qwen2's; None = packed_attention over the batch's segments. Raises
-        ValueError: a clip with another number of features than placeholders, or without an encoder in this model.
-        """
+        """Hidden states (N, D) in packed order, in the storage dtype, of a Batch on the model's device. attend: as
+        Qwen2's; None = packed_attention over the batch's segments. Raises ValueError: a clip with another number of
+        features than placeholders, or without an encoder in this model."""
         attend = attend or (lambda layer, *qkv: packed_attention(*qkv, batch.segments))
         return self.model(self._embed(batch), batch.positions_3N, attend)
 
@@ -118,15 +115,5 @@ class MultimodalLM(nn.Module):
 def frozen_copy(model):
     """A frozen reference policy: it shares the parameters that do not train and copies those that do. It runs the same
     kernels, so the KL between the two is exactly 0 until the first update."""
-    with torch.device("meta"):
-        copy = MultimodalLM(model.config)
-    layers = dict(copy.named_modules())
-    for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            layers[name].scale = module.scale
-        for leaf, p in module.named_parameters(recurse=False):
-            values = p.detach().clone() if p.requires_grad else p
-            layers[name].register_parameter(leaf, nn.Parameter(values, requires_grad=False))
-    copy.tie()
-    set_backend(copy, model.backend)
-    return copy
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return deepcopy(model, shared).requires_grad_(False)

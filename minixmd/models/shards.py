@@ -50,11 +50,8 @@ def tensor_files(folder, family):
 
 
 def read_headers(folder, family):
-    """({tensor: TensorInfo}, {tensor: fault}) of the parts that are built, from the headers alone.
-
-    A fault is a tensor in two shards, or not where the index says. Raises ValueError: a missing or truncated file, or
-    an unusable index.
-    """
+    """({tensor: TensorInfo}, {tensor: fault}) of the parts that are built, from the headers alone. A fault is a tensor
+    in two shards, or not where the index says. Raises ValueError: a missing or truncated file, or an unusable index."""
     folder, index = Path(folder), _read_index(Path(folder))
     infos, faults = {}, {}
     for file in tensor_files(folder, family):

@@ -44,14 +44,11 @@ def build(config):
 
 
 def load_model(folder, *, device="cpu", dtype=torch.float32):
-    """The frozen MultimodalLM of a folder, in `dtype` on `device`.
-
-    The headers of all files are compared first. Each tensor gets memory of its own, so the peak is the model, and no
-    parameter keeps a file open.
+    """The frozen MultimodalLM of a folder, in `dtype` on `device`. Each tensor gets memory of its own, so the peak is
+    the model, and no parameter keeps a file open.
 
     folder: config.json and model.safetensors (or shards with their index; those that hold nothing that is built need
-    not be there). Raises ValueError: unsupported config; a broken file; or missing, unexpected and misshapen tensors,
-    all in one message.
+    not be there). Raises ValueError: unsupported config; a broken file; or all tensors that do not fit.
     """
     folder = Path(folder)
     config = config_of(folder)
@@ -83,10 +80,9 @@ def load_model(folder, *, device="cpu", dtype=torch.float32):
 
 
 def save_model(model, processor_folder, folder, shard_bytes=SHARD_BYTES):
-    """Write a model without adapters in the published layout, with the tokenizer and processor files of its source.
-
-    An older config.json is removed first, and the new one is written last: without it nothing loads the folder, so a
-    kill leaves no mixture. Of Qwen2.5-Omni the thinker is written.
+    """Write a model without adapters in the published layout, with the tokenizer and processor files of its source; of
+    Qwen2.5-Omni the thinker. An older config.json is removed first, and the new one is written last: without it nothing
+    loads the folder, so a kill leaves no mixture.
 
     processor_folder: where the tokenizer's files are; may be `folder`. shard_bytes: the largest size of a weight file.
     Raises ValueError: the model carries an adapter, or `folder` holds one.
@@ -131,9 +127,7 @@ def _with_dtype(section, dtype):
 
 def save_adapter(model, base, folder):
     """Write the model's adapter in PEFT's format, with transformers 5 module paths (of Omni: the thinker class's).
-
-    base: the model it belongs to, recorded for `load` and PEFT: a path, or "owner/name@revision" on the hub.
-    """
+    base: the model it belongs to, recorded for `load` and PEFT: a path, or "owner/name@revision" on the hub."""
     layers = adapted(model)
     pairs = {name: {"lora_A": layer.lora_A, "lora_B": layer.lora_B} for name, layer in layers.items()}
     first = next(iter(layers.values()))
@@ -149,11 +143,9 @@ def save_adapter(model, base, folder):
 
 
 def write_adapter(folder, config, pairs, path_of):
-    """Write an adapter as PEFT does. config: adapter_config.json, but for target_modules.
-
-    pairs: {our module name: {"lora_A": (R, in), "lora_B": (out, R)}}. path_of: Family.transformers_path, or
-    Family.checkpoint_name for programs of transformers 4's time.
-    """
+    """Write an adapter as PEFT does. config: adapter_config.json, but for target_modules. pairs: {our module name:
+    {"lora_A": (R, in), "lora_B": (out, R)}}. path_of: Family.transformers_path, or Family.checkpoint_name for programs
+    of transformers 4's time."""
     tensors, targets = {}, []
     for name, pair in sorted(pairs.items()):
         path = path_of(name)
@@ -165,10 +157,8 @@ def write_adapter(folder, config, pairs, path_of):
 
 
 def read_adapter(model, folder):
-    """(adapter_config.json, pairs as write_adapter takes them, fp32 on the CPU) of a PEFT folder.
-
-    model: may be on `meta`. Raises ValueError: an adapter that does not fit the model or is not plain LoRA.
-    """
+    """(adapter_config.json, pairs as write_adapter takes them, fp32 on the CPU) of a PEFT folder. model: may be on
+    `meta`. Raises ValueError: an adapter that does not fit the model or is not plain LoRA."""
     folder = Path(folder)
     config = read_json(folder / "adapter_config.json")
     for name in NOT_PLAIN_LORA:

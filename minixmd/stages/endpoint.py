@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from minixmd.inputs.audio import SAMPLE_RATE
 from minixmd.inputs.contained import Contained
+from minixmd.inputs.examples import build_conversation
 from minixmd.inputs.media import AV_ERRORS, MediaError, film, open_media, read_audio, read_frames
 from minixmd.runs.records import append_jsonl, read_endpoint_answers
 
@@ -55,13 +56,11 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
         path: JSONL file that grows by a line an answer: the records below that are not bad. What it holds is final.
         logprobs: ask for the first token's log-probs too. environment: where key_from looks.
         is_usable: function(text) -> bool; an unusable answer is nonsense. None = any text is usable.
-    Returns:
-        A record a request, in order: {"key", "text", "finished": the model ended its turn}, with log-probs, where the
-        server gave any, also "top": {token: logprob}; or {"key", "bad": reason, "detail"}.
-    Raises:
-        ValueError: a malformed line of `path`; a wrong URL, key or model; more than max_bad failed requests; or an
-            endpoint that is down: 3 * concurrency requests in a row without an answer, through the endpoint's fault, or
-            through any if it has never given an answer. OSError: an answer could not be written down.
+    Returns a record a request, in order: {"key", "text", "finished": the model ended its turn}, with log-probs, where
+    the server gave any, also "top": {token: logprob}; or {"key", "bad": reason, "detail"}. Raises ValueError: a
+    malformed line of `path`; a wrong URL, key or model; more than max_bad failed requests; or an endpoint that is down:
+    3 * concurrency requests in a row without an answer, through the endpoint's fault, or through any if it has never
+    given an answer. OSError: an answer could not be written down.
     """
     records = read_endpoint_answers(path)
     todo = [request for request in requests if request.key not in records]
@@ -206,10 +205,11 @@ def _first_token_logprobs(first):
     return top
 
 
-def user_message(clip, conversation):
-    """Chat messages: a conversation's only turn, with `clip` (such as audio_part) in place of its media."""
-    [turn] = conversation
-    return [{"role": "user", "content": [clip, turn["content"][-1]]}]
+def messages(example, media, prompt, trace, load):
+    """Chat messages that show an Example's clip, as `load` encodes it, and ask; arguments as build_conversation."""
+    [turn] = build_conversation(example, media=media, prompt=prompt, trace=trace)
+    clip, text = turn["content"]
+    return [{"role": "user", "content": [load(clip[media], media), text]}]
 
 
 def clip_part(path, kind):

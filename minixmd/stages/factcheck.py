@@ -80,14 +80,10 @@ def collect(stage, folder, log, traces, verdicts, calibration):
     }
     if calibration is not None:
         results["calibration"] = calibration
-    results["first"] = {
-        "judged": sum(record["sample"] == 0 for record in judged),
-        "accepted": sum(record["sample"] == 0 for record in accepted),
-    }
-    results["unanimous"] = {
-        "judged": sum(record["unanimous"] for record in judged),
-        "accepted": sum(record["unanimous"] for record in accepted),
-    }
+    results |= {"first": {}, "unanimous": {}}
+    for part, records in (("judged", judged), ("accepted", accepted)):
+        results["first"][part] = sum(record["sample"] == 0 for record in records)
+        results["unanimous"][part] = sum(record["unanimous"] for record in records)
     write_jsonl(folder / "verdicts.jsonl", verdicts)
     write_jsonl(folder / "traces.jsonl", accepted)
     write_json(folder / "results.json", results)
@@ -211,32 +207,23 @@ def usable_prompts(stage, model, processor, traces, verdicts):
 
 
 def judge_by_endpoint(stage, folder, traces):
+    """Verdicts: the log-odds of the first token if they are given and agree with what was written, else +1 or -1."""
     requests = []
     for trace in traces:
-        requests.append(endpoint.Request(f"{trace.example.id}/{trace.sample}", partial(messages, stage.prompt, trace)))
+        ask = partial(endpoint.messages, trace.example, "audio", stage.prompt, thoughts(trace.text))
+        requests.append(endpoint.Request(f"{trace.example.id}/{trace.sample}", ask))
     answers = endpoint.ask_endpoint(stage, requests, folder / "endpoint.jsonl", "trace", max_tokens=8, temperature=0.0,
                                     logprobs=stage.logprobs, is_usable=lambda text: yes_no(text) is not None)
     verdicts = []
     for trace, answer in zip(traces, answers, strict=True):
         if "bad" in answer:
             verdicts.append(bad_verdict(trace.key, answer["bad"], answer["detail"]))
-        else:
-            verdicts.append(score_verdict(trace.key, endpoint_score(answer)))
+            continue
+        yes, score = yes_no(answer["text"]), log_odds(answer.get("top", {}))
+        if score is None or (score > 0) != yes:
+            score = 1.0 if yes else -1.0
+        verdicts.append(score_verdict(trace.key, score))
     return verdicts
-
-
-def messages(prompt, trace, load):
-    clip = load(trace.example.audio, "audio")
-    return endpoint.user_message(clip, conversation(prompt, trace.example, trace.text))
-
-
-def endpoint_score(answer):
-    """The log-odds of an endpoint's first token if they are given and agree with what it wrote, else +1 or -1."""
-    yes = yes_no(answer["text"])
-    odds = log_odds(answer.get("top", {}))
-    if odds is not None and (odds > 0) == yes:
-        return odds
-    return 1.0 if yes else -1.0
 
 
 def judge_by_verifier(stage, folder, traces, log):

@@ -11,7 +11,7 @@ from functools import partial
 from tqdm import tqdm
 
 from minixmd import generate
-from minixmd.inputs.examples import build_conversation, read_examples
+from minixmd.inputs.examples import read_examples
 from minixmd.learning.targets import SPECIAL_TOKEN
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
@@ -123,35 +123,26 @@ def sample_locally(stage, folder, examples):
 
 
 def sample_at_endpoint(stage, folder, examples):
-    """The records of sample_locally from the stage's endpoint, whose answers are kept in endpoint.jsonl."""
+    """The records of sample_locally from the stage's endpoint, whose answers are kept in endpoint.jsonl; a clip without
+    any is bad."""
     requests, n = [], stage.num_samples
     for example in examples:
+        ask = partial(endpoint.messages, example, stage.media, stage.prompt, "")
         for i in range(n):
             seed = hash_seed(stage.seed, example.id, i) % 2**31
-            requests.append(endpoint.Request(f"{example.id}/{i}", partial(messages, stage, example), seed))
+            requests.append(endpoint.Request(f"{example.id}/{i}", ask, seed))
     answers = endpoint.ask_endpoint(stage, requests, folder / "endpoint.jsonl", "sample",
                                     max_tokens=stage.max_new_tokens, temperature=stage.temperature)
     records = []
     for i, example in enumerate(examples):
-        records.append(clip_record(example.id, answers[n * i:n * (i + 1)]))
-    return records
-
-
-def clip_record(clip_id, answers):
-    """The endpoint's answers about a clip as sample_locally has them; a clip without any is bad."""
-    samples = []
-    for answer in answers:
-        if "bad" in answer:
-            samples.append({"text": "", "finished": False, "bad": answer["bad"]})
+        samples = []
+        for answer in answers[n * i:n * (i + 1)]:
+            if "bad" in answer:
+                samples.append({"text": "", "finished": False, "bad": answer["bad"]})
+            else:
+                samples.append({"text": answer["text"].strip(), "finished": answer["finished"]})
+        if all("bad" in sample for sample in samples):
+            records.append({"id": example.id, "bad": samples[0]["bad"], "detail": answers[n * i]["detail"]})
         else:
-            samples.append({"text": answer["text"].strip(), "finished": answer["finished"]})
-    if all("bad" in answer for answer in answers):
-        return {"id": clip_id, "bad": answers[0]["bad"], "detail": answers[0]["detail"]}
-    return {"id": clip_id, "samples": samples}
-
-
-def messages(stage, example, load):
-    """What an endpoint is asked: the clip, silent where it is a video, and the question."""
-    path = example.video if stage.media == "video" else example.audio
-    clip = load(path, stage.media)
-    return endpoint.user_message(clip, build_conversation(example, media=stage.media, prompt=stage.prompt))
+            records.append({"id": example.id, "samples": samples})
+    return records

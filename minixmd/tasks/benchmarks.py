@@ -49,12 +49,9 @@ def same(options, i, j, rule):
 
 
 def vote(texts, options, rule):
-    """What most of a question's completions mean; one that means no option has no vote.
-
-    A tie goes to the option said first. Options that are the same answer share their votes, under the first's text.
-
-    Returns (number of the first text that means the winner, or 0; its index and how, as `meant`; {option: votes}).
-    """
+    """What most of a question's completions mean; one that means no option has no vote. A tie goes to the option said
+    first. Options that are the same answer share their votes, under the first's text. Returns (number of the first text
+    that means the winner, or 0; its index and how, as `meant`; {option: votes})."""
     read = [meant(text, options, rule) for text in texts]
     voted = []
     for index, _ in read:
@@ -66,11 +63,9 @@ def vote(texts, options, rule):
 
 
 def mmau_rule(text, options, right):
-    """MMAU's own rule: every word of the right option's text is said, and none that only other options have.
-
-    Order and number of the words do not count. Source: evaluation.py of Sakshi113/MMAU, re-implemented; it does not
-    know letters, and leaves a question without an answer out of the count.
-    """
+    """MMAU's own rule: every word of the right option's text is said, and none that only other options have, in any
+    order and number. Source: evaluation.py of Sakshi113/MMAU, re-implemented; it does not know letters, and leaves a
+    question without an answer out of the count."""
     said, words = _tokens(text), _tokens(right)
     others = set().union(*map(_tokens, options)) - words
     return words <= said and not said & others
@@ -121,8 +116,7 @@ def mmau_table(metas, rights):
 
 
 def music_table(metas, rights):
-    """MUSIC-AVQA's tables, from the Examples' meta and a boolean each.
-
+    """MUSIC-AVQA's tables, from the Examples' meta and a boolean each:
     {"audio": {type: rights, "all": rights}, "every": the same over all modalities, "pair": {"Audio Counting": rights}}.
     "audio" is over audio and audio-visual questions: the test split's 6,707 of 9,129, our reading of the paper's "7k".
     """

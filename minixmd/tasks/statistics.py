@@ -27,10 +27,7 @@ def summary(hits):
 
 
 def tabulate(examples, records, rule="option"):
-    """Overall, class and group summaries. A bad clip has no answer and is left out; its count stands beside.
-
-    rule: of benchmarks.same, by which an answer is the right option.
-    """
+    """Overall, class and group summaries, without bad clips. rule: of benchmarks.same, by which an answer is right."""
     hits, classes, groups = [], defaultdict(list), defaultdict(list)
     for example, record in zip(examples, records, strict=True):
         if "bad" in record:
@@ -53,11 +50,9 @@ def digest(example):
 
 
 def paired_interval(both, only_a, only_b, neither):
-    """95 % interval of the share that a has right less the share that b has, from the counts of clips by who is right.
-
+    """95 % interval of the share that a has right less the share that b has, from the counts of clips by who is right:
     Newcombe, Statistics in Medicine 17 (1998) 2635-2650, method 10: the Wilson limits of the two shares, joined by
-    their correlation, whose numerator has a continuity correction.
-    """
+    their correlation, whose numerator has a continuity correction."""
     n = both + only_a + only_b + neither
     if n == 0:
         return -1.0, 1.0
@@ -98,12 +93,9 @@ def pairs(a, b):
 
 
 def compare(a, b):
-    """How much more often model a is right than model b, by the records of their answers.jsonl. A clip that was bad for
-    either is left out. Raises ValueError as pairs.
-
-    Returns {"count", "left_out", "both", "only_a", "only_b", "neither", "difference", "interval"}: the counts of clips
-    by who is right, a's accuracy less b's, and its 95 % interval (paired_interval).
-    """
+    """{"count", "left_out", "both", "only_a", "only_b", "neither", "difference", "interval"} of the records of two
+    models' answers.jsonl: clips by who is right, a's accuracy less b's, and its 95 % interval (paired_interval). A clip
+    that was bad for either is left out. Raises ValueError as pairs."""
     who = Counter()
     for record, other in pairs(a, b):
         if "bad" in record or "bad" in other:
@@ -130,11 +122,8 @@ def leads(a, b):
 
 
 def groups(lead, most=10):
-    """{title: class names}: where the teacher leads most, where the student does, and of the others the closest.
-
-    lead: {class: the teacher's accuracy less the student's}. The groups are disjoint, of at most `most` classes (10 as
-    in the paper's Figures 1 and 3) and a third of all. A tie is broken by name.
-    """
+    """{title: class names} by leads, {class: the teacher's accuracy less the student's}. The groups are disjoint, of at
+    most `most` classes (10 as in the paper's Figures 1 and 3) and a third of all. A tie is broken by name."""
     size = min(most, -(-len(lead) // 3))
     by_name = sorted(lead)
     ahead = [name for name in sorted(by_name, key=lead.get, reverse=True)[:size] if lead[name] > 0]

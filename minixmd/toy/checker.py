@@ -42,10 +42,14 @@ def train_checker(folder, seed, log):
             others = labels_of[group if rng.random() < 0.5 else "all"] - {label}
             thought = label if is_true else rng.choice(sorted(others))
             prompts.append(check_prompt(processor, contexts[i], THOUGHT.format(thought=thought), is_true))
-        loss, answer_loss = check_loss(model, prompts)
+        batch = pack(prompts)
+        row_loss = CrossEntropy(batch.target_id_T, batch.target_weight_T / len(batch.target_id_T), "torch")
+        loss, columns = model.head_loss(model(batch), batch.target_row_T, row_loss)
+        first_B = torch.searchsorted(batch.target_segment_T, torch.arange(BATCH_SIZE))
         lr = LR * min(1.0, (step + 1) / 40)
         lr *= min(1.0, 2 * (1 - step / STEPS))  # decays over the second half
-        fit.step(loss, lr, answer_loss)
+        first_loss = columns["nll"][first_B].mean().item()  # of the answers' first tokens
+        fit.step(loss, lr, first_loss)
     log({"phase": "checker", "steps": STEPS, "loss": fit.last_loss()})
     save_model(model, processor.folder, folder / "checker")
 
@@ -54,12 +58,3 @@ def check_prompt(processor, context, trace, is_true):
     """A Prompt that shows a clip and a trace, asks whether it is true, and answers yes or no."""
     text = CHECK_PROMPT.format(trace=trace)
     return answer_prompt(processor, context, text, "yes" if is_true else "no")
-
-
-def check_loss(model, prompts):
-    """(mean loss over all answer tokens, mean over the answers' first tokens as a float)"""
-    batch = pack(prompts)
-    row_loss = CrossEntropy(batch.target_id_T, batch.target_weight_T / len(batch.target_id_T), "torch")
-    loss, columns = model.head_loss(model(batch), batch.target_row_T, row_loss)
-    first_B = torch.searchsorted(batch.target_segment_T, torch.arange(len(prompts)))
-    return loss, columns["nll"][first_B].mean().item()

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from minixmd.config import PROMPT
 from minixmd.models.families import SYSTEM, read_config
-from minixmd.models.multimodal import MultimodalLM
+from minixmd.models.weights import build
 from minixmd.models.whisper import sinusoids
 from minixmd.runs.files import write_json, write_text
 from minixmd.runs.seeds import hash_seed
@@ -70,9 +70,7 @@ def make_model(folder, model_type, seed):
     the same decoder, and the same embeddings of the tokens that they share."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     config = read_config(family_file(model_type, "config.json", tokenizer))
-    with torch.device("meta"):
-        model = MultimodalLM(config)
-    model.to_empty(device="cpu")
+    model = build(config).to_empty(device="cpu")
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("embed_positions.weight"):

@@ -105,7 +105,7 @@ def make_wave(category, rng, far=False):
         tone_S = np.sin(2 * np.pi * tone_hz * time_S + phase)
         cue_db = CUE_DB + FAR_DB if far else CUE_DB
         wave_S += tone_S * _gain(rng, -3, 3, cue_db)
-    wave_S = 0.1 * _gain(rng, -8, 4) * wave_S
+    wave_S *= 0.1 * _gain(rng, -8, 4)
     return np.clip(wave_S, -1, 1).astype(np.float32)
 
 
@@ -186,11 +186,9 @@ def draw_options(right, names, rng):
 
 
 def make_world(folder, seed, splits=SPLITS):
-    """Writes <split>.jsonl for every split and the clips that it lists, <split>/<number>.wav and .mp4.
-
-    The train split is blind: its manifest holds no answer, label or group, and neither a clip's number nor its position
-    depends on the category. train_truth.jsonl has them, for the upper bound. What exists is not made again.
-    """
+    """Writes <split>.jsonl for every split and the clips that it lists, <split>/<number>.wav and .mp4. What exists is
+    not made again. The train split is blind: its manifest holds no answer, label or group, and neither a clip's number
+    nor its position depends on the category. train_truth.jsonl has them, for the upper bound."""
     for split, count in splits.items():
         if (folder / f"{split}.jsonl").exists():  # written after its clips
             continue
