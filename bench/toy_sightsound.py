@@ -31,6 +31,7 @@ from minixmd.stages.cnn14_training import load_logmel
 from minixmd.tasks.answers import thoughts
 from minixmd.tasks.rewards import REWARDS
 from minixmd.tasks.statistics import compare, summary
+from minixmd.tasks.yes_no import auc
 
 ROWS = {title: f"{name}_test" for title, name in (LADDER | CONTROLS).items()}  # title -> Evaluate stage, as in MODES
 DIFFERENCES = {  # title -> (Evaluate stage, stage subtracted from it)
@@ -139,9 +140,9 @@ def judge_verifier(run):
         "calibrated_on": len(calibrated),
         "traces": len(traces),
         "true": sum(is_true),
-        "auc": verifier.auc([record["score"] for record in verdicts], is_true),
-        "auc_shuffled": verifier.auc(shuffled_scores(run, traces, ids), is_true),
-        "checker_auc": verifier.auc([checker_scores[key] for key in keys], is_true),
+        "auc": auc([record["score"] for record in verdicts], is_true),
+        "auc_shuffled": auc(shuffled_scores(run, traces, ids), is_true),
+        "checker_auc": auc([checker_scores[key] for key in keys], is_true),
         "calibration": read_json(run / "verifier" / "results.json")["calibration"],
     }
 
@@ -151,7 +152,8 @@ def shuffled_scores(run, traces, ids):
     fields = read_json(run / "verifier" / "config.json")
     stage = FactCheck(**{name: value for name, value in fields.items() if name != "stage"})
     model, processor = load(run / "toy" / "student")
-    network = verifier.restore(stage, model.config.text.hidden_size, run / "verifier" / "verifier.safetensors", "cpu")
+    weights = run / "verifier" / "verifier.safetensors"
+    network = verifier.load_verifier(weights, model.config.text.hidden_size, stage.width)
     generator = torch.Generator().manual_seed(hash_seed(0, run.name))
     order = torch.randperm(len(ids), generator=generator).tolist()
     other = {clip_id: ids[place] for clip_id, place in zip(ids, order, strict=True)}
@@ -159,7 +161,10 @@ def shuffled_scores(run, traces, ids):
     logmels = {clip_id: load_logmel(audio[clip_id], stage.clip_s) for clip_id in ids}
     texts = [thoughts(trace["text"]) for trace in traces]
     text_BD = verifier.trace_vectors(model, processor, texts, stage.batch_tokens)
-    return verifier.scores(network, [logmels[other[trace["id"]]] for trace in traces], text_BD, stage.batch_size)
+    pairs = []
+    for trace, text_D in zip(traces, text_BD, strict=True):
+        pairs.append(verifier.Pair(logmels[other[trace["id"]]], text_D, trace["option"]))
+    return verifier.score_pairs(network, pairs, stage.batch_size)
 
 
 # ---- GRPO's curve and the claims ----

@@ -3,7 +3,6 @@
 What trains or samples never reaches for a submodule's parameters; only what checks does (minixmd.verify, bench/).
 """
 from collections import OrderedDict
-from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from minixmd.models.attention import packed_attention
 from minixmd.models.head import CHUNK, head_loss, raw_logits
-from minixmd.models.lora import Linear
+from minixmd.models.lora import Linear, set_backend
 from minixmd.models.qwen2 import Qwen2
 from minixmd.models.vit import ViT
 from minixmd.models.whisper import Whisper
@@ -115,5 +114,15 @@ class MultimodalLM(nn.Module):
 def frozen_copy(model):
     """A frozen reference policy: it shares the parameters that do not train and copies those that do. It runs the same
     kernels, so the KL between the two is exactly 0 until the first update."""
-    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return deepcopy(model, shared).requires_grad_(False)
+    with torch.device("meta"):
+        copy = MultimodalLM(model.config)
+    layers = dict(copy.named_modules())
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            layers[name].scale = module.scale
+        for leaf, p in module.named_parameters(recurse=False):
+            values = p.detach().clone() if p.requires_grad else p
+            layers[name].register_parameter(leaf, nn.Parameter(values, requires_grad=False))
+    copy.tie()
+    set_backend(copy, model.backend)
+    return copy

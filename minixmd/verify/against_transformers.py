@@ -20,8 +20,8 @@ def same_logits(subject):
         if count >= LARGE:
             return Outcome(f"it takes a second copy of {count / 1e9:.1f}e9 parameters; --against transformers does it")
     theirs = reference_logits(subject)
-    bare = without_adapter(subject)  # which is not in the base's files
-    ours = [bare.logits([prompt])[0] for prompt in bare.prompts]
+    with without_adapter(subject.model):  # which is not in the base's files
+        ours = [subject.logits([prompt])[0] for prompt in subject.prompts]
     outcome = subject.compare(ours, theirs)
     if subject.dtype == "float32":
         return outcome
