@@ -189,9 +189,7 @@ class Trainer:
 
     def update(self, loss):
         """Clips the gradients, takes an optimizer step and drops them. Returns the gradient norm and the learning rate.
-
-        Raises ValueError, and changes no weight, where the loss or the gradient's norm is not finite.
-        """
+        Raises ValueError, and changes no weight, where the loss or the gradient's norm is not finite."""
         stage = self.stage
         if not math.isfinite(loss):
             raise ValueError(f"{stage.name}: the loss at step {self.step + 1} is {loss}; stopped")
@@ -225,10 +223,8 @@ class Trainer:
     # ---- SFT ----
 
     def sft_step(self, samples):
-        """One optimizer step on [(Prompt, Item)]: the mean cross-entropy over all target tokens.
-
-        The denominator is the whole step's, so the gradient does not depend on the micro-batch size.
-        """
+        """One optimizer step on [(Prompt, Item)]: the mean cross-entropy over all target tokens. The denominator is the
+        whole step's, so the gradient does not depend on the micro-batch size."""
         loss = self.sft_gradients(samples)
         return {"loss": loss, **self.update(loss), "tokens": count_tokens(samples)}
 
@@ -282,10 +278,8 @@ class Trainer:
 
     def teacher_kl(self, hidden_ND, batch, topk, num_clips, metrics):
         """T² KL(teacher || student) at the letters of some clips, {segment: the teacher's best ids}, over num_clips.
-
         The KL is over the ids that both vocabularies share, less the suppressed ones. What the teacher holds elsewhere
-        is left out of its distribution and logged, as is what the student holds there.
-        """
+        is left out of its distribution and logged, as is what the student holds there."""
         device = hidden_ND.device
         owners = batch.target_segment_T.tolist()
         first_K = torch.tensor([owners.index(segment) for segment in topk])  # the letter is a turn's first token
@@ -443,10 +437,8 @@ class Trainer:
         return due and self.step > self.validated_step
 
     def validate(self, examples):
-        """Accuracy on the validation manifest: by letters, or by greedily written answers in GRPO and with traces.
-
-        The best weights so far (the earliest, in a tie) are kept.
-        """
+        """Accuracy on the validation manifest: by letters, or by greedily written answers in GRPO and with traces. The
+        best weights so far (the earliest, in a tie) are kept."""
         stage = self.stage
         accuracy, bad = validation_accuracy(self.model, self.processor, examples, stage)
         if accuracy > self.best_accuracy:

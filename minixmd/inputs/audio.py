@@ -65,9 +65,7 @@ def log_mel(wave_S, window_s=WINDOW_S):
 @functools.cache
 def mel_filters(n_fft, mels, lowest_hz=0):
     """Slaney's filter bank, (mels, n_fft / 2 + 1) float32: triangles from lowest_hz to 8 kHz, each with an area of one.
-
-    The mel scale is linear to 1 kHz (15 mel) and logarithmic above (27 steps for a factor of 6.4).
-    """
+    The mel scale is linear to 1 kHz (15 mel) and logarithmic above (27 steps for a factor of 6.4)."""
     step = np.log(6.4) / 27
     mel = np.linspace(lowest_hz * 3 / 200, 15 + np.log(SAMPLE_RATE / 2 / 1000) / step, mels + 2)
     edge_hz = np.where(mel < 15, mel * 200 / 3, 1000 * np.exp(step * (mel - 15)))[:, None]

@@ -86,9 +86,7 @@ class Batch:
 
 def pack(items):
     """Concatenate Prompts and Groups into one Batch. Item i's rows are `spans[i]`: its prompt, then its completions.
-
-    Raises ValueError: no items, an empty completion, or a target that nothing precedes.
-    """
+    Raises ValueError: no items, an empty completion, or a target that nothing precedes."""
     if not items:
         raise ValueError("pack needs at least one Prompt or Group")
     ids, positions, segments, media, spans = [], [], [], [], []

@@ -33,11 +33,9 @@ def num_workers():
 
 
 class Contained:
-    """function(path, *arguments) in a child process; of a module's own function, or a partial of one.
-
-    Calling it returns the result, which is pickled, or raises the MediaError or OSError that the function raised. A
-    call that is lost raises MediaError: "out of time", "out of memory" or "crashed", as any other exception counts.
-    """
+    """function(path, *arguments) in a child process; of a module's own function, or a partial of one. Calling it
+    returns the result, which is pickled, or raises the MediaError or OSError that the function raised. A call that is
+    lost raises MediaError: "out of time", "out of memory" or "crashed", as any other exception counts."""
 
     def __init__(self, function, limit_s=LIMIT_S, workers=None):
         self.function, self.limit_s = function, limit_s

@@ -63,11 +63,9 @@ def data_root(manifest):
 
 
 def read_manifest(path, allow_outside=False):
-    """The Examples of a JSONL manifest, media paths made absolute.
-
-    allow_outside: they may lie outside data_root. Raises ValueError, which names file, line and field: a line that is
-    not an example, a repeated id, a path outside, or no example.
-    """
+    """The Examples of a JSONL manifest, media paths made absolute. allow_outside: they may lie outside data_root.
+    Raises ValueError, which names file, line and field: a line that is not an example, a repeated id, a path outside,
+    or no example."""
     path = Path(path)
     folder, root = os.path.realpath(path.parent), data_root(path)
     examples, line_of = [], {}

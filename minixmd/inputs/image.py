@@ -45,10 +45,8 @@ def sample_frames(total, video_fps, *, fps=1.0, nframes=None):
 
 def smart_resize(height, width, *, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS):
     """The (height, width) that a frame is resized to: multiples of 28, min_pixels to max_pixels in area, of nearly the
-    same shape. Halves round to even. A side is never below 28, so a very flat frame may miss the upper limit.
-
-    Raises ValueError: an empty frame, sides in a ratio above 200, or contradicting limits.
-    """
+    same shape. Halves round to even. A side is never below 28, so a very flat frame may miss the upper limit. Raises
+    ValueError: an empty frame, sides in a ratio above 200, or contradicting limits."""
     if min(height, width) < 1:
         raise ValueError(f"frame sides must be at least 1 pixel, got {height} x {width}")
     if max(height, width) > 200 * min(height, width):

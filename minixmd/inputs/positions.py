@@ -23,11 +23,9 @@ def positions_of(length, blocks):
 
 
 def grid_offsets(grid_thw, *, ids_per_s=None, fps=None):
-    """Offsets (3, t h w / 4) of a video's merged tokens.
-
-    grid_thw: patch grid before the 2x2 merge; t counts frame pairs. ids_per_s: ids that a second takes (Qwen2.5-VL,
-    Omni), rounded down; None = one id a frame pair (Qwen2-VL). fps: frames sampled per second; needed with ids_per_s.
-    """
+    """Offsets (3, t h w / 4) of a video's merged tokens. grid_thw: patch grid before the 2x2 merge; t counts frame
+    pairs. ids_per_s: ids that a second takes (Qwen2.5-VL, Omni), rounded down; None = one id a frame pair (Qwen2-VL).
+    fps: frames sampled per second; needed with ids_per_s."""
     t, h, w = grid_thw[0], grid_thw[1] // 2, grid_thw[2] // 2
     time_t = torch.arange(t)
     if ids_per_s is not None:
@@ -37,11 +35,9 @@ def grid_offsets(grid_thw, *, ids_per_s=None, fps=None):
 
 
 def interleave(video_3P, audio_tokens, chunk):
-    """A sounded video's order: in every `chunk` of ids first the picture's tokens, then the sound's, one id each.
-
-    As in the reference a token opens one chunk at most, so frame pairs further apart than a chunk are split over two.
-    Returns (is_video_P, offsets_3P) over the P video and audio tokens in their new order.
-    """
+    """A sounded video's order: in every `chunk` of ids first the picture's tokens, then the sound's, one id each. As in
+    the reference a token opens one chunk at most, so frame pairs further apart than a chunk are split over two. Returns
+    (is_video_P, offsets_3P) over the P video and audio tokens in their new order."""
     audio_3A = torch.arange(audio_tokens).expand(3, -1)
     offsets_3P = torch.cat([video_3P, audio_3A], dim=1)
     is_audio_P = torch.arange(offsets_3P.shape[1]) >= video_3P.shape[1]

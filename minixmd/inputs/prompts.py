@@ -11,10 +11,8 @@ from minixmd.inputs.media import MediaError
 
 def build_prompt(processor, example, prompt_format, answer=None, trace="", load=load_clip, max_new_tokens=0):
     """The Prompt that asks an example's question, as a config.PromptFormat says; answer, trace: build_conversation's,
-    load, max_new_tokens: Processor's.
-
-    Raises MediaError: the clip cannot be used. ValueError: another fault; the example is named.
-    """
+    load, max_new_tokens: Processor's. Raises MediaError: the clip cannot be used. ValueError: another fault; the
+    example is named."""
     conversation = build_conversation(example, media=prompt_format.media, prompt=prompt_format.template, answer=answer,
                                       trace=trace, video_options=prompt_format.video_options)
     try:

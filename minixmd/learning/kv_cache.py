@@ -23,11 +23,9 @@ def pool_bytes(text, prompt_slots, longest_prompt, decode_slots, max_new_tokens,
 
 
 class KVCache:
-    """Keys and values of prompts, once each, and of their completions; decode slot b's prompt is in slot b // n.
-
-    k, v: (layers, decode slots, J, C, K), of which `length_B` rows a slot are real. prompt_k, prompt_v: (layers, prompt
-    slots, J, P, K), of which `prompt_length_G` rows are real.
-    """
+    """Keys and values of prompts, once each, and of their completions; decode slot b's prompt is in slot b // n. k, v:
+    (layers, decode slots, J, C, K), of which `length_B` rows a slot are real. prompt_k, prompt_v: (layers, prompt
+    slots, J, P, K), of which `prompt_length_G` rows are real."""
 
     def __init__(self, shapes, device, dtype, backend):
         prompt_shape, shape = shapes

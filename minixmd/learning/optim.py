@@ -14,11 +14,9 @@ def learning_rate(step, steps, peak, warmup_ratio):
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW for bf16 parameters, each with an fp32 master in the optimizer's state.
-
-    A bf16 number near 1 cannot change by less than 0.004: at lr 1e-6 nearly every update would be lost. The master
-    takes them all, in fp32, and the parameter is its rounding. A gradient's fp32 copy lives for its parameter's turn.
-    """
+    """AdamW for bf16 parameters, each with an fp32 master in the optimizer's state. A bf16 number near 1 cannot change
+    by less than 0.004: at lr 1e-6 nearly every update would be lost. The master takes them all, in fp32, and the
+    parameter is its rounding. A gradient's fp32 copy lives for its parameter's turn."""
 
     @torch.no_grad()
     def step(self):

@@ -46,10 +46,8 @@ def resolve_targets(stage, examples):
 
 def label_items(stage, examples):
     """The labels of the teacher. In a distillation the gate decides clip by clip whose label is the target (gate.py).
-
     Where it does not send a clip to the teacher, the target is the student's own earlier letter, which keeps what the
-    student knew (the anti-forgetting loss); without the student's letters such a clip is left out.
-    """
+    student knew (the anti-forgetting loss); without the student's letters such a clip is left out."""
     distills = isinstance(stage, Distill)
     paths = {"teacher": stage.teacher_labels, "student": stage.student_labels if distills else None}
     labels = {source: read_by_id(path) for source, path in paths.items() if path}
