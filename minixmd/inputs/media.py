@@ -153,9 +153,10 @@ def read_frames(path, *, fps=1.0, nframes=None, fit=None):
     shapes = set()
 
     def convert(frame, count):
-        image = torch.from_numpy(np.ascontiguousarray(_to_rgb(frame, path))).permute(2, 0, 1)[None]
-        shapes.add(image.shape)
-        return image.contiguous() if fit is None else fit(image, count)
+        turned_HWC = np.rot90(_array(frame, path, format="rgb24"), round(frame.rotation / 90))  # as the file says
+        image_1CHW = torch.from_numpy(turned_HWC.copy()).permute(2, 0, 1)[None]
+        shapes.add(image_1CHW.shape)
+        return image_1CHW.contiguous() if fit is None else fit(image_1CHW, count)
 
     images = None
     if times:
@@ -192,39 +193,38 @@ def _frame_times(path):
 def _decode_times(path, times, convert):
     """The frames at these time stamps, converted; None if one does not come out. Frames on which no other depends, and
     which are not wanted, are not decoded."""
-    images = {}
+    images, chosen = {}, set(times)
 
     def skip_if_unneeded(packet):
         wanted = packet.pts is None or packet.pts in chosen
         packet.stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
 
-    chosen = set(times)
-    with open_media(path) as container:
-        for frame in _decode(container, film(container, path), path, skip_if_unneeded):
-            if frame.pts in chosen:
-                images[frame.pts] = convert(frame, len(times))
-    if images.keys() != chosen:
-        return None
-    return [images[time] for time in times]
+    for frame in _film_frames(path, skip_if_unneeded):
+        if frame.pts in chosen:
+            images[frame.pts] = convert(frame, len(times))
+    return [images[time] for time in times] if images.keys() == chosen else None
 
 
 def _decode_all(path, choose, convert):
     """(the chosen frames, converted, the number of all frames). choose: function(number of frames) -> indices."""
     kept, total, kept_bytes = [], 0, 0
-    with open_media(path) as container:
-        for frame in _decode(container, film(container, path), path):
-            total += 1
-            kept_bytes += sum(plane.buffer_size for plane in frame.planes)
-            if kept_bytes <= KEPT_BYTES:
-                kept.append(frame)
-    index_T = choose(total)
+    for frame in _film_frames(path):
+        total += 1
+        kept_bytes += sum(plane.buffer_size for plane in frame.planes)
+        if kept_bytes <= KEPT_BYTES:
+            kept.append(frame)
+    index_T = choose(total)  # strictly increasing: there are never more picks than frames
     if len(kept) == total:
         return [convert(kept[i], len(index_T)) for i in index_T], total
     del kept
-    chosen = set(index_T)  # strictly increasing: there are never more picks than frames
+    chosen = set(index_T)
+    return [convert(frame, len(index_T)) for i, frame in enumerate(_film_frames(path)) if i in chosen], total
+
+
+def _film_frames(path, before_packet=None):
+    """Yields the decoded frames of the video track. before_packet: function(packet), called before it is decoded."""
     with open_media(path) as container:
-        frames = enumerate(_decode(container, film(container, path), path))
-        return [convert(frame, len(index_T)) for i, frame in frames if i in chosen], total
+        yield from _decode(container, film(container, path), path, before_packet)
 
 
 def check_file(path):
@@ -304,7 +304,7 @@ def film(container, path):
 
 
 def _decode(container, stream, path, before_packet=None):
-    """The frames of a track. before_packet: function(packet), called before it is decoded."""
+    """Yields the frames of a track. before_packet: as in _film_frames."""
     count, fault = 0, ""
     if stream.codec_context is None:
         raise MediaError(path, "unreadable", "no decoder for its codec")
@@ -355,13 +355,11 @@ def _frames_of(packet):
         raise
 
 
-def _to_rgb(frame, path):
-    """A frame's picture (H, W, 3), turned as the file says."""
+def _array(frame, path, **options):
     try:
-        image = frame.to_ndarray(format="rgb24")
+        return frame.to_ndarray(**options)
     except AV_ERRORS as error:
-        raise MediaError(path, "unreadable", f"no RGB from {frame.format.name}: {error}") from None
-    return np.rot90(image, round(frame.rotation / 90)) if frame.rotation else image
+        raise MediaError(path, "unreadable", f"no array from {frame.format.name}: {error}") from None
 
 
 def _seconds_after_picture(container, first_frame, path):
@@ -378,10 +376,7 @@ def _seconds_after_picture(container, first_frame, path):
 
 
 def _mono(frame, path):
-    try:
-        x = frame.to_ndarray()  # (channels, samples) or, packed, (1, samples * channels)
-    except AV_ERRORS as error:
-        raise MediaError(path, "unreadable", f"no samples from {frame.format.name}: {error}") from None
+    x = _array(frame, path)  # (channels, samples) or, packed, (1, samples * channels)
     if not frame.format.is_planar:
         x = x.reshape(-1, len(frame.layout.channels)).T
     if x.dtype == np.uint8:
