@@ -98,19 +98,12 @@ def runs_on_all_ranks(stage):
 def with_paths(stage, config):
     """The stage with every "@name" replaced by the path it stands for."""
     def path(value):
+        if isinstance(value, dict):
+            return {key: path(part) for key, part in value.items()}
         return str(resolve(value, config.run_dir, config.stages))
 
-    changes = {}
-    for field in input_paths(stage, config.run_dir, config.stages):
-        name = field.partition(".")[0]  # a table's fields read "tables.row.column"
-        value = getattr(stage, name)
-        if isinstance(value, dict):
-            changes[name] = {}
-            for row, cells in value.items():
-                changes[name][row] = {column: path(cell) for column, cell in cells.items()}
-        else:
-            changes[name] = path(value)
-    return replace(stage, **changes)
+    names = {field.partition(".")[0] for field in input_paths(stage, config.run_dir, config.stages)}
+    return replace(stage, **{name: path(getattr(stage, name)) for name in names})  # a table's is "tables.row.column"
 
 
 if __name__ == "__main__":
