@@ -1,6 +1,7 @@
 """Files that are whole or absent: written under a temporary name in the same folder, synced, then renamed."""
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -22,10 +23,8 @@ def _publish(path, write, sync=True):
         os.chmod(temporary, 0o666 & ~UMASK)  # safetensors makes files that nobody else can read
         os.replace(temporary, path)
     except BaseException:
-        try:
+        with suppress(OSError):  # the folder itself may be the trouble; the first error says so
             temporary.unlink(missing_ok=True)
-        except OSError:
-            pass  # the folder itself may be the trouble; the first error says so
         raise
 
 

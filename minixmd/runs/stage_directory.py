@@ -34,17 +34,11 @@ MAY_CHANGE = ("max_bad", "clip_limit_s", "allow_outside", "cache_gib", "endpoint
 
 
 def begin(run_dir, stage, inputs, source, hub_names=None):
-    """Opens a stage's directory, new or of an interrupted run.
+    """Opens a stage's directory, run_dir/stage.name, new or of an interrupted run; None if the stage is finished.
 
-    Args:
-        run_dir: directory of the run; the stage's is run_dir/stage.name.
-        inputs: field -> path of every file or folder that the stage reads (references.input_paths).
-        hub_names: field -> "owner/name@commit" of inputs that are on the hub.
-    Returns:
-        The stage's directory, or None if the stage is finished.
-    Raises:
-        ValueError: the directory belongs to another config (MAY_CHANGE aside) or to other inputs, or an input is
-            missing; one line.
+    inputs: field -> path of every file or folder that the stage reads (references.input_paths). hub_names: field ->
+    "owner/name@commit" of inputs that are on the hub. Raises ValueError, in one line: the directory belongs to another
+    config (MAY_CHANGE aside) or to other inputs, or an input is missing.
     """
     folder = Path(run_dir) / stage.name
     config = json.loads(json.dumps({"stage": type(stage).__name__.lower(), **asdict(stage)}))  # tuples become lists
