@@ -74,6 +74,9 @@ def check_before_work(stages):
 def run_stage(stage, config, rank):
     """Runs a stage in its directory, if it is not finished. All processes call this together."""
     paths = input_paths(stage, config.run_dir, config.stages)
+    # whether the processes that torchrun started divide its clips among themselves
+    shared = isinstance(stage, (Evaluate, Label, Traces)) or getattr(stage, "checker", None) == "model"
+    shared = shared and getattr(stage, "endpoint", None) is None
     folder = None
     if rank == 0:
         hub_names = {field: pinned(path) for field, path in paths.items() if field == "model" and not path.exists()}
@@ -81,18 +84,12 @@ def run_stage(stage, config, rank):
     folder = broadcast(folder)
     if folder is None and rank == 0:
         print(f"{stage.name}: finished before, skipped", flush=True)
-    elif folder is not None and (rank == 0 or runs_on_all_ranks(stage)):
+    elif folder is not None and (rank == 0 or shared):
         print(f"{stage.name}: runs in {folder}{describe_device(stage)}", flush=True)
         RUN[type(stage)](with_paths(stage, config), folder, partial(append_jsonl, folder / "log.jsonl"))
         if rank == 0:
             finish(folder)
     barrier()
-
-
-def runs_on_all_ranks(stage):
-    """Whether the processes that torchrun started divide a stage's clips among themselves."""
-    local_model = isinstance(stage, (Evaluate, Label, Traces)) or getattr(stage, "checker", None) == "model"
-    return local_model and getattr(stage, "endpoint", None) is None
 
 
 def with_paths(stage, config):
