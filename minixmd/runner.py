@@ -1,7 +1,6 @@
 """Runs a config's stages in order: python -m minixmd.train config.py [stage.field=value …]
 
-Every stage has its own directory in the run directory. A finished stage is skipped, an interrupted one goes on where it
-stopped. Under torchrun every process computes its share of a stage's shards; the first does all the rest.
+Under torchrun every process computes its share of a stage's shards; the first does all the rest.
 """
 import argparse
 import os

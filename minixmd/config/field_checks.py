@@ -1,9 +1,6 @@
-"""Dataclasses that check what they are given: `@stage`, field annotations with bounds, and shared checks.
-
-A field's annotation says all that can be said of it alone: its type, `Literal` for a choice, `Annotated[float, "> 0"]`
-for bounds. What concerns two fields is checked in the class's `check`, which runs after that. Every message is one line
-that names the field and the value.
-"""
+"""`@stage`, dataclasses that check what they are given: each field by its annotation, such as `Literal[…]` for a choice
+or `Annotated[float, "> 0"]` for bounds; then, in the class's `check`, what concerns two fields. Every message is one
+line that names the field and the value."""
 import math
 import operator
 import re

@@ -1,4 +1,4 @@
-"""load_config: a config file and its overrides to the stages of a run, checked as a whole."""
+"""load_config: a file that defines `stages = […]` and, if it likes, `run_dir`, to the stages of a run, all checked."""
 import runpy
 import traceback
 from dataclasses import dataclass, fields, replace

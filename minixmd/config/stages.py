@@ -1,8 +1,4 @@
-"""The stages of a run, one frozen dataclass each. load.py reads the file that lists them.
-
-A config is a Python file that defines `stages = [...]` and, if it likes, `run_dir`. A field that names a file may hold
-"@name", the output of an earlier stage (references.py).
-"""
+"""The stages of a run, one frozen dataclass each. A field that names a file may hold "@name" (references.py)."""
 import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit

@@ -1,7 +1,5 @@
-"""Several processes of one run, as torchrun starts them, and the shards that they divide among themselves.
-
-Shards are fixed by the manifest, so who computes which changes no result.
-"""
+"""Several processes of one run, as torchrun starts them. They divide shards, which the manifest fixes: who computes
+which changes no result."""
 from datetime import timedelta
 
 import torch
