@@ -15,14 +15,7 @@ from minixmd.config.field_checks import (
     check_unused,
     stage,
 )
-from minixmd.config.prompts import (
-    AUDIO_COT_PROMPT,
-    CHECK_PROMPT,
-    PROMPT,
-    THINK_PROMPT,
-    ClipReading,
-    PromptFormat,
-)
+from minixmd.config.prompts import AUDIO_COT_PROMPT, CHECK_PROMPT, PROMPT, THINK_PROMPT, ClipReading, PromptFormat
 
 Media = Literal["audio", "video", "both", "sounded"]
 
@@ -403,11 +396,9 @@ class Report:
     def check(self):
         if self.clips is not None and self.roles is None and not self.gallery:
             raise ConfigError(f"config: clips {self.clips!r} needs roles or a gallery, got neither")
-        for name in ("gallery", "traces", "verdicts"):
-            if getattr(self, name) and self.clips is None:
-                raise ConfigError(f"config: {name} {getattr(self, name)!r} needs clips, got None")
-        if self.verdicts is not None and self.traces is None:
-            raise ConfigError(f"config: verdicts {self.verdicts!r} needs traces, got None")
+        for name, needed in (("gallery", "clips"), ("traces", "clips"), ("verdicts", "clips"), ("verdicts", "traces")):
+            if getattr(self, name) and getattr(self, needed) is None:
+                raise ConfigError(f"config: {name} {getattr(self, name)!r} needs {needed}, got None")
         if self.traces is not None and not self.gallery:
             raise ConfigError(f"config: traces {self.traces!r} needs a gallery, got none")
         for row in self.gallery:

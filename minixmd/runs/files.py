@@ -40,10 +40,8 @@ def read_json(path):
 
 
 def write_bytes(path, data, sync=True):
-    """Replace `path` by `data` (bytes). Raises OSError, which names the path, and leaves nothing half-written.
-
-    sync: wait until it is on disk. False for small files that can be made again: thousands of syncs take minutes.
-    """
+    """Replace `path` by `data` (bytes). Raises OSError, which names the path. sync: wait until it is on disk; False for
+    small files that can be made again, since thousands of syncs take minutes."""
     try:
         _publish(path, lambda temporary: temporary.write_bytes(data), sync)
     except OSError as error:
