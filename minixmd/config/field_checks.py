@@ -11,12 +11,6 @@ from functools import wraps
 from types import UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
-Count = Annotated[int, ">= 1"]
-NonNegativeInt = Annotated[int, ">= 0"]
-Positive = Annotated[float, "> 0"]
-NonNegative = Annotated[float, ">= 0"]
-Share = Annotated[float, ">= 0", "<= 1"]
-
 TYPE_NAMES = {int: "an int", float: "a float", str: "a str", bool: "true or false"}
 COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 PROMPT_EXAMPLE = {"question": "Which?", "options": "A. dog\nB. cat", "first": "A", "last": "B"}

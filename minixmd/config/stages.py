@@ -3,20 +3,14 @@ import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from minixmd.config.field_checks import (
-    ConfigError,
-    Count,
-    NonNegative,
-    NonNegativeInt,
-    Positive,
-    Share,
-    check_prompt,
-    check_stop,
-    check_unused,
-    stage,
-)
+from minixmd.config.field_checks import ConfigError, check_prompt, check_stop, check_unused, stage
 from minixmd.config.prompts import AUDIO_COT_PROMPT, CHECK_PROMPT, PROMPT, THINK_PROMPT, ClipReading, PromptFormat
 
+Count = Annotated[int, ">= 1"]
+NonNegativeInt = Annotated[int, ">= 0"]
+Positive = Annotated[float, "> 0"]
+NonNegative = Annotated[float, ">= 0"]
+Share = Annotated[float, ">= 0", "<= 1"]
 Media = Literal["audio", "video", "both", "sounded"]
 
 
