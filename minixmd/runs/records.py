@@ -67,7 +67,6 @@ def read_jsonl(path, own=False):
 
 def drop_torn_line(path, consequence=""):
     """Cuts off a last line without its end, which a kill left behind. stderr says so, with the consequence."""
-    path = Path(path)
     data = path.read_bytes() if path.exists() else b""
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
@@ -117,7 +116,6 @@ def read_verdicts(path, needs_accepted=False):
 
 def read_endpoint_answers(path):
     """{key: record} of endpoint.jsonl; empty if there is none. A torn last line is dropped if the others are good."""
-    path = Path(path)
     found = {}
     for number, record in enumerate(read_jsonl(path, own=True) if path.exists() else [], 1):
         kinds = {"key": (str,), "text": (str,), "finished": (bool,)}

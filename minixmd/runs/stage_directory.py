@@ -42,9 +42,7 @@ def begin(run_dir, stage, inputs, source, hub_names=None):
     """
     folder = Path(run_dir) / stage.name
     config = json.loads(json.dumps({"stage": type(stage).__name__.lower(), **asdict(stage)}))  # tuples become lists
-    fingerprints = {}
-    for field, path in inputs.items():
-        fingerprints[field] = (hub_names or {}).get(field) or fingerprint(path)
+    fingerprints = {field: (hub_names or {}).get(field) or fingerprint(path) for field, path in inputs.items()}
     if (folder / "config.json").exists():
         _check_same(folder, config, inputs, fingerprints)
         if (folder / "done.json").exists():
@@ -80,11 +78,8 @@ def _check_same(folder, config, inputs, fingerprints):
         if field not in MAY_CHANGE and value != old_config[field]:
             differences.append(f"{field} {json.dumps(old_config[field])} -> {json.dumps(value)}")
     _refuse(folder, "another config", differences)
-    changed = []
-    for field, path in inputs.items():
-        if fingerprints[field] != old_fingerprints.get(field):
-            changed.append(f"{field} {path} changed")
-    _refuse(folder, "other inputs", changed)
+    changed = [field for field in inputs if fingerprints[field] != old_fingerprints.get(field)]
+    _refuse(folder, "other inputs", [f"{field} {inputs[field]} changed" for field in changed])
 
 
 def fingerprint(path):
