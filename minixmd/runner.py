@@ -45,7 +45,12 @@ def main(argv=None):
         config = load_config(args.config, args.overrides)
         if args.dry_run:
             return dry_run(config)
-        check_before_work(config.stages)
+        check_files(config.stages)  # what is missing here, on the hub or on the device, before the first hour of work
+        for stage in config.stages:
+            describe_device(stage)
+            model = getattr(stage, "model", None)
+            if model is not None and not model.startswith("@"):
+                pinned(model)
         for stage in config.stages:
             run_stage(stage, config, rank)
         destroy()
@@ -58,16 +63,6 @@ def main(argv=None):
         print("minixmd: interrupted; the same command goes on from where it stopped", file=sys.stderr)
         return 130
     return 0
-
-
-def check_before_work(stages):
-    """Raises ValueError for what is missing here, on the hub or on the device, before the first hour of work."""
-    check_files(stages)
-    for stage in stages:
-        describe_device(stage)
-        model = getattr(stage, "model", None)
-        if model is not None and not model.startswith("@"):
-            pinned(model)
 
 
 def run_stage(stage, config, rank):
