@@ -1,8 +1,7 @@
 """The peak memory of a piece of code, found without computing anything.
 
-The code runs on PyTorch's `meta` device, where a tensor has a shape but no data. Every storage is followed from its
-creation to its release: what PyTorch's allocator would hand out, tensor by tensor. Not counted are an operator's own
-workspace, what an allocator rounds up or cannot reuse, and the driver.
+The code runs on PyTorch's `meta` device. Every storage is followed from its creation to its release. Not counted are
+an operator's own workspace, what an allocator rounds up or cannot reuse, and the driver.
 
 On `meta` there are no values, so code that reads some gets stand-ins. Integers copied from the CPU keep their values.
 Of any other tensor `.item()` is 1, a copy on the CPU is 0, and a boolean mask selects every element.
