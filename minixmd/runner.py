@@ -1,7 +1,6 @@
 """Runs a config's stages in order: python -m minixmd.train config.py [stage.field=value …]
 
-Every stage has its own directory in the run directory. A finished stage is skipped, an interrupted one goes on where it
-stopped. Under torchrun every process computes its share of a stage's shards; the first does all the rest.
+Under torchrun every process computes its share of a stage's shards; the first does all the rest.
 """
 import argparse
 import os
@@ -46,7 +45,12 @@ def main(argv=None):
         config = load_config(args.config, args.overrides)
         if args.dry_run:
             return dry_run(config)
-        check_before_work(config.stages)
+        check_files(config.stages)  # what is missing here, on the hub or on the device, before the first hour of work
+        for stage in config.stages:
+            describe_device(stage)
+            model = getattr(stage, "model", None)
+            if model is not None and not model.startswith("@"):
+                pinned(model)
         for stage in config.stages:
             run_stage(stage, config, rank)
         destroy()
@@ -61,19 +65,12 @@ def main(argv=None):
     return 0
 
 
-def check_before_work(stages):
-    """Raises ValueError for what is missing here, on the hub or on the device, before the first hour of work."""
-    check_files(stages)
-    for stage in stages:
-        describe_device(stage)
-        model = getattr(stage, "model", None)
-        if model is not None and not model.startswith("@"):
-            pinned(model)
-
-
 def run_stage(stage, config, rank):
     """Runs a stage in its directory, if it is not finished. All processes call this together."""
     paths = input_paths(stage, config.run_dir, config.stages)
+    # whether the processes that torchrun started divide its clips among themselves
+    shared = isinstance(stage, (Evaluate, Label, Traces)) or getattr(stage, "checker", None) == "model"
+    shared = shared and getattr(stage, "endpoint", None) is None
     folder = None
     if rank == 0:
         hub_names = {field: pinned(path) for field, path in paths.items() if field == "model" and not path.exists()}
@@ -81,7 +78,7 @@ def run_stage(stage, config, rank):
     folder = broadcast(folder)
     if folder is None and rank == 0:
         print(f"{stage.name}: finished before, skipped", flush=True)
-    elif folder is not None and (rank == 0 or runs_on_all_ranks(stage)):
+    elif folder is not None and (rank == 0 or shared):
         print(f"{stage.name}: runs in {folder}{describe_device(stage)}", flush=True)
         RUN[type(stage)](with_paths(stage, config), folder, partial(append_jsonl, folder / "log.jsonl"))
         if rank == 0:
@@ -89,28 +86,15 @@ def run_stage(stage, config, rank):
     barrier()
 
 
-def runs_on_all_ranks(stage):
-    """Whether the processes that torchrun started divide a stage's clips among themselves."""
-    local_model = isinstance(stage, (Evaluate, Label, Traces)) or getattr(stage, "checker", None) == "model"
-    return local_model and getattr(stage, "endpoint", None) is None
-
-
 def with_paths(stage, config):
     """The stage with every "@name" replaced by the path it stands for."""
     def path(value):
+        if isinstance(value, dict):
+            return {key: path(part) for key, part in value.items()}
         return str(resolve(value, config.run_dir, config.stages))
 
-    changes = {}
-    for field in input_paths(stage, config.run_dir, config.stages):
-        name = field.partition(".")[0]  # a table's fields read "tables.row.column"
-        value = getattr(stage, name)
-        if isinstance(value, dict):
-            changes[name] = {}
-            for row, cells in value.items():
-                changes[name][row] = {column: path(cell) for column, cell in cells.items()}
-        else:
-            changes[name] = path(value)
-    return replace(stage, **changes)
+    names = {field.partition(".")[0] for field in input_paths(stage, config.run_dir, config.stages)}
+    return replace(stage, **{name: path(getattr(stage, name)) for name in names})  # a table's is "tables.row.column"
 
 
 if __name__ == "__main__":

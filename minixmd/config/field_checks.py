@@ -1,9 +1,6 @@
-"""Dataclasses that check what they are given: `@stage`, field annotations with bounds, and shared checks.
-
-A field's annotation says all that can be said of it alone: its type, `Literal` for a choice, `Annotated[float, "> 0"]`
-for bounds. What concerns two fields is checked in the class's __post_init__. Every message is one line that names the
-field and the value.
-"""
+"""`@stage`, dataclasses that check what they are given: each field by its annotation, such as `Literal[…]` for a choice
+or `Annotated[float, "> 0"]` for bounds; then, in the class's `check`, what concerns two fields. Every message is one
+line that names the field and the value."""
 import math
 import operator
 import re
@@ -13,13 +10,6 @@ from difflib import get_close_matches
 from functools import wraps
 from types import UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
-from urllib.parse import urlsplit
-
-Count = Annotated[int, ">= 1"]
-NonNegativeInt = Annotated[int, ">= 0"]
-Positive = Annotated[float, "> 0"]
-NonNegative = Annotated[float, ">= 0"]
-Share = Annotated[float, ">= 0", "<= 1"]
 
 TYPE_NAMES = {int: "an int", float: "a float", str: "a str", bool: "true or false"}
 COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
@@ -56,6 +46,9 @@ def stage(cls):
         if missing:
             raise ConfigError(f"config: {title} needs {' and '.join(map(repr, missing))}")
         generated_init(self, **given)
+        check_types(self)
+        if hasattr(self, "check"):
+            self.check()
 
     cls.__init__ = __init__
     return cls
@@ -85,38 +78,42 @@ def nearest(name, known):
 
 def check_types(item):
     """Holds every field to its annotation; an int given for a float becomes one, a list for a tuple likewise."""
-    bounded = get_type_hints(type(item), include_extras=True)
-    for name, annotation in get_type_hints(type(item)).items():
+    for name, annotation in get_type_hints(type(item), include_extras=True).items():
+        plain, optional, bounds = _take_apart(annotation)
         value = getattr(item, name)
+        if optional and value is None:
+            continue
         try:
-            value = _convert(annotation, value)
+            value = _convert(plain, value)
         except ValueError:
             raise ConfigError(f"config: {name} must be {_describe(annotation)}, got {value!r}") from None
         object.__setattr__(item, name, value)  # frozen: only here, while it is being made
         if value == "":
             raise ConfigError(f"config: {name} is empty")
-        _check_bounds(name, bounded[name], value)
+        for bound in bounds:
+            sign, limit = bound.split()
+            if not COMPARE[sign](value, float(limit)):
+                raise ConfigError(f"config: {name} must be {bound}, got {value!r}")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", item.name):  # it names a directory and is written "@name/file"
         raise ConfigError(f"config: name must be letters, digits, '_' and '-', got {item.name!r}")
 
 
 def parse_field(item, name, text):
     """The value that `text`, from an override, has for field `name` of a stage."""
-    annotation = get_type_hints(type(item))[name]
+    annotation = get_type_hints(type(item), include_extras=True)[name]
+    plain, optional, _ = _take_apart(annotation)
+    if optional and text == "none":
+        return None
     try:
-        return _parse(annotation, text)
+        return _parse(plain, text)
     except (ValueError, KeyError):
         raise ConfigError(f"config: {name} must be {_describe(annotation)}, got {text!r}") from None
-
-
-def default_of(item, name):
-    return type(item).__dataclass_fields__[name].default
 
 
 def check_unused(item, because, names):
     """Raises ConfigError for a field that has no effect and is not at its default. because: such as "gate 'never'"."""
     for name in names:
-        if getattr(item, name) != default_of(item, name):
+        if getattr(item, name) != item.__dataclass_fields__[name].default:
             raise ConfigError(f"config: {because} does not use {name}, got {getattr(item, name)!r}")
 
 
@@ -142,41 +139,20 @@ def check_stop(stop):
         raise ConfigError("config: a stop string must not be empty, got ''")
 
 
-def check_url(endpoint):
-    try:
-        url = urlsplit(endpoint)
-        valid = url.scheme in ("http", "https") and url.hostname and url.port != 0
-    except ValueError:  # a port that is no number, a bracket left open
-        valid = False
-    if not valid:  # without a scheme the client would take it for a model on the hub
-        raise ConfigError(f"config: endpoint {endpoint!r} is no URL such as http://localhost:8000/v1")
-
-
-def _is_optional(annotation):
-    return get_origin(annotation) in (Union, UnionType)  # only ever X | None
-
-
-def _choices(annotation):
-    *most, last = map(repr, get_args(annotation))
-    return f"{', '.join(most)} or {last}" if most else last
-
-
-def _check_bounds(name, annotation, value):
-    if _is_optional(annotation):
+def _take_apart(annotation):
+    """(type, whether it may be None, bounds) of a field's annotation."""
+    bounds = ()
+    optional = get_origin(annotation) in (Union, UnionType)  # only ever X | None
+    if optional:
         annotation = get_args(annotation)[0]
-    if get_origin(annotation) is not Annotated or value is None:
-        return
-    for bound in get_args(annotation)[1:]:
-        sign, limit = bound.split()
-        if not COMPARE[sign](value, float(limit)):
-            raise ConfigError(f"config: {name} must be {bound}, got {value!r}")
+    if get_origin(annotation) is Annotated:
+        annotation, *bounds = get_args(annotation)
+    return annotation, optional, bounds
 
 
 def _convert(annotation, value):
     """`value` as the annotated type; ValueError if it is of another."""
     origin, inner = get_origin(annotation), get_args(annotation)
-    if _is_optional(annotation):
-        return None if value is None else _convert(inner[0], value)
     if origin is Literal:
         if isinstance(value, bool) or value not in inner:
             raise ValueError
@@ -198,8 +174,6 @@ def _convert(annotation, value):
 def _parse(annotation, text):
     """The value of a command-line text; ValueError or KeyError if it has none of that type."""
     origin, inner = get_origin(annotation), get_args(annotation)
-    if _is_optional(annotation):
-        return None if text == "none" else _parse(inner[0], text)
     if origin is Literal:
         return text
     if origin is tuple:
@@ -212,13 +186,13 @@ def _parse(annotation, text):
 
 
 def _describe(annotation):
+    annotation, optional, _ = _take_apart(annotation)
     origin, inner = get_origin(annotation), get_args(annotation)
-    if _is_optional(annotation):
-        return f"{_describe(inner[0])} or None"
     if origin is Literal:
-        return _choices(annotation)
-    if origin is tuple:
-        return f"a tuple of {inner[0].__name__}" if inner[-1] is ... else f"{len(inner)} {inner[0].__name__}s"
-    if origin is dict:
-        return "a dict of dicts of str"
-    return TYPE_NAMES[annotation]
+        *most, last = map(repr, inner)
+        text = f"{', '.join(most)} or {last}"
+    elif origin is tuple:
+        text = f"a tuple of {inner[0].__name__}" if inner[-1] is ... else f"{len(inner)} {inner[0].__name__}s"
+    else:
+        text = "a dict of dicts of str" if origin is dict else TYPE_NAMES[annotation]
+    return f"{text} or None" if optional else text

@@ -1,4 +1,4 @@
-"""load_config: a config file and its overrides to the stages of a run, checked as a whole."""
+"""load_config: a file that defines `stages = […]` and, if it likes, `run_dir`, to the stages of a run, all checked."""
 import runpy
 import traceback
 from dataclasses import dataclass, fields, replace
@@ -24,13 +24,10 @@ class Config:
 def load_config(source, overrides=()):
     """Runs a config file, applies the overrides in order (the last wins) and checks the whole.
 
-    Args:
-        source: path of a Python file, or the bare name of a bundled recipe.
-        overrides: "stage.field=value", "field=value" (every stage that has the field) or "run_dir=path".
-    Returns:
-        Config; run_dir is `runs/<file stem>` unless the file or an override says otherwise.
-    Raises:
-        ConfigError: anything wrong in the file, its stages, their references or the overrides; one line.
+    source: path of a Python file, or the bare name of a bundled recipe. overrides: "stage.field=value", "field=value"
+    (every stage that has the field) or "run_dir=path". The Config's run_dir is `runs/<file stem>` unless the file or an
+    override says otherwise. Raises ConfigError, in one line, for anything wrong in the file, its stages, their
+    references or the overrides.
     """
     source = _find(source)
     given = _run(source)

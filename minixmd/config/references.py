@@ -43,9 +43,8 @@ def check_files(stages):
     """Raises ConfigError for a file or folder that the user must bring and has not. Called before any work starts."""
     for item in stages:
         for field, value, _ in _inputs(item):
-            if field == "model" and parse_hub_name(value):
-                continue  # which commit it is, the stage's fingerprint asks the hub
-            if not value.startswith("@") and not Path(value).exists():
+            on_hub = field == "model" and parse_hub_name(value)  # the stage's fingerprint asks the hub for its commit
+            if not (on_hub or value.startswith("@") or Path(value).exists()):
                 raise ConfigError(f"config: {kind(type(item))} {item.name!r} {field} {value!r} does not exist")
 
 

@@ -1,37 +1,17 @@
-"""The stages of a run, one frozen dataclass each. load.py reads the file that lists them.
-
-A config is a Python file that defines `stages = [...]` and, if it likes, `run_dir`. A field that names a file may hold
-"@name", the output of an earlier stage (references.py).
-"""
+"""The stages of a run, one frozen dataclass each. A field that names a file may hold "@name" (references.py)."""
 import re
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from minixmd.config.field_checks import (
-    ConfigError,
-    Count,
-    NonNegative,
-    NonNegativeInt,
-    Positive,
-    Share,
-    check_prompt,
-    check_stop,
-    check_types,
-    check_unused,
-    check_url,
-    default_of,
-    stage,
-)
-from minixmd.config.prompts import (
-    AUDIO_COT_PROMPT,
-    CHECK_PROMPT,
-    PROMPT,
-    THINK_PROMPT,
-    ClipReading,
-    PromptFormat,
-)
+from minixmd.config.field_checks import ConfigError, check_prompt, check_stop, check_unused, stage
+from minixmd.config.prompts import AUDIO_COT_PROMPT, CHECK_PROMPT, PROMPT, THINK_PROMPT, ClipReading, PromptFormat
 
+Count = Annotated[int, ">= 1"]
+NonNegativeInt = Annotated[int, ">= 0"]
+Positive = Annotated[float, "> 0"]
+NonNegative = Annotated[float, ">= 0"]
+Share = Annotated[float, ">= 0", "<= 1"]
 Media = Literal["audio", "video", "both", "sounded"]
-FRAME_FIELDS = ("fps", "min_pixels", "max_pixels", "nframes")
 
 
 @stage
@@ -42,9 +22,6 @@ class Toy:
     seed: NonNegativeInt = 0  # of the world, the models and their training
     thinking: bool = False  # also trains the teacher to write chains of thought, about 30 % of which name a sound that
     # is absent, pretrains the student on such text, and makes a third model, the checker, that hears what is true
-
-    def __post_init__(self):
-        check_types(self)
 
 
 @stage
@@ -102,8 +79,7 @@ class _Prompted(_LocalModel):
     max_pixels: Count = 262_144  # pixels a frame
     nframes: Annotated[int, ">= 2"] | None = None  # frames a clip; None = by fps
 
-    def check_prompted(self, placeholders=("options",)):
-        check_types(self)
+    def check(self, placeholders=("options",)):
         if self.min_pixels > self.max_pixels:
             raise ConfigError(f"config: min_pixels {self.min_pixels} is more than max_pixels {self.max_pixels}")
         check_prompt(self.prompt, placeholders)
@@ -130,8 +106,8 @@ class Evaluate(_Prompted):
     stop: tuple[str, ...] = ()  # strings that end an answer, beside the end of turn
     traces: str | None = None  # "@traces": the clip's first trace fills the prompt's {trace}; None = none
 
-    def __post_init__(self):
-        self.check_prompted(("options",) if self.traces is None else ("options", "trace"))
+    def check(self):
+        super().check(("options",) if self.traces is None else ("options", "trace"))
         if self.answer == "letters":
             check_unused(self, "answer 'letters'", ("rule", "num_samples", "temperature", "stop"))
         check_stop(self.stop)
@@ -147,9 +123,6 @@ class Label(_Prompted):
     batch_tokens: Count = 8192  # tokens packed into a forward pass
     top_k: Annotated[int, ">= 0", "<= 64"] = 0  # best ids of the vocabulary stored with each letter, for KL; 0 = none
     temperature: Positive = 2.0  # of the distillation: the mass of all other ids is stored at this temperature
-
-    def __post_init__(self):
-        self.check_prompted()
 
 
 @stage
@@ -169,7 +142,13 @@ class _Endpoint:
         if (self.endpoint is None) == (model is None):
             raise ConfigError(f"config: either model or endpoint must be given, got {model!r} and {self.endpoint!r}")
         if self.endpoint is not None:
-            check_url(self.endpoint)
+            try:
+                url = urlsplit(self.endpoint)
+                valid = url.scheme in ("http", "https") and url.hostname and url.port != 0
+            except ValueError:  # a port that is no number, a bracket left open
+                valid = False
+            if not valid:  # without a scheme the client would take it for a model on the hub
+                raise ConfigError(f"config: endpoint {self.endpoint!r} is no URL such as http://localhost:8000/v1")
             check_unused(self, "an endpoint", ("cache",))
         if (self.endpoint is None) != (self.served is None):
             raise ConfigError(f"config: endpoint {self.endpoint!r} with served {self.served!r}: both or neither")
@@ -188,18 +167,16 @@ class Traces(_Prompted, _Endpoint):
     max_new_tokens: Annotated[int, ">= 2"] = 512  # of a sample, the end of turn included; a longer one is not used
     decode_slots: Count | None = None  # samples decoded at once, at least num_samples; None = 8 num_samples
 
-    def __post_init__(self):
-        self.check_prompted()
+    def check(self):
+        super().check()
         self.check_endpoint(self.model)
         if self.decode_slots is not None and self.decode_slots < self.num_samples:
             raise ConfigError(f"config: decode_slots {self.decode_slots} is below num_samples {self.num_samples}")
         if self.endpoint is not None:
             if self.media not in ("video", "audio"):
                 raise ConfigError(f"config: media must be 'video' or 'audio', got {self.media!r}")
-            for name in FRAME_FIELDS:
-                if getattr(self, name) != default_of(self, name):
-                    raise ConfigError(f"config: the server at an endpoint chooses the frames and does not use {name}, "
-                                      f"got {getattr(self, name)!r}")
+            check_unused(self, "the server at an endpoint chooses the frames and",
+                         ("fps", "min_pixels", "max_pixels", "nframes"))
 
 
 @stage
@@ -223,8 +200,7 @@ class FactCheck(_LocalModel, _Endpoint, _Cnn14):
     batch_size: Annotated[int, ">= 2"] = 32  # of "verifier": traces of an optimizer step
     batch_tokens: Count = 8192  # tokens packed into a forward pass
 
-    def __post_init__(self):
-        check_types(self)
+    def check(self):
         check_prompt(self.prompt, ("trace",))
         if (self.trace_filter == "calibration") != (self.limit is not None):
             raise ConfigError(f"config: trace_filter {self.trace_filter!r} with limit {self.limit!r}: 'calibration' "
@@ -252,9 +228,6 @@ class Switch(_Local, _Cnn14):
     train_manifest: str  # JSONL file of the clips to decide on
     augment: Literal["spec", "mixup", "both", "off"] = "both"  # "spec" is SpecAugment
 
-    def __post_init__(self):
-        check_types(self)
-
 
 @stage
 class _Training(_Prompted):
@@ -281,8 +254,8 @@ class _Training(_Prompted):
     eval_every: NonNegativeInt = 0  # optimizer steps; 0 = only at the end
     save_every: NonNegativeInt = 100  # optimizer steps between resumable states; 0 = only at the end and to validate
 
-    def check_training(self):
-        self.check_prompted()
+    def check(self):
+        super().check()
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"config: betas must be >= 0 and < 1, got {self.betas}")
         # in float16 gradients below 6e-8 are 0: those of weights, and of logits where thousands of tokens share a step
@@ -312,8 +285,8 @@ class Distill(_Training):
     teacher_loss: Literal["ce", "kl", "kl+ce"] = "ce"  # on the teacher's letter | to its stored logits | their sum
     temperature: Positive = 2.0  # of the KL
 
-    def __post_init__(self):
-        self.check_training()
+    def check(self):
+        super().check()
         if self.teacher_labels is None and self.gate != "never":
             raise ConfigError("config: distill needs teacher_labels, got None")
         if (self.gate in ("learned", "oracle")) != (self.switch is not None):
@@ -337,10 +310,10 @@ class SFT(_Training):
     # those of clips on which all samples agree
     max_new_tokens: Count = 512  # with traces: tokens of an answer in validation, the end of turn included
 
-    def __post_init__(self):
+    def check(self):
         if self.prompt is None:  # frozen: set only here, while it is being made
             object.__setattr__(self, "prompt", PROMPT if self.traces is None else THINK_PROMPT)
-        self.check_training()
+        super().check()
         if self.traces is None:
             check_unused(self, "sft without traces", ("trace_filter", "max_new_tokens"))
 
@@ -371,14 +344,14 @@ class GRPO(_Training):
     num_iterations: Count = 1  # optimizer steps on each rollout
     completions_every: NonNegativeInt = 10  # steps between those of which completions.jsonl shows some; 0 = none
 
-    def __post_init__(self):
-        self.check_training()
+    def check(self):
+        super().check()
         check_stop(self.stop)
         if self.decode_slots is not None and self.decode_slots < self.group_size:
             raise ConfigError(f"config: decode_slots {self.decode_slots} is below group_size {self.group_size}")
         if self.beta == 0:
             check_unused(self, "beta 0.0", ("kl",))
-        if self.dtype == "float16":  # see check_training
+        if self.dtype == "float16":  # see _Training.check
             raise ConfigError("config: grpo needs dtype 'float32' or 'bfloat16', got 'float16'")
 
 
@@ -414,15 +387,12 @@ class Report:
     switch: str | None = None  # "@switch", against the true classes; None = none
     curves: dict[str, dict[str, str]] | None = None  # title -> {line title: "@stage/log.jsonl"}; None = none
 
-    def __post_init__(self):
-        check_types(self)
+    def check(self):
         if self.clips is not None and self.roles is None and not self.gallery:
             raise ConfigError(f"config: clips {self.clips!r} needs roles or a gallery, got neither")
-        for name in ("gallery", "traces", "verdicts"):
-            if getattr(self, name) and self.clips is None:
-                raise ConfigError(f"config: {name} {getattr(self, name)!r} needs clips, got None")
-        if self.verdicts is not None and self.traces is None:
-            raise ConfigError(f"config: verdicts {self.verdicts!r} needs traces, got None")
+        for name, needed in (("gallery", "clips"), ("traces", "clips"), ("verdicts", "clips"), ("verdicts", "traces")):
+            if getattr(self, name) and getattr(self, needed) is None:
+                raise ConfigError(f"config: {name} {getattr(self, name)!r} needs {needed}, got None")
         if self.traces is not None and not self.gallery:
             raise ConfigError(f"config: traces {self.traces!r} needs a gallery, got none")
         for row in self.gallery:

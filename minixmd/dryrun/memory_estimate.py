@@ -54,17 +54,13 @@ def trace_answers(tracer, stage, model, prompt):
     if isinstance(stage, Traces):
         prompts, slots = [prompt] * CLIPS, stage.decode_slots or 8 * stage.num_samples
     else:
-        prompts = fill_batch(prompt, stage.batch_tokens)
+        prompts = [prompt] * max(1, stage.batch_tokens // len(prompt))
     if isinstance(stage, Traces) or getattr(stage, "answer", "letters") == "generate":
         writing = Writing(stage.max_new_tokens, stage.num_samples, stage.temperature)
         slots = slots or writing.decode_slots(stage.batch_tokens)
     trace_batch(tracer, "generate" if writing else "forward", model, prompts, writing, slots)
     if isinstance(stage, FactCheck) and stage.checker == "verifier":
         trace_cnn14(tracer, stage, WIDTH, mixup=False)
-
-
-def fill_batch(prompt, batch_tokens):
-    return [prompt] * max(1, batch_tokens // len(prompt))
 
 
 @torch.no_grad()
@@ -133,7 +129,8 @@ def trace_training(tracer, trainer, prompt):
         trainer.optimizer.zero_grad()
         writes = isinstance(stage, GRPO) or getattr(stage, "traces", None) is not None
         writing = Writing(stage.max_new_tokens) if writes else None
-        trace_batch(tracer, "validation", trainer.model, fill_batch(prompt, BATCH_TOKENS), writing)
+        prompts = [prompt] * max(1, BATCH_TOKENS // len(prompt))
+        trace_batch(tracer, "validation", trainer.model, prompts, writing)
 
 
 def add_gradients(tracer, trainer):
@@ -154,18 +151,18 @@ def trace_update(tracer, trainer, tokens, compute_gradients, micro_batch):
 def trace_grpo(tracer, trainer, prompt):
     """A step's rollout, and of its last micro-batch the reference's log-probs and the gradients."""
     stage, model, reference = trainer.stage, trainer.model, trainer.reference
-    G, T = stage.group_size, stage.max_new_tokens
+    G = stage.group_size
+    T = stage.max_new_tokens
     tracer.category = "activations"
     prompts = [prompt] * stage.batch_size
     if model.encoders_frozen():
         encoded = model.encode_media(prompt)
         prompts = [deepcopy(encoded) for _ in prompts]
     trace_batch(tracer, "rollout", model, prompts, Writing(T, G, stage.temperature), stage.decode_slots)
-    micro_batch = prompts[:stage.micro_batch_size]
+    P = stage.micro_batch_size
     completion = Completion("", ids=(0,) * T, logprobs=(0.0,) * T, finished=True)
-    P = len(micro_batch)
     reward_PG = torch.arange(G).float().expand(P, G)
-    rollout = make_rollout(stage, micro_batch, [[completion] * G] * P, reward_PG)
+    rollout = make_rollout(stage, prompts[:P], [[completion] * G] * P, reward_PG)
     tokens = P * (len(prompt) + G * T)
     if reference is not None:
         with tracer.phase("scoring", tokens):

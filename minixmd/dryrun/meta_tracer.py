@@ -1,8 +1,7 @@
 """The peak memory of a piece of code, found without computing anything.
 
-The code runs on PyTorch's `meta` device, where a tensor has a shape but no data. Every storage is followed from its
-creation to its release: what PyTorch's allocator would hand out, tensor by tensor. Not counted are an operator's own
-workspace, what an allocator rounds up or cannot reuse, and the driver.
+The code runs on PyTorch's `meta` device. Every storage is followed from its creation to its release. Not counted are
+an operator's own workspace, what an allocator rounds up or cannot reuse, and the driver.
 
 On `meta` there are no values, so code that reads some gets stand-ins. Integers copied from the CPU keep their values.
 Of any other tensor `.item()` is 1, a copy on the CPU is 0, and a boolean mask selects every element.
@@ -16,7 +15,6 @@ from weakref import ref
 import torch
 import torch.fx.experimental._config
 import triton
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -103,17 +101,6 @@ class MemoryTracer(TorchDispatchMode):
         return out
 
 
-class _DeviceMode(TorchFunctionMode):
-    """Makes `meta` tensors take the code paths of a GPU where `is_cuda` is set, else the CPU's."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return _fused_attention(*args, **kwargs or {})
-        if func == torch.Tensor.is_cuda.__get__ and args[0].is_meta:
-            return self.is_cuda
-        return func(*args, **kwargs or {})
-
-
 def _fused_attention(q_BHTK, k_BJSK, v_BJSK, attn_mask=None, is_causal=False, enable_gqa=False):
     """Attention that keeps what every fused kernel keeps: the output, a number a row, and a mask in q's dtype."""
     bias = None if attn_mask is None else attn_mask.to(q_BHTK.dtype)
@@ -124,10 +111,9 @@ def _fused_attention(q_BHTK, k_BJSK, v_BJSK, attn_mask=None, is_causal=False, en
 @contextmanager
 def trace_memory(vocab_size, device):
     """Traces its block as if it ran on `device`, "cuda" or "cpu"; yields the MemoryTracer. No Triton kernel is run."""
-    mode = _DeviceMode()
-    mode.is_cuda = device == "cuda"
+    attention = mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _fused_attention)
+    is_cuda = mock.patch.object(torch.Tensor, "is_cuda", property(lambda x: x.is_meta and device == "cuda"))
     masks_select_all = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)
     no_launch = mock.patch.object(triton.KernelInterface, "__getitem__", lambda *_: lambda *args, **kwargs: None)
-    with no_launch, masks_select_all, mode:
-        with MemoryTracer(vocab_size) as tracer:
-            yield tracer
+    with attention, is_cuda, masks_select_all, no_launch, MemoryTracer(vocab_size) as tracer:
+        yield tracer

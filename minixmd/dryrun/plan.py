@@ -1,11 +1,9 @@
-"""--dry-run: the prompts of a config's stages and the memory that they take. It needs no weights, data or network.
-
-Prompts are what the stages' own code makes of one example; memory is that of the stages' own code (memory_estimate.py).
-"""
+"""--dry-run: the prompts that the stages' own code makes of one example, and the memory that the same code takes
+(memory_estimate.py). It needs no weights, data or network."""
 import re
 import sys
 import tempfile
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -61,16 +59,17 @@ def dry_run(config):
         config=config,
         plans=plans,
         kind=kind,
-        prompts=list(dict.fromkeys(plan.shown for plan in plans if plan.shown)),
         models={(plan.model.name, plan.model.source): plan.model for plan in plans if plan.model}.values(),
     )
     estimate_memory(plans)  # takes a while for large models
     show("memory.txt.j2", plans=plans, missing=missing_inputs(config), categories=CATEGORIES, clip_s=CLIP_S,
          fps=VIDEO_FPS, size=VIDEO_SIZE)
-    faults = [plan.fault for plan in plans if plan.fault]
-    for fault in faults:
-        print(f"minixmd: {fault}", file=sys.stderr)
-    return 1 if faults else 0
+    status = 0
+    for plan in plans:
+        if plan.fault:
+            print(f"minixmd: {plan.fault}", file=sys.stderr)
+            status = 1
+    return status
 
 
 def show(template, **values):
@@ -141,7 +140,7 @@ def estimate_memory(plans):
     todo = [plan for plan in plans if plan.prompt or isinstance(plan.stage, Switch)]
     for plan in tqdm(todo, desc="memory", unit="stage", leave=False):
         stage = plan.stage
-        settings = {f.name: getattr(stage, f.name) for f in fields(stage) if f.name not in NO_EFFECT_ON_MEMORY}
+        settings = {name: value for name, value in vars(stage).items() if name not in NO_EFFECT_ON_MEMORY}
         is_set = [getattr(stage, name, None) is not None for name in ("traces", "val_manifest")]
         key = repr((type(stage), plan.model, plan.prompt and len(plan.prompt), settings, is_set))
         if key in estimated:

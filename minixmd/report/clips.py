@@ -156,13 +156,8 @@ def read_judged_traces(traces_path, verdicts_path):
         sample = trace.get("sample", len(samples))  # FactCheck numbers them so where the file does not
         samples[sample] = {"sample": sample, "text": trace["text"], "option": trace.get("option"),
                            "verdict": "not judged"}
-    if verdicts_path is not None:
-        _add_verdicts(traces, traces_path, Path(verdicts_path))
-    return {clip: list(samples.values()) for clip, samples in traces.items()}
-
-
-def _add_verdicts(traces, traces_path, verdicts_path):
-    for (clip, sample), verdict in read_verdicts(verdicts_path, needs_accepted=True).items():
+    verdicts = read_verdicts(verdicts_path, needs_accepted=True) if verdicts_path else {}
+    for (clip, sample), verdict in verdicts.items():
         trace = traces.get(clip, {}).get(sample)
         if trace is None:
             raise ValueError(f"{verdicts_path}: judges sample {sample} of {clip!r}, which is not "
@@ -172,9 +167,10 @@ def _add_verdicts(traces, traces_path, verdicts_path):
         else:
             trace["verdict"] = "accepted" if verdict["accepted"] else "rejected"
             trace["score"] = verdict["score"]
-    accepted_path = verdicts_path.with_name("traces.jsonl")  # what FactCheck accepted, word for word
-    for judged in read_traces(accepted_path) if accepted_path.exists() else ():
+    accepted_path = verdicts_path and Path(verdicts_path).with_name("traces.jsonl")  # what FactCheck accepted
+    for judged in read_traces(accepted_path) if accepted_path and accepted_path.exists() else ():
         trace = traces.get(judged["id"], {}).get(judged.get("sample"), judged)
         if trace["text"] != judged["text"]:
             raise ValueError(f"{verdicts_path}: sample {judged['sample']} of {judged['id']!r} was judged with other "
                              f"words than it has in {traces_path}")
+    return {clip: list(samples.values()) for clip, samples in traces.items()}

@@ -22,10 +22,7 @@ def resolve_device(name, device):
 
 
 def runtime_of(stage):
-    """The Runtime of a stage that runs a model on this machine.
-
-    Backend "auto" is Triton on a GPU and PyTorch on a CPU.
-    """
+    """The Runtime of a stage that runs a model here. Backend "auto" is Triton on a GPU and PyTorch on a CPU."""
     device, backend = resolve_device(stage.name, stage.device), stage.backend
     if backend == "auto":
         backend = "triton" if device == "cuda" else "torch"

@@ -1,7 +1,5 @@
-"""Several processes of one run, as torchrun starts them, and the shards that they divide among themselves.
-
-Shards are fixed by the manifest, so who computes which changes no result.
-"""
+"""Several processes of one run, as torchrun starts them. They divide shards, which the manifest fixes: who computes
+which changes no result."""
 from datetime import timedelta
 
 import torch
@@ -48,16 +46,11 @@ def destroy():
 
 
 def compute_shards(compute, items, folder, title, unit, shard_size=None, first_process_only=False):
-    """The first of a stage's two phases: the records of all items, computed shard by shard on every process.
+    """The records of all items in their order, computed shard by shard on every process; None on all but the first.
 
-    A shard's file is written whole; one that is there already is read back.
-
-    Args:
-        compute: function(items of a shard) -> records.
-        folder: of the shards' files. title, unit: of the progress bar.
-        shard_size: items of a shard; None = SHARD.
-        first_process_only: the other processes do not take part in this stage.
-    Returns the records in the items' order on the first process, which collects them; None on the others.
+    compute: function(items of a shard) -> records. folder: of the shards' files, each written whole; one that is there
+    already is read back. title, unit: of the progress bar. shard_size: items of a shard; None = SHARD.
+    first_process_only: the other processes do not take part in this stage.
     """
     rank, world_size = (0, 1) if first_process_only else rank_and_world_size()
     size = shard_size or SHARD

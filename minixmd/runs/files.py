@@ -1,6 +1,7 @@
 """Files that are whole or absent: written under a temporary name in the same folder, synced, then renamed."""
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -22,10 +23,8 @@ def _publish(path, write, sync=True):
         os.chmod(temporary, 0o666 & ~UMASK)  # safetensors makes files that nobody else can read
         os.replace(temporary, path)
     except BaseException:
-        try:
+        with suppress(OSError):  # the folder itself may be the trouble; the first error says so
             temporary.unlink(missing_ok=True)
-        except OSError:
-            pass  # the folder itself may be the trouble; the first error says so
         raise
 
 
@@ -41,10 +40,8 @@ def read_json(path):
 
 
 def write_bytes(path, data, sync=True):
-    """Replace `path` by `data` (bytes). Raises OSError, which names the path, and leaves nothing half-written.
-
-    sync: wait until it is on disk. False for small files that can be made again: thousands of syncs take minutes.
-    """
+    """Replace `path` by `data` (bytes). Raises OSError, which names the path. sync: wait until it is on disk; False for
+    small files that can be made again, since thousands of syncs take minutes."""
     try:
         _publish(path, lambda temporary: temporary.write_bytes(data), sync)
     except OSError as error:

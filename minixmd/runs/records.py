@@ -72,7 +72,6 @@ def numbered_records(path, own=False):
 
 def drop_torn_line(path, consequence=""):
     """Cuts off a last line without its end, which a kill left behind. stderr says so, with the consequence."""
-    path = Path(path)
     data = path.read_bytes() if path.exists() else b""
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
@@ -122,7 +121,6 @@ def read_verdicts(path, needs_accepted=False):
 
 def read_endpoint_answers(path):
     """{key: record} of endpoint.jsonl; empty if there is none. A torn last line is dropped if the others are good."""
-    path = Path(path)
     found = {}
     for number, record in numbered_records(path, own=True) if path.exists() else ():
         kinds = {"key": (str,), "text": (str,), "finished": (bool,)}

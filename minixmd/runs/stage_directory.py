@@ -34,23 +34,15 @@ MAY_CHANGE = ("max_bad", "clip_limit_s", "allow_outside", "cache_gib", "endpoint
 
 
 def begin(run_dir, stage, inputs, source, hub_names=None):
-    """Opens a stage's directory, new or of an interrupted run.
+    """Opens a stage's directory, run_dir/stage.name, new or of an interrupted run; None if the stage is finished.
 
-    Args:
-        run_dir: directory of the run; the stage's is run_dir/stage.name.
-        inputs: field -> path of every file or folder that the stage reads (references.input_paths).
-        hub_names: field -> "owner/name@commit" of inputs that are on the hub.
-    Returns:
-        The stage's directory, or None if the stage is finished.
-    Raises:
-        ValueError: the directory belongs to another config (MAY_CHANGE aside) or to other inputs, or an input is
-            missing; one line.
+    inputs: field -> path of every file or folder that the stage reads (references.input_paths). hub_names: field ->
+    "owner/name@commit" of inputs that are on the hub. Raises ValueError, in one line: the directory belongs to another
+    config (MAY_CHANGE aside) or to other inputs, or an input is missing.
     """
     folder = Path(run_dir) / stage.name
     config = json.loads(json.dumps({"stage": type(stage).__name__.lower(), **asdict(stage)}))  # tuples become lists
-    fingerprints = {}
-    for field, path in inputs.items():
-        fingerprints[field] = (hub_names or {}).get(field) or fingerprint(path)
+    fingerprints = {field: (hub_names or {}).get(field) or fingerprint(path) for field, path in inputs.items()}
     if (folder / "config.json").exists():
         _check_same(folder, config, inputs, fingerprints)
         if (folder / "done.json").exists():
@@ -80,20 +72,14 @@ def _check_same(folder, config, inputs, fingerprints):
     if old_config.get("stage") != config["stage"]:
         _refuse(folder, "another kind of stage", [f"{old_config.get('stage')} -> {config['stage']}"])
     other_fields = (old_config.keys() ^ config.keys()) - set(MAY_CHANGE)
-    if other_fields:
-        _refuse(folder, "a version of minixmd whose stages have other fields", sorted(other_fields))
+    _refuse(folder, "a version of minixmd whose stages have other fields", sorted(other_fields))
     differences = []
     for field, value in config.items():
         if field not in MAY_CHANGE and value != old_config[field]:
             differences.append(f"{field} {json.dumps(old_config[field])} -> {json.dumps(value)}")
-    if differences:
-        _refuse(folder, "another config", differences)
-    changed = []
-    for field, path in inputs.items():
-        if fingerprints[field] != old_fingerprints.get(field):
-            changed.append(f"{field} {path} changed")
-    if changed:
-        _refuse(folder, "other inputs", changed)
+    _refuse(folder, "another config", differences)
+    changed = [field for field in inputs if fingerprints[field] != old_fingerprints.get(field)]
+    _refuse(folder, "other inputs", [f"{field} {inputs[field]} changed" for field in changed])
 
 
 def fingerprint(path):
@@ -140,19 +126,19 @@ def _read(path):
 
 
 def _refuse(folder, what, differences):
-    raise ValueError(f"{folder} was made by {what}: {', '.join(differences)}; set another run_dir or delete {folder}")
+    if differences:
+        raise ValueError(f"{folder} was made by {what}: {', '.join(differences)}; set another run_dir or delete "
+                         f"{folder}")
 
 
 def _git(root):
     """(commit, whether it was changed since) of a checkout; (None, None) if `root` is not the top of one."""
     answers = []
-    for command in (["rev-parse", "--show-toplevel", "HEAD"], ["status", "--porcelain"]):
+    for command in (["rev-parse", "--show-prefix", "HEAD"], ["status", "--porcelain"]):
         try:
-            done = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired):
+            answers.append(subprocess.check_output(["git", "-C", root, *command], stderr=subprocess.DEVNULL, text=True,
+                                                   timeout=60))
+        except (OSError, subprocess.SubprocessError):
             return None, None
-        if done.returncode:
-            return None, None
-        answers.append(done.stdout)
-    top, commit = answers[0].split("\n")[:2]
-    return (commit, bool(answers[1])) if Path(top).resolve() == root else (None, None)
+    below_top, commit = answers[0].split("\n")[:2]
+    return (None, None) if below_top else (commit, bool(answers[1]))
