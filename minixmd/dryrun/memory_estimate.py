@@ -25,11 +25,9 @@ from minixmd.train import Trainer
 
 
 def estimate(stage, model_info, prompt):
-    """A stage's meta_tracer.Phases, in the order in which they run.
-
-    stage: Switch, or a stage that runs a model here. model_info, prompt: its ModelInfo, and a Prompt as long as any,
-    with its target where one is learnt; None of a Switch. Raises ValueError: the stage cannot train this model.
-    """
+    """A stage's meta_tracer.Phases, in the order in which they run. stage: Switch, or a stage that runs a model here.
+    model_info, prompt: its ModelInfo, and a Prompt as long as any, with its target where one is learnt; None of a
+    Switch. Raises ValueError: the stage cannot train this model."""
     device = "cpu" if stage.device == "cpu" else "cuda"
     vocab_size = model_info.config.text.vocab_size if model_info else 0
     with trace_memory(vocab_size, device) as tracer:

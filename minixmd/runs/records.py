@@ -48,11 +48,9 @@ def read_jsonl(path, own=False):
 
 
 def numbered_records(path, own=False):
-    """Yields (line number, object) of a JSONL file, UTF-8 with or without a mark; blank lines are passed over.
-
-    own: the file is one to which this program appends: a blank line is an error, and a last line without its end, which
-    a kill left behind, is passed over. Raises ValueError, with file and line, for a line that is not a JSON object.
-    """
+    """Yields (line number, object) of a JSONL file, UTF-8 with or without a mark; blank lines are passed over. own: the
+    file is one to which this program appends: a blank line is an error, and a last line without its end, which a kill
+    left behind, is passed over. Raises ValueError, with file and line, for a line that is not a JSON object."""
     data = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
     if own:
         data = data[:data.rfind(b"\n") + 1]
