@@ -18,7 +18,7 @@ import minixmd
 from minixmd.config import GRPO, SFT, Distill, Evaluate, FactCheck, Label, Switch, Traces
 from minixmd.dryrun.memory_estimate import estimate
 from minixmd.dryrun.meta_tracer import CATEGORIES, trace_memory
-from minixmd.dryrun.models import PUBLISHED, ModelInfo, find_model
+from minixmd.dryrun.models import PUBLISHED, ModelInfo, blank_clip, find_model
 from minixmd.dryrun.plan import EXAMPLE, plan_stage, write_stand_in_tokenizer
 from minixmd.learning.kv_cache import pool_bytes
 from minixmd.learning.targets import Item
@@ -152,6 +152,11 @@ def test_an_estimate_is_the_measured_peak(cls, more, models, tmp_path):
     assert [phase.name for phase in phases] == names
 
 
+class BlankProcessor(minixmd.Processor):
+    def __call__(self, conversation, load=None, max_new_tokens=0):
+        return super().__call__(conversation, blank_clip, max_new_tokens)
+
+
 @pytest.mark.parametrize("answer", ["letters", "generate"])
 def test_an_estimate_of_an_evaluation_is_the_measured_peak(answer, models, tmp_path):
     stage = Evaluate(name="a", model=str(models / "ears"), manifest="none.jsonl", answer=answer, max_new_tokens=12,
@@ -159,13 +164,14 @@ def test_an_estimate_of_an_evaluation_is_the_measured_peak(answer, models, tmp_p
     plan = plan_of(stage, tmp_path)
     (phase,) = estimate(stage, plan.model, plan.prompt)
     examples = [replace(EXAMPLE, id=str(i)) for i in range(1500 // len(plan.prompt))]
+    processor = BlankProcessor(stage.model, plan.model.config)
 
     def evaluate():
         model, _ = minixmd.load(stage.model)
         if answer == "letters":
-            score_letters(model, plan.model.processor, examples, stage.prompt_format, batch_tokens=1500)
+            score_letters(model, processor, examples, stage.prompt_format, batch_tokens=1500)
         else:
-            write_answers(model, plan.model.processor, examples, stage.prompt_format, Writing(12), batch_tokens=1500)
+            write_answers(model, processor, examples, stage.prompt_format, Writing(12), batch_tokens=1500)
 
     # the clips wait here; on a GPU they are the pass's own copies
     clips = len(examples) * plan.prompt.media[0].features.nbytes

@@ -1,4 +1,4 @@
-"""The model that a stage names, without its weights: its shapes, its adapters, and a blank processor."""
+"""The model that a stage names, without its weights: its shapes, its adapters, and the clips that it is shown."""
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -48,15 +48,8 @@ class ModelInfo:
         return sum(p.numel() for p in build(self.config).parameters())
 
 
-class BlankProcessor(Processor):
-    """A Processor that opens no file: every clip is silent and black, and lasts CLIP_S."""
-
-    def __call__(self, conversation, load=None, max_new_tokens=0):
-        return super().__call__(conversation, blank_clip, max_new_tokens)
-
-
 def blank_clip(path, kind, options):
-    """What load_clip would give."""
+    """What load_clip would give: every clip is silent and black, and lasts CLIP_S."""
     if kind == "audio":
         return load_clip(torch.zeros(CLIP_S * SAMPLE_RATE), kind, options)
     indices = sample_frames(CLIP_S * VIDEO_FPS, VIDEO_FPS, fps=options["fps"], nframes=options["nframes"])
@@ -94,7 +87,7 @@ def find_model(value, stages, scratch):
     known = config
     if not (folder / "tokenizer.json").is_file():
         folder, known = scratch, replace(config, section={})  # whose token ids are those of the model's own tokenizer
-    return ModelInfo(name, config, BlankProcessor(folder, known), source)
+    return ModelInfo(name, config, Processor(folder, known), source)
 
 
 def _model_of_stage(value, stages, scratch):
@@ -105,7 +98,7 @@ def _model_of_stage(value, stages, scratch):
         family = MODEL_TYPE.get(file, MODEL_TYPE["student"])  # the checker is a student that learns on
         write_processor(scratch / family, family)
         config = make_model(scratch / family, family, 0).config
-        return ModelInfo(f"toy {file}", config, BlankProcessor(scratch / family, config), f"stage {name}")
+        return ModelInfo(f"toy {file}", config, Processor(scratch / family, config), f"stage {name}")
     if not isinstance(stage, TRAINING) or file not in ("", "best"):
         raise ValueError(f"model {value!r} is not known before the run")
     model = find_model(stage.model, stages, scratch)

@@ -16,7 +16,7 @@ from minixmd.config.field_checks import kind
 from minixmd.config.references import input_paths
 from minixmd.dryrun.memory_estimate import estimate
 from minixmd.dryrun.meta_tracer import CATEGORIES
-from minixmd.dryrun.models import CLIP_S, VIDEO_FPS, VIDEO_SIZE, ModelInfo, find_model
+from minixmd.dryrun.models import CLIP_S, VIDEO_FPS, VIDEO_SIZE, ModelInfo, blank_clip, find_model
 from minixmd.inputs.batch import Prompt
 from minixmd.inputs.examples import Example, build_conversation
 from minixmd.inputs.positions import positions_of
@@ -104,7 +104,7 @@ def example_prompt(stage, processor, trace, max_new_tokens=0):
     if isinstance(stage, FactCheck) and stage.checker == "verifier":  # the decoder reads nothing but the trace
         ids = processor.encode(thoughts(trace))
         return Prompt(torch.tensor(ids), positions_of(len(ids), []))
-    return processor(example_conversation(stage, trace), max_new_tokens=max_new_tokens)
+    return processor(example_conversation(stage, trace), blank_clip, max_new_tokens)
 
 
 def example_conversation(stage, trace):

@@ -232,18 +232,16 @@ def check_file(path):
     longer than its header knows."""
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise MediaError(path, "not a file")
-        if not status.st_size:
-            raise MediaError(path, "empty file")
-        with open(path, "rb") as file:
-            length = announced(file, status.st_size)
+        is_file = stat.S_ISREG(status.st_mode)
+        if is_file:
+            with open(path, "rb") as file:
+                length = announced(file, status.st_size)
     except FileNotFoundError:
         raise MediaError(path, "missing") from None
-    except MediaError:
-        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise MediaError(path, "unreadable", _message(error)) from None
+    if not is_file or not status.st_size:
+        raise MediaError(path, "empty file" if is_file else "not a file")
     if length.end > status.st_size:
         raise MediaError(path, "truncated", f"{status.st_size} bytes of the {length.end} its header announces")
     if length.joined:
@@ -320,8 +318,11 @@ def _decode(container, stream, path, before_packet=None):
             if before_packet is not None:
                 before_packet(packet)
             try:
-                frames = _frames_of(packet)
+                frames = packet.decode()
             except AV_ERRORS as error:
+                data = bytes(packet)
+                if data.startswith(TAGS) or data and not data.strip(b"\0"):
+                    continue  # tags and zeros, as they stand where MP3s are joined or padded, are no sound and no fault
                 junk_bytes += packet.size
                 if not loose or junk_bytes > MAX_JUNK_BYTES:
                     raise
@@ -342,17 +343,6 @@ def _decode(container, stream, path, before_packet=None):
         fault = _message(behind)
     if fault:
         raise MediaError(path, "truncated" if count else "unreadable", f"decoding fails after {count} frames: {fault}")
-
-
-def _frames_of(packet):
-    """A packet decoded. Tags and zeros, as they stand where MP3s are joined or padded, are no sound and no fault."""
-    try:
-        return packet.decode()
-    except AV_ERRORS:
-        data = bytes(packet)
-        if data.startswith(TAGS) or data and not data.strip(b"\0"):
-            return []
-        raise
 
 
 def _array(frame, path, **options):
