@@ -35,12 +35,9 @@ def log_mel(wave_S, window_s=WINDOW_S):
     Equal to the first columns of WhisperFeatureExtractor(feature_size=128)'s (128, 3000) for the clip padded to 30 s,
     where all columns that are left out here hold the floor, which is relative to the loudest value, the halo's too.
 
-    Args:
-        wave_S: (S,) float32, 16 kHz mono; what lies beyond window_s seconds is ignored.
-    Returns:
-        mel_MA: (128, min(l + 2, 100 window_s)) float32 where l = num_mel_frames(S, window_s).
-    Raises ValueError: "too short" for 320 samples (20 ms) or fewer; not 1-D floating point; samples above about 1e16,
-        whose power overflows.
+    wave_S: (S,) float32, 16 kHz mono; what lies beyond window_s seconds is ignored. Returns mel_MA: (128, min(l + 2,
+    100 window_s)) float32 where l = num_mel_frames(S, window_s). Raises ValueError: "too short" for 320 samples (20 ms)
+    or fewer; not 1-D floating point; samples above about 1e16, whose power overflows.
     Source: transformers 5.23 models/whisper/feature_extraction_whisper.py; tests/test_audio.py compares.
     """
     if wave_S.dim() != 1 or not wave_S.is_floating_point():
@@ -83,9 +80,8 @@ def resample(wave_S, rate, sample_rate):
     To 16 kHz it measures -0.4 dB at 7 kHz, and tones from 9 kHz up are 60 dB down. Beyond both ends is silence, given
     explicitly: libswresample alone mirrors the ends and drops a very short input.
 
-    wave_S: (S,) float32 numpy array. rate, sample_rate: its rate and the wanted one, in Hz. Returns
-    (round(S * sample_rate / rate),) float32, halves up; wave_S itself when the rates are equal.
-    """
+    wave_S: (S,) float32 numpy array. Returns (round(S * sample_rate / rate),) float32, halves up; wave_S itself when
+    the rates are equal."""
     if rate == sample_rate:
         return wave_S
     common = math.gcd(rate, sample_rate)

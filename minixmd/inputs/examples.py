@@ -103,13 +103,10 @@ def manifest_text(examples):
 def build_conversation(example, *, media, prompt, answer=None, trace="", video_options=None):
     """The conversation that shows `example` and asks its question, of a silent video alone meta's "video_question".
 
-    Args:
-        media: "audio", "video", "both" (video first), or "sounded": the video and its own sound track.
-        prompt: format string over {question} {options} {first} {last} {trace}; options are lettered lines.
-        answer: what the assistant turn gives, the index of an option or a text; None for no such turn.
-        video_options: the video part's fps, min_pixels, max_pixels, nframes.
-    Raises ValueError: the example lacks the medium.
-    """
+    media: "audio", "video", "both" (video first), or "sounded": the video and its own sound. prompt: format string over
+    {question} {options} {first} {last} {trace}; options are lettered lines. answer: what the assistant turn gives, the
+    index of an option or a text; None for no such turn. video_options: the video part's fps, min_pixels,
+    max_pixels, nframes. Raises ValueError: the example lacks the medium."""
     content = []
     for kind in MEDIA_KINDS[media]:
         path = getattr(example, kind)

@@ -66,11 +66,8 @@ def smart_resize(height, width, *, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
 
 def resize(frames_TCHW, *, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, total=None):
     """Resize (T, 3, H, W) uint8 frames, of a video of `total` (None = T), to `smart_resize`'s size with an antialiased
-    bicubic filter; returns uint8.
-
-    It runs on the uint8 tensor itself, as the reference's does: in floating point the result differs by a grey level.
-    Beyond about 690 frames the video's total budget lowers max_pixels, to 1.05 min_pixels at least.
-    """
+    bicubic filter, in uint8 as the reference does: in floating point the result differs by a grey level. Beyond about
+    690 frames the video's total budget lowers max_pixels, to 1.05 min_pixels at least."""
     height, width = frames_TCHW.shape[-2:]
     budget = TOTAL_PIXELS * TEMPORAL / (total or len(frames_TCHW))  # of one frame
     max_pixels = min(max_pixels, max(budget, int(min_pixels * 1.05)))
@@ -87,13 +84,10 @@ def grid_of(frames_TCHW):
 
 
 def patchify(frames_TCHW):
-    """Normalise frames, (T, 3, H, W) uint8 with H and W multiples of 28, and cut them into the tower's patches.
-
-    An odd T repeats the last frame.
-    Returns patches_PC: (P, 1176) float32. Rows run over frame pairs, then rows and columns of 2 x 2 patches, then the
-    four patches inside; a row is (colour 3, frame 2, height 14, width 14).
-    Raises ValueError: another dtype or shape. Source: transformers 5.23 Qwen2VLVideoProcessor, its fused constants.
-    """
+    """Normalise (T, 3, H, W) uint8 frames, H and W multiples of 28, and cut them into the tower's patches; an odd T
+    repeats the last frame. Returns patches_PC: (P, 1176) float32. Rows run over frame pairs, then rows and columns of
+    2 x 2 patches, then the four patches inside; a row is (colour 3, frame 2, height 14, width 14). Raises ValueError:
+    another dtype or shape. Source: transformers 5.23 Qwen2VLVideoProcessor, its fused constants."""
     T, C, H, W = frames_TCHW.shape
     if frames_TCHW.dtype != torch.uint8 or T < 1 or C != 3 or H % SIDE or W % SIDE:
         raise ValueError(f"patchify needs uint8 frames of (T, 3, 28a, 28b), got {frames_TCHW.dtype} "

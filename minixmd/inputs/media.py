@@ -44,13 +44,11 @@ av.logging.set_level(av.logging.PANIC)  # FFmpeg writes its notes straight to st
 
 
 class MediaError(ValueError):
-    """A clip that cannot be used, and why.
+    """A clip that cannot be used: its path, a reason that can be counted, and a detail. str() is a line with all three.
 
-    Attributes: path; reason, one of a fixed set of phrases, so that reasons can be counted (missing, not a file, empty
-    file, unreadable, truncated, wrong length, no audio track, no video track, no samples, no frames, no frame rate, not
-    finite, too short, too long, too large, bad shape; of child processes out of time, out of memory, crashed); detail,
-    free text. str() is one line that names the file.
-    """
+    Reasons: missing, not a file, empty file, unreadable, truncated, wrong length, no audio track, no video track, no
+    samples, no frames, no frame rate, not finite, too short, too long, too large, bad shape; of child processes out of
+    time, out of memory, crashed."""
 
     def __init__(self, path, reason, detail=""):
         super().__init__(path, reason, detail)  # all three in args: the error survives pickling out of a worker process
@@ -68,12 +66,8 @@ def read_audio(path, *, sample_rate=SAMPLE_RATE, max_s=None):
     Channels are averaged (opposite channels cancel), then resampled (`audio.resample`). Values are not clipped to +-1.
     In a file with pictures sample n is heard at n / sample_rate on the video's clock: sound that starts later than they
     do is preceded by silence, and what is heard before them is left out. Codec priming is dropped; gaps inside the
-    track are closed up.
-
-    path: taken literally, never as a URL or pattern. sample_rate: of the result, in Hz. max_s: seconds after which
-    reading stops; None = never. Returns wave_S: (S,) float32, finite, S >= 1. Raises MediaError: see the module's
-    policy.
-    """
+    track are closed up. max_s: seconds after which reading stops; None = never. Returns wave_S: (S,) float32, finite,
+    S >= 1. Raises MediaError."""
     announced_samples = check_file(path).samples
     with open_media(path, sound_only=True) as container:
         mono, rate, shift = _read_track(container, path, max_s, announced_samples)
@@ -125,18 +119,14 @@ def read_frames(path, *, fps=1.0, nframes=None, fit=None):
     """Decode the frames that Qwen's rule picks (`image.sample_frames`) from the video track.
 
     Frames that decode count, not the header's number: clips cut without re-encoding list frames that an edit list
-    hides. The rate is the track's average. Frames are turned as the file says, as the reference's readers do; a sample
-    aspect ratio is ignored, as there.
+    hides. The rate is the track's average. As in the reference's readers frames are turned as the file says, and a
+    sample aspect ratio is ignored.
 
     fps: frames to pick per second of video. nframes: a fixed number instead, even and >= 2. fit: function((1, 3, H, W),
-    T) that resizes each picked frame at once, so that few large ones are held.
-    Returns:
-        frames_TCHW: (T, 3, H, W) uint8 RGB. T is even, or 1 for a video of one frame.
-        Frames picked per second, T / all frames * the track's rate; None when the file does not say its rate.
-    Raises:
-        MediaError: see the module's policy; `too short` when nframes is more than there are.
-        ValueError: fps or nframes out of range.
-    """
+    T) that resizes each picked frame at once, so that few large ones are held. Returns (frames_TCHW, (T, 3, H, W) uint8
+    RGB with T even, or 1 for a video of one frame; frames picked per second, or None when the file does not say its
+    rate). Raises MediaError, `too short` when nframes is more than there are; ValueError: fps or nframes out of
+    range."""
     sample_frames(1 << 20, 1.0, fps=fps, nframes=nframes)  # a wrong argument is the caller's fault, not the file's
     check_file(path)
     rate, times = _frame_times(path)

@@ -21,16 +21,9 @@ VIDEO_DEFAULTS = {"fps": 1.0, "min_pixels": 100_352, "max_pixels": 262_144, "nfr
 def common_vocab_size(processor, labels_path):
     """How many ids, from 0 on, stand for the same string to a model and to the teacher of some labels, whose
     tokenizer.json lies beside labels_path."""
-    teacher = Tokenizer.from_file(str(Path(labels_path).parent / "tokenizer.json"))
-    tables = []
-    for tokenizer in (processor.tokenizer, teacher):
-        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        tables.append({i: token for token, i in vocabulary.items()})
-    count = min(max(table) + 1 for table in tables)
-    for i in range(count):
-        if tables[0].get(i) != tables[1].get(i):
-            return i
-    return count
+    ours, theirs = processor.tokenizer, Tokenizer.from_file(str(Path(labels_path).parent / "tokenizer.json"))
+    count = min(max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1 for tokenizer in (ours, theirs))
+    return next((i for i in range(count) if ours.id_to_token(i) != theirs.id_to_token(i)), count)
 
 
 @dataclass
@@ -132,9 +125,8 @@ class Processor:
                 with the picture. A last assistant turn is the target; without one the prompt ends where it would start.
             load: reads a clip's file, as load_clip, such as a Contained one.
             max_new_tokens: tokens that will be written after the prompt, for which there must be room.
-        Raises:
-            MediaError: a clip that cannot be used, with its reason; "too long" for a prompt over the model's limit.
-            ValueError: a malformed conversation, or media the family does not take.
+        Raises MediaError: a clip that cannot be used; "too long" for a prompt over the model's limit. ValueError: a
+        malformed conversation, or media the family does not take.
         """
         if not conversation or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in conversation):
             raise ValueError("a conversation is a non-empty list of {'role': …, 'content': …}")

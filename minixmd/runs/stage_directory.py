@@ -5,10 +5,9 @@
     versions.json  what it last ran with           done.json          written last: the stage is finished
     log.jsonl      one line a step or event        completions.jsonl  GRPO: some completions as text
 
-A file's fingerprint is the SHA-256 of its content. Above 64 MiB it is that of the size and of 256 blocks spread evenly
-over the file: the whole of a 15 GB checkpoint would take a minute on every start, and a time stamp changes when a
-folder is copied. A folder's is that of its files' names and fingerprints. A model on the hub is known by its name and
-commit. The clips that a manifest lists are not looked at.
+A file's fingerprint is the SHA-256 of its content; above 64 MiB that of its size and of 256 blocks spread evenly over
+it, for the whole of a 15 GB checkpoint would take a minute on every start. A folder's is that of its files' names and
+fingerprints, a hub model's its name and commit. The clips that a manifest lists are not looked at.
 """
 import hashlib
 import json
