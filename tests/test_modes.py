@@ -175,10 +175,10 @@ def test_a_stopped_stage_ends_as_one_that_was_not(world, manifest, tmp_path, mon
     run(tmp_path / "whole", world, path, **more)
     build = multiple_choice.build_prompt
 
-    def dies(processor, example, prompt_format, **more):
+    def dies(processor, example, prompt_format, *more):
         if example.id == "clip4":
             raise KeyboardInterrupt
-        return build(processor, example, prompt_format, **more)
+        return build(processor, example, prompt_format, *more)
 
     monkeypatch.setattr(multiple_choice, "build_prompt", dies)
     with pytest.raises(KeyboardInterrupt):
