@@ -74,6 +74,20 @@ def test_a_child_that_is_killed_while_it_is_idle_costs_no_clip():
     call.stop()
 
 
+def test_children_that_are_lost_leave_no_open_file_behind():
+    call = Contained(odd_job, workers=1)
+    counts = []
+    for number in range(30):
+        with pytest.raises(MediaError):
+            call("die")
+        call("fine", number)
+        os.kill(call.children[-1].process.pid, signal.SIGKILL)
+        call.children[-1].process.join()
+        counts.append(len(os.listdir("/proc/self/fd")))
+    call.stop()
+    assert len(call.children) == 1 and max(counts[5:]) <= counts[4] + 3
+
+
 def test_threads_beyond_the_workers_wait_for_a_child():
     call = Contained(odd_job, workers=2)
     threads = [threading.Thread(target=call, args=("fine", i)) for i in range(20)]

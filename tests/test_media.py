@@ -716,3 +716,22 @@ def test_ffmpegs_notes_do_not_reach_stderr(clip, tmp_path):
     run = subprocess.run([sys.executable, "-c", code, "bad.mp4", "noise.mp4"], cwd=tmp_path, capture_output=True,
                          text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
     assert run.stderr == "" and len(run.stdout.splitlines()) == 4
+
+
+def test_a_sample_that_is_left_out_before_the_picture_may_be_anything(tmp_path):
+    path = tmp_path / "a.mkv"
+    wave = sine(300, 3)
+    wave[100] = np.nan
+    with av.open(str(path), "w") as out:
+        video, audio = out.add_stream("libx264", 10), out.add_stream("pcm_f32le", 16000, layout="mono")
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        sound = av.AudioFrame.from_ndarray(wave[None].astype(np.float32), format="flt", layout="mono")
+        sound.sample_rate, sound.pts = 16000, 0
+        out.mux(audio.encode(sound))
+        for i in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 9 * i, np.uint8), format="rgb24")
+            frame.pts = 10 + i  # a second later than the sound
+            out.mux(video.encode(frame))
+        for stream in (video, audio):
+            out.mux(stream.encode(None))
+    assert len(read_audio(path)) == 32_000

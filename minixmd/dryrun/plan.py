@@ -103,6 +103,8 @@ def example_prompt(stage, processor, trace, max_new_tokens=0):
     """The Prompt that a stage makes of EXAMPLE and a trace, with the answer where one is learnt."""
     if isinstance(stage, FactCheck) and stage.checker == "verifier":  # the decoder reads nothing but the trace
         ids = processor.encode(thoughts(trace))
+        if len(ids) > processor.max_positions:
+            raise ValueError(f"a trace of {len(ids)} tokens; the model's limit is {processor.max_positions}")
         return Prompt(torch.tensor(ids), positions_of(len(ids), []))
     return processor(example_conversation(stage, trace), blank_clip, max_new_tokens)
 

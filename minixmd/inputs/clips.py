@@ -1,12 +1,14 @@
 """A clip's file as an encoder takes it: read, cut to what is heard and resized to what is seen, and kept in a cache.
 
 A cache is a folder of files named by a digest of the clip's content and of how it is read: sound as 16-bit FLAC, frames
-as uint8 in safetensors. Each of its 256 parts takes its share of the limit and no more; all of it may be deleted at any
-time. With a cache sound is rounded to 16 bits and clipped at full scale whether it is found there or not.
+as uint8 in safetensors. Each of its 256 parts takes its share of the limit, and at most a file a child beyond it; all
+of it may be deleted at any time. With a cache sound is rounded to 16 bits and clipped at full scale whether it is found
+there or not.
 """
 import hashlib
 import io
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,20 +46,16 @@ class Cache:
     def keep(self, place, data):
         """Writes `data`, if there is room. Raises OSError where the folder cannot be written."""
         place.parent.mkdir(parents=True, exist_ok=True)
-        held = sum(map(_bytes_of, os.scandir(place.parent)))
+        held = 0
+        for entry in os.scandir(place.parent):
+            with suppress(FileNotFoundError):  # another process has renamed it meanwhile
+                held += entry.stat().st_size
         if held + len(data) <= self.limit_gib * 2**30 / 256:
             write_bytes(place, data, sync=False)
 
 
-def _bytes_of(entry):
-    try:
-        return entry.stat().st_size
-    except FileNotFoundError:  # another process has renamed it meanwhile
-        return 0
-
-
 def load_clip(source, kind, options, cache=None):
-    """What a model's Processor needs of a clip, as numpy arrays, which a child process can send.
+    """What a model's Processor needs of a clip; of a file as numpy arrays, which a child process can send.
 
     source: path, 16 kHz mono wave (float tensor (S,)) or frames (uint8 tensor (T, 3, H, W)). kind: "audio", then
     (mel_MA, mel frames that hold sound); or "video", then (frames, (T, 3, H, W) uint8, and how many were picked a
@@ -70,14 +68,15 @@ def load_clip(source, kind, options, cache=None):
             frames_TCHW, sampled_fps = see(source, kind, options), options["fps"]
         else:
             frames_TCHW, sampled_fps = read_film(source, options, cache)
-        return frames_TCHW.numpy(), sampled_fps
+        return frames_TCHW if given else frames_TCHW.numpy(), sampled_fps
     max_s = options["max_s"]
     wave_S = source if given else read_sound(source, max_s, cache)
     frames = num_mel_frames(len(wave_S), max_s)
     if num_audio_tokens(frames) == 0:
         name = kind if given else source
         raise MediaError(name, "too short", f"{len(wave_S)} samples at 16 kHz; one audio token takes 321")
-    return log_mel(wave_S, max_s).numpy(), frames
+    mel_MA = log_mel(wave_S, max_s)
+    return mel_MA if given else mel_MA.numpy(), frames
 
 
 def read_sound(path, max_s, cache=None):

@@ -47,26 +47,27 @@ class Contained:
         self.slots = LifoQueue()  # of children; None: one that has yet to be started. Threads may be more
         for _ in range(workers or num_workers()):
             self.slots.put(None)
-        self.children = []  # all that were started
+        self.children = []  # all that were started and not ended
         self.stopped = False
 
     def stop(self):
         """Kills the children and waits for none; calls that go on are lost."""
         self.stopped = True
-        for child in self.children:
+        for child in list(self.children):  # other threads end some meanwhile
             child.process.kill()
 
     def __call__(self, path, *arguments):
         child, is_whole = self.slots.get(), False
         try:
-            if child is None or not child.process.is_alive():  # it was killed meanwhile, by no fault of a clip
-                child = self._start(path)
+            if child is not None and not child.process.is_alive():  # it was killed meanwhile, by no fault of a clip
+                child = self._end(child)
+            child = child or self._start(path)
             result = self._ask(child, path, arguments)
             is_whole = True
         finally:
             if child is not None and not is_whole:
-                child.end()
-            self.slots.put(child if is_whole else None)
+                child = self._end(child)
+            self.slots.put(child)
         if isinstance(result, Exception):
             raise result
         return result
@@ -80,7 +81,7 @@ class Contained:
                     return child
             except (EOFError, ConnectionError):
                 pass
-            child.end()
+            self._end(child)
         if self.stopped:
             raise MediaError(path, "crashed", "stopped")
         raise OSError(f"a child process ended before its first job (exit code {child.process.exitcode})")
@@ -91,10 +92,17 @@ class Contained:
             if child.pipe.poll(self.limit_s):
                 return child.pipe.recv()
         except (EOFError, ConnectionError):
-            child.end()
+            child.process.join(GRACE_S)
             code = child.process.exitcode  # negative: minus the number of the signal
             raise MediaError(path, "crashed", f"exit code {code}") from None
         raise MediaError(path, "out of time", f"more than {self.limit_s:g} s")
+
+    def _end(self, child):
+        """Ends a child; None, which its slot then holds."""
+        child.process.kill()
+        child.process.join(GRACE_S)  # a process that waits for a dead disk cannot be killed; it is left behind
+        child.pipe.close()
+        self.children.remove(child)
 
 
 @contextmanager
@@ -119,11 +127,6 @@ class _Child:
         with _without_main():
             self.process.start()
         end.close()  # so that the child's death closes the pipe
-
-    def end(self):
-        self.process.kill()
-        self.process.join(GRACE_S)  # a process that waits for a dead disk cannot be killed; it is left behind
-        self.pipe.close()
 
 
 def _work(pipe, function, limit_s):

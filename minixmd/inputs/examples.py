@@ -63,9 +63,9 @@ def data_root(manifest):
 
 
 def read_manifest(path, allow_outside=False):
-    """The Examples of a JSONL manifest, media paths made absolute. allow_outside: they may lie outside data_root.
-    Raises ValueError, which names file, line and field: a line that is not an example, a repeated id, a path outside,
-    or no example."""
+    """The Examples of a JSONL manifest, media paths made absolute; outside of data_root only where allow_outside says.
+    Raises ValueError, which names file, line and field: no example, a line that is none, a repeated id, a path outside.
+    """
     path = Path(path)
     folder, root = os.path.realpath(path.parent), data_root(path)
     examples, line_of = [], {}
@@ -74,10 +74,9 @@ def read_manifest(path, allow_outside=False):
         if example.id in line_of:
             raise ValueError(f"{path}:{number}: field 'id' {example.id!r} already stands in line {line_of[example.id]}")
         line_of[example.id] = number
-        paths = {kind: getattr(example, kind) for kind in ("audio", "video")}
         absolute = {}
-        for kind, name in paths.items():
-            if name is not None:
+        for kind in ("audio", "video"):
+            if (name := getattr(example, kind)) is not None:
                 absolute[kind] = os.path.normpath(os.path.join(folder, name))
                 if not allow_outside and os.path.commonpath([root, absolute[kind]]) != root:
                     raise ValueError(f"{path}:{number}: field {kind!r} {name!r} is outside of {root}; where that is "

@@ -71,12 +71,13 @@ def read_audio(path, *, sample_rate=SAMPLE_RATE, max_s=None):
     announced_samples = check_file(path).samples
     with open_media(path, sound_only=True) as container:
         mono, rate, shift = _read_track(container, path, max_s, announced_samples)
+    mono = mono[-shift:] if shift < 0 else np.concatenate([np.zeros(shift, np.float32), mono])
+    if not len(mono):
+        raise MediaError(path, "no samples")
     if bad := int((~(np.abs(mono) <= LOUDEST)).sum()):  # written so that NaN counts as bad
         raise MediaError(path, "not finite", f"{bad} of {len(mono)} samples are NaN, infinite or above {LOUDEST:g}")
-    mono = mono[-shift:] if shift < 0 else np.concatenate([np.zeros(shift, np.float32), mono])
     wave_S = resample(mono, rate, sample_rate)
-    if max_s is not None:
-        wave_S = wave_S[:round(max_s * sample_rate)]
+    wave_S = wave_S[:None if max_s is None else round(max_s * sample_rate)]
     if not len(wave_S):
         raise MediaError(path, "no samples", f"{len(mono)} samples at {rate} Hz are none at {sample_rate} Hz")
     return torch.from_numpy(wave_S)
@@ -110,9 +111,8 @@ def _read_track(container, path, max_s, announced_samples):
         if fifo.samples < announced_samples:
             detail = f"decoding stops after {fifo.samples} of {announced_samples} samples"
             raise MediaError(path, "truncated", detail)
-    if not fifo.samples:
-        raise MediaError(path, "no samples")
-    return _mono(fifo.read(partial=True), path), rate, shift
+    mono = _mono(fifo.read(partial=True), path) if fifo.samples else np.zeros(0, np.float32)
+    return mono, rate, shift
 
 
 def read_frames(path, *, fps=1.0, nframes=None, fit=None):

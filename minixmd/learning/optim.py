@@ -39,6 +39,7 @@ class MasterAdamW(torch.optim.AdamW):
                 root = v.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
                 master.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, root, value=-lr / (1 - beta1**t))
                 p.copy_(master)
+                del grad, root  # before the next one's are made
 
 
 def adamw(parameters, *, lr, betas, eps, weight_decay):

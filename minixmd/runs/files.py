@@ -62,4 +62,5 @@ def write_safetensors(path, tensors, metadata=None):
     try:
         _publish(path, lambda temporary: save_file(tensors, temporary, metadata))
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        raise OSError(getattr(error, "errno", None) or 5, f"cannot write: {error}", str(path)) from error
+        said = getattr(error, "strerror", error)
+        raise OSError(getattr(error, "errno", None) or 5, f"cannot write: {said}", str(path)) from error

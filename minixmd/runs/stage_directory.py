@@ -25,9 +25,8 @@ from minixmd.runs.training_state import LOGS
 
 WHOLE_BYTES = 64 << 20  # up to here a file is read whole
 SAMPLES, SAMPLE_BYTES = 256, 64 << 10  # beyond it, so many blocks of so many bytes
-# fields that may change between two starts of an unfinished stage: when it gives up, how long a clip may take, where it
-# may lie, what a cache may hold, and how an endpoint is asked. A local model in the endpoint's place, or the reverse,
-# changes `model` and `served` too and is refused
+# fields that may change between two starts of an unfinished stage; a local model in an endpoint's place, or the
+# reverse, changes `model` and `served` too and is refused
 MAY_CHANGE = ("max_bad", "clip_limit_s", "allow_outside", "cache_gib", "endpoint", "api_key_env", "concurrency",
               "timeout_s", "attempts", "retry_backoff_s", "logprobs")
 
