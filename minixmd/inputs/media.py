@@ -69,7 +69,7 @@ def read_audio(path, *, sample_rate=SAMPLE_RATE, max_s=None):
     track are closed up. max_s: seconds after which reading stops; None = never. Returns wave_S: (S,) float32, finite,
     S >= 1. Raises MediaError."""
     announced_samples = check_file(path).samples
-    with open_media(path, sound_only=True) as container:
+    with open_media(path, decodes_film=False) as container:
         mono, rate, shift = _read_track(container, path, max_s, announced_samples)
     mono = mono[-shift:] if shift < 0 else np.concatenate([np.zeros(shift, np.float32), mono])
     if not len(mono):
@@ -163,7 +163,7 @@ def read_frames(path, *, fps=1.0, nframes=None, fit=None):
 def _frame_times(path):
     """(the track's average rate, or None; the time stamps of its frames in order, from the packets alone). There are
     none where a packet may be another number of frames than one, or its time is not known."""
-    with open_media(path) as container:
+    with open_media(path, decodes_film=False) as container:
         stream = film(container, path)
         rate = stream.average_rate  # None in a few formats
         if container.format.name not in ONE_FRAME_A_PACKET or stream.codec_context.codec.canonical_name not in TIMED:
@@ -243,14 +243,14 @@ def _message(error):
     return getattr(error, "strerror", None) or str(error)  # strerror leaves out the path, which MediaError names
 
 
-def open_media(path, sound_only=False):
-    """PyAV's container of a file in one of FORMATS. Raises MediaError. sound_only: no picture will be asked for."""
+def open_media(path, decodes_film=True):
+    """PyAV's container of a file in one of FORMATS. Raises MediaError. decodes_film: whether a picture will be."""
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
     try:
         with open(path, "rb") as file:
             head = file.read(8)
         kind = "jpeg_pipe" if head[:3] == b"\xff\xd8\xff" else None  # its name would choose a reader of numbered files
-        if sound_only and head[4:] == b"ftyp":
+        if not decodes_film and head[4:] == b"ftyp":
             options["codec_whitelist"] = "aac"  # else FFmpeg decodes a frame of the film when it opens an MP4
         # "file:": a name with a colon is no URL
         return av.open("file:" + os.fspath(path), format=kind, options=options, metadata_errors="replace")
