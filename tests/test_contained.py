@@ -69,8 +69,9 @@ def test_a_child_that_is_killed_while_it_is_idle_costs_no_clip():
     call = Contained(odd_job)
     for number in range(4):
         assert call("fine", number)[0] == number
-        os.kill(call.children[-1].process.pid, signal.SIGKILL)
-        call.children[-1].process.join()
+        [child] = call.children
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
     call.stop()
 
 
@@ -81,8 +82,9 @@ def test_children_that_are_lost_leave_no_open_file_behind():
         with pytest.raises(MediaError):
             call("die")
         call("fine", number)
-        os.kill(call.children[-1].process.pid, signal.SIGKILL)
-        call.children[-1].process.join()
+        [child] = call.children
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
         counts.append(len(os.listdir("/proc/self/fd")))
     call.stop()
     assert len(call.children) == 1 and max(counts[5:]) <= counts[4] + 3

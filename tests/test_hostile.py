@@ -45,8 +45,8 @@ def test_each_is_refused_with_its_reason_and_in_little_time_and_memory(world):
         except MediaError as error:
             reasons[name] = error.reason
         assert time.monotonic() - start < 10, name
-    [child] = [child for child in load.children if child.process.is_alive()]  # one that none of them killed
-    with open(f"/proc/{child.process.pid}/status") as status:
+    [child] = [child for child in load.children if child.is_alive()]  # one that none of them killed
+    with open(f"/proc/{child.pid}/status") as status:
         peak_kb = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     load.stop()
     assert peak_kb < 1 << 20

@@ -4,6 +4,7 @@ Threads call the function here; each waits for one child. Children are forked, w
 server that has imported the function's module once.
 """
 import os
+import pickle
 import re
 import resource
 import signal
@@ -23,6 +24,7 @@ from minixmd.inputs.media import MediaError
 LIMIT_S = 60.0  # seconds that a call may take
 MAX_BYTES = 4 << 30  # of memory that a child may allocate beyond what it starts with
 _STARTING = threading.Lock()  # of all Contained: what a start changes belongs to the whole process
+PIECE_BYTES = 1 << 17
 GRACE_S = 5  # a child whose parent died ends itself this much later than its parent would have killed it
 
 
@@ -47,19 +49,19 @@ class Contained:
         self.slots = LifoQueue()  # of children; None: one that has yet to be started. Threads may be more
         for _ in range(workers or num_workers()):
             self.slots.put(None)
-        self.children = []  # all that were started and not ended
+        self.children = {}  # process -> its pipe, of all that were started and not ended
         self.stopped = False
 
     def stop(self):
         """Kills the children and waits for none; calls that go on are lost."""
         self.stopped = True
         for child in list(self.children):  # other threads end some meanwhile
-            child.process.kill()
+            child.kill()
 
     def __call__(self, path, *arguments):
         child, is_whole = self.slots.get(), False
         try:
-            if child is not None and not child.process.is_alive():  # it was killed meanwhile, by no fault of a clip
+            if child is not None and not child.is_alive():  # it was killed meanwhile, by no fault of a clip
                 child = self._end(child)
             child = child or self._start(path)
             result = self._ask(child, path, arguments)
@@ -74,35 +76,38 @@ class Contained:
 
     def _start(self, path):
         if not self.stopped:
-            child = _Child(self.context, self.function, self.limit_s)
-            self.children.append(child)
+            pipe, end = self.context.Pipe()
+            child = self.context.Process(target=_work, args=(end, self.function, self.limit_s), daemon=True)
+            with _without_main():
+                child.start()
+            end.close()  # so that the child's death closes the pipe
+            self.children[child] = pipe
             try:
-                if child.pipe.recv() and not self.stopped:  # it is ready
+                if pipe.recv() and not self.stopped:  # it is ready
                     return child
             except (EOFError, ConnectionError):
                 pass
             self._end(child)
         if self.stopped:
             raise MediaError(path, "crashed", "stopped")
-        raise OSError(f"a child process ended before its first job (exit code {child.process.exitcode})")
+        raise OSError(f"a child process ended before its first job (exit code {child.exitcode})")
 
     def _ask(self, child, path, arguments):
+        pipe = self.children[child]
         try:
-            child.pipe.send((path, arguments))
-            if child.pipe.poll(self.limit_s):
-                return child.pipe.recv()
+            pipe.send((path, arguments))
+            if pipe.poll(self.limit_s):
+                return pickle.loads(b"".join([pipe.recv_bytes() for _ in range(pipe.recv())]))
         except (EOFError, ConnectionError):
-            child.process.join(GRACE_S)
-            code = child.process.exitcode  # negative: minus the number of the signal
-            raise MediaError(path, "crashed", f"exit code {code}") from None
+            child.join(GRACE_S)  # its exit code is, if negative, minus the number of the signal
+            raise MediaError(path, "crashed", f"exit code {child.exitcode}") from None
         raise MediaError(path, "out of time", f"more than {self.limit_s:g} s")
 
     def _end(self, child):
         """Ends a child; None, which its slot then holds."""
-        child.process.kill()
-        child.process.join(GRACE_S)  # a process that waits for a dead disk cannot be killed; it is left behind
-        child.pipe.close()
-        self.children.remove(child)
+        child.kill()
+        child.join(GRACE_S)  # a process that waits for a dead disk cannot be killed; it is left behind
+        self.children.pop(child).close()
 
 
 @contextmanager
@@ -118,15 +123,6 @@ def _without_main():
         finally:
             sys.modules["__main__"] = main
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-class _Child:
-    def __init__(self, context, function, limit_s):
-        self.pipe, end = context.Pipe()
-        self.process = context.Process(target=_work, args=(end, function, limit_s), daemon=True)
-        with _without_main():
-            self.process.start()
-        end.close()  # so that the child's death closes the pipe
 
 
 def _work(pipe, function, limit_s):
@@ -150,7 +146,10 @@ def _work(pipe, function, limit_s):
                 else:
                     result = MediaError(path, "crashed", f"{type(error).__name__}: {error}")
             signal.alarm(0)
-            pipe.send(result)
+            data = pickle.dumps(result)  # sent in pieces: a Connection allocates all that is left at every read
+            pipe.send(-(-len(data) // PIECE_BYTES))
+            for start in range(0, len(data), PIECE_BYTES):
+                pipe.send_bytes(data[start:start + PIECE_BYTES])
     except (EOFError, OSError):
         return
 
