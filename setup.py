@@ -44,6 +44,7 @@ setup(
     package_data={
         "minixmd.dryrun": ["*.json", "*.j2"],
         "minixmd.report": ["*.json", "*.j2"],
+        "minixmd.tasks": ["*.json"],
         "minixmd.toy": ["*.json", "*.jsonl"],
     },
 )

@@ -65,7 +65,7 @@ def read_answers(run, stage):
     records = []
     for record in read_jsonl(run / stage / "answers.jsonl"):
         example = examples[record["id"]]
-        reward = sum(reward(record["text"], example, example.answer) for reward in REWARDS.values())
+        reward = sum(reward(record["text"], example, example.answer, False) for reward in REWARDS.values())
         records.append({**record, "id": f"{run.name}/{record['id']}", "reward": reward})
     return records
 

@@ -319,7 +319,7 @@ class Trainer:
             self.model, self.processor, prompts, num_samples=stage.group_size, max_new_tokens=stage.max_new_tokens,
             temperature=stage.temperature, seed=stage.seed, step=self.step, stop=stage.stop,
             keys=[item.example.id for item in items], decode_slots=stage.decode_slots)
-        rewards = score_completions(completions, items)
+        rewards = score_completions(completions, items, stage.prompt_format.asks_for_letter)
         self.show_completions(completions[0], items[0], rewards)
         rollout = make_rollout(stage, prompts, completions, rewards["reward"])
 

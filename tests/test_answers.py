@@ -1,7 +1,13 @@
 """extract: which option a written answer means, by which way, and what does not fool it."""
+import json
+import time
+from pathlib import Path
+
 import pytest
 
-from minixmd.tasks.answers import WAYS, extract, final_answer, thoughts
+from minixmd.config.prompts import PROMPT, PromptFormat
+from minixmd.tasks.answers import WAYS, extract, final_answer, parse_answer, thoughts
+from minixmd.tasks.benchmarks import vote
 
 OPTIONS = ("dog barking", "cat meowing", "police car (siren)", "dog", "playing bass drum", "ice cream van",
            "woman's singing", "parrot talking", "skidding", "toilet flushing")  # fmt: skip
@@ -151,3 +157,32 @@ def test_options_that_are_numbers_or_single_letters_are_read_as_words_after_the_
     assert extract("4", ("3", "One", "4", "2")) == extract("It is 4", ("3", "One", "4", "2")) == (2, "option")
     assert extract("B", ("C", "A", "B")) == (1, "letter")  # the question asks for a letter
     assert extract("in B minor", ("A minor", "B minor")) == (1, "option")
+
+
+ROWS = [json.loads(line) for line in (Path(__file__).parent / "data" / "answers.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[f"{i}" for i in range(len(ROWS))])
+def test_the_table_of_written_answers(row):
+    """English, Chinese, German and others, written without a look at the reader but for "ours"."""
+    index, _ = extract(row["text"], row["options"], row["asked_for"] == "letter")
+    assert index == row["expected"], (row["text"], row["options"])
+
+
+def test_a_letter_is_the_option_that_the_prompt_makes_it():
+    notes = ("C", "C#", "G", "A")
+    for text in ("<answer>C</answer>", "C", "The answer is C."):
+        assert extract(text, notes)[0] == 2 and extract(text, notes, letters=False)[0] == 0
+    assert parse_answer("<answer>C</answer>", notes) == 2 and parse_answer("<answer>C</answer>", notes, False) == 0
+    for letters in (True, False):
+        assert extract("<answer>C#</answer>", notes, letters) == (1, "option")
+        assert parse_answer("<answer>C#</answer>", notes, letters) == 1
+    assert vote(["C", "G", "C"], notes, "option", letters=False)[1] == 0
+    assert PromptFormat("audio", PROMPT).asks_for_letter and not PromptFormat("audio", "{options}").asks_for_letter
+
+
+def test_long_texts_are_read_in_little_time():
+    start = time.monotonic()
+    for piece in ("the answer is ", "A or B, ", "so not A, ", "答案是", "I can't, but ", "\\boxed{", "B is right "):
+        extract(piece * 1_000, OPTIONS)
+    assert time.monotonic() - start < 20

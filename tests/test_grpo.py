@@ -331,7 +331,7 @@ def world(tmp_path_factory):
     return folder
 
 
-def lowercase(text, example, right):
+def lowercase(text, example, right, letters):
     """A reward that a random model earns in part: a share of small letters."""
     return sum("a" <= letter <= "z" for letter in text) / max(1, len(text))
 
@@ -387,7 +387,7 @@ def test_what_is_logged(world, tmp_path, earns, capsys):
     shown = lines_of(tmp_path / "run/g", "completions.jsonl")
     assert Counter(line["step"] for line in shown) == {1: 4, 3: 4, 5: 4}
     assert shown[0].keys() == {"step", "id", "letters", "reward", "finished", "text"}
-    assert all(line["reward"] == pytest.approx(lowercase(line["text"], None, None)) for line in shown)
+    assert all(line["reward"] == pytest.approx(lowercase(line["text"], None, None, True)) for line in shown)
 
 
 def test_a_rollout_is_summed_up_as_a_person_would():

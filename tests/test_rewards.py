@@ -39,7 +39,7 @@ EXAMPLE = Example("a", "a.wav", None, "?", OPTIONS)
     ("<THINK>x</THINK><ANSWER>B</ANSWER>", False),
 ])
 def test_the_form_is_one_think_then_one_answer_and_nothing_else(text, right):
-    assert format_reward(text, EXAMPLE, RIGHT) == float(right)
+    assert format_reward(text, EXAMPLE, RIGHT, True) == float(right)
 
 
 @pytest.mark.parametrize("answer, index", [
@@ -47,7 +47,7 @@ def test_the_form_is_one_think_then_one_answer_and_nothing_else(text, right):
     ("cat", 1), ("Cat.", 1), ("dog  BARKING", 0), ("dog-barking", 0), ("playing the violin fiddle", 2),
     ("B. cat", 1), ("b) Cat", 1), ("G: church bell", 6), ("cat food", 5),
     ("C", 2), ("D", 3), ("H", 7), ("D. C#", 3), ("E. +", 4), ("h. b", 7),
-    ("I", None), ("Z", None), ("", None), (" \n ", None), ("+", None), ("?", None),
+    ("I", None), ("Z", None), ("", None), (" \n ", None), ("+", 4), ("?", None),
     ("A. cat", None), ("B or C", None), ("A B", None), ("AB", None), ("BCD", None), ("the cat", None), ("cats", None),
     ("dog", None), ("dog barkin", None), ("The answer is B", None), ("not B", None), ("None", None),
 ])  # fmt: skip
@@ -59,12 +59,13 @@ def test_several_answers_and_none_are_no_answer():
     for text in ("B", "cat", "<answer>B", "B</answer>", "<answer>B</answer><answer>B</answer>",
                  "<answer>A</answer><answer>B</answer>", "<answer><answer>B</answer>", "<answer>B<think></answer>",
                  "<think>or <answer>A</answer></think><answer>B</answer>"):
-        assert parse_answer(text, OPTIONS) is None and accuracy_reward(text, EXAMPLE, RIGHT) == 0
+        assert parse_answer(text, OPTIONS) is None and accuracy_reward(text, EXAMPLE, RIGHT, True) == 0
 
 
-def test_two_options_of_the_same_words_are_told_apart_by_letter_only():
+def test_options_of_the_same_words_are_told_apart_by_their_signs_or_by_letter():
     options = ("Dog", "dog!", "cat")
-    assert parse_answer("<answer>dog</answer>", options) is None
+    assert parse_answer("<answer>dog</answer>", options) == 0 and parse_answer("<answer>dog!</answer>", options) == 1
+    assert parse_answer("<answer>dog?</answer>", options) is None
     assert parse_answer("<answer>b</answer>", options) == 1 and parse_answer("<answer>B. dog</answer>", options) == 1
 
 
@@ -72,7 +73,7 @@ def test_the_two_rewards_are_independent_and_sum_to_0_1_or_2():
     think = "<think>x</think>"
     cases = {f"{think}<answer>B</answer>": 2, f"{think}<answer>A</answer>": 1, "So <answer>cat</answer>.": 1,
              "It is a cat": 0, f"{think}<answer></answer>": 1}
-    assert {text: sum(reward(text, EXAMPLE, RIGHT) for reward in REWARDS.values()) for text in cases} == cases
+    assert {text: sum(reward(text, EXAMPLE, RIGHT, True) for reward in REWARDS.values()) for text in cases} == cases
 
 
 def test_nothing_that_a_model_writes_stops_them():
@@ -84,7 +85,7 @@ def test_nothing_that_a_model_writes_stops_them():
         options = tuple("".join(rng.choices(pieces, k=rng.randrange(4))) for _ in range(rng.randrange(2, 27)))
         for case in (text, f"<think>{text}</think><answer>{text}</answer>"):
             for reward in REWARDS.values():
-                assert reward(case, replace(EXAMPLE, options=options), rng.randrange(len(options))) in (0.0, 1.0)
+                assert reward(case, replace(EXAMPLE, options=options), rng.randrange(len(options)), True) in (0.0, 1.0)
             assert parse_answer(case, options) in (None, *range(len(options)))
 
 
@@ -92,7 +93,7 @@ def test_nothing_that_a_model_writes_stops_them():
 def test_a_text_of_a_million_letters_takes_no_time(piece):
     text = piece * (1_000_000 // len(piece))
     for case in (text, "<think>" + text, f"<answer>{text}"):
-        assert sum(reward(case, EXAMPLE, RIGHT) for reward in REWARDS.values()) == 0
+        assert sum(reward(case, EXAMPLE, RIGHT, True) for reward in REWARDS.values()) == 0
 
 
 def test_advantages_by_hand():

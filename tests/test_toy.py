@@ -305,8 +305,8 @@ def test_a_lesson_is_the_prompt_that_a_stage_asks(untrained, small, qa_format, t
         assert choice == (right_letter if qa_format == DIRECT else example.label)
         answer = processor.decode(made.ids_N[made.target_N])
         if qa_format == THINKING:
-            assert accuracy_reward(answer, example, example.answer) == 1
-            assert format_reward(answer, example, example.answer) == 1
+            assert accuracy_reward(answer, example, example.answer, False) == 1
+            assert format_reward(answer, example, example.answer, False) == 1
         assert ("gong" in answer) == bool(thought)
         letter_id = processor.letter_ids(world.OPTIONS)[example.answer]
         newline_id = processor.encode("\n")[0]

@@ -47,5 +47,10 @@ class PromptFormat:
     reading: ClipReading = ClipReading()
 
     @property
+    def asks_for_letter(self):
+        """Whether an answer is to be an option's letter rather than its words."""
+        return "{first}" in self.template or "{last}" in self.template
+
+    @property
     def video_options(self):
         return {name: getattr(self, name) for name in ("fps", "min_pixels", "max_pixels", "nframes")}

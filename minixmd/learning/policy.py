@@ -22,13 +22,13 @@ class Rollout:
     old_T: torch.Tensor | None = None  # those under the policy before the rollout's first update
 
 
-def score_completions(completions, items):
-    """{name of a reward: (P, G)} of P prompts' completions, and "reward", their sum."""
+def score_completions(completions, items, letters):
+    """{name of a reward: (P, G)} of P prompts' completions, and "reward", their sum. letters: as REWARDS take it."""
     rewards = {}
     for name, reward in REWARDS.items():
         rows = []
         for group, item in zip(completions, items, strict=True):
-            rows.append([reward(completion.text, item.example, item.target) for completion in group])
+            rows.append([reward(completion.text, item.example, item.target, letters) for completion in group])
         rewards[name] = torch.tensor(rows)
     rewards["reward"] = sum(rewards.values())
     return rewards

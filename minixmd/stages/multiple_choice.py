@@ -131,7 +131,7 @@ def write_answers(model, processor, examples, prompt_format, writing, *, batch_t
     Raises ValueError as score_letters.
     """
     questions = Questions(processor, examples, prompt_format, writing.max_new_tokens, traces or {})
-    n = writing.num_samples
+    n, letters = writing.num_samples, prompt_format.asks_for_letter
     for pairs in batch_by_tokens(questions.prompts(), batch_tokens):
         uniform = []
         for example, _ in pairs:
@@ -144,7 +144,7 @@ def write_answers(model, processor, examples, prompt_format, writing, *, batch_t
         for i, (example, _) in enumerate(pairs):
             own = completions[n * i:n * (i + 1)]
             texts = [completion.text for completion in own]
-            chosen, index, how, votes = vote(texts, example.options, writing.rule)
+            chosen, index, how, votes = vote(texts, example.options, writing.rule, letters)
             option = None if index is None else example.options[index]
             record = questions.records[example.id]
             record.update(by_letters=record["answer"], answer=index, how=how, text=texts[chosen], option=option,
@@ -169,7 +169,7 @@ def validation_accuracy(model, processor, examples, stage):
         records = write_answers(model, processor, examples, stage.prompt_format, writing)
         for example, record in zip(examples, records, strict=True):
             if "bad" not in record:
-                record["answer"] = parse_answer(record["text"], example.options)
+                record["answer"] = parse_answer(record["text"], example.options, stage.prompt_format.asks_for_letter)
     else:
         records = score_letters(model, processor, examples, stage.prompt_format)
     return tabulate(examples, records)["accuracy"], count_bad(records, stage.name, stage.max_bad)

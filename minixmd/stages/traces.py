@@ -44,7 +44,7 @@ def collect(stage, folder, log, examples, records):
             continue
         samples = record["samples"]
         for sample in samples:
-            sample["answer"] = parse_answer(sample["text"], example.options)
+            sample["answer"] = parse_answer(sample["text"], example.options, stage.prompt_format.asks_for_letter)
             sample["use"] = sample.get("bad") or use_of(sample)
             uses[sample["use"]] += 1
         outcome = outcome_of(example, samples)

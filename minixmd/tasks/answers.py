@@ -1,40 +1,45 @@
 """Reading a written answer: which option does a text mean?
 
-`extract` is the lenient reader of evaluations. It looks at what the text says in the end (final_answer) and takes the
-first of these that tells:
+`extract` is the lenient reader of evaluations. It looks at what the text says after its thinking (final_answer),
+without what that rules out ("not A", "B is wrong"), and takes the first of these that tells:
 
-letter   The text states one letter and no other, and an option has it. A letter is stated by a capital that stands
-         alone where neither an article ("A dog") nor a pronoun ("I hear") can stand: at the end of a line, before
-         punctuation or a dash, or before "and", "or", "is", "because" or "since". As the very first thing in the text a
-         small letter counts too, where a dot, a colon or a bracket follows, or nothing.
-option   The words of exactly one option stand in the text, in a row. Those of an option that is part of a longer one
-         there do not count: "dog barking" does not name "dog".
+stated   What stands in the last \\boxed{…}, else after the last "answer" or a like word, else after the last "so" or
+         "I think": a letter or, in the first two, the words of one option in the same sentence.
+text     The whole text is an option, with its signs: "C#" is not "C".
+letter   The text has one letter and no other that stands alone where neither an article ("A dog") nor a pronoun
+         ("I hear") can stand: at the end of a line, before punctuation or a dash, or before "and", "or", "is",
+         "because" or "since". As the very first thing a small letter counts too.
+option   The text names exactly one option, with its signs or by its words in a row. What is part of a longer option
+         there does not count: "dog barking" does not name "dog".
 similar  One option is more like the text than all others: the largest difflib ratio between the option and any run
          of as many words of the text is at least CUTOFF.
 
-`parse_answer` is the strict reader of rewards and traces: the option in the only <answer>…</answer>, or nothing.
+Of a refusal ("I can't hear it") the last two read only what follows a "but". Where options are letters themselves, as
+notes are, the prompt decides: asked for a letter, a letter is meant.
 
-Words are runs of letters and digits, compared without case and apostrophes.
+`parse_answer` is the strict reader of rewards and traces: the option in the only <answer>…</answer>, or nothing.
 """
 import re
 import unicodedata
 from difflib import SequenceMatcher
-from string import ascii_lowercase
+from string import ascii_uppercase
+
+from minixmd.tasks import answer_words as patterns
+from minixmd.tasks.answer_words import CJK, CLOSE, LETTER
 
 WAYS = ("letter", "option", "similar", "none")
 CUTOFF = 0.7  # at difflib's own 0.6, one refusal to answer in nine is "like" one of ten VGGSound labels; here, 1 in 300
-STATED = re.compile(
-    r"""(?<![\w./-])(?!I,)[A-Z](?=\s*$|[.:;,!?)\]}"'”’*]+(?:\s|$)|</|\s?[-–—]\s|\s+(?:and|or|is|because|since)\b)""",
-    re.MULTILINE)  # fmt: skip
 INSIDE = r"(?:(?!</?(?:think|answer)>).)*"  # text without any of the four tags
 THOUGHTS = re.compile(rf"<think>({INSIDE})</think>", re.DOTALL)
 ANSWER = re.compile(rf"<answer>({INSIDE})</answer>", re.DOTALL)
-FIRST = re.compile(r"\A\W*[a-z](?=[.:)\]]|\W*$)")
+STATEMENTS, STATEMENT_CHARS = 20, 1000  # read after words such as "answer": the last so many, so far
 
 
 def words_of(text):
+    """Runs of letters and digits, without case and apostrophes; each character of a script that is written without
+    spaces."""
     text = re.sub("['’]", "", unicodedata.normalize("NFKC", text))
-    return re.findall(r"[^\W_]+", text.casefold())
+    return re.findall(rf"[{CJK}]|[^\W_{CJK}]+", text.casefold())
 
 
 def thoughts(text):
@@ -58,57 +63,145 @@ def final_answer(text):
     return said if words_of(said) else None
 
 
-def parse_answer(completion, options):
+def parse_answer(completion, options, letters=True):
     """Index of the option in the completion's only <answer>…</answer>, or None. The answer is an option's letter, its
-    words, or both, as in "B. dog". Nothing similar counts, and several answers are none."""
+    text, its words, or letter and words, as in "B. dog". Nothing similar counts, and several answers are none.
+    letters: as in extract."""
     answers = ANSWER.findall(completion)
     if len(answers) != 1 or completion.count("<answer>") != 1:
         return None
-    said = words_of(answers[0])
-    letters = list(ascii_lowercase[:len(options)])
-    if len(said) == 1 and said[0] in letters:
-        return letters.index(said[0])
-    named = []
-    for i, option in enumerate(options):
-        words = words_of(option)
-        if words and said in (words, [letters[i], *words]):
-            named.append(i)
-    return named[0] if len(named) == 1 else None
+    said = _clean(answers[0])
+    letter = re.match(rf"\W*([A-Za-z])(?:{CLOSE}*\s+|{CLOSE}*\Z)", said)
+    if letter and not said[letter.end():].strip():
+        return _option_of(letter[1], options, letters)
+    found = _equal_options(said, options)
+    if letter and not found:
+        i = _option_of(letter[1], options, letters=True)
+        rest = said[letter.end():]
+        return i if i is not None and _equal_options(rest, options[i:i + 1]) else None
+    return found[0] if len(found) == 1 else None
 
 
-def extract(text, options):
-    """(index of the option that a completion means or None, one of WAYS). text: None is no answer."""
+def extract(text, options, letters=True):
+    """(index of the option that a completion means or None, one of WAYS). text: None is no answer. letters: whether the
+    prompt asked for a letter, which decides where options are letters themselves."""
     text = final_answer(text)
     if text is None:
         return None, "none"
-    letter = _stated_letter(text, len(options))
-    if letter is not None:
-        return letter, "letter"
-    said, choices = words_of(text), [words_of(option) for option in options]
-    named = _named_options(said, choices)
+    said = patterns.RULED_OUT.sub(" ", _clean(text))
+    index, how = _stated(said, options, letters)
+    if index is not None:
+        return index, how
+    equal = _equal_options(said, options)
+    if len(equal) == 1 and not re.fullmatch(r"\W*[A-Za-z]\W*", said):
+        return equal[0], "option"
+    refused = False
+    while (refusal := patterns.REFUSAL.search(said)) and not refused:
+        but = patterns.BUT.search(said, refusal.end())
+        refused = but is None
+        said = said[:refusal.start()] if refused else said[but.end():]
+    index = _only_letter(said, options, letters)
+    if index is not None:
+        return index, "letter"
+    if refused:
+        return None, "none"
+    named = _named_options(said, options)
     if len(named) == 1:
         return named[0], "option"
-    similarity = [_similarity(said, choice) for choice in choices]
+    words = words_of(said)
+    similarity = [_similarity(words, words_of(option)) for option in options]
     best = max(similarity)
     if best >= CUTOFF and similarity.count(best) == 1:  # options that are named tie, at 1
         return similarity.index(best), "similar"
     return None, "none"
 
 
-def _stated_letter(text, num_options):
-    """Index of the only letter that a text states, or None."""
+def _clean(text):
+    r"""Text without Markdown, LaTeX's text commands and wide signs; \boxed{…} stays."""
     text = unicodedata.normalize("NFKC", text)
-    text = FIRST.sub(lambda match: match[0].upper(), text)
-    letters = set(STATED.findall(text))
-    if len(letters) != 1:
-        return None
-    index = ord(letters.pop()) - ord("A")
-    return index if index < num_options else None
+    for sign, plain in patterns.SIGNS.items():
+        text = text.replace(sign, plain)
+    return re.sub(r"\\(?:text|mathrm|mathbf|textbf|mathit)\s*{([^{}]*)}", r"\1", text)
 
 
-def _named_options(said, choices):
-    """Indices of the options whose words stand in the text, without those inside a longer one that does."""
-    named = [i for i, choice in enumerate(choices) if _holds(said, choice)]
+def _option_of(letter, options, letters):
+    """Index of the option that a letter stands for, or None."""
+    if not letters:
+        equal = [i for i, option in enumerate(options) if option.strip().casefold() == letter.casefold()]
+        if len(equal) == 1:
+            return equal[0]
+    index = ascii_uppercase.index(letter.upper())
+    return index if index < len(options) else None
+
+
+def _stated(said, options, letters):
+    """(index, "letter" or "option") of what the text states as its answer, or (None, "none")."""
+    boxed = re.findall(r"\\boxed\s*{([^{}]*)}", said)
+    if boxed:
+        return _read_statement(boxed[-1], options, letters)
+    found = []  # where a statement's words begin, and where what is stated does
+    for match in re.finditer(patterns.AFTER_ANSWER, said):
+        found.append(match.span())
+    for match in re.finditer(patterns.IS_RIGHT, said):
+        found.append((match.start(), match.start()))
+    for start, end in sorted(found, reverse=True)[:STATEMENTS]:
+        if patterns.OR.search(said[max(0, start - 20):start]):
+            return None, "none"
+        index, how = _read_statement(said[end:end + STATEMENT_CHARS], options, letters)
+        if index is not None:
+            return index, how
+    choices = re.findall(patterns.AFTER_CHOICE, said)
+    if choices:
+        return _option_of(choices[-1], options, letters), "letter"
+    return None, "none"
+
+
+def _read_statement(text, options, letters):
+    """A letter at the beginning of the text, or the one option that its first sentence names."""
+    letter = re.match(LETTER, text)
+    if letter:
+        return _option_of(letter[1], options, letters), "letter"
+    named = _named_options(patterns.SENTENCE_END.split(text, maxsplit=1)[0], options)
+    return (named[0], "option") if len(named) == 1 else (None, "none")
+
+
+def _only_letter(said, options, letters):
+    """Index of the only letter that a text has by itself, or None."""
+    said = patterns.FIRST.sub(lambda match: match[0].upper(), said)
+    for option in options:
+        if re.search(r"\W[A-Z]\Z|\A[A-Z]\W", option.strip()):
+            said = said.replace(option.strip(), " ")  # the letter in "Plan B" is the option's own
+    found = set(re.findall(r"^\W*(?!I,)([A-Z])\W*$", said, re.MULTILINE)) or set(patterns.STATED.findall(said))
+    return _option_of(found.pop(), options, letters) if len(found) == 1 else None
+
+
+def _plain(text):
+    return " ".join(_clean(text).casefold().split()).strip(" .\"'")
+
+
+def _equal_options(said, options):
+    """Indices of the options that are the text, with their signs or, if none is, by their words."""
+    plain, words = _plain(said), words_of(said)
+    equal = [i for i, option in enumerate(options) if plain and _plain(option) == plain]
+    return equal or [i for i, option in enumerate(options) if words and words_of(option) == words]
+
+
+def _named_options(said, options):
+    """Indices of the options that a text names, with their signs or, if none is, by their words; but those inside a
+    longer one that it names."""
+    plain, named = _plain(said), []
+    for i, option in enumerate(options):
+        text = _plain(option)
+        if len(text) == 1:  # a note or a grade, in its own case: an article is none
+            found = re.search(rf"(?<!\w){re.escape(option.strip())}(?![\w#♯♭+])", said)
+        else:
+            found = text and re.search(rf"(?<![\w#♯♭+/]){re.escape(text)}(?![\w#♯♭+/])", plain)
+        if found:
+            named.append(i)
+    choices = [words_of(option) for option in options]
+    if not named:
+        words = words_of(said)
+        named = [i for i, choice in enumerate(choices) if _holds(words, choice)]
     longest = []
     for i in named:
         inside_another = any(choices[j] != choices[i] and _holds(choices[j], choices[i]) for j in named)

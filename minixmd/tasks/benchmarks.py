@@ -18,7 +18,7 @@ TYPES = ("Temporal", "Comparative", "Counting", "Existential", "Location")  # of
 FIELDS = {"mmau": ("task", "difficulty", "sub_category"), "music_avqa": ("modality", "type")}  # of the Examples' meta
 
 
-def meant(text, options, rule):
+def meant(text, options, rule, letters=True):
     """(index of the option that a completion means, or None; how, one of WAYS[rule]). text: None is no completion.
 
     By MMAU's rule an option's own text wins over a letter ("D" where the options are chords, "a dog" where A is "dog").
@@ -26,7 +26,7 @@ def meant(text, options, rule):
     another one ("Lyndon B. Johnson"). Of options with the same words, said in another order, the first is meant.
     """
     if rule == "option":
-        return extract(text, options)
+        return extract(text, options, letters)
     said = final_answer(text)
     if said is None:
         return None, "none"
@@ -48,11 +48,11 @@ def same(options, i, j, rule):
     return mmau_rule(options[i], options, options[j])
 
 
-def vote(texts, options, rule):
+def vote(texts, options, rule, letters=True):
     """What most of a question's completions mean; one that means no option has no vote. A tie goes to the option said
     first. Options that are the same answer share their votes, under the first's text. Returns (number of the first text
     that means the winner, or 0; its index and how, as `meant`; {option: votes})."""
-    read = [meant(text, options, rule) for text in texts]
+    read = [meant(text, options, rule, letters) for text in texts]
     voted = []
     for index, _ in read:
         equal = [option for i, option in enumerate(options) if same(options, i, index, rule)]

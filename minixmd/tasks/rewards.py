@@ -1,4 +1,5 @@
-"""What a completion is worth in GRPO: functions (text, Example, index of the right option) -> float, in REWARDS.
+"""What a completion is worth in GRPO: functions (text, Example, index of the right option, whether the
+prompt asks for a letter) -> float, in REWARDS.
 
 SightSound-R1 rewards a right answer with 1 and the right form with 1, each on its own: 0, 1 or 2 in all. The form is
 `<think>…</think><answer>…</answer>`, with newlines anywhere and nothing but white space around; no tag stands twice.
@@ -10,13 +11,13 @@ from minixmd.tasks.answers import INSIDE, parse_answer
 FORMAT = re.compile(rf"\s*<think>{INSIDE}</think>\s*<answer>{INSIDE}</answer>\s*", re.DOTALL)
 
 
-def accuracy_reward(completion, example, right):
+def accuracy_reward(completion, example, right, letters):
     """1.0 where the completion's answer is the right option, else 0.0; the form around it does not matter."""
-    index = parse_answer(completion, example.options)
+    index = parse_answer(completion, example.options, letters)
     return float(index is not None and index == right)
 
 
-def format_reward(completion, example, right):
+def format_reward(completion, example, right, letters):
     """1.0 where the whole completion has the form, else 0.0."""
     return float(FORMAT.fullmatch(completion) is not None)
 
