@@ -13,7 +13,7 @@ from minixmd.inputs.tokenizer import Processor
 from minixmd.learning.rollout import Completion, generate
 from minixmd.models.hub import base_folder, model_folder
 from minixmd.models.lora import set_backend
-from minixmd.models.shards import skipped_parts
+from minixmd.models.shards import listed, skipped_parts
 from minixmd.models.weights import load_adapter, load_model
 
 __version__ = "0.1.0"
@@ -45,5 +45,7 @@ def load(path, *, device="cpu", dtype=torch.float32, backend="torch"):
     if skipped := skipped_parts(base, model.config.family):
         parts = ", ".join(f"{part} ({count} tensors)" for part, count in skipped.items())
         print(f"minixmd: {path}: not built: {parts}", file=sys.stderr)
+    if ignored := model.config.ignored:
+        print(f"minixmd: {path}: config.json: passed over: {listed(ignored, ', ')}", file=sys.stderr)
     set_backend(model, backend)
     return model, Processor(base, model.config)

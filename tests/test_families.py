@@ -100,6 +100,27 @@ def test_what_the_base_config_class_writes_into_every_section_is_read_past():
     assert plain.tie_word_embeddings == dumped.tie_word_embeddings
 
 
+@pytest.mark.parametrize("kind, field, value", [
+    ("windowed", "some_dict", {"a": 1}), ("audio", "vision_config", {"depth": 2}),
+    ("audio", "text_config.num_experts", 8), ("vision", "vision_config.window_size", 112),
+    ("vision", "unsloth_fixed", True), ("audio", "unsloth_version", "2026.1"),
+    ("audio", "text_config.unsloth_fixed", True), ("omni", "thinker_config.vision_config.my_tool", None),
+    ("windowed", "vision_config.my_tool", [1]),
+])  # fmt: skip
+def test_a_field_that_no_reference_reads_is_passed_over_by_name(kind, field, value):
+    plain = published_config(kind)
+    raw = deepcopy(plain)
+    *path, name = field.split(".")
+    section = raw
+    for step in path:
+        section = section[step]
+    section[name] = value
+    read, known = read_config(raw), read_config(plain)
+    assert (read.text, read.audio, read.vision) == (known.text, known.audio, known.vision)
+    assert [ignored.rpartition(".")[2] for ignored in read.ignored] == [name] * (value is not None)
+    assert read_config(plain).ignored == ()
+
+
 REFUSED = [  # kind, the field that is set, its value, the line after "config.json: "
     ("windowed", "use_sliding_window", True, "text_config.use_sliding_window = True is not implemented"),
     ("windowed", "vision_config.hidden_act", "gelu", "vision_config.hidden_act = 'gelu' is not implemented"),
@@ -133,8 +154,6 @@ REFUSED = [  # kind, the field that is set, its value, the line after "config.js
     ("windowed", "vision_config.window_size", 20,
      "vision_config.window_size 20 is less than a merged token's 28 pixels"),
     ("windowed", "quantization_config", {"bits": 4}, "quantization_config: quantised weights are not read"),
-    ("windowed", "some_dict", {"a": 1}, "text_config.some_dict = {'a': 1} is not implemented"),
-    ("audio", "vision_config", {"depth": 2}, "vision_config = {'depth': 2} is not implemented"),
     ("audio", "model_type", "llama",
      f"model_type 'llama' is not supported; supported: {', '.join(FAMILIES)}"),
     ("audio", "text_config.use_sliding_window", True, "text_config.use_sliding_window = True is not implemented"),
@@ -152,8 +171,6 @@ REFUSED = [  # kind, the field that is set, its value, the line after "config.js
      "audio_config.activation_function = 'relu' is not implemented"),
     ("audio", "audio_config.scale_embedding", True, "audio_config.scale_embedding = True is not implemented"),
     ("audio", "text_config.attention_dropout", 0.1, "text_config.attention_dropout = 0.1 is not implemented"),
-    ("audio", "text_config.num_experts", 8, "text_config.num_experts = 8 is not implemented"),
-    ("vision", "vision_config.window_size", 112, "vision_config.window_size = 112 is not implemented"),
     ("vision", "vision_config.hidden_size", 40,
      "vision_config.hidden_size 40 differs from the decoder's hidden_size 48"),
     ("vision", "hidden_size", "48", "text_config.hidden_size must be a positive int, got '48'"),

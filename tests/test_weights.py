@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import LINEARS, assert_close, assert_same_weights, error_of, logits_of, reference_logits, with_adapter
+from checkpoints import (
+    LINEARS,
+    assert_close,
+    assert_same_weights,
+    error_of,
+    fill,
+    logits_of,
+    reference_logits,
+    with_adapter,
+)
 from mini import write_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny import REFERENCES, published_config, randomise, reference_audio, tiny_model
@@ -14,6 +23,7 @@ from tiny import REFERENCES, published_config, randomise, reference_audio, tiny_
 import minixmd
 from minixmd.models import shards, weights
 from minixmd.models.families import FAMILIES, read_config
+from minixmd.models.hub import base_folder
 from minixmd.models.lora import add_lora, merge_lora
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.weights import adapted, load_adapter, load_model, save_adapter, save_model
@@ -78,6 +88,35 @@ def test_shards_and_one_file_give_the_same_model(written, tmp_path):
     transformers.AutoModelForMultimodalLM.from_pretrained(folder).save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert_same_weights(load_model(tmp_path), load_model(folder))
+
+
+LAYOUTS = [(kind, tie, size) for kind in ("audio", "vision", "windowed", "omni") for tie in (False, True)
+           for size in ("1GB", "40KB") if not (kind == "audio" and tie)]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, tie, size", LAYOUTS)
+def test_both_layouts_that_transformers_5_writes_are_read(kind, tie, size, tmp_path):
+    reference = REFERENCES[kind](2, tie)
+    truth = reference_logits(reference, kind)
+    names = []
+    for original in (True, False):
+        folder = tmp_path / str(original)
+        reference.save_pretrained(folder, save_original_format=original, max_shard_size=size)
+        names.append({key for path in folder.glob("*.safetensors") for key in load_file(path)})
+        assert_close(logits_of(load_model(folder), kind), truth)
+    assert names[0] != names[1] and any(".language_model." in name for name in names[1])
+
+
+def test_what_lies_in_a_folder_without_safetensors_or_index_is_said(folders, tmp_path):
+    reference_audio().save_pretrained(tmp_path / "a", max_shard_size="40KB")
+    (tmp_path / "a" / "model.safetensors.index.json").unlink()
+    assert "there: model-00001-of-000" in error_of(lambda: load_model(tmp_path / "a"))
+    folder = broken(folders["audio"], tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "no such file (there: pytorch_model.bin; read is safetensors" in error_of(lambda: load_model(folder))
+    save_adapter(with_adapter(folders["audio"]), folders["audio"], tmp_path / "b")
+    (tmp_path / "b" / "adapter_model.safetensors").rename(tmp_path / "b" / "adapter_model.bin")
+    assert "there: adapter_model.bin" in error_of(lambda: load_adapter(load_model(folders["audio"]), tmp_path / "b"))
 
 
 def test_the_dtype_asked_for_is_that_of_every_weight(folders):
@@ -288,9 +327,10 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed_in_one_message(fold
     folder = broken(folders["audio"], tmp_path, damage)
     assert error_of(lambda: load_model(folder)) == (
         f"{folder}: 4 tensors do not fit config.json: "
+        "missing audio_tower.conv1.bias; "
         "language_model.model.layers.0.self_attn.k_proj.weight has shape [48, 24], expected [24, 48]; "
-        "missing audio_tower.conv1.bias; missing language_model.model.layers.1.mlp.up_proj.weight; "
-        "unexpected language_model.model.layers.0.self_attn.q_norm.weight")
+        "unexpected language_model.model.layers.0.self_attn.q_norm.weight; "
+        "missing language_model.model.layers.1.mlp.up_proj.weight")
 
 
 @pytest.mark.slow
@@ -307,7 +347,8 @@ def test_the_other_familys_checkpoint_is_refused(folders, tmp_path):
     folder = broken(folders["vision"], tmp_path)
     shutil.copy(folders["audio"] / "model.safetensors", folder)
     message = error_of(lambda: load_model(folder))
-    assert "unexpected audio_tower.conv1.bias" in message and "missing visual.merger.mlp.2.bias" in message
+    assert "unexpected audio_tower.conv1.bias" in message and message.count(";") == 10 and " more" in message
+    assert "124 tensors do not fit" in message and len(message) < 1500
 
 
 def test_a_tied_config_over_a_file_with_a_head_of_its_own_is_refused_and_over_a_copy_is_not(folders, tmp_path):
@@ -390,9 +431,10 @@ def test_a_new_adapter_changes_nothing_and_its_draw_depends_on_seed_and_module_n
         lambda: add_lora(models[2], rank=3, alpha=5, targets="lm_head", seed=0))
 
 
-CONFIG_FAULTS = {"use_dora": True, "use_rslora": True, "bias": "all", "peft_type": "IA3", "fan_in_fan_out": True,
+CONFIG_FAULTS = {"use_dora": True, "modules_to_save": ["lm_head"], "lora_bias": True, "bias": "all",
+                 "peft_type": "IA3", "fan_in_fan_out": True, "init_lora_weights": "pissa", "target_parameters": ["x"],
                  "alpha_pattern": {"q_proj": 8}, "rank_pattern": {"q_proj": 8}, "layer_replication": [[0, 1]],
-                 "r": None, "lora_alpha": "8"}  # fmt: skip
+                 "a_later_option": {"on": True}, "r": None, "lora_alpha": "8"}  # fmt: skip
 
 
 @pytest.mark.parametrize("field", CONFIG_FAULTS)
@@ -404,6 +446,55 @@ def test_an_adapter_kind_that_is_not_plain_lora_is_refused_by_field(folders, tmp
     again = load_model(folders["audio"])
     line = error_of(lambda: load_adapter(again, tmp_path))
     assert line.startswith(f"{tmp_path}: ") and field in line and not adapted(again)
+
+
+PEFT_OPTIONS = {  # of LoraConfig -> the field that we refuse, None: the adapter is right
+    "default": ({}, None), "random": (dict(init_lora_weights=False), None), "rslora": (dict(use_rslora=True), None),
+    "gaussian": (dict(init_lora_weights="gaussian"), None), "orthogonal": (dict(init_lora_weights="orthogonal"), None),
+    "mica": (dict(init_lora_weights="mica"), None), "dropout": (dict(lora_dropout=0.5), None),
+    "pissa": (dict(init_lora_weights="pissa"), "init_lora_weights"),
+    "pissa_niter_4": (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights"),
+    "olora": (dict(init_lora_weights="olora"), "init_lora_weights"),
+    "one layer": (dict(layers_to_transform=[1]), None), "excluded": (dict(exclude_modules=["k_proj"]), None),
+    "pattern": (dict(target_modules=r".*language_model.*\.(q|v)_proj"), None),
+    "all-linear": (dict(target_modules="all-linear"), None),
+    "ranks": (dict(rank_pattern={"q_proj": 2}), "rank_pattern"),
+    "alphas": (dict(alpha_pattern={"q_proj": 2}), "alpha_pattern"),
+    "dora": (dict(use_dora=True), "use_dora"), "bias": (dict(bias="lora_only"), "bias"),
+    "lora_bias": (dict(lora_bias=True, target_modules=r".*language_model.*q_proj"), "lora_bias"),
+    "saved": (dict(modules_to_save=["lm_head"]), "modules_to_save"),
+    "tokens": (dict(trainable_token_indices=[1, 2]), "trainable_token_indices"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # PEFT's, on the biases that it saves
+@pytest.mark.parametrize("option", PEFT_OPTIONS)
+def test_an_adapter_of_each_of_pefts_options_is_right_or_refused_by_name(option, tmp_path):
+    reference_audio().save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForMultimodalLM.from_pretrained(tmp_path / "base")
+    given, refused = PEFT_OPTIONS[option]
+    given = dict(r=4, lora_alpha=6, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM") | given
+    adapted_model = peft.get_peft_model(model, peft.LoraConfig(**given)).eval()
+    if refused is None:
+        fill((name, p) for name, p in adapted_model.named_parameters() if "lora_" in name)
+    adapted_model.save_pretrained(tmp_path / "adapter")
+    ours = load_model(tmp_path / "base")
+    if refused:
+        assert f"adapter_config.json {refused} = " in error_of(lambda: load_adapter(ours, tmp_path / "adapter"))
+        return
+    load_adapter(ours, tmp_path / "adapter")
+    assert_close(logits_of(ours, "audio"), reference_logits(adapted_model.base_model.model, "audio"))
+
+
+def test_an_adapter_finds_its_base_when_both_have_moved(folders, tmp_path):
+    (tmp_path / "here" / "runs").mkdir(parents=True)
+    shutil.copytree(folders["audio"], tmp_path / "here" / "base")
+    save_adapter(with_adapter(folders["audio"]), tmp_path / "here" / "base", tmp_path / "here" / "runs" / "best")
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = tmp_path / "there" / "runs" / "best"
+    assert base_folder(moved) == (tmp_path / "there" / "base").resolve()
+    save_model(tiny_model("audio", seed=5), folders["audio"], tmp_path / "there" / "base")
+    assert "is not there" in error_of(lambda: base_folder(moved))  # another model lies in that place
 
 
 def test_pefts_dora_is_refused(tmp_path):

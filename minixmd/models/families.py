@@ -88,6 +88,16 @@ class Family:
         old = next(prefix for prefix in self.checkpoint_prefixes if name.startswith(prefix))
         return self.checkpoint_prefixes[old] + name.removeprefix(old)
 
+    def published_name(self, name):
+        """The published file's name of a tensor in a file, which may have transformers 5's own name for it."""
+        path = name.removeprefix(self.checkpoint_prefixes.get("", ""))
+        for module in ("lm_head.", "model.audio_tower.", "model.visual.", "model.multi_modal_projector."):
+            if path.startswith(module):
+                return self.checkpoint_name(path.removeprefix("model."))
+        if path.startswith("model.language_model."):
+            return self.checkpoint_name(path.replace("language_model.", "", 1))
+        return name
+
     def transformers_path(self, name):
         """The path in transformers 5, which PEFT's adapters use, of our parameter or module `name`."""
         if name.startswith("lm_head."):
@@ -106,6 +116,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     ids_per_s: int | None  # positions that a second of video takes; None = one a frame pair
     chunk_s: int | None  # seconds after which picture and sound take turns in a sounded video
+    ignored: tuple[str, ...]  # fields that neither this program nor transformers' classes know
     section: dict  # the part of config.json that describes this model
     raw: dict  # config.json as read, for saving
 
@@ -159,7 +170,7 @@ INERT = set(  # no forward pass depends on them; from add_cross_attention on, wh
     no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
     output_scores prefix problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
     return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tokenizer_class top_k top_p torchscript typical_p use_bfloat16""".split()
+    tie_encoder_decoder tokenizer_class top_k top_p torchscript typical_p use_bfloat16 head_dim""".split()
 )
 ALLOWED = {  # fields that are not read, and the values under which they change nothing
     "activation_function": ("gelu",), "attention_dropout": (0.0,), "dropout": (0.0,), "activation_dropout": (0.0,),
@@ -183,15 +194,16 @@ def read_config(raw):
             raise ValueError(f"config.json: {family.section} is missing")
     if section.get("quantization_config"):
         raise ValueError(f"config.json: {path}quantization_config: quantised weights are not read")
-    text_section = _text_section(family, section, path)
-    text = _read_fields(family, family.text_defaults, text_section, path + "text_config.")
+    ignored = []
+    text_section = _text_section(family, section, path, ignored)
+    text = _read_fields(family, family.text_defaults, text_section, path + "text_config.", ignored)
     audio = vision = None
     if family.audio:
         audio_section = _object(section, "audio_config", path)
-        audio = _read_fields(family, family.audio_defaults, audio_section, path + "audio_config.")
+        audio = _read_fields(family, family.audio_defaults, audio_section, path + "audio_config.", ignored)
     if family.video:
         vision_section = _object(section, "vision_config", path)
-        vision = _read_fields(family, family.vision_defaults, vision_section, path + "vision_config.")
+        vision = _read_fields(family, family.vision_defaults, vision_section, path + "vision_config.", ignored)
     times = {name: section.get(name, default) for name, default in family.time_fields.items()}
     for name, value in times.items():
         if type(value) is not int or value <= 0:
@@ -199,7 +211,9 @@ def read_config(raw):
     tied = bool(section.get("tie_word_embeddings", text_section.get("tie_word_embeddings", False)))
     ids_per_s = times.get("position_id_per_seconds", vision.tokens_per_second if vision else None)
     _check_sizes(family, text, audio, vision, path)
-    return ModelConfig(family, text, audio, vision, tied, ids_per_s, times.get("seconds_per_chunk"), section, raw)
+    ignored = tuple(dict.fromkeys(ignored))
+    chunk_s = times.get("seconds_per_chunk")
+    return ModelConfig(family, text, audio, vision, tied, ids_per_s, chunk_s, ignored, section, raw)
 
 
 def _object(section, name, path):
@@ -210,7 +224,7 @@ def _object(section, name, path):
     return value
 
 
-def _text_section(family, section, path):
+def _text_section(family, section, path, ignored):
     """The decoder's fields: those of text_config, or in a flat file those beside the encoders' sections."""
     read_elsewhere = {"text_config", *family.token_fields, *family.time_fields}
     read_elsewhere.update(["audio_config"] if family.audio else [], ["vision_config"] if family.video else [])
@@ -219,12 +233,13 @@ def _text_section(family, section, path):
     if nested is None:
         return beside
     beside.pop("vocab_size", None)
-    _read_fields(family, family.text_defaults, beside, path)  # only to refuse what is not implemented
+    _read_fields(family, family.text_defaults, beside, path, ignored)  # only to refuse what is not implemented
     return {name: value for name, value in nested.items() if name not in family.token_fields}
 
 
-def _read_fields(family, defaults, section, path):
-    """A section of config.json, which may be None, as a dataclass. path: its place, such as "vision_config."."""
+def _read_fields(family, defaults, section, path, ignored):
+    """A section of config.json, which may be None, as a dataclass. path: its place, such as "vision_config.". ignored:
+    list to which unknown fields are added."""
     there = [f for f in fields(defaults) if getattr(defaults, f.name) is not None]
     known = {family.vision_names.get(f.name, f.name): f for f in there}  # by their names in config.json
     plain_vision = isinstance(defaults, VisionConfig) and defaults.window_size is None
@@ -236,14 +251,22 @@ def _read_fields(family, defaults, section, path):
         if name in known:
             values[known[name].name] = _checked_value(name, value, known[name].type, path)
             implemented = value == FRONT_END.get(name, value)
+        elif name in allowed:
+            implemented = value in allowed[name]
+        elif name == "layer_types":
+            implemented = isinstance(value, list) and value == ["full_attention"] * len(value)
         else:
-            implemented = name in INERT or name.startswith("_") or value in allowed.get(name, ())
-            if name == "layer_types" and isinstance(value, list):
-                implemented = value == ["full_attention"] * len(value)
+            implemented = True
+            if name not in INERT and not name.startswith("_"):
+                ignored.append(path + name)
         if not implemented:
             must = f"; it must be {FRONT_END[name]}" if name in FRONT_END else ""
             raise ValueError(f"config.json: {path}{name} = {value!r} is not implemented{must}")
-    return replace(defaults, **values)
+    read = replace(defaults, **values)
+    head_dim = (section or {}).get("head_dim")
+    if isinstance(read, TextConfig) and head_dim not in (None, read.hidden_size // read.num_attention_heads):
+        raise ValueError(f"config.json: {path}head_dim = {head_dim!r} is not implemented")
+    return read
 
 
 def _flatten_rope(section, path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import errors, snapshot_download
 
 from minixmd.models.shards import INDEX, tensor_files
-from minixmd.models.weights import PROCESSOR_FILES, config_of
+from minixmd.models.weights import BASE_FILE, PROCESSOR_FILES, config_of, digest_of
 from minixmd.runs.files import read_json
 from minixmd.runs.hub_names import parse_hub_name
 
@@ -49,6 +49,12 @@ def base_folder(folder):
     """The local folder of the model that an adapter's folder names as its base; raises as model_folder."""
     config = read_json(Path(folder) / "adapter_config.json")
     name = config.get("base_model_name_or_path") or "unnamed"
+    beside = Path(folder) / BASE_FILE
+    if not Path(str(name)).is_dir() and beside.is_file():  # moved together with its base
+        base = read_json(beside)
+        moved = Path(folder, str(base.get("path")))
+        if moved.is_dir() and digest_of(moved) == base.get("digest"):
+            return moved.resolve()
     hub_name = parse_hub_name(name)
     if not isinstance(name, str) or not (Path(name).is_dir() or hub_name):
         raise ValueError(f"{folder}: the adapter's base model {name} is not there")

@@ -13,14 +13,26 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 class TensorInfo(NamedTuple):
     file: str
+    key: str  # its name there
     shape: list[int]
     dtype: str  # a key of DTYPES, or another that is not read
+
+
+def listed(texts, between="; "):
+    """At most ten of them, and how many more there are."""
+    shown = between.join(texts[:10])
+    return shown if len(texts) <= 10 else f"{shown}{between}and {len(texts) - 10} more"
 
 
 def open_safetensors(path):
     """The file's header and, on demand, its tensors; ValueError, naming the file, if it is absent or cut short."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        others = []
+        if path.name in (SINGLE, "adapter_model.safetensors"):
+            for kind in ("safetensors", "bin", "pt"):
+                others += sorted(file.name for file in path.parent.glob(f"*.{kind}"))
+        there = f" (there: {listed(others, ', ')}; read is safetensors, shards with {INDEX})" if others else ""
+        raise ValueError(f"{path}: no such file{there}")
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -50,26 +62,29 @@ def tensor_files(folder, family):
 
 
 def read_headers(folder, family):
-    """({tensor: TensorInfo}, {tensor: fault}) of the parts that are built, from the headers alone. A fault is a tensor
-    in two shards, or not where the index says. Raises ValueError: a missing or truncated file, or an unusable index."""
+    """({published name: TensorInfo}, {name: fault}) of the parts that are built, from the headers alone. A fault is a
+    tensor in two shards, or not where the index says. Raises ValueError: a missing or truncated file, or an unusable
+    index."""
     folder, index = Path(folder), _read_index(Path(folder))
-    infos, faults = {}, {}
+    infos, faults, place = {}, {}, {}
     for file in tensor_files(folder, family):
         with open_safetensors(folder / file) as shard:
-            for name in shard.keys():
-                if name.startswith(tuple(family.skipped)):
+            for key in shard.keys():
+                if key.startswith(tuple(family.skipped)):
                     continue
+                name = family.published_name(key)
                 if name in infos:
                     faults[name] = f"{name} is in {infos[name].file} and in {file}"
                     continue
-                header = shard.get_slice(name)
-                infos[name] = TensorInfo(file, header.get_shape(), header.get_dtype())
-                if index is not None and name not in index:
-                    faults[name] = f"{name} is in {file}, but the index does not name it"
-    for name, file in (index or {}).items():
-        actual = infos[name].file if name in infos else "no shard"
-        if actual != file and not name.startswith(tuple(family.skipped)):
-            faults.setdefault(name, f"{name} is in {actual}, but the index says {file}")
+                header = shard.get_slice(key)
+                infos[name] = TensorInfo(file, key, header.get_shape(), header.get_dtype())
+                place[key] = file
+                if index is not None and key not in index:
+                    faults[name] = f"{key} is in {file}, but the index does not name it"
+    for key, file in (index or {}).items():
+        actual = place.get(key, "no shard")
+        if actual != file and not key.startswith(tuple(family.skipped)):
+            faults.setdefault(family.published_name(key), f"{key} is in {actual}, but the index says {file}")
     return infos, faults
 
 

@@ -1,4 +1,7 @@
 """Checkpoints in the published layout and adapters in PEFT's; every tensor of file and model is accounted for."""
+import hashlib
+import math
+import os
 import re
 import shutil
 from itertools import groupby
@@ -10,18 +13,36 @@ from torch import nn
 from minixmd.models.families import read_config
 from minixmd.models.lora import adapted, named_linears
 from minixmd.models.multimodal import MultimodalLM
-from minixmd.models.shards import DTYPES, open_safetensors, read_headers, tensor_faults, write_shards
+from minixmd.models.shards import (
+    DTYPES,
+    listed,
+    open_safetensors,
+    read_headers,
+    tensor_faults,
+    tensor_files,
+    write_shards,
+)
 from minixmd.runs.files import read_json, write_json, write_safetensors
 from minixmd.runs.hub_names import parse_hub_name
+from minixmd.runs.stage_directory import fingerprint
 
 SPEAKERS = "spk_dict.pt"  # Omni's voices
 PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
                    "special_tokens_map.json", "chat_template.json", "chat_template.jinja", "generation_config.json",
                    "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", SPEAKERS)
 SHARD_BYTES = 5_000_000_000  # a file's size at most, as on the hub
-# fields of PEFT's LoraConfig under which an adapter is more than scale (x Aᵀ) Bᵀ with one rank and one scale
-NOT_PLAIN_LORA = ("peft_type", "bias", "fan_in_fan_out", "use_rslora", "use_dora", "use_qalora", "rank_pattern",
-                  "alpha_pattern", "layer_replication", "alora_invocation_tokens")
+BASE_FILE = "minixmd_base.json"  # beside an adapter: where its base lies from there, and a digest of it
+# fields of PEFT's LoraConfig whatever whose value an adapter is scale (x Aᵀ) Bᵀ; any other must be empty
+PLAIN_FIELDS = set(
+    """peft_type r lora_alpha lora_dropout use_rslora init_lora_weights bias target_modules exclude_modules
+    layers_to_transform layers_pattern task_type auto_mapping peft_version base_model_name_or_path revision
+    inference_mode megatron_core qalora_group_size loftq_config eva_config corda_config lora_ga_config runtime_config
+    ensure_weight_tying""".split())
+PLAIN_VALUES = {  # of those that decide all the same; of init_lora_weights those that leave the base as it is
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
+}
 DTYPE_FIELDS = {"dtype", "torch_dtype"}  # of config.json, in transformers 5 and 4
 
 
@@ -63,17 +84,17 @@ def load_model(folder, *, device="cpu", dtype=torch.float32):
             faults[name] = f"{name} is {info.dtype}, expected {', '.join(DTYPES)}"
     faults.update(header_faults)
     if faults:
-        listed = "; ".join(sorted(faults.values()))
-        raise ValueError(f"{folder}: {len(faults)} tensors do not fit config.json: {listed}")
+        by_name = [fault for _, fault in sorted(faults.items())]
+        raise ValueError(f"{folder}: {len(faults)} tensors do not fit config.json: {listed(by_name)}")
     for path, names in groupby(infos, key=lambda name: folder / infos[name].file):
         with open_safetensors(path) as file:
             for name in names:
-                tensor = file.get_tensor(name).to(device, dtype, copy=True)
+                tensor = file.get_tensor(infos[name].key).to(device, dtype, copy=True)
                 model.load_state_dict({parameters[name]: tensor}, strict=False, assign=True)
     model.tie()
     if head_copy is not None:
         with open_safetensors(folder / head_copy.file) as file:
-            if not torch.equal(file.get_tensor(head).to(device, dtype), model.lm_head.weight):
+            if not torch.equal(file.get_tensor(head_copy.key).to(device, dtype), model.lm_head.weight):
                 embedding = config.family.checkpoint_name("model.embed_tokens.weight")
                 raise ValueError(f"{folder}: config.json ties {head} to {embedding}, but the file's two differ")
     return model
@@ -140,6 +161,14 @@ def save_adapter(model, base, folder):
         "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
     }  # fmt: skip
     write_adapter(folder, config, pairs, model.config.family.transformers_path)
+    if hub_name is None and Path(base, "config.json").is_file():
+        write_json(Path(folder) / BASE_FILE, {"path": os.path.relpath(base, folder), "digest": digest_of(base)})
+
+
+def digest_of(folder):
+    """A digest of a model's config and weights."""
+    files = ["config.json", *tensor_files(folder, config_of(folder).family)]
+    return hashlib.sha256("".join(fingerprint(Path(folder) / file) for file in files).encode()).hexdigest()
 
 
 def write_adapter(folder, config, pairs, path_of):
@@ -161,9 +190,9 @@ def read_adapter(model, folder):
     `meta`. Raises ValueError: an adapter that does not fit the model or is not plain LoRA."""
     folder = Path(folder)
     config = read_json(folder / "adapter_config.json")
-    for name in NOT_PLAIN_LORA:
-        if config.get(name) not in (None, False, "none", "LORA", {}, []):
-            raise ValueError(f"{folder}: adapter_config.json {name} = {config[name]!r} is not implemented")
+    for name, value in config.items():
+        if value not in PLAIN_VALUES.get(name, [value]) or value and name not in PLAIN_FIELDS:
+            raise ValueError(f"{folder}: adapter_config.json {name} = {value!r} is not implemented")
     for name in ("r", "lora_alpha"):
         if type(config.get(name)) not in (int, float) or config[name] <= 0:
             raise ValueError(f"{folder}: adapter_config.json {name} must be a number above 0, got {config.get(name)!r}")
@@ -190,7 +219,7 @@ def read_adapter(model, folder):
         elif not shapes and pairs and _is_target(config, paths[name]):
             faults.append(f"missing {name}")
     if faults:
-        raise ValueError(f"{folder}: adapter does not fit the model: {'; '.join(faults)}")
+        raise ValueError(f"{folder}: adapter does not fit the model: {listed(faults)}")
     return config, pairs
 
 
@@ -219,4 +248,4 @@ def load_adapter(model, folder):
         layer = model.get_submodule(name)
         for half, tensor in pair.items():
             setattr(layer, half, nn.Parameter(tensor.to(layer.weight.device), requires_grad=False))
-        layer.scale = config["lora_alpha"] / config["r"]
+        layer.scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])

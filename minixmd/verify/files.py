@@ -28,7 +28,7 @@ def tensors(subject):
     for name in found:
         p = parameters[name]
         with open_safetensors(folder / held[name].file) as file:
-            row = file.get_slice(name)[:1].to(p.device, p.dtype)
+            row = file.get_slice(held[name].key)[:1].to(p.device, p.dtype)
         if not torch.equal(row, p[:1]):
             faults.append(f"{name} differs")
     skipped = [f"{part}'s {count} skipped" for part, count in skipped_parts(folder, config.family).items()]
