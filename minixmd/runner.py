@@ -21,6 +21,7 @@ from minixmd.runs.distributed import barrier, broadcast, destroy, init
 from minixmd.runs.records import append_jsonl
 from minixmd.runs.stage_directory import begin, finish
 from minixmd.stages import evaluate, factcheck, label, switch, traces
+from minixmd.stages.input_checks import check_inputs
 from minixmd.toy import pretrain
 from minixmd.train import train
 
@@ -51,6 +52,7 @@ def main(argv=None):
             model = getattr(stage, "model", None)
             if model is not None and not model.startswith("@"):
                 pinned(model)
+        check_inputs(config)
         for stage in config.stages:
             run_stage(stage, config, rank)
         destroy()

@@ -193,6 +193,13 @@ def world(tmp_path):
     return tmp_path / "runs", stage, {"model": tmp_path / "m", "manifest": tmp_path / "d.jsonl"}, tmp_path / "my.py"
 
 
+def begun(*args):
+    """The directory of a stage that has made something."""
+    folder = begin(*args)
+    (folder / "labels.jsonl").write_text("{}\n")
+    return folder
+
+
 def refusal(*args):
     with pytest.raises(ValueError) as caught:
         begin(*args)
@@ -234,7 +241,7 @@ def test_an_unfinished_stage_goes_on_with_what_it_wrote(world):
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_changed_config_stops_with_every_difference_and_what_to_do(world, finished):
     run_dir, stage, inputs, source = world
-    folder = begin(*world)
+    folder = begun(*world)
     if finished:
         finish(folder)
     changed = replace(stage, lr=2e-4, max_steps=5, media="video")
@@ -248,7 +255,7 @@ def test_a_changed_config_stops_with_every_difference_and_what_to_do(world, fini
 @pytest.mark.parametrize("finished", [False, True])
 def test_when_a_stage_gives_up_may_change_and_is_recorded(world, finished):
     run_dir, stage, inputs, source = world
-    folder = begin(*world)
+    folder = begun(*world)
     if finished:
         finish(folder)
     patient = replace(stage, max_bad=0.5)
@@ -260,15 +267,46 @@ def test_when_a_stage_gives_up_may_change_and_is_recorded(world, finished):
 
 def test_an_endpoint_in_a_models_place_is_another_config(world):
     run_dir, _, inputs, source = world
-    begin(run_dir, Traces(name="t", model="m", manifest="d.jsonl"), inputs, source)
+    begun(run_dir, Traces(name="t", model="m", manifest="d.jsonl"), inputs, source)
     served = Traces(name="t", manifest="d.jsonl", endpoint="http://localhost/v1", served="m")
     said = refusal(run_dir, served, {"manifest": inputs["manifest"]}, source)
-    assert 'another config: served null -> "m", model "m" -> null; set' in said
+    assert f'another config: served null -> "m", model "{inputs["model"]}" -> null; set' in said
+
+
+def test_a_stage_that_has_made_nothing_yet_takes_a_corrected_config_and_corrected_inputs(world):
+    run_dir, stage, inputs, source = world
+    folder = begin(*world)
+    append_jsonl(folder / "log.jsonl", {"step": 0})
+    inputs["manifest"].write_text("corrected")
+    corrected = replace(stage, lr=2e-4)
+    assert begin(run_dir, corrected, inputs, source) == folder
+    assert json.loads((folder / "config.json").read_text())["lr"] == 2e-4
+    assert json.loads((folder / "inputs.json").read_text())["manifest"] == fingerprint(inputs["manifest"])
+    assert not (folder / "log.jsonl").exists()
+    save_state(folder, {"w": torch.ones(2)}, {"step": 1})
+    assert "made by another config" in refusal(*world)
+
+
+def test_a_run_that_moved_with_its_inputs_goes_on(world, tmp_path):
+    run_dir, stage, inputs, source = world
+    stage = replace(stage, model=str(inputs["model"]), manifest=str(inputs["manifest"]))
+    folder = begun(run_dir, stage, inputs, source)
+    assert json.loads((folder / "config.json").read_text())["model"] == str(inputs["model"].resolve())
+    there = tmp_path / "there"
+    there.mkdir()
+    for path in (run_dir, *inputs.values()):
+        path.rename(there / path.name)
+    inputs = {field: there / path.name for field, path in inputs.items()}
+    stage = replace(stage, model=str(inputs["model"]), manifest=str(inputs["manifest"]))
+    assert begin(there / "runs", stage, inputs, source) == there / "runs" / "student"
+    finish(there / "runs" / "student")
+    inputs["manifest"].write_text("another")
+    assert "other inputs: manifest" in refusal(there / "runs", stage, inputs, source)
 
 
 def test_a_stage_of_another_kind_or_with_other_fields_is_refused_in_a_short_line(world):
     run_dir, _, inputs, source = world
-    begin(*world)
+    begun(*world)
     said = refusal(run_dir, Evaluate(name="student", model="m", manifest="d.jsonl"), inputs, source)
     assert "was made by another kind of stage: sft -> evaluate; set another run_dir or delete" in said
     folder = world[0] / world[1].name
@@ -284,7 +322,7 @@ def test_a_stage_of_another_kind_or_with_other_fields_is_refused_in_a_short_line
                                          ("model", "m/config.json"), ("model", "m/another.json")])
 def test_a_changed_input_is_named(world, field, file, finished):
     run_dir, stage, inputs, source = world
-    folder = begin(*world)
+    folder = begun(*world)
     if finished:
         finish(folder)
     (run_dir.parent / file).write_text("changed")
@@ -351,7 +389,7 @@ def test_what_a_kill_left_behind_is_cleared_away(world, capsys):
 
 @pytest.mark.parametrize("name", ["config.json", "inputs.json"])
 def test_a_damaged_record_is_one_line_that_names_it(world, name):
-    path = begin(*world) / name
+    path = begun(*world) / name
     path.write_text("{")
     assert refusal(*world) == f"{path}: missing or not JSON; delete {path.parent} to run the stage anew"
 

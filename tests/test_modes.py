@@ -301,7 +301,7 @@ def test_letters_and_votes_stand_for_options_by_mmaus_rule_too(world, manifest, 
 
 
 def test_repeated_options_are_right_under_both_letters(world, manifest, tmp_path, monkeypatch):
-    line = dict(options=["thirteen", "twenty", "thirteen"], answer=0)
+    line = dict(options=["thirteen", "twenty", "thirteen"], answer=0, meta={"sub_category": "as MMAU"})
     says(monkeypatch, ["C", "A", "B"])
     found, records = run(tmp_path / "run", world, manifest([line] * 3), answer="generate")
     assert [record["right"] for record in records] == [True, True, False] and found["correct"] == 2

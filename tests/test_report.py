@@ -115,13 +115,13 @@ def evaluated(folder, examples, right, *, generate=False):
 
 def manifest(folder, split, classes, each):
     """`each` clips of every class, in turn; the media are bytes that nobody decodes. Returns the Examples."""
-    lines = []
+    lines, options = [], list(dict.fromkeys(classes))
     for i in range(each * len(classes)):
         label = i % len(classes)
         for kind, size in (("wav", 300), ("mp4", 500)):
             (folder / f"{split} {i}#.{kind}").write_bytes(bytes([i % 251]) * size)
         lines.append(dict(id=f"{split}{i}", audio=f"{split} {i}#.wav", video=f"{split} {i}#.mp4", question="Which <i>?",
-                          options=list(classes), answer=label, label=classes[label],
+                          options=options, answer=options.index(classes[label]), label=classes[label],
                           meta={"group": ODD if label % 2 else "plain"}))  # fmt: skip
     return read_manifest(write_lines(folder / f"{split}.jsonl", lines))
 

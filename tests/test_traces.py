@@ -109,7 +109,8 @@ def test_a_clip_is_unanimous_if_all_samples_can_be_used_and_agree(monkeypatch, w
 def test_equal_options_under_two_letters_are_one_answer(monkeypatch, world, tmp_path):
     lines = [json.loads(line) for line in (world / "clips" / "manifest.jsonl").read_text().splitlines()]
     for line in lines:
-        line.update({kind: f"{world}/clips/{line[kind]}" for kind in ("audio", "video")}, options=["dog", "cat", "dog"])
+        line.update({kind: f"{world}/clips/{line[kind]}" for kind in ("audio", "video")}, options=["dog", "cat", "dog"],
+                    meta={"sub_category": "as MMAU, which alone repeats options"})
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     puppet(monkeypatch, [[said("A"), said("C")]] * 12)
     found = run(stage_of(world, num_samples=2, manifest=str(tmp_path / "m.jsonl")), tmp_path / "run")

@@ -535,6 +535,11 @@ def test_an_evaluation_in_which_no_clip_can_be_used_is_refused_whatever_max_bad_
     path.write_text("".join(json.dumps({**record, "audio": "/nowhere.wav"}) + "\n" for record in records))
     stage = (f"Evaluate(name='e', model='{world}/ears', manifest='{path}', max_bad=1.0, device='cpu', "
              "allow_outside=True)")
+    said = refused(tmp_path, capsys, stage)
+    assert "gone.jsonl: none of the 12 files that it names is there, such as /nowhere.wav" in said
+    for record in records:
+        (tmp_path / record["id"]).write_text("no sound")
+    path.write_text("".join(json.dumps({**r, "audio": str(tmp_path / r["id"])}) + "\n" for r in records))
     assert "12 of 12 clips are bad" in refused(tmp_path, capsys, stage)
 
 

@@ -23,6 +23,7 @@ from minixmd.inputs.positions import positions_of
 from minixmd.models.families import FAMILIES, SYSTEM
 from minixmd.runs.hub_names import parse_hub_name
 from minixmd.stages import factcheck
+from minixmd.stages.input_checks import check_inputs
 from minixmd.tasks.answers import thoughts
 from minixmd.toy.models import QWEN2_WORDS
 
@@ -64,12 +65,14 @@ def dry_run(config):
     estimate_memory(plans)  # takes a while for large models
     show("memory.txt.j2", plans=plans, missing=missing_inputs(config), categories=CATEGORIES, clip_s=CLIP_S,
          fps=VIDEO_FPS, size=VIDEO_SIZE)
-    status = 0
-    for plan in plans:
-        if plan.fault:
-            print(f"minixmd: {plan.fault}", file=sys.stderr)
-            status = 1
-    return status
+    faults = [plan.fault for plan in plans if plan.fault]
+    try:
+        check_inputs(config)
+    except ValueError as error:
+        faults.append(str(error))
+    for fault in faults:
+        print(f"minixmd: {fault}", file=sys.stderr)
+    return int(bool(faults))
 
 
 def show(template, **values):

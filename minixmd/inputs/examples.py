@@ -1,13 +1,14 @@
 """Example: one line of a manifest, and the conversation that asks its question."""
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from string import ascii_uppercase
 
 from minixmd.runs.records import numbered_records
 
-MEDIA_KINDS = {"audio": ("audio",), "video": ("video",), "both": ("video", "audio"), "sounded": ("video",)}
+MEDIA_KINDS = {"audio": ("audio",), "video": ("video",), "both": ("video", "audio"), "sounded": ("video",), "none": ()}
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,10 @@ def _example_of(record, place):
     for name in ("id", "question"):
         if not isinstance(record[name], str) or not record[name]:
             raise ValueError(f"{place}: field {name!r} must be a non-empty string, got {record[name]!r}")
-    for name in ("audio", "video"):
+    for name in ("audio", "video", "label", "source"):
         if not isinstance(record.setdefault(name, None), str | None):
-            raise ValueError(f"{place}: field {name!r} must be a path or null, got {record[name]!r}")
+            wanted = "a path" if name in ("audio", "video") else "a string"
+            raise ValueError(f"{place}: field {name!r} must be {wanted} or null, got {record[name]!r}")
     options, answer, meta = record["options"], record.get("answer"), record.get("meta", {})
     if not isinstance(options, list) or not all(isinstance(o, str) for o in options) or not 2 <= len(options) <= 26:
         raise ValueError(f"{place}: field 'options' must be a list of 2 to 26 strings, got {options!r}")
@@ -45,9 +47,14 @@ def _example_of(record, place):
         raise ValueError(f"{place}: field 'answer' must be null or an index below {len(options)}, got {answer!r}")
     if not isinstance(meta, dict):
         raise ValueError(f"{place}: field 'meta' must be an object, got {meta!r}")
-    video_question = meta.get("video_question", record["question"])
-    if not isinstance(video_question, str) or not video_question:
-        raise ValueError(f"{place}: field 'meta': 'video_question' must be a non-empty string, got {video_question!r}")
+    for option in options:
+        if not option.strip() or options.count(option) > 1 and "sub_category" not in meta:  # MMAU's own are repeated
+            raise ValueError(f"{place}: field 'options': {option!r} is empty or stands twice")
+    for name in ("video_question", "group"):
+        if name in meta and (not isinstance(meta[name], str) or not meta[name]):
+            raise ValueError(f"{place}: field 'meta': {name!r} must be a non-empty string, got {meta[name]!r}")
+    if re.search("[\ud800-\udfff]", "".join([record["question"], *options, meta.get("video_question", "")])):
+        raise ValueError(f"{place}: field 'question' or 'options' has half of a surrogate pair, which is no text")
     return Example(**{**record, "options": tuple(options)})
 
 

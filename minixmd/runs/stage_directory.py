@@ -40,9 +40,18 @@ def begin(run_dir, stage, inputs, source, hub_names=None):
     """
     folder = Path(run_dir) / stage.name
     config = json.loads(json.dumps({"stage": type(stage).__name__.lower(), **asdict(stage)}))  # tuples become lists
+    for field, path in inputs.items():
+        if field in config and not config[field].startswith("@") and field not in (hub_names or {}):
+            config[field] = str(path.resolve())
     fingerprints = {field: (hub_names or {}).get(field) or fingerprint(path) for field, path in inputs.items()}
     if (folder / "config.json").exists():
-        _check_same(folder, config, inputs, fingerprints)
+        try:
+            _check_same(folder, config, inputs, fingerprints)
+        except ValueError:
+            if (folder / "done.json").exists() or _has_output(folder):
+                raise
+            for name in ("config.json", *LOGS):  # nothing was made of the old config and inputs
+                (folder / name).unlink(missing_ok=True)
         if (folder / "done.json").exists():
             return None
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,11 +82,18 @@ def _check_same(folder, config, inputs, fingerprints):
     _refuse(folder, "a version of minixmd whose stages have other fields", sorted(other_fields))
     differences = []
     for field, value in config.items():
-        if field not in MAY_CHANGE and value != old_config[field]:
+        moved = field in inputs and field in old_fingerprints  # what lies there decides
+        if field not in MAY_CHANGE and value != old_config[field] and not moved:
             differences.append(f"{field} {json.dumps(old_config[field])} -> {json.dumps(value)}")
     _refuse(folder, "another config", differences)
     changed = [field for field in inputs if fingerprints[field] != old_fingerprints.get(field)]
     _refuse(folder, "other inputs", [f"{field} {inputs[field]} changed" for field in changed])
+
+
+def _has_output(folder):
+    """Whether a stage has made anything but its directory and the beginning of its logs."""
+    own = ("config.json", "config.py", "inputs.json", "versions.json", *LOGS)
+    return any(path.is_file() and path.name not in own and path.stat().st_size for path in folder.rglob("*"))
 
 
 def fingerprint(path):

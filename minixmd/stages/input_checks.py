@@ -1,0 +1,79 @@
+"""Opens and checks all files that the stages of a config will read, before the first of them runs.
+
+What an earlier stage has yet to write ("@name") cannot be checked; a field beside it is then read by itself.
+"""
+import os
+from functools import lru_cache
+
+from minixmd.config import TRAINING, Distill, Evaluate, FactCheck, Report, Switch
+from minixmd.inputs.examples import MEDIA_KINDS, check_answers, read_examples
+from minixmd.learning.gate import follows_teacher
+from minixmd.learning.targets import resolve_targets
+from minixmd.models.cnn14 import make_cnn14
+from minixmd.runs.records import read_by_id, read_traces, read_verdicts
+from minixmd.stages.evaluate import first_traces
+from minixmd.stages.factcheck import select_traces
+
+MANIFESTS = ("manifest", "val_manifest", "train_manifest", "clips")
+READERS = {
+    "traces": read_traces,
+    "verdicts": read_verdicts,
+    "switch": read_by_id,
+    "teacher_labels": read_by_id,
+    "student_labels": read_by_id,
+}
+
+
+def check_inputs(config):
+    """Checks the files of a Config's stages but the finished ones. Raises ValueError, a line that names the file and
+    what is wrong in it. Files that are not there are passed over: references.check_files names those."""
+    read = lru_cache(read_examples)  # many stages read one manifest
+    for stage in config.stages:
+        if not (config.run_dir / stage.name / "done.json").exists():
+            check_stage(stage, read)
+
+
+def check_stage(stage, read):
+    """Checks one stage's files. read: read_examples, which may remember what it read."""
+    files = {}  # field -> path of a file that is there; others, and outputs to come, are left out
+    for name in (*MANIFESTS, *READERS, "weights"):
+        path = getattr(stage, name, None)
+        if path and not path.startswith("@") and os.path.isfile(path):
+            files[name] = path
+    media = getattr(stage, "media", "none" if isinstance(stage, Report) else "audio")
+    examples = {}
+    for name in MANIFESTS:
+        if name in files:
+            examples[name] = read(stage.name, files[name], media, stage.allow_outside)
+            check_clips(examples[name], files[name], MEDIA_KINDS[media])
+    check_answers(examples.get("val_manifest", ()), stage.name, "validate against")
+    clips = examples.get("manifest", ())
+    if isinstance(stage, Evaluate):
+        check_answers(clips, stage.manifest, "evaluate against")
+    if isinstance(stage, Switch):
+        for example in clips:
+            if example.label is None:
+                raise ValueError(f"{stage.name}: {stage.manifest}: example {example.id!r} has no label, by which the "
+                                 "switch learns who is better")
+    for name, reader in READERS.items():
+        if name in files:
+            reader(files[name])
+    if clips and "traces" in files and isinstance(stage, FactCheck):
+        select_traces(stage, {example.id: example for example in clips})
+    if clips and "traces" in files and isinstance(stage, Evaluate):
+        first_traces(stage, clips)
+    if clips and isinstance(stage, TRAINING):
+        needed = [getattr(stage, name, None) for name in READERS]
+        if all(path is None or path in files.values() for path in needed):
+            resolve_targets(stage, clips)
+        elif isinstance(stage, Distill) and "switch" in files:
+            follows_teacher(stage.gate, clips, stage.switch, stage.manifest)
+    if "weights" in files:
+        make_cnn14(2, stage.width, 0, files["weights"])
+
+
+def check_clips(examples, manifest, kinds):
+    """Raises ValueError where none of the files of these kinds that a manifest names is there."""
+    paths = [getattr(example, kind) for example in examples for kind in kinds]
+    if paths and not any(map(os.path.exists, paths)):
+        raise ValueError(f"{manifest}: none of the {len(paths)} files that it names is there, such as {paths[0]}")
