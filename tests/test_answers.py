@@ -181,6 +181,11 @@ def test_a_letter_is_the_option_that_the_prompt_makes_it():
     assert PromptFormat("audio", PROMPT).asks_for_letter and not PromptFormat("audio", "{options}").asks_for_letter
 
 
+def test_an_options_text_that_is_no_letter_of_the_question_is_an_option():
+    assert parse_answer("<answer>F</answer>", ("C", "D", "E", "F")) == 3
+    assert parse_answer("<answer>I</answer>", ("I", "IV", "V")) == 0
+
+
 def test_long_texts_are_read_in_little_time():
     start = time.monotonic()
     for piece in ("the answer is ", "A or B, ", "so not A, ", "答案是", "I can't, but ", "\\boxed{", "B is right "):

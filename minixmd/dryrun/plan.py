@@ -65,9 +65,12 @@ def dry_run(config):
     estimate_memory(plans)  # takes a while for large models
     show("memory.txt.j2", plans=plans, missing=missing_inputs(config), categories=CATEGORIES, clip_s=CLIP_S,
          fps=VIDEO_FPS, size=VIDEO_SIZE)
-    faults = [plan.fault for plan in plans if plan.fault]
+    faults = []
+    for plan in plans:
+        if plan.fault:
+            faults.append(plan.fault)
     try:
-        check_inputs(config)
+        check_inputs(config, clips=False)
     except ValueError as error:
         faults.append(str(error))
     for fault in faults:

@@ -134,8 +134,13 @@ def build_conversation(example, *, media, prompt, answer=None, trace="", video_o
 def read_examples(name, manifest, media, allow_outside=False):
     """read_manifest's Examples. Raises ValueError also for the first that lacks what stage `name` shows."""
     examples = read_manifest(manifest, allow_outside)
+    check_media(name, manifest, media, examples)
+    return examples
+
+
+def check_media(name, manifest, media, examples):
+    """Raises ValueError for the first example that lacks what stage `name` shows."""
     for example in examples:
         for kind in MEDIA_KINDS[media]:
             if getattr(example, kind) is None:
                 raise ValueError(f"{name}: {manifest}: example {example.id!r} has no {kind}")
-    return examples

@@ -13,6 +13,7 @@ import hashlib
 import json
 import platform
 import subprocess
+import sys
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -50,8 +51,9 @@ def begin(run_dir, stage, inputs, source, hub_names=None):
         except ValueError:
             if (folder / "done.json").exists() or _has_output(folder):
                 raise
-            for name in ("config.json", *LOGS):  # nothing was made of the old config and inputs
+            for name in ("config.json", *LOGS):
                 (folder / name).unlink(missing_ok=True)
+            print(f"minixmd: {folder}: begun anew, for nothing was made of its older config or inputs", file=sys.stderr)
         if (folder / "done.json").exists():
             return None
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,8 +93,10 @@ def _check_same(folder, config, inputs, fingerprints):
 
 
 def _has_output(folder):
-    """Whether a stage has made anything but its directory and the beginning of its logs."""
+    """Whether a stage has made anything but its directory and the beginning of its logs: a line without a loss."""
     own = ("config.json", "config.py", "inputs.json", "versions.json", *LOGS)
+    if any('"loss"' in (folder / name).read_text() for name in LOGS if (folder / name).exists()):
+        return True
     return any(path.is_file() and path.name not in own and path.stat().st_size for path in folder.rglob("*"))
 
 

@@ -6,7 +6,7 @@ import os
 from functools import lru_cache
 
 from minixmd.config import TRAINING, Distill, Evaluate, FactCheck, Report, Switch
-from minixmd.inputs.examples import MEDIA_KINDS, check_answers, read_examples
+from minixmd.inputs.examples import MEDIA_KINDS, check_answers, check_media, read_manifest
 from minixmd.learning.gate import follows_teacher
 from minixmd.learning.targets import resolve_targets
 from minixmd.models.cnn14 import make_cnn14
@@ -24,17 +24,19 @@ READERS = {
 }
 
 
-def check_inputs(config):
+def check_inputs(config, clips=True):
     """Checks the files of a Config's stages but the finished ones. Raises ValueError, a line that names the file and
-    what is wrong in it. Files that are not there are passed over: references.check_files names those."""
-    read = lru_cache(read_examples)  # many stages read one manifest
+    what is wrong in it. Files that are not there are passed over: references.check_files names those.
+    clips: whether those that a manifest names must be there, for a stage that has read none yet."""
+    read = lru_cache(4)(read_manifest)  # many stages read one manifest
     for stage in config.stages:
-        if not (config.run_dir / stage.name / "done.json").exists():
-            check_stage(stage, read)
+        folder = config.run_dir / stage.name
+        if not (folder / "done.json").exists():
+            check_stage(stage, read, clips and not (folder / "shards").exists())
 
 
-def check_stage(stage, read):
-    """Checks one stage's files. read: read_examples, which may remember what it read."""
+def check_stage(stage, read, look_for_clips):
+    """Checks one stage's files. read: read_manifest, which may remember what it read."""
     files = {}  # field -> path of a file that is there; others, and outputs to come, are left out
     for name in (*MANIFESTS, *READERS, "weights"):
         path = getattr(stage, name, None)
@@ -44,8 +46,10 @@ def check_stage(stage, read):
     examples = {}
     for name in MANIFESTS:
         if name in files:
-            examples[name] = read(stage.name, files[name], media, stage.allow_outside)
-            check_clips(examples[name], files[name], MEDIA_KINDS[media])
+            examples[name] = read(files[name], stage.allow_outside)
+            check_media(stage.name, files[name], media, examples[name])
+            if look_for_clips and getattr(stage, "checker", None) != "verdicts":
+                check_clips(examples[name], files[name], MEDIA_KINDS[media])
     check_answers(examples.get("val_manifest", ()), stage.name, "validate against")
     clips = examples.get("manifest", ())
     if isinstance(stage, Evaluate):

@@ -38,4 +38,5 @@ RULED_OUT = re.compile(
     rf"(?:(?:is|are|was|can|could|does|ist|wäre|kann|是)\s*)?{any_of('wrong')}")
 BUT, REFUSAL = re.compile(any_of("but")), re.compile(any_of("refusal"))
 OR = re.compile(r"(?:\b(?i:or|oder|whether|if|ob)\s+(?i:the |die )?|或者?)\Z")
+DENIED = re.compile(r"(?i:n't|\bnot|\bnever|\bcannot)\s+(?:\w+\s+){0,3}\Z")  # "I don't think that the", before "answer"
 SENTENCE_END = re.compile(r"[.!?;\n](?:\s|$)|" + any_of("end"))

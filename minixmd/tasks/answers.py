@@ -73,7 +73,9 @@ def parse_answer(completion, options, letters=True):
     said = _clean(answers[0])
     letter = re.match(rf"\W*([A-Za-z])(?:{CLOSE}*\s+|{CLOSE}*\Z)", said)
     if letter and not said[letter.end():].strip():
-        return _option_of(letter[1], options, letters)
+        index = _option_of(letter[1], options, letters)
+        if index is not None:
+            return index
     found = _equal_options(said, options)
     if letter and not found:
         i = _option_of(letter[1], options, letters=True)
@@ -145,8 +147,11 @@ def _stated(said, options, letters):
     for match in re.finditer(patterns.IS_RIGHT, said):
         found.append((match.start(), match.start()))
     for start, end in sorted(found, reverse=True)[:STATEMENTS]:
-        if patterns.OR.search(said[max(0, start - 20):start]):
+        before = said[max(0, start - 40):start]
+        if patterns.OR.search(before):
             return None, "none"
+        if patterns.DENIED.search(before):
+            continue
         index, how = _read_statement(said[end:end + STATEMENT_CHARS], options, letters)
         if index is not None:
             return index, how
