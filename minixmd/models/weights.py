@@ -39,7 +39,7 @@ PLAIN_FIELDS = set(
     inference_mode megatron_core qalora_group_size loftq_config eva_config corda_config lora_ga_config runtime_config
     ensure_weight_tying""".split())
 PLAIN_VALUES = {  # of those that decide all the same; of init_lora_weights those that leave the base as it is
-    "peft_type": ("LORA",),
+    "peft_type": ("LORA", None),
     "bias": ("none", None),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
 }

@@ -13,6 +13,7 @@ from minixmd.models.cnn14 import make_cnn14
 from minixmd.runs.records import read_by_id, read_traces, read_verdicts
 from minixmd.stages.evaluate import first_traces
 from minixmd.stages.factcheck import select_traces
+from minixmd.stages.switch import check_labels
 
 MANIFESTS = ("manifest", "val_manifest", "train_manifest", "clips")
 READERS = {
@@ -50,15 +51,12 @@ def check_stage(stage, read, look_for_clips):
             check_media(stage.name, files[name], media, examples[name])
             if look_for_clips and getattr(stage, "checker", None) != "verdicts":
                 check_clips(examples[name], files[name], MEDIA_KINDS[media])
-    check_answers(examples.get("val_manifest", ()), stage.name, "validate against")
+    check_answers(examples.get("val_manifest", ()), files.get("val_manifest"), "validate against")
     clips = examples.get("manifest", ())
     if isinstance(stage, Evaluate):
         check_answers(clips, stage.manifest, "evaluate against")
     if isinstance(stage, Switch):
-        for example in clips:
-            if example.label is None:
-                raise ValueError(f"{stage.name}: {stage.manifest}: example {example.id!r} has no label, by which the "
-                                 "switch learns who is better")
+        check_labels(stage, clips)
     for name, reader in READERS.items():
         if name in files:
             reader(files[name])

@@ -97,13 +97,17 @@ def print_results(name, results):
     tqdm.write(f"{name}: {results['clips_to_teacher']} of {results['clips']} clips go to the teacher{bad}")
 
 
-def gains(stage, examples):
-    """{class: the teacher's accuracy less the student's} on the analysis split, of the classes that both answered.
-    Raises ValueError for an example without a class, answers to other questions, or no class that both answered."""
+def check_labels(stage, examples):
     for example in examples:
         if example.label is None:
             raise ValueError(f"{stage.name}: {stage.manifest}: example {example.id!r} has no label, by which the "
                              "switch learns who is better")
+
+
+def gains(stage, examples):
+    """{class: the teacher's accuracy less the student's} on the analysis split, of the classes that both answered.
+    Raises ValueError for an example without a class, answers to other questions, or no class that both answered."""
+    check_labels(stage, examples)
     questions = [{"id": example.id, "question": digest(example)} for example in examples]
     classes = []
     for path in (stage.teacher, stage.student):
