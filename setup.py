@@ -43,6 +43,7 @@ setup(
     package_dir={"minixmd.kernels": "kernels"},
     package_data={
         "minixmd.dryrun": ["*.json", "*.j2"],
+        "minixmd.models": ["*.json"],
         "minixmd.report": ["*.json", "*.j2"],
         "minixmd.tasks": ["*.json"],
         "minixmd.toy": ["*.json", "*.jsonl"],

@@ -59,12 +59,18 @@ def main(argv=None):
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if args.traceback:
             raise
-        print(f"minixmd: {error}", file=sys.stderr)
+        print(f"minixmd: {shortened(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("minixmd: interrupted; the same command goes on from where it stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def shortened(message):
+    """A message in one line, without the middle of one that quotes very much."""
+    message = " ".join(message.split())
+    return message if len(message) <= 2000 else f"{message[:1000]} … {message[-900:]}"
 
 
 def run_stage(stage, config, rank):

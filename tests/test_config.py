@@ -198,7 +198,7 @@ def test_report_tables_are_dicts_of_dicts_of_str():
     (SFT, dict(epochs=0), "epochs must be >= 1, got 0"),
     (SFT, dict(max_steps=0), "max_steps must be >= 1, got 0"),
     (SFT, dict(lora_rank=0), "lora_rank must be >= 1, got 0"),
-    (SFT, dict(lora_alpha=0), "lora_alpha must be > 0, got 0.0"),
+    (SFT, dict(lora_alpha=0), "lora_alpha must be > 0, got 0"),
     (SFT, dict(batch_size=0), "batch_size must be >= 1, got 0"),
     (SFT, dict(micro_batch_size=0), "micro_batch_size must be >= 1, got 0"),
     (SFT, dict(warmup_ratio=1.5), "warmup_ratio must be <= 1, got 1.5"),
@@ -473,9 +473,9 @@ def test_bools_and_open_tuples_are_read(name, text, value):
 
 def test_wrong_bools_and_tuples_are_refused():
     assert message(parse_field, Kinds(), "flag", "1") == "config: flag must be true or false, got '1'"
-    assert message(parse_field, Kinds(), "sizes", "1,x") == "config: sizes must be a tuple of int, got '1,x'"
+    assert message(parse_field, Kinds(), "sizes", "1,x") == "config: sizes must be a list of int, got '1,x'"
     assert message(Kinds, flag=1) == "config: flag must be true or false, got 1"
-    assert message(Kinds, sizes=(1, True)) == "config: sizes must be a tuple of int, got (1, True)"
+    assert message(Kinds, sizes=(1, True)) == "config: sizes must be a list of int, got (1, True)"
 
 
 # references

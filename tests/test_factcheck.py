@@ -169,12 +169,12 @@ def test_a_threshold_is_moved_without_asking_again(world, judged, tmp_path, monk
 
 @pytest.mark.parametrize("checker", ["verdicts", "verifier"])
 @pytest.mark.parametrize("change, says", [
-    (dict(sample=None), "record 2 needs 'sample', an int, got None"),
-    (dict(sample=[1]), r"record 2 needs 'sample', an int, got \[1\]"),
-    (dict(id=7), "record 2 needs 'id', a string, got 7"),
-    (dict(score=None), "record 2 needs 'score', a float or an int, got None"),
-    (dict(score="yes"), "record 2 needs 'score', a float or an int, got 'yes'"),
-    (dict(bad="missing"), "record 2 needs 'detail', a string, got None"),
+    (dict(sample=None), "needs 'sample'"),
+    (dict(sample=[1]), r"needs 'sample', an int, got \[1\]"),
+    (dict(id=7), "needs 'id', a str, got 7"),
+    (dict(score=None), "needs 'score'"),
+    (dict(score="yes"), "needs 'score', a float, got 'yes'"),
+    (dict(bad="missing"), "needs 'detail'"),
     (7, "must be a JSON object, got int"),
     ([], "must be a JSON object, got list"),
 ])
@@ -185,8 +185,7 @@ def test_what_is_no_verdict_is_one_line(world, judged, tmp_path, monkeypatch, ch
     (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     more = dict(model=None, checker="verdicts") if checker == "verdicts" else SMALL
     stage = stage_of(world, trace_filter="all", verdicts=str(tmp_path / "v.jsonl"), **more)
-    where = "v.jsonl: not the verdicts of a FactCheck stage: " if isinstance(change, dict) else "v.jsonl:2: "
-    with pytest.raises(ValueError, match=where + says):
+    with pytest.raises(ValueError, match="v.jsonl:2: .*" + says):
         run(stage, tmp_path / "run")
 
 
@@ -195,7 +194,7 @@ def test_a_verifier_needs_to_know_what_was_accepted_other_thresholds_do_not(worl
     (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     same = dict(trace_filter="all", verdicts=str(tmp_path / "v.jsonl"))
     assert run(stage_of(world, **same, model=None, checker="verdicts"), tmp_path / "run")["traces"] == judged["traces"]
-    with pytest.raises(ValueError, match="record 1 needs 'accepted', true or false, got None"):
+    with pytest.raises(ValueError, match="has no 'accepted'"):
         run(stage_of(world, **same, **SMALL), tmp_path / "other")
 
 
@@ -223,10 +222,10 @@ def test_clips_and_traces_that_cannot_be_judged_are_counted(world, tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda t: t[3].pop("text"), "trace 4 needs 'text', a string, got None"),
+    (lambda t: t[3].pop("text"), "t.jsonl:4: needs 'text', a str"),
     (lambda t: t[3].update(id="nobody"), "trace 4 is of 'nobody', which is not in"),
     (lambda t: t[4].update(sample=0), "sample 0 of 'clip1' stands twice"),
-    (lambda t: t[4].update(sample=[1]), r"trace 5: 'sample' must be an int, got \[1\]"),
+    (lambda t: t[4].update(sample=[1]), r"t.jsonl:5: needs 'sample', an int, got \[1\]"),
     (lambda t: t.clear(), "holds no trace to judge"),
 ])
 def test_wrong_traces_are_refused(world, tmp_path, change, says):
@@ -337,7 +336,7 @@ def test_a_verifier_needs_verdicts_of_both_kinds_on_its_traces(world, briefly_tr
     stage, folder, _ = briefly_trained
     lines = read_jsonl(folder / "verdicts.jsonl")
     for change, says in ((lambda v: v | {"accepted": True}, "are all the same"),
-                         (lambda v: v | {"id": "other"}, "judges none of the traces")):
+                         (lambda v: v | {"id": f"other {v['id']}"}, "judges none of the traces")):
         path = tmp_path / f"{says[:3]}.jsonl"
         path.write_text("".join(json.dumps(change(line)) + "\n" for line in lines))
         with pytest.raises(ValueError, match=says):

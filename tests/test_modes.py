@@ -232,7 +232,7 @@ def test_the_first_trace_of_each_clip_stands_in_its_prompt(world, manifest, tmp_
     ([{"id": "elsewhere", "text": "It barks."}], "holds no trace of a clip in .*manifest.jsonl that can be shown"),
     ([{"id": "clip0", "text": "<|video_pad|>"}], "holds no trace of a clip in .*manifest.jsonl that can be shown"),
     ([], "holds no trace of a clip"),
-    ([{"id": "clip0", "text": "It barks."}, {"id": "clip0"}], "trace 2 needs 'text', a string, got None"),
+    ([{"id": "clip0", "text": "It barks."}, {"id": "clip0"}], ":2: needs 'text', a str"),
     ([["clip0", "It barks."]], "1: must be a JSON object, got list"),
 ])
 def test_traces_that_cannot_be_used_are_refused_before_the_model_loads(world, manifest, tmp_path, lines, said):

@@ -1,68 +1,82 @@
 """JSONL files: what each reader refuses and in which words; and the shards that several processes share."""
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
 from minixmd.inputs.media import MediaError
-from minixmd.runs import distributed
+from minixmd.runs import distributed, records
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.records import (
     append_jsonl,
     bad_record,
     count_bad,
-    read_by_id,
+    read_decisions,
     read_endpoint_answers,
     read_jsonl,
-    read_traces,
+    read_labels,
+    read_records,
     read_verdicts,
     write_jsonl,
 )
 
-
-def read_accepted(path):
-    return read_verdicts(path, needs_accepted=True)
+read_accepted = partial(read_verdicts, needs_accepted=True)
+read_traces = partial(read_records, kind=records.TRACE)
 
 
 # ---- what each reader takes and refuses ----
 
 LABEL = {"id": "a", "option": "dog"}
+TOP = {"temperature": 1, "logsumexp": 0.5, "ids": [3], "logits": [0.1]}
 TRACE = {"id": "a", "text": "<think>x</think>"}
 VERDICT = {"id": "a", "sample": 0, "score": 1.5, "accepted": True}
 BAD_VERDICT = {"id": "a", "sample": 1, "bad": "missing", "detail": "a.wav: missing"}
 ANSWER = {"key": "k", "text": "A", "finished": True}
-NOT_VERDICTS = "file: not the verdicts of a FactCheck stage: record 2 needs "
-NO_ANSWER = "file:2: not an answer of an endpoint: it needs "
+NOT_VERDICTS = "file:2: needs "
+NO_DECISION = "file:2: needs "
+NO_ANSWER = "file:2: needs "
 
 
 @pytest.mark.parametrize("reader, good, second, said", [
     *((reader, good, second, said) for reader, good in (
-        (read_jsonl, LABEL), (read_by_id, LABEL), (read_traces, TRACE), (read_verdicts, VERDICT),
+        (read_jsonl, LABEL), (read_labels, LABEL), (read_traces, TRACE), (read_verdicts, VERDICT),
         (read_endpoint_answers, ANSWER)) for second, said in (
         ("{", "file:2: not JSON: Expecting property name enclosed in double quotes"),
         ("[1]", "file:2: must be a JSON object, got list"), ("7", "file:2: must be a JSON object, got int"),
         ("null", "file:2: must be a JSON object, got NoneType"))),
-    (read_by_id, LABEL, {"option": "dog"}, "file:2: needs 'id', a string, got None"),
-    (read_by_id, LABEL, {"id": 7}, "file:2: needs 'id', a string, got 7"),
-    (read_traces, TRACE, {"text": "x"}, "file: trace 2 needs 'id', a string, got None"),
-    (read_traces, TRACE, {"id": "b"}, "file: trace 2 needs 'text', a string, got None"),
-    (read_traces, TRACE, {"id": "b", "text": ["x"]}, "file: trace 2 needs 'text', a string, got ['x']"),
-    (read_verdicts, VERDICT, {"sample": 0, "score": 1.0}, NOT_VERDICTS + "'id', a string, got None"),
-    (read_verdicts, VERDICT, {"id": "b", "score": 1.0}, NOT_VERDICTS + "'sample', an int, got None"),
+    (read_labels, LABEL, {"option": "dog"}, "file:2: needs 'id', a str"),
+    (read_labels, LABEL, {"id": 7}, "file:2: needs 'id', a str, got 7"),
+    (read_labels, LABEL, LABEL, "file:2: 'a' already stands in line 1"),
+    (read_labels, LABEL, {"id": "b", "bad": 3}, "file:2: needs 'bad', a str, got 3"),
+    (read_labels, LABEL, {"id": "b", "option": "x", "top": {"ids": [1]}},
+     "file:2: needs 'top', an object of temperature, logsumexp, ids, logits, got {'ids': [1]}"),
+    (read_labels, LABEL, {"id": "b", "option": "x", "top": TOP | {"ids": [-1]}},
+     "file: 'top' of 'b' must hold ids from 0 to 2**31 - 1"),
+    (read_labels, LABEL, {"id": "b", "option": "x", "top": TOP | {"ids": [1, 2]}},
+     "file: 'top' must hold as many ids and logits in every line, got [1, 2]"),
+    (read_decisions, {"id": "a"}, {"id": "b", "p_teacher": 5}, NO_DECISION + "'p_teacher', <= 1, got 5"),
+    (read_decisions, {"id": "a"}, {"id": "b", "p_teacher": None}, NO_DECISION + "'p_teacher', a float, got None"),
+    (read_decisions, {"id": "a"}, {"id": "b", "oracle": float("nan")}, NO_DECISION + "'oracle', a float, got nan"),
+    (read_traces, TRACE, {"text": "x"}, "file:2: needs 'id', a str"),
+    (read_traces, TRACE, {"id": "b"}, "file:2: needs 'text', a str"),
+    (read_traces, TRACE, {"id": "b", "text": ["x"]}, "file:2: needs 'text', a str, got ['x']"),
+    (read_verdicts, VERDICT, {"sample": 0, "score": 1.0}, NOT_VERDICTS + "'id', a str"),
+    (read_verdicts, VERDICT, {"id": "b", "score": 1.0}, NOT_VERDICTS + "'sample', an int"),
     (read_verdicts, VERDICT, {"id": "b", "sample": True, "score": 1.0}, NOT_VERDICTS + "'sample', an int, got True"),
-    (read_verdicts, VERDICT, {"id": "b", "sample": 0}, NOT_VERDICTS + "'score', a float or an int, got None"),
+    (read_verdicts, VERDICT, {"id": "b", "sample": 0}, NOT_VERDICTS + "'score', a float"),
     (read_verdicts, VERDICT, {"id": "b", "sample": 0, "score": "1"},
-     NOT_VERDICTS + "'score', a float or an int, got '1'"),
-    (read_verdicts, VERDICT, {"id": "b", "sample": 0, "bad": 1}, NOT_VERDICTS + "'bad', a string, got 1"),
-    (read_verdicts, VERDICT, {"id": "b", "sample": 0, "bad": "x"}, NOT_VERDICTS + "'detail', a string, got None"),
+     NOT_VERDICTS + "'score', a float, got '1'"),
+    (read_verdicts, VERDICT, {"id": "b", "sample": 0, "bad": 1}, NOT_VERDICTS + "'bad', a str, got 1"),
+    (read_verdicts, VERDICT, {"id": "b", "sample": 0, "bad": "x"}, NOT_VERDICTS + "'detail', a str"),
     (read_accepted, VERDICT, {"id": "b", "sample": 0, "score": 1.0},
-     NOT_VERDICTS + "'accepted', true or false, got None"),
+     "file: the verdict on sample 0 of 'b' has no 'accepted'"),
     (read_accepted, VERDICT, {"id": "b", "sample": 0, "score": 1, "accepted": 1},
      NOT_VERDICTS + "'accepted', true or false, got 1"),
-    (read_endpoint_answers, ANSWER, {"text": "A", "finished": True}, NO_ANSWER + "'key', a string, got None"),
-    (read_endpoint_answers, ANSWER, {"key": "l", "finished": True}, NO_ANSWER + "'text', a string, got None"),
-    (read_endpoint_answers, ANSWER, {"key": "l", "text": "A"}, NO_ANSWER + "'finished', true or false, got None"),
-    (read_endpoint_answers, ANSWER, ANSWER, "file:2: 'k' is answered for the second time"),
+    (read_endpoint_answers, ANSWER, {"text": "A", "finished": True}, NO_ANSWER + "'key', a str"),
+    (read_endpoint_answers, ANSWER, {"key": "l", "finished": True}, NO_ANSWER + "'text', a str"),
+    (read_endpoint_answers, ANSWER, {"key": "l", "text": "A"}, NO_ANSWER + "'finished', true or false"),
+    (read_endpoint_answers, ANSWER, ANSWER, "file:2: 'k' already stands in line 1"),
 ])
 def test_a_reader_names_the_file_the_line_and_the_field(tmp_path, reader, good, second, said):
     path = tmp_path / "file"
@@ -78,7 +92,7 @@ def test_a_reader_names_the_file_the_line_and_the_field(tmp_path, reader, good, 
 def test_what_the_readers_give(tmp_path):
     path = tmp_path / "file"
     write_jsonl(path, [LABEL, {"id": "b", "bad": "missing", "detail": ""}])
-    assert read_by_id(path) == {"a": LABEL, "b": {"id": "b", "bad": "missing", "detail": ""}}
+    assert read_labels(path) == {"a": LABEL, "b": {"id": "b", "bad": "missing", "detail": ""}}
     write_jsonl(path, [VERDICT, BAD_VERDICT])
     assert read_accepted(path) == {("a", 0): VERDICT, ("a", 1): BAD_VERDICT}  # a bad one has no score and no verdict
     assert read_endpoint_answers(tmp_path / "none") == {}

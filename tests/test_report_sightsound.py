@@ -507,9 +507,9 @@ def test_inputs_that_are_not_what_they_should_be_are_one_clear_line(world, tmp_p
     assert re.search(r"verdicts\.jsonl: sample 0 of 'test9' was judged with other words than it has in .*again\.jsonl",
                      said(traces=str(again)))
     for other in ("0_avqa/answers.jsonl", "traces/labels.jsonl", "grpo.jsonl"):
-        refused = rf"{world}/{other}: not the verdicts of a FactCheck stage: record 1 needs '(id|sample)', "
+        refused = rf"{world}/{other}:1: needs '(id|sample)', "
         assert re.search(refused, said(verdicts=f"{world}/{other}"))
-    assert f"{world}/grpo.jsonl: trace 1 needs 'id', a string" in said(traces=f"{world}/grpo.jsonl")
+    assert f"{world}/grpo.jsonl:1: needs 'id', a str" in said(traces=f"{world}/grpo.jsonl")
     strange = write_lines(tmp_path / "strange.jsonl", [{"id": "x", "text": "y"}])
     assert "report: " in (error := said(traces=str(strange), verdicts=None)) and "holds no trace of a clip in" in error
 

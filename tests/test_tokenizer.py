@@ -284,12 +284,16 @@ def test_a_video_that_is_shown_alone_and_silent_may_have_a_wording_of_its_own(me
     assert shown["content"][-1]["text"] == asked
 
 
-@pytest.mark.parametrize("meta, said", [(None, "'meta' must be an object"), ([], "'meta' must be an object"), *(
-    ({"video_question": asked}, "'video_question' must be a non-empty string") for asked in (None, "", 3))])
+@pytest.mark.parametrize("meta, said", [
+    (None, "needs 'meta', an object, got None"), ([], r"needs 'meta', an object, got \[\]"),
+    ({"video_question": None}, "field 'meta' needs 'video_question', a str, got None"),
+    ({"video_question": 3}, "field 'meta' needs 'video_question', a str, got 3"),
+    ({"video_question": ""}, "field 'video_question' is empty"),
+])
 def test_a_manifest_whose_wording_for_the_video_is_none_is_refused(tmp_path, meta, said):
     path = tmp_path / "m.jsonl"
     path.write_text(json.dumps({"id": "x", "question": "Which?", "options": ["dog", "cat"], "meta": meta}))
-    with pytest.raises(ValueError, match=f"m.jsonl:1: field.*{said}"):
+    with pytest.raises(ValueError, match=f"m.jsonl:1: {said}"):
         read_manifest(path)
 
 

@@ -1,18 +1,15 @@
 """`@stage`, dataclasses that check what they are given: each field by its annotation, such as `Literal[…]` for a choice
 or `Annotated[float, "> 0"]` for bounds; then, in the class's `check`, what concerns two fields. Every message is one
 line that names the field and the value."""
-import math
-import operator
 import re
 import string
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from functools import wraps
-from types import UnionType
-from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
-TYPE_NAMES = {int: "an int", float: "a float", str: "a str", bool: "true or false"}
-COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+from minixmd.runs.value_checks import check_value, describe, take_apart
+
 PROMPT_EXAMPLE = {"question": "Which?", "options": "A. dog\nB. cat", "first": "A", "last": "B"}
 TRACE_EXAMPLE = {"trace": "<think>It barks.</think><answer>A</answer>"}  # allowed only where a prompt shows a trace
 RENAMED = {  # fields of older configs -> what they are called now
@@ -79,21 +76,13 @@ def nearest(name, known):
 def check_types(item):
     """Holds every field to its annotation; an int given for a float becomes one, a list for a tuple likewise."""
     for name, annotation in get_type_hints(type(item), include_extras=True).items():
-        plain, optional, bounds = _take_apart(annotation)
         value = getattr(item, name)
-        if optional and value is None:
-            continue
         try:
-            value = _convert(plain, value)
-        except ValueError:
-            raise ConfigError(f"config: {name} must be {_describe(annotation)}, got {value!r}") from None
-        object.__setattr__(item, name, value)  # frozen: only here, while it is being made
+            object.__setattr__(item, name, check_value(annotation, value))  # frozen: only here, while it is being made
+        except ValueError as error:
+            raise ConfigError(f"config: {name} must be {error}, got {value!r}") from None
         if value == "":
             raise ConfigError(f"config: {name} is empty")
-        for bound in bounds:
-            sign, limit = bound.split()
-            if not COMPARE[sign](value, float(limit)):
-                raise ConfigError(f"config: {name} must be {bound}, got {value!r}")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", item.name):  # it names a directory and is written "@name/file"
         raise ConfigError(f"config: name must be letters, digits, '_' and '-', got {item.name!r}")
 
@@ -101,13 +90,13 @@ def check_types(item):
 def parse_field(item, name, text):
     """The value that `text`, from an override, has for field `name` of a stage."""
     annotation = get_type_hints(type(item), include_extras=True)[name]
-    plain, optional, _ = _take_apart(annotation)
+    plain, optional, _ = take_apart(annotation)
     if optional and text == "none":
         return None
     try:
         return _parse(plain, text)
     except (ValueError, KeyError):
-        raise ConfigError(f"config: {name} must be {_describe(annotation)}, got {text!r}") from None
+        raise ConfigError(f"config: {name} must be {describe(annotation)}, got {text!r}") from None
 
 
 def check_unused(item, because, names):
@@ -139,38 +128,6 @@ def check_stop(stop):
         raise ConfigError("config: a stop string must not be empty, got ''")
 
 
-def _take_apart(annotation):
-    """(type, whether it may be None, bounds) of a field's annotation."""
-    bounds = ()
-    optional = get_origin(annotation) in (Union, UnionType)  # only ever X | None
-    if optional:
-        annotation = get_args(annotation)[0]
-    if get_origin(annotation) is Annotated:
-        annotation, *bounds = get_args(annotation)
-    return annotation, optional, bounds
-
-
-def _convert(annotation, value):
-    """`value` as the annotated type; ValueError if it is of another."""
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        if isinstance(value, bool) or value not in inner:
-            raise ValueError
-        return value
-    if origin is tuple and isinstance(value, (tuple, list)):
-        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
-        return tuple(_convert(each, part) for each, part in zip(kinds, value, strict=True))
-    if origin is dict and isinstance(value, dict):
-        return {_convert(inner[0], key): _convert(inner[1], part) for key, part in value.items()}
-    if annotation is float and type(value) is int:
-        value = float(value)
-    if origin or not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
-        raise ValueError
-    if annotation is float and not math.isfinite(value):
-        raise ValueError
-    return value
-
-
 def _parse(annotation, text):
     """The value of a command-line text; ValueError or KeyError if it has none of that type."""
     origin, inner = get_origin(annotation), get_args(annotation)
@@ -183,16 +140,3 @@ def _parse(annotation, text):
     if origin is dict:
         raise ValueError
     return {"true": True, "false": False}[text] if annotation is bool else annotation(text)
-
-
-def _describe(annotation):
-    annotation, optional, _ = _take_apart(annotation)
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        *most, last = map(repr, inner)
-        text = f"{', '.join(most)} or {last}"
-    elif origin is tuple:
-        text = f"a tuple of {inner[0].__name__}" if inner[-1] is ... else f"{len(inner)} {inner[0].__name__}s"
-    else:
-        text = "a dict of dicts of str" if origin is dict else TYPE_NAMES[annotation]
-    return f"{text} or None" if optional else text

@@ -5,8 +5,11 @@ import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from string import ascii_uppercase
+from typing import Annotated
 
+from minixmd.runs.files import read_json
 from minixmd.runs.records import numbered_records
+from minixmd.runs.value_checks import check_fields
 
 MEDIA_KINDS = {"audio": ("audio",), "video": ("video",), "both": ("video", "audio"), "sounded": ("video",), "none": ()}
 
@@ -26,36 +29,33 @@ class Example:
     meta: dict = field(default_factory=dict)
 
 
+LINE = {  # what a manifest's line has, as check_fields takes it
+    "id": str, "audio?": str | None, "video?": str | None, "question": str, "options": tuple[str, ...],
+    "answer?": Annotated[int, ">= 0"] | None, "label?": str | None, "source?": str | None, "meta?": dict,
+}  # fmt: skip
+META = {"video_question?": str, "group?": str}
+
+
 def _example_of(record, place):
     """The Example of a manifest's line; ValueError, naming `place`, if it is none."""
     known = sorted(f.name for f in fields(Example))
     if extra := sorted(record.keys() - known):
         raise ValueError(f"{place}: unknown field {extra[0]!r}; an example has {', '.join(known)}")
-    if missing := [name for name in ("id", "question", "options") if name not in record]:
-        raise ValueError(f"{place}: field {missing[0]!r} is missing")
-    for name in ("id", "question"):
-        if not isinstance(record[name], str) or not record[name]:
-            raise ValueError(f"{place}: field {name!r} must be a non-empty string, got {record[name]!r}")
-    for name in ("audio", "video", "label", "source"):
-        if not isinstance(record.setdefault(name, None), str | None):
-            wanted = "a path" if name in ("audio", "video") else "a string"
-            raise ValueError(f"{place}: field {name!r} must be {wanted} or null, got {record[name]!r}")
+    check_fields(record, LINE, f"{place}:")
     options, answer, meta = record["options"], record.get("answer"), record.get("meta", {})
-    if not isinstance(options, list) or not all(isinstance(o, str) for o in options) or not 2 <= len(options) <= 26:
-        raise ValueError(f"{place}: field 'options' must be a list of 2 to 26 strings, got {options!r}")
-    if answer is not None and (type(answer) is not int or not 0 <= answer < len(options)):
-        raise ValueError(f"{place}: field 'answer' must be null or an index below {len(options)}, got {answer!r}")
-    if not isinstance(meta, dict):
-        raise ValueError(f"{place}: field 'meta' must be an object, got {meta!r}")
+    check_fields(meta, META, f"{place}: field 'meta'")
+    if not 2 <= len(options) <= 26 or answer is not None and answer >= len(options):
+        raise ValueError(f"{place}: needs 2 to 26 'options' and as 'answer' the index of one, or null, got "
+                         f"{len(options)} and {answer}")
     for option in options:
         if not option.strip() or options.count(option) > 1 and "sub_category" not in meta:  # MMAU's own are repeated
             raise ValueError(f"{place}: field 'options': {option!r} is empty or stands twice")
-    for name in ("video_question", "group"):
-        if name in meta and (not isinstance(meta[name], str) or not meta[name]):
-            raise ValueError(f"{place}: field 'meta': {name!r} must be a non-empty string, got {meta[name]!r}")
+    for name, text in {**record, **meta}.items():
+        if text == "" and name in ("id", "question", "video_question", "group"):
+            raise ValueError(f"{place}: field {name!r} is empty")
     if re.search("[\ud800-\udfff]", "".join([record["question"], *options, meta.get("video_question", "")])):
         raise ValueError(f"{place}: field 'question' or 'options' has half of a surrogate pair, which is no text")
-    return Example(**{**record, "options": tuple(options)})
+    return Example(**{"audio": None, "video": None, **record, "options": tuple(options)})
 
 
 def data_root(manifest):
@@ -63,7 +63,7 @@ def data_root(manifest):
     that and of the clips' folder, which is in summary.json beside it."""
     folder = os.path.realpath(Path(manifest).parent)
     try:
-        clips = json.loads(Path(folder, "summary.json").read_text(encoding="utf-8"))["clips_folder"]
+        clips = read_json(Path(folder, "summary.json"))["clips_folder"]
         return os.path.commonpath([folder, os.path.normpath(os.path.join(folder, clips))])
     except (OSError, ValueError, KeyError, TypeError):
         return folder

@@ -1,5 +1,5 @@
 """XMD's gate: whose answer a training clip learns, the teacher's or the student's own earlier one."""
-from minixmd.runs.records import read_by_id
+from minixmd.runs.records import read_decisions
 
 FIELD = {"learned": "p_teacher", "oracle": "oracle"}  # gate -> what it reads of a clip in switch.jsonl
 
@@ -13,7 +13,7 @@ def follows_teacher(gate, examples, switch, manifest):
     """
     if gate not in FIELD:
         return {example.id: gate == "always" for example in examples}
-    field, decisions = FIELD[gate], read_by_id(switch)
+    field, decisions = FIELD[gate], read_decisions(switch)
     if not any(field in record for record in decisions.values()):
         raise ValueError(f"{switch}: no clip has the {field!r} that gate {gate!r} goes by")
     follows = {}

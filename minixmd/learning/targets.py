@@ -8,7 +8,7 @@ import torch
 from minixmd.config import GRPO, SFT, Distill
 from minixmd.inputs.examples import Example, check_answers
 from minixmd.learning.gate import follows_teacher
-from minixmd.runs.records import read_by_id, read_traces
+from minixmd.runs.records import TRACE, read_labels, read_records
 
 SPECIAL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")  # a media token or another special one: no such text may reach a prompt
 TRACE_FILTERS = {"all": (None, None), "first": ("sample", 0), "unanimous": ("unanimous", True)}  # field, its value
@@ -50,7 +50,7 @@ def label_items(stage, examples):
     student knew (the anti-forgetting loss); without the student's letters such a clip is left out."""
     distills = isinstance(stage, Distill)
     paths = {"teacher": stage.teacher_labels, "student": stage.student_labels if distills else None}
-    labels = {source: read_by_id(path) for source, path in paths.items() if path}
+    labels = {source: read_labels(path) for source, path in paths.items() if path}
     to_teacher = follows_teacher(stage.gate, examples, stage.switch, stage.manifest) if distills else {}
     items, counts = [], Counter()
     for example in examples:
@@ -79,7 +79,7 @@ def trace_items(examples, manifest, traces_path, trace_filter):
     field, wanted = TRACE_FILTERS[trace_filter]
     by_id = {example.id: example for example in examples}
     items, left_out = [], Counter()
-    for number, record in enumerate(read_traces(traces_path), 1):
+    for number, record in enumerate(read_records(traces_path, TRACE), 1):
         if record["id"] not in by_id:
             raise ValueError(f"{traces_path}: trace {number} is of {record['id']!r}, which is not in {manifest}")
         if field and field not in record:

@@ -3,9 +3,11 @@
 A field that is absent takes the reference's default. One that is not implemented here raises, unless it has the value
 under which it does not change the reference's model.
 """
-import math
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import NamedTuple, get_args
+
+from minixmd.runs.files import read_json
 
 VISION_NAMES = {"width": "hidden_size", "out_width": "out_hidden_size"}  # our field -> its name in vision_config
 SYSTEM = "You are a helpful assistant."  # the system turn that the chat template adds to a conversation without one
@@ -159,25 +161,9 @@ OMNI = replace(OMNI_THINKER, model_type="qwen2_5_omni", section="thinker_config"
                skipped={"talker.": "talker", "token2wav.": "token2wav"})
 FAMILIES = {family.model_type: family for family in (QWEN2_AUDIO, QWEN2_VL, QWEN2_5_VL, OMNI_THINKER, OMNI)}
 
-INERT = set(  # no forward pass depends on them; from add_cross_attention on, what transformers 4 wrote of every class
-    """model_type architectures torch_dtype dtype transformers_version use_cache initializer_range init_std ignore_index
-    bos_token_id eos_token_id pad_token_id sliding_window max_window_layers vocab_size vision_token_id user_token_id
-    spatial_patch_size in_chans embed_dim tokens_per_second
-    add_cross_attention attn_implementation bad_words_ids begin_suppress_tokens chunk_size_feed_forward
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample early_stopping
-    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty max_length min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
-    output_scores prefix problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
-    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tokenizer_class top_k top_p torchscript typical_p use_bfloat16 head_dim""".split()
-)
-ALLOWED = {  # fields that are not read, and the values under which they change nothing
-    "activation_function": ("gelu",), "attention_dropout": (0.0,), "dropout": (0.0,), "activation_dropout": (0.0,),
-    "encoder_layerdrop": (0.0,), "scale_embedding": (False,), "use_sliding_window": (False,), "use_mrope": (False,),
-    "tie_word_embeddings": (False, True), "rope_theta": (10000.0,),
-}  # fmt: skip
+CONFIG_FIELDS = read_json(Path(__file__).with_name("config_fields.json"))  # how those that build nothing are taken
 FRONT_END = {"num_mel_bins": 128, "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+LARGEST = {"num_hidden_layers": 500, "encoder_layers": 500, "depth": 500, "mlp_ratio": 100, "rope_theta": 1e12}
 LISTS = {"mrope_section": ("positive ints", 1), "fullatt_block_indexes": ("block numbers", 0)}  # of what, the least
 
 
@@ -243,7 +229,7 @@ def _read_fields(family, defaults, section, path, ignored):
     there = [f for f in fields(defaults) if getattr(defaults, f.name) is not None]
     known = {family.vision_names.get(f.name, f.name): f for f in there}  # by their names in config.json
     plain_vision = isinstance(defaults, VisionConfig) and defaults.window_size is None
-    allowed = {**ALLOWED, "hidden_act": ("quick_gelu",) if plain_vision else ("silu",)}
+    allowed = {**CONFIG_FIELDS["allowed"], "hidden_act": ("quick_gelu",) if plain_vision else ("silu",)}
     values = {}
     for name, value in _flatten_rope(section or {}, path).items():
         if value is None:
@@ -257,7 +243,7 @@ def _read_fields(family, defaults, section, path, ignored):
             implemented = isinstance(value, list) and value == ["full_attention"] * len(value)
         else:
             implemented = True
-            if name not in INERT and not name.startswith("_"):
+            if name not in CONFIG_FIELDS["inert"] and not name.startswith("_"):
                 ignored.append(path + name)
         if not implemented:
             must = f"; it must be {FRONT_END[name]}" if name in FRONT_END else ""
@@ -292,8 +278,11 @@ def _checked_value(name, value, annotation, path):
             raise ValueError(f"config.json: {path}{name} must be a list of {of}, got {value!r}")
         return tuple(value)
     kind = float if float in (annotation, *get_args(annotation)) else int
-    if type(value) not in (int, kind) or not 0 < value < math.inf:
+    if type(value) not in (int, kind) or not value > 0:
         raise ValueError(f"config.json: {path}{name} must be a positive {kind.__name__}, got {value!r}")
+    most = LARGEST.get(name, 10**7)
+    if value > most:
+        raise ValueError(f"config.json: {path}{name} must be at most {most:,}, got {value!r}")
     return value
 
 

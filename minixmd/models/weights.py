@@ -6,11 +6,12 @@ import re
 import shutil
 from itertools import groupby
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import nn
 
-from minixmd.models.families import read_config
+from minixmd.models.families import CONFIG_FIELDS, read_config
 from minixmd.models.lora import adapted, named_linears
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.shards import (
@@ -25,6 +26,7 @@ from minixmd.models.shards import (
 from minixmd.runs.files import read_json, write_json, write_safetensors
 from minixmd.runs.hub_names import parse_hub_name
 from minixmd.runs.stage_directory import fingerprint
+from minixmd.runs.value_checks import check_fields
 
 SPEAKERS = "spk_dict.pt"  # Omni's voices
 PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
@@ -32,17 +34,7 @@ PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "mer
                    "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", SPEAKERS)
 SHARD_BYTES = 5_000_000_000  # a file's size at most, as on the hub
 BASE_FILE = "minixmd_base.json"  # beside an adapter: where its base lies from there, and a digest of it
-# fields of PEFT's LoraConfig whatever whose value an adapter is scale (x Aᵀ) Bᵀ; any other must be empty
-PLAIN_FIELDS = set(
-    """peft_type r lora_alpha lora_dropout use_rslora init_lora_weights bias target_modules exclude_modules
-    layers_to_transform layers_pattern task_type auto_mapping peft_version base_model_name_or_path revision
-    inference_mode megatron_core qalora_group_size loftq_config eva_config corda_config lora_ga_config runtime_config
-    ensure_weight_tying""".split())
-PLAIN_VALUES = {  # of those that decide all the same; of init_lora_weights those that leave the base as it is
-    "peft_type": ("LORA", None),
-    "bias": ("none", None),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
-}
+ADAPTER = {"r": Annotated[int, "> 0"], "lora_alpha": Annotated[float, "> 0"], "target_modules?": tuple[str, ...] | None}
 DTYPE_FIELDS = {"dtype", "torch_dtype"}  # of config.json, in transformers 5 and 4
 
 
@@ -191,11 +183,11 @@ def read_adapter(model, folder):
     folder = Path(folder)
     config = read_json(folder / "adapter_config.json")
     for name, value in config.items():
-        if value not in PLAIN_VALUES.get(name, [value]) or value and name not in PLAIN_FIELDS:
+        values = CONFIG_FIELDS["adapter_values"].get(name, [value])
+        if value not in values or value and name not in CONFIG_FIELDS["adapter"]:
             raise ValueError(f"{folder}: adapter_config.json {name} = {value!r} is not implemented")
-    for name in ("r", "lora_alpha"):
-        if type(config.get(name)) not in (int, float) or config[name] <= 0:
-            raise ValueError(f"{folder}: adapter_config.json {name} must be a number above 0, got {config.get(name)!r}")
+    check_fields(config, ADAPTER | ({"target_modules?": str} if isinstance(config.get("target_modules"), str) else {}),
+                 f"{folder}: adapter_config.json")
     layers = named_linears(model)
     paths = {name: _module_paths(model.config.family, name) for name in layers}
     name_of = {path: name for name, all_paths in paths.items() for path in all_paths}
@@ -206,7 +198,10 @@ def read_adapter(model, folder):
             if half not in ("lora_A", "lora_B") or path not in name_of:
                 faults.append(f"{key} fits no linear layer")
                 continue
-            pairs.setdefault(name_of[path], {})[half] = file.get_tensor(key).to(torch.float32, copy=True)
+            pair = pairs.setdefault(name_of[path], {})
+            if half in pair:
+                faults.append(f"{key} is there under two names")
+            pair[half] = file.get_tensor(key).to(torch.float32, copy=True)
     if not pairs and not faults:
         faults.append("it holds no tensor")
     rank = config["r"]
@@ -237,7 +232,10 @@ def _is_target(config, paths):
     if targets == "all-linear" or config.get("exclude_modules") or config.get("layers_to_transform"):
         return False  # which layers these leave out only PEFT knows
     if isinstance(targets, str):
-        return any(re.fullmatch(targets, path) for path in paths)
+        try:
+            return any(re.fullmatch(targets, path) for path in paths)
+        except re.error as error:
+            raise ValueError(f"adapter_config.json target_modules {targets!r}: {error}") from None
     return any(f".{path}".endswith(f".{target}") for path in paths for target in targets or ())
 
 

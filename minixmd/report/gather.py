@@ -18,8 +18,12 @@ from minixmd.report.sections import (
 )
 from minixmd.runs.files import read_json, write_json, write_text
 from minixmd.runs.records import answers_beside
+from minixmd.runs.value_checks import check_fields
 from minixmd.tasks.benchmarks import FIELDS
-from minixmd.tasks.statistics import compare, pairs
+from minixmd.tasks.statistics import SUMMARY, compare, pairs
+
+RESULTS = SUMMARY | {"groups": dict[str, SUMMARY], "classes": dict[str, SUMMARY], "letters?": SUMMARY,
+                     "disagreement?": float, "benchmark?": dict | None}
 
 
 def run(stage, folder, log):
@@ -78,8 +82,7 @@ def read_results(stage):
         results[which] = {row: {} for row in table}
         for row, column, path in cells_of(table):
             results[which][row][column] = result = read_json(path)
-            if "accuracy" not in result:
-                raise ValueError(f"{path}: not the results of an Evaluate stage: it holds no 'accuracy'")
+            check_fields(result, RESULTS, f"{path}: not the results of an Evaluate stage: it")
             benchmark = result.get("benchmark") or {}
             if column in BENCHMARKS[stage.published] and benchmark.get("name") != column:
                 raise ValueError(f"{stage.name}: {row!r} on {column!r}: its results.json has no 'benchmark' of "

@@ -1,12 +1,11 @@
 """Sections of a report: benchmarks, classes, the switch, the teacher's traces, curves, as report.json holds them."""
 from collections import Counter
 from math import ceil
-from pathlib import Path
 
 from minixmd.report.published import MMAU_VERSION
 from minixmd.report.render import ROLES, words
 from minixmd.runs.files import read_json
-from minixmd.runs.records import read_jsonl
+from minixmd.runs.records import DECISION, read_records
 from minixmd.tasks.benchmarks import TYPES
 from minixmd.tasks.statistics import groups, leads
 from minixmd.tasks.yes_no import tally
@@ -26,6 +25,7 @@ PANELS = {  # key of a log.jsonl -> title of the panel that draws it
     "val_accuracy": "validation accuracy, %",
     "train_accuracy": "training accuracy, %",
 }
+LOG_LINE = {f"{name}?": float for name in (*PANELS, "step", "epoch")}
 
 
 def cells_of(table):
@@ -113,7 +113,7 @@ def switch(path, published):
     """Where the clips of a switch.jsonl went, and tallies of its decisions against the table of classes: those in the
     results.json beside it; the training clips' is made here if it lacks and records hold the right decision, "oracle".
     published: {"validation" | "training": the paper's accuracy in %}. ValueError: no record is a Switch's decision."""
-    decided = [record for record in read_jsonl(path) if "p_teacher" in record]
+    decided = [record for record in read_records(path, DECISION) if "p_teacher" in record]
     if not decided:
         raise ValueError(f"{path}: not the decisions of a Switch stage: no record has 'p_teacher'")
     results_path = path.with_name("results.json")
@@ -198,7 +198,7 @@ def step(title, kept, total, left_out):
 def curves(logs):
     """[{"what", "x": "step" | "epoch", "lines": {line title: [[x, y], …]}}]: a panel for each of PANELS that a log has.
     Over LINE_POINTS values a line becomes the means of runs of as many, each at its last x. logs: {title: path}."""
-    records = {title: read_jsonl(Path(path)) for title, path in logs.items()}
+    records = {title: read_records(path, LOG_LINE, bad=LOG_LINE) for title, path in logs.items()}
     panels = []
     for key, what in PANELS.items():
         has_steps = any(key in line and "step" in line for log in records.values() for line in log)

@@ -31,8 +31,8 @@ def _publish(path, write, sync=True):
 def read_json(path):
     """The object in a JSON file; ValueError, naming the file, if it holds none."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON's, or not UTF-8
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # JSON's, not UTF-8, or brackets in brackets without an end
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: must hold a JSON object, got {type(found).__name__}")

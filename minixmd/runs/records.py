@@ -1,28 +1,37 @@
-"""Every JSONL file of a run: how its lines are written, read back and checked.
+"""Every JSONL file of a run: what a line holds, and how lines are written, read back and checked.
 
-    labels.jsonl       Label      {"id", "answer", "option", "logits", "top"?}
-    answers.jsonl      Evaluate   {"id", "answer", "right", "question", …}
-    samples.jsonl      Traces     {"id", "samples": [{"text", "finished", "answer", "use"}]}
-    traces.jsonl       Traces, FactCheck   {"id", "sample", "text", "answer", "option", "unanimous"}
-    verdicts.jsonl     FactCheck  {"id", "sample", "score", "accepted"}
-    switch.jsonl       Switch     {"id", "p_teacher", "oracle"?}
-    endpoint.jsonl     what a server answered   {"key", "text", "finished", "top"?}
-    log.jsonl, completions.jsonl   training
+    labels.jsonl     of Label and Traces: LABEL       verdicts.jsonl   of FactCheck: VERDICT
+    answers.jsonl    of Evaluate: ANSWER              switch.jsonl     of Switch: DECISION
+    traces.jsonl     of Traces and FactCheck: TRACE   endpoint.jsonl   of a server: ENDPOINT_ANSWER
+    samples.jsonl    of Traces: {"id", "samples": [{"text", "finished", "answer", "use"}]}
+    log.jsonl, completions.jsonl   of training
 
-A clip that cannot be used has the record {"id", "bad": reason, "detail"} in any of the first six.
+A clip that cannot be used has the record BAD in any of them but the last three. Lines may have other fields, too.
 """
 import codecs
 import json
 import os
 import sys
 from collections import Counter
+from operator import itemgetter
 from pathlib import Path
+from typing import Annotated
 
 from tqdm import tqdm
 
 from minixmd.runs.files import write_text
+from minixmd.runs.value_checks import check_fields
 
-TYPE_NAMES = {str: "a string", int: "an int", float: "a float", bool: "true or false"}
+Share = Annotated[float, ">= 0", "<= 1"]
+BAD = {"id": str, "bad": str, "detail?": str}  # the reason, and what was wrong with the file
+TOPK = {"temperature": float, "logsumexp": float, "ids": tuple[int, ...], "logits": tuple[float, ...]}
+LABEL = {"id": str, "option": str, "top?": TOPK}
+ANSWER = {"id": str, "question": str, "answer": Annotated[int, ">= 0"] | None, "right": bool}
+TRACE = {"id": str, "text": str, "sample?": int, "option?": str | None, "unanimous?": bool}
+VERDICT = {"id": str, "sample": int, "score": float, "accepted?": bool}
+BAD_VERDICT = {"id": str, "sample": int, "bad": str, "detail": str}
+DECISION = {"id": str, "p_teacher?": Share, "oracle?": Share}
+ENDPOINT_ANSWER = {"key": str, "text": str, "finished": bool}
 
 
 def write_jsonl(path, records):
@@ -76,61 +85,59 @@ def drop_torn_line(path, consequence=""):
                    file=sys.stderr)
 
 
-def check_record(record, kinds, where):
-    """Raises ValueError for a record that lacks a field or has one of another type. kinds: {field: types}."""
-    for name, types in kinds.items():
-        if type(record.get(name)) not in types:
-            wanted = " or ".join(TYPE_NAMES[kind] for kind in types)
-            raise ValueError(f"{where} needs {name!r}, {wanted}, got {record.get(name)!r}")
+def read_records(path, kind, bad=BAD, own=False, key=None):
+    """The lines of a file, each checked to have the fields of a kind, such as LABEL, or, where it has "bad", of that.
+    key: fields of which no two records may have the same values, such as "id sample". own: as of numbered_records."""
+    records, line_of = [], {}
+    for number, record in numbered_records(path, own):
+        check_fields(record, bad if "bad" in record else kind, f"{path}:{number}:")
+        if key:
+            value = itemgetter(*key.split())(record)
+            if line_of.setdefault(value, number) != number:
+                raise ValueError(f"{path}:{number}: {value!r} already stands in line {line_of[value]}")
+        records.append(record)
+    return records
 
 
-def read_by_id(path):
-    """{id: record} of labels or a switch's decisions."""
-    found = {}
-    for number, record in numbered_records(path):
-        check_record(record, {"id": (str,)}, f"{path}:{number}:")
+def read_labels(path):
+    """{clip id: record} of labels, which all store as many of the teacher's best ids."""
+    found, sizes = {}, set()
+    for record in read_records(path, LABEL, key="id"):
         found[record["id"]] = record
+        if top := record.get("top"):
+            sizes |= {len(top["ids"]), len(top["logits"])}
+            if not top["ids"] or min(top["ids"]) < 0 or max(top["ids"]) >= 2**31:
+                raise ValueError(f"{path}: 'top' of {record['id']!r} must hold ids from 0 to 2**31 - 1")
+    if len(sizes) > 1:
+        raise ValueError(f"{path}: 'top' must hold as many ids and logits in every line, got {sorted(sizes)}")
     return found
 
 
-def read_traces(path):
-    """The lines of a file of traces, {"id", "text", …}."""
-    records = read_jsonl(path)
-    for number, record in enumerate(records, 1):
-        check_record(record, {"id": (str,), "text": (str,)}, f"{path}: trace {number}")
-    return records
+def read_decisions(path):
+    """{clip id: record} of a switch's decisions."""
+    return {record["id"]: record for record in read_records(path, DECISION, key="id")}
 
 
 def read_verdicts(path, needs_accepted=False):
     """{(clip id, sample): record} of a FactCheck stage's verdicts."""
     found = {}
-    for number, record in enumerate(read_jsonl(path), 1):
-        kinds = {"id": (str,), "sample": (int,)}
-        if "bad" in record:
-            kinds |= {"bad": (str,), "detail": (str,)}
-        else:
-            kinds |= {"score": (float, int)} | ({"accepted": (bool,)} if needs_accepted else {})
-        check_record(record, kinds, f"{path}: not the verdicts of a FactCheck stage: record {number}")
+    for record in read_records(path, VERDICT, bad=BAD_VERDICT, key="id sample"):
+        if needs_accepted and "bad" not in record and "accepted" not in record:
+            raise ValueError(f"{path}: the verdict on sample {record['sample']} of {record['id']!r} has no 'accepted'")
         found[record["id"], record["sample"]] = record
     return found
 
 
 def read_endpoint_answers(path):
     """{key: record} of endpoint.jsonl; empty if there is none. A torn last line is dropped if the others are good."""
-    found = {}
-    for number, record in numbered_records(path, own=True) if path.exists() else ():
-        kinds = {"key": (str,), "text": (str,), "finished": (bool,)}
-        check_record(record, kinds, f"{path}:{number}: not an answer of an endpoint: it")
-        if record["key"] in found:
-            raise ValueError(f"{path}:{number}: {record['key']!r} is answered for the second time")
-        found[record["key"]] = record
+    records = read_records(path, ENDPOINT_ANSWER, own=True, key="key") if path.exists() else ()
     drop_torn_line(path, "; it is asked again")
-    return found
+    return {record["key"]: record for record in records}
 
 
 def answers_beside(results):
     """The records of the answers.jsonl that Evaluate wrote beside this results.json."""
-    return read_jsonl(Path(results).with_name("answers.jsonl"))
+    return read_records(Path(results).with_name("answers.jsonl"), ANSWER)
 
 
 def bad_record(example, error):

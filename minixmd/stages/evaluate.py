@@ -8,7 +8,7 @@ from minixmd.inputs.examples import check_answers, read_examples
 from minixmd.learning.targets import SPECIAL_TOKEN
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
-from minixmd.runs.records import count_bad, read_traces, write_jsonl
+from minixmd.runs.records import TRACE, count_bad, read_records, write_jsonl
 from minixmd.stages.multiple_choice import Writing, load_model, score_letters, write_answers
 from minixmd.tasks.benchmarks import WAYS, benchmark_of, mmau_table, music_table, same
 from minixmd.tasks.statistics import digest, summary, tabulate
@@ -97,7 +97,7 @@ def first_traces(stage, examples):
     if stage.traces is None:
         return {}, {}
     in_file = {}
-    for record in read_traces(stage.traces):
+    for record in read_records(stage.traces, TRACE):
         in_file.setdefault(record["id"], record["text"])
     traces, without = {}, {}
     for example in examples:

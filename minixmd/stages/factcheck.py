@@ -16,7 +16,7 @@ from minixmd.inputs.examples import Example, build_conversation, read_examples
 from minixmd.inputs.prompts import batch_by_tokens, prefetch
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import read_json, write_json, write_safetensors
-from minixmd.runs.records import count_bad, read_traces, read_verdicts, write_jsonl
+from minixmd.runs.records import TRACE, count_bad, read_records, read_verdicts, write_jsonl
 from minixmd.runs.seeds import hash_seed
 from minixmd.stages import endpoint
 from minixmd.stages.cnn14_training import load_logmels
@@ -99,14 +99,12 @@ def select_traces(stage, examples):
     may leave out "sample" (numbered then, clip by clip) and "unanimous" (true). Raises ValueError for a line that is no
     trace, of no clip of the manifest, or a duplicate; or for nothing to judge."""
     traces, counts = {}, Counter()
-    for number, record in enumerate(read_traces(stage.traces), 1):
+    for number, record in enumerate(read_records(stage.traces, TRACE), 1):
         clip_id = record["id"]
         if clip_id not in examples:
             raise ValueError(f"{stage.traces}: trace {number} is of {clip_id!r}, which is not in {stage.manifest}")
         record = {"sample": counts[clip_id], "unanimous": True, **record}
         trace = Trace(examples[clip_id], record["sample"], record["text"], record)
-        if type(trace.sample) is not int:
-            raise ValueError(f"{stage.traces}: trace {number}: 'sample' must be an int, got {trace.sample!r}")
         if trace.key in traces:
             raise ValueError(f"{stage.traces}: sample {trace.sample} of {clip_id!r} stands twice")
         counts[clip_id] += 1

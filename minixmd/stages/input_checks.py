@@ -3,25 +3,25 @@
 What an earlier stage has yet to write ("@name") cannot be checked; a field beside it is then read by itself.
 """
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from minixmd.config import TRAINING, Distill, Evaluate, FactCheck, Report, Switch
 from minixmd.inputs.examples import MEDIA_KINDS, check_answers, check_media, read_manifest
 from minixmd.learning.gate import follows_teacher
 from minixmd.learning.targets import resolve_targets
 from minixmd.models.cnn14 import make_cnn14
-from minixmd.runs.records import read_by_id, read_traces, read_verdicts
+from minixmd.runs.records import TRACE, read_decisions, read_labels, read_records, read_verdicts
 from minixmd.stages.evaluate import first_traces
 from minixmd.stages.factcheck import select_traces
 from minixmd.stages.switch import check_labels
 
 MANIFESTS = ("manifest", "val_manifest", "train_manifest", "clips")
 READERS = {
-    "traces": read_traces,
+    "traces": partial(read_records, kind=TRACE),
     "verdicts": read_verdicts,
-    "switch": read_by_id,
-    "teacher_labels": read_by_id,
-    "student_labels": read_by_id,
+    "switch": read_decisions,
+    "teacher_labels": read_labels,
+    "student_labels": read_labels,
 }
 
 
@@ -53,29 +53,31 @@ def check_stage(stage, read, look_for_clips):
                 check_clips(examples[name], files[name], MEDIA_KINDS[media])
     check_answers(examples.get("val_manifest", ()), files.get("val_manifest"), "validate against")
     clips = examples.get("manifest", ())
+    needed = [name for name in READERS if getattr(stage, name, None)]
     if isinstance(stage, Evaluate):
         check_answers(clips, stage.manifest, "evaluate against")
     if isinstance(stage, Switch):
         check_labels(stage, clips)
-    for name, reader in READERS.items():
+    if clips and isinstance(stage, TRAINING) and files.keys() >= set(needed):
+        resolve_targets(stage, clips)  # it reads them all
+        needed = []
+    for name in needed:
         if name in files:
-            reader(files[name])
+            READERS[name](files[name])
     if clips and "traces" in files and isinstance(stage, FactCheck):
         select_traces(stage, {example.id: example for example in clips})
     if clips and "traces" in files and isinstance(stage, Evaluate):
         first_traces(stage, clips)
-    if clips and isinstance(stage, TRAINING):
-        needed = [getattr(stage, name, None) for name in READERS]
-        if all(path is None or path in files.values() for path in needed):
-            resolve_targets(stage, clips)
-        elif isinstance(stage, Distill) and "switch" in files:
-            follows_teacher(stage.gate, clips, stage.switch, stage.manifest)
+    if clips and "switch" in needed and "switch" in files and isinstance(stage, Distill):
+        follows_teacher(stage.gate, clips, stage.switch, stage.manifest)
     if "weights" in files:
         make_cnn14(2, stage.width, 0, files["weights"])
 
 
 def check_clips(examples, manifest, kinds):
     """Raises ValueError where none of the files of these kinds that a manifest names is there."""
-    paths = [getattr(example, kind) for example in examples for kind in kinds]
+    paths = []
+    for example in examples:
+        paths += [getattr(example, kind) for kind in kinds]
     if paths and not any(map(os.path.exists, paths)):
         raise ValueError(f"{manifest}: none of the {len(paths)} files that it names is there, such as {paths[0]}")

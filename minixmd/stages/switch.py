@@ -115,6 +115,9 @@ def gains(stage, examples):
             answers = [answer for _, answer in pairs(questions, answers_beside(path))]
         except ValueError as error:
             raise ValueError(f"{stage.name}: {stage.manifest} and {path}: {error}") from None
+        for example, answer in zip(examples, answers, strict=True):
+            if (answer.get("answer") or 0) >= len(example.options):
+                raise ValueError(f"{path}: clip {example.id!r} is answered {answer['answer']}, which is no option")
         classes.append(tabulate(examples, answers)["classes"])
     gain = leads(*classes)
     if not gain:

@@ -6,6 +6,8 @@ from math import sqrt
 
 from minixmd.tasks.benchmarks import same
 
+SUMMARY = {"count": int, "correct": int, "accuracy": float | None, "interval": tuple[float, float]}
+
 
 def wilson(correct, count, z=1.959964):
     """95 % interval of a share; (0, 1) for no observation."""

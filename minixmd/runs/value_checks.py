@@ -1,0 +1,96 @@
+"""Holds values, from configs and from JSON files, to annotations: `Literal[…]` for a choice, `Annotated[float, "> 0"]`
+for bounds, `str | None`, tuples and dicts of them."""
+import math
+import operator
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
+
+TYPE_NAMES = {int: "an int", float: "a float", str: "a str", bool: "true or false", dict: "an object"}
+COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+
+
+def check_fields(record, fields, where):
+    """Raises ValueError for an object of a JSON file that has other fields. fields: {name: annotation}; one whose
+    name ends in "?" may be missing, and an annotation may be such a dict itself. where: how the message begins."""
+    for name, annotation in fields.items():
+        needed, name = not name.endswith("?"), name.removesuffix("?")
+        if name not in record:
+            if needed:
+                raise ValueError(f"{where} needs {name!r}, {describe(annotation)}")
+            continue
+        try:
+            check_value(annotation, record[name])
+        except ValueError as error:
+            raise ValueError(f"{where} needs {name!r}, {error}, got {record[name]!r}") from None
+
+
+def check_value(annotation, value):
+    """The value as its annotation has it, an int given for a float as one; ValueError, saying what it must be."""
+    plain, optional, bounds = take_apart(annotation)
+    if optional and value is None:
+        return None
+    try:
+        value = _convert(plain, value)
+    except (ValueError, OverflowError):  # an int beyond all floats
+        raise ValueError(describe(annotation)) from None
+    for bound in bounds:
+        sign, limit = bound.split()
+        if not COMPARE[sign](value, float(limit)):
+            raise ValueError(bound)
+    return value
+
+
+def take_apart(annotation):
+    """(type, whether it may be None, bounds) of a field's annotation."""
+    bounds = ()
+    optional = get_origin(annotation) in (Union, UnionType)  # only ever X | None
+    if optional:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) is Annotated:
+        annotation, *bounds = get_args(annotation)
+    return annotation, optional, bounds
+
+
+def _convert(annotation, value):
+    """`value` as the annotated type; ValueError if it is of another."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        if isinstance(value, bool) or value not in inner:
+            raise ValueError
+        return value
+    if origin is tuple and isinstance(value, (tuple, list)):
+        if inner in ((int, ...), (float, ...)) and set(map(type, value)) <= {int, inner[0]}:  # fast, for long ones
+            if not math.isfinite(sum(value)):
+                raise ValueError
+            return tuple(map(inner[0], value))
+        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
+        return tuple(check_value(each, part) for each, part in zip(kinds, value, strict=True))
+    if origin is dict and isinstance(value, dict):
+        return {check_value(inner[0], key): check_value(inner[1], part) for key, part in value.items()}
+    if isinstance(annotation, dict) and isinstance(value, dict):
+        check_fields(value, annotation, "")
+        return value
+    if annotation is float and type(value) is int:
+        value = float(value)
+    if origin or isinstance(annotation, dict) or not isinstance(value, annotation):
+        raise ValueError
+    if isinstance(value, bool) and annotation is not bool:
+        raise ValueError
+    if annotation is float and not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def describe(annotation):
+    annotation, optional, _ = take_apart(annotation)
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        *most, last = map(repr, inner)
+        text = f"{', '.join(most)} or {last}"
+    elif origin is tuple:
+        text = f"a list of {inner[0].__name__}" if inner[-1] is ... else f"{len(inner)} {inner[0].__name__}s"
+    elif isinstance(annotation, dict):
+        text = f"an object of {', '.join(name for name in annotation if not name.endswith('?'))}"
+    else:
+        text = f"a dict of {'dicts of str' if get_origin(inner[1]) else 'objects'}" if inner else TYPE_NAMES[annotation]
+    return f"{text} or None" if optional else text
