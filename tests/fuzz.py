@@ -25,6 +25,7 @@ import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from pathlib import Path
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import torch
@@ -394,7 +395,8 @@ def run_case(seed, kind, number, world, raises=False):
         signal.signal(signal.SIGALRM, too_long)
         signal.alarm(LIMIT_S)
         try:
-            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere), catch_warnings():
+                simplefilter("ignore")
                 check()
             outcome = "read", ""
         except (ValueError, OSError, MediaError) as error:

@@ -547,4 +547,5 @@ def test_a_file_that_the_user_must_bring_is_checked(tmp_path):
     stages = [Toy(), Evaluate(name="e", model="@toy/m", manifest=str(tmp_path / "d.jsonl"))]
     check_files(stages)
     stages.append(Evaluate(name="f", model="@toy/m", manifest="no.jsonl"))
-    assert message(check_files, stages) == "config: evaluate 'f' manifest 'no.jsonl' does not exist"
+    assert message(check_files, stages) == ("config: evaluate 'f' manifest 'no.jsonl' does not exist; if it "
+                                            "moved, add f.manifest=PATH to the command")

@@ -493,8 +493,12 @@ def test_an_adapter_finds_its_base_when_both_have_moved(folders, tmp_path):
     (tmp_path / "here").rename(tmp_path / "there")
     moved = tmp_path / "there" / "runs" / "best"
     assert base_folder(moved) == (tmp_path / "there" / "base").resolve()
-    save_model(tiny_model("audio", seed=5), folders["audio"], tmp_path / "there" / "base")
-    assert "is not there" in error_of(lambda: base_folder(moved))  # another model lies in that place
+    for place in ("there", "here"):  # another model lies in that place; then in the first one, too
+        save_model(tiny_model("audio", seed=5), folders["audio"], tmp_path / place / "base")
+        line = error_of(lambda: base_folder(moved))
+        assert f"{place}/base is another model than the one that this adapter was trained on; to use it" in line
+    (moved / "minixmd_base.json").unlink()
+    assert base_folder(moved) == tmp_path / "here" / "base"
 
 
 def test_pefts_dora_is_refused(tmp_path):

@@ -45,7 +45,8 @@ def check_files(stages):
         for field, value, _ in _inputs(item):
             on_hub = field == "model" and parse_hub_name(value)  # the stage's fingerprint asks the hub for its commit
             if not (on_hub or value.startswith("@") or Path(value).exists()):
-                raise ConfigError(f"config: {kind(type(item))} {item.name!r} {field} {value!r} does not exist")
+                moved = "" if "." in field else f"; if it moved, add {item.name}.{field}=PATH to the command"
+                raise ConfigError(f"config: {kind(type(item))} {item.name!r} {field} {value!r} does not exist{moved}")
 
 
 def check_references(stages):

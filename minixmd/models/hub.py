@@ -13,6 +13,7 @@ from minixmd.models.shards import INDEX, tensor_files
 from minixmd.models.weights import BASE_FILE, PROCESSOR_FILES, config_of, digest_of
 from minixmd.runs.files import read_json
 from minixmd.runs.hub_names import parse_hub_name
+from minixmd.runs.value_checks import check_fields
 
 SMALL_FILES = ("config.json", "adapter_config.json", INDEX, *PROCESSOR_FILES)
 
@@ -50,14 +51,21 @@ def base_folder(folder):
     config = read_json(Path(folder) / "adapter_config.json")
     name = config.get("base_model_name_or_path") or "unnamed"
     beside = Path(folder) / BASE_FILE
-    if not Path(str(name)).is_dir() and beside.is_file():  # moved together with its base
+    if beside.is_file():
         base = read_json(beside)
-        moved = Path(folder, str(base.get("path")))
-        if moved.is_dir() and digest_of(moved) == base.get("digest"):
-            return moved.resolve()
+        check_fields(base, {"path": str, "digest": str}, f"{beside}:")
+        places = Path(str(name)).resolve(), Path(folder, base["path"]).resolve()  # or it moved together with its base
+        there = [path for path in places if path.is_dir()]
+        for path in there:
+            if digest_of(path) == base["digest"]:
+                return path
+        if there:
+            raise ValueError(f"{folder}: {there[0]} is another model than the one that this adapter was trained on; "
+                             f"to use it all the same, delete {beside}")
     hub_name = parse_hub_name(name)
     if not isinstance(name, str) or not (Path(name).is_dir() or hub_name):
-        raise ValueError(f"{folder}: the adapter's base model {name} is not there")
+        raise ValueError(f"{folder}: the adapter's base model {name} is not there; if it moved, write its path into "
+                         "adapter_config.json as base_model_name_or_path")
     if not Path(name).is_dir() and config.get("revision") and hub_name[1] is None:
         name = f"{name}@{config['revision']}"
     try:
