@@ -1,6 +1,7 @@
 """Without a GPU the Triton kernels run in the interpreter; torch.empty is poisoned with NaN; warnings are errors."""
 import os
 
+import interpreter
 import pytest
 import torch
 
@@ -10,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that a test st
 
 
 def pytest_configure(config):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        interpreter.mend()
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
     config.addinivalue_line("markers", "slow: long; run by -m slow")
     config.addinivalue_line("filterwarnings", "error")
