@@ -1,4 +1,4 @@
-"""Mends Triton's interpreter, which holds bf16 as uint16: its conversions truncate, and its tl.dot multiplies integers."""
+"""Mends Triton's interpreter, which holds bf16 as uint16: conversions truncate, and tl.dot multiplies integers."""
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter

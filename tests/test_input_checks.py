@@ -52,7 +52,7 @@ LAST = {  # the last stage's class, its fields but model and manifest, and what 
     "a numeric label": ("Evaluate", lambda w: dict(manifest=changed(w, "b.jsonl", label=7)),
                         "b.jsonl:3: needs 'label', a str or None, got 7"),
     "a list for a group": ("Evaluate", lambda w: dict(manifest=changed(w, "c.jsonl", meta={"group": ["x"]})),
-                           "c.jsonl:3: field 'meta' needs 'group', a str, got ['x']"),
+                           "c.jsonl:3: field 'meta' needs 'group', a str or None, got ['x']"),
     "an option twice": ("Label", lambda w: dict(manifest=changed(w, "d.jsonl", options=["a", "b", "a"])),
                         "d.jsonl:3: field 'options': 'a' is empty or stands twice"),
     "no clips": ("Label", lambda w: dict(manifest=write(w / "e.jsonl", GONE)),
@@ -70,7 +70,7 @@ LAST = {  # the last stage's class, its fields but model and manifest, and what 
                   "v.jsonl:1: not JSON: 'utf-8' codec can't decode"),
     "nested brackets": ("Label", lambda w: dict(manifest=raw(w / "w.jsonl", b"[" * 100_000)), "w.jsonl:1: not JSON"),
     "half a surrogate pair": ("Label", lambda w: dict(manifest=changed(w, "x.jsonl", question=chr(0xD800))),
-                              "x.jsonl:3: field 'question' or 'options' has half of a surrogate pair"),
+                              "x.jsonl:3: not JSON: 'utf-8' codec can't encode character"),
 }  # fmt: skip
 
 

@@ -50,7 +50,7 @@ NO_ANSWER = "file:2: needs "
     (read_labels, LABEL, LABEL, "file:2: 'a' already stands in line 1"),
     (read_labels, LABEL, {"id": "b", "bad": 3}, "file:2: needs 'bad', a str, got 3"),
     (read_labels, LABEL, {"id": "b", "option": "x", "top": {"ids": [1]}},
-     "file:2: needs 'top', an object of temperature, logsumexp, ids, logits, got {'ids': [1]}"),
+     "file:2: field 'top' needs 'temperature', a float"),
     (read_labels, LABEL, {"id": "b", "option": "x", "top": TOP | {"ids": [-1]}},
      "file: 'top' of 'b' must hold ids from 0 to 2**31 - 1"),
     (read_labels, LABEL, {"id": "b", "option": "x", "top": TOP | {"ids": [1, 2]}},

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import unicodedata
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from string import ascii_uppercase
@@ -33,7 +34,8 @@ LINE = {  # what a manifest's line has, as check_fields takes it
     "id": str, "audio?": str | None, "video?": str | None, "question": str, "options": tuple[str, ...],
     "answer?": Annotated[int, ">= 0"] | None, "label?": str | None, "source?": str | None, "meta?": dict,
 }  # fmt: skip
-META = {"video_question?": str, "group?": str}
+META = {"video_question?": str, "group?": str | None}
+SPECIAL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")  # a media token or another special one: no such text may reach a prompt
 
 
 def _example_of(record, place):
@@ -47,14 +49,16 @@ def _example_of(record, place):
     if not 2 <= len(options) <= 26 or answer is not None and answer >= len(options):
         raise ValueError(f"{place}: needs 2 to 26 'options' and as 'answer' the index of one, or null, got "
                          f"{len(options)} and {answer}")
-    for option in options:
-        if not option.strip() or options.count(option) > 1 and "sub_category" not in meta:  # MMAU's own are repeated
+    plain = [" ".join(unicodedata.normalize("NFKC", option).split()) for option in options]
+    for option, text in zip(options, plain, strict=True):
+        if not text or plain.count(text) > 1 and "sub_category" not in meta:  # MMAU's own are repeated
             raise ValueError(f"{place}: field 'options': {option!r} is empty or stands twice")
     for name, text in {**record, **meta}.items():
-        if text == "" and name in ("id", "question", "video_question", "group"):
+        if text == "" and name in ("id", "audio", "video", "question", "video_question", "group"):
             raise ValueError(f"{place}: field {name!r} is empty")
-    if re.search("[\ud800-\udfff]", "".join([record["question"], *options, meta.get("video_question", "")])):
-        raise ValueError(f"{place}: field 'question' or 'options' has half of a surrogate pair, which is no text")
+    for text in (record["question"], *options, meta.get("video_question", "")):
+        if found := SPECIAL_TOKEN.search(text):
+            raise ValueError(f"{place}: field 'question' or 'options' holds {found[0]}, which models take for a token")
     return Example(**{"audio": None, "video": None, **record, "options": tuple(options)})
 
 

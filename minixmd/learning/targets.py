@@ -1,16 +1,14 @@
 """What a training stage learns: which target each example has, and whose it is."""
-import re
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
 from minixmd.config import GRPO, SFT, Distill
-from minixmd.inputs.examples import Example, check_answers
+from minixmd.inputs.examples import SPECIAL_TOKEN, Example, check_answers
 from minixmd.learning.gate import follows_teacher
 from minixmd.runs.records import TRACE, read_labels, read_records
 
-SPECIAL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")  # a media token or another special one: no such text may reach a prompt
 TRACE_FILTERS = {"all": (None, None), "first": ("sample", 0), "unanimous": ("unanimous", True)}  # field, its value
 
 

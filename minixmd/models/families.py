@@ -178,8 +178,10 @@ def read_config(raw):
         section, path = _object(raw, family.section, ""), family.section + "."
         if section is None:
             raise ValueError(f"config.json: {family.section} is missing")
-    if section.get("quantization_config"):
-        raise ValueError(f"config.json: {path}quantization_config: quantised weights are not read")
+    for part in (raw, section, *section.values()):
+        for name in ("quantization_config", "compression_config"):
+            if isinstance(part, dict) and part.get(name):
+                raise ValueError(f"config.json: {name}: quantised weights are not read")
     ignored = []
     text_section = _text_section(family, section, path, ignored)
     text = _read_fields(family, family.text_defaults, text_section, path + "text_config.", ignored)

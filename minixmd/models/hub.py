@@ -4,6 +4,7 @@ Only what is read is fetched: config and tokenizer, the index, then the shards t
 the hub's own cache. A name without a revision stands for the commit that `main` is when this process first asks.
 """
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -57,8 +58,9 @@ def base_folder(folder):
         places = Path(str(name)).resolve(), Path(folder, base["path"]).resolve()  # or it moved together with its base
         there = [path for path in places if path.is_dir()]
         for path in there:
-            if digest_of(path) == base["digest"]:
-                return path
+            with suppress(ValueError):  # it holds no model, or not a whole one
+                if digest_of(path) == base["digest"]:
+                    return path
         if there:
             raise ValueError(f"{folder}: {there[0]} is another model than the one that this adapter was trained on; "
                              f"to use it all the same, delete {beside}")

@@ -29,7 +29,7 @@ def open_safetensors(path):
     if not path.is_file():
         others = []
         if path.name in (SINGLE, "adapter_model.safetensors"):
-            for kind in ("safetensors", "bin", "pt"):
+            for kind in ("safetensors", "bin", "pt", "pth", "gguf"):
                 others += sorted(file.name for file in path.parent.glob(f"*.{kind}"))
         there = f" (there: {listed(others, ', ')}; read is safetensors, shards with {INDEX})" if others else ""
         raise ValueError(f"{path}: no such file{there}")

@@ -154,7 +154,8 @@ def save_adapter(model, base, folder):
     }  # fmt: skip
     write_adapter(folder, config, pairs, model.config.family.transformers_path)
     if hub_name is None and Path(base, "config.json").is_file():
-        write_json(Path(folder) / BASE_FILE, {"path": os.path.relpath(base, folder), "digest": digest_of(base)})
+        path = os.path.relpath(os.path.realpath(base), os.path.realpath(folder))
+        write_json(Path(folder) / BASE_FILE, {"path": path, "digest": digest_of(base)})
 
 
 def digest_of(folder):
@@ -191,13 +192,14 @@ def read_adapter(model, folder):
     layers = named_linears(model)
     paths = {name: _module_paths(model.config.family, name) for name in layers}
     name_of = {path: name for name, all_paths in paths.items() for path in all_paths}
-    pairs, faults = {}, []
+    pairs, faults, layouts = {}, [], set()
     with open_safetensors(folder / "adapter_model.safetensors") as file:
         for key in file.keys():
             path, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
             if half not in ("lora_A", "lora_B") or path not in name_of:
                 faults.append(f"{key} fits no linear layer")
                 continue
+            layouts.add(paths[name_of[path]].index(path))
             pair = pairs.setdefault(name_of[path], {})
             if half in pair:
                 faults.append(f"{key} is there under two names")
@@ -211,7 +213,7 @@ def read_adapter(model, folder):
         if shapes and shapes != {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}:
             faults.append(f"{name}: expected lora_A {(rank, in_features)} and lora_B {(out_features, rank)}, got "
                           f"{shapes}")
-        elif not shapes and pairs and _is_target(config, paths[name]):
+        elif not shapes and _is_target(config, [paths[name][layout] for layout in layouts]):
             faults.append(f"missing {name}")
     if faults:
         raise ValueError(f"{folder}: adapter does not fit the model: {listed(faults)}")

@@ -28,11 +28,23 @@ def _publish(path, write, sync=True):
         raise
 
 
+def parse_json(data):
+    """What UTF-8 bytes of JSON hold; ValueError also for brackets in brackets without an end and for half a character,
+    as "\\ud800" is."""
+    try:
+        found = json.loads(data.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("too many brackets in brackets") from None
+    if b"\\u" in data:
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
+
+
 def read_json(path):
     """The object in a JSON file; ValueError, naming the file, if it holds none."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # JSON's, not UTF-8, or brackets in brackets without an end
+        found = parse_json(Path(path).read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: must hold a JSON object, got {type(found).__name__}")

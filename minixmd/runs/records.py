@@ -19,12 +19,12 @@ from typing import Annotated
 
 from tqdm import tqdm
 
-from minixmd.runs.files import write_text
+from minixmd.runs.files import parse_json, write_text
 from minixmd.runs.value_checks import check_fields
 
 Share = Annotated[float, ">= 0", "<= 1"]
 BAD = {"id": str, "bad": str, "detail?": str}  # the reason, and what was wrong with the file
-TOPK = {"temperature": float, "logsumexp": float, "ids": tuple[int, ...], "logits": tuple[float, ...]}
+TOPK = {"temperature": Annotated[float, "> 0"], "logsumexp": float, "ids": tuple[int, ...], "logits": tuple[float, ...]}
 LABEL = {"id": str, "option": str, "top?": TOPK}
 ANSWER = {"id": str, "question": str, "answer": Annotated[int, ">= 0"] | None, "right": bool}
 TRACE = {"id": str, "text": str, "sample?": int, "option?": str | None, "unanimous?": bool}
@@ -67,8 +67,8 @@ def numbered_records(path, own=False):
         if not own and not line.strip():
             continue
         try:
-            record = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or brackets in brackets without an end
+            record = parse_json(line)
+        except ValueError as error:
             raise ValueError(f"{path}:{number}: not JSON: {getattr(error, 'msg', error)}") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path}:{number}: must be a JSON object, got {type(record).__name__}")

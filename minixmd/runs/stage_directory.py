@@ -51,8 +51,8 @@ def begin(run_dir, stage, inputs, source, hub_names=None):
         except ValueError:
             if (folder / "done.json").exists() or _has_output(folder):
                 raise
-            for name in ("config.json", *LOGS):
-                (folder / name).unlink(missing_ok=True)
+            for path in (folder / "config.json", *(folder / name for name in LOGS), *folder.glob("shards/*")):
+                path.unlink(missing_ok=True)
             print(f"minixmd: {folder}: begun anew, for nothing was made of its older config or inputs", file=sys.stderr)
         if (folder / "done.json").exists():
             return None
@@ -93,11 +93,19 @@ def _check_same(folder, config, inputs, fingerprints):
 
 
 def _has_output(folder):
-    """Whether a stage has made anything but its directory and the beginning of its logs: a line without a loss."""
-    own = ("config.json", "config.py", "inputs.json", "versions.json", *LOGS)
-    if any('"loss"' in (folder / name).read_text() for name in LOGS if (folder / name).exists()):
-        return True
-    return any(path.is_file() and path.name not in own and path.stat().st_size for path in folder.rglob("*"))
+    """Whether a stage has made anything but its directory, the beginning of its logs, which is lines without a loss,
+    and shards of clips that could not be used."""
+    own = ("config.json", "config.py", "inputs.json", "versions.json")
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name not in own:
+            lines = path.read_bytes().splitlines()
+            if path.name in LOGS:
+                lines = [line for line in lines if b'"loss"' in line]
+            elif path.parent.name == "shards":
+                lines = [line for line in lines if b'"bad"' not in line]
+            if lines:
+                return True
+    return False
 
 
 def fingerprint(path):

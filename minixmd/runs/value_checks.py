@@ -2,6 +2,7 @@
 for bounds, `str | None`, tuples and dicts of them."""
 import math
 import operator
+import reprlib
 from types import UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin
 
@@ -18,10 +19,14 @@ def check_fields(record, fields, where):
             if needed:
                 raise ValueError(f"{where} needs {name!r}, {describe(annotation)}")
             continue
+        value, inner = record[name], take_apart(annotation)[0]
+        if isinstance(inner, dict) and isinstance(value, dict):
+            check_fields(value, inner, f"{where} field {name!r}")
+            continue
         try:
-            check_value(annotation, record[name])
+            check_value(annotation, value)
         except ValueError as error:
-            raise ValueError(f"{where} needs {name!r}, {error}, got {record[name]!r}") from None
+            raise ValueError(f"{where} needs {name!r}, {error}, got {reprlib.repr(value)}") from None
 
 
 def check_value(annotation, value):

@@ -4,8 +4,7 @@ from functools import partial
 
 from tqdm import tqdm
 
-from minixmd.inputs.examples import check_answers, read_examples
-from minixmd.learning.targets import SPECIAL_TOKEN
+from minixmd.inputs.examples import SPECIAL_TOKEN, check_answers, read_examples
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
 from minixmd.runs.records import TRACE, count_bad, read_records, write_jsonl

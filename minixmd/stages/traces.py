@@ -11,8 +11,7 @@ from functools import partial
 from tqdm import tqdm
 
 from minixmd import generate
-from minixmd.inputs.examples import read_examples
-from minixmd.learning.targets import SPECIAL_TOKEN
+from minixmd.inputs.examples import SPECIAL_TOKEN, read_examples
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
 from minixmd.runs.records import count_bad, write_jsonl

@@ -38,7 +38,7 @@ def tabulate(examples, records, rule="option"):
         hits.append(hit)
         if example.label is not None:
             classes[example.label].append(hit)
-        if "group" in example.meta:
+        if example.meta.get("group") is not None:
             groups[example.meta["group"]].append(hit)
     return {**summary(hits),
             "groups": {name: summary(of_group) for name, of_group in sorted(groups.items())},

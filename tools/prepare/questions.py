@@ -6,6 +6,7 @@ from math import isfinite
 from reprlib import repr as shortly
 
 from minixmd.inputs.audio import WINDOW_S
+from minixmd.inputs.examples import SPECIAL_TOKEN
 from prepare.clip_checks import MAX_SECONDS, Row, check_clips, dropped
 from prepare.manifests import ManifestWriter
 from prepare.official_files import read_json_records
@@ -49,11 +50,13 @@ class Question:
 
 
 def as_text(value):
-    """A string, number or boolean as text with single blanks; None if it is empty or cannot be written as UTF-8."""
+    """A string, number or boolean as text with single blanks; None if it is empty, cannot be written as UTF-8, or holds
+    a special token."""
     if isinstance(value, float) and not isfinite(value) or not isinstance(value, str | int | float):
         return None
     text = " ".join(str(value).split())
-    return text if text and not re.search(r"[\ud800-\udfff]", text) else None
+    unusable = re.search(r"[\ud800-\udfff]", text) or SPECIAL_TOKEN.search(text)
+    return text if text and not unusable else None
 
 
 def text_field(record, name):
