@@ -33,14 +33,14 @@ def estimate(stage, model_info, prompt):
     with trace_memory(vocab_size, device) as tracer:
         if isinstance(stage, Switch):
             trace_cnn14(tracer, stage, 2, stage.augment in ("both", "mixup"))
-            return tracer.phases
-        model = model_info.on_meta(getattr(torch, stage.dtype))
-        set_backend(model, "torch" if device == "cpu" or stage.backend == "torch" else "triton")
-        if isinstance(stage, TRAINING):
-            trace_training(tracer, MetaTrainer(stage, model, model_info.processor), prompt)
         else:
-            trace_answers(tracer, stage, model, prompt)
-        return tracer.phases
+            model = model_info.on_meta(getattr(torch, stage.dtype))
+            set_backend(model, "torch" if device == "cpu" or stage.backend == "torch" else "triton")
+            if isinstance(stage, TRAINING):
+                trace_training(tracer, MetaTrainer(stage, model, model_info.processor), prompt)
+            else:
+                trace_answers(tracer, stage, model, prompt)
+    return tracer.phases
 
 
 def trace_answers(tracer, stage, model, prompt):
@@ -75,13 +75,13 @@ def trace_batch(tracer, phase, model, prompts, writing, decode_slots=None):
         prompts = prompts[:decode_slots // n]
     count = len(prompts)
     with tracer.phase(phase, count * length, "KV cache"):
-        decoder = Decoder(model, count, length, n, max_new_tokens=writing.max_new_tokens, end_id=0, suppressed_ids=[],
-                          temperature=writing.temperature, backend=model.backend)
+        decoder = Decoder(
+            model, count, length, n, max_new_tokens=writing.max_new_tokens, temperature=writing.temperature,
+            suppressed_ids=[], end_id=0, backend=model.backend)
         tracer.category = "activations"
         uniform_BT = torch.zeros(count * n, writing.max_new_tokens, dtype=torch.float64)
-        logits_GV, *_ = decoder.fill(prompts, list(range(count)), uniform_BT)
+        logits_GV, *_ = decoder.fill(prompts, list(range(count)), uniform_BT)  # rollout.decode holds them as long
         decoder.run(1)
-        del logits_GV  # rollout.decode holds it as long
 
 
 class MetaTrainer(Trainer):
@@ -118,8 +118,7 @@ def trace_training(tracer, trainer, prompt):
         topk, compute_gradients = None, trainer.sft_gradients
         if isinstance(stage, Distill):
             compute_gradients = trainer.distill_gradients
-            if stage.teacher_loss != "ce":
-                topk = dict(ids=range(64), logits=[0.0] * 64, logsumexp=5.0, temperature=stage.temperature)
+            topk = dict(ids=range(64), logits=[0.0] * 64, logsumexp=5.0, temperature=stage.temperature)
         samples = [(prompt, Item(None, 0, "teacher", topk))] * stage.micro_batch_size
         trace_update(tracer, trainer, len(samples) * len(prompt), compute_gradients, samples)
     tracer.phases.append(optimizer_step)
@@ -156,7 +155,8 @@ def trace_grpo(tracer, trainer, prompt):
     if model.encoders_frozen():
         encoded = model.encode_media(prompt)
         prompts = [deepcopy(encoded) for _ in prompts]
-    trace_batch(tracer, "rollout", model, prompts, Writing(T, G, stage.temperature), stage.decode_slots)
+    writing = Writing(T, G, stage.temperature)
+    trace_batch(tracer, "rollout", model, prompts, writing, stage.decode_slots)
     P = stage.micro_batch_size
     completion = Completion("", ids=(0,) * T, logprobs=(0.0,) * T, finished=True)
     reward_PG = torch.arange(G).float().expand(P, G)

@@ -28,10 +28,10 @@ class ModelInfo:
     """What is known of a model that is not loaded."""
 
     name: str
-    config: ModelConfig
-    processor: Processor = field(repr=False)
+    config: ModelConfig = field(compare=False)
+    processor: Processor = field(compare=False, repr=False)
     source: str  # where its shapes are from
-    adapters: tuple = ()  # that it carries: folders of PEFT adapters, and arguments of add_lora
+    adapters: tuple = field(default=(), compare=False)  # folders of PEFT adapters, and arguments of add_lora
 
     def on_meta(self, dtype):
         """The frozen model on `meta`, with its adapters."""

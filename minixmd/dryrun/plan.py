@@ -55,16 +55,12 @@ def dry_run(config):
     with tempfile.TemporaryDirectory() as scratch:
         write_stand_in_tokenizer(Path(scratch), config.stages)
         plans = [plan_stage(stage, config.stages, Path(scratch)) for stage in config.stages]
-    show(
-        "stages.txt.j2",
-        config=config,
-        plans=plans,
-        kind=kind,
-        models={(plan.model.name, plan.model.source): plan.model for plan in plans if plan.model}.values(),
-    )
+    show("stages.txt.j2", config=config, plans=plans, kind=kind)
     estimate_memory(plans)  # takes a while for large models
-    show("memory.txt.j2", plans=plans, missing=missing_inputs(config), categories=CATEGORIES, clip_s=CLIP_S,
-         fps=VIDEO_FPS, size=VIDEO_SIZE)
+    show(
+        "memory.txt.j2", plans=plans, missing=missing_inputs(config), categories=CATEGORIES,
+        clip_s=CLIP_S, fps=VIDEO_FPS, size=VIDEO_SIZE,
+    )  # fmt: skip
     faults = []
     for plan in plans:
         if plan.fault:
@@ -162,11 +158,10 @@ def estimate_memory(plans):
 
 
 def missing_inputs(config):
-    """What the config reads that is neither here nor made by its stages, as {where it is from: names}."""
-    missing = {"to bring": [], "from the hub, where no such folder is": []}
+    """What the config reads that is neither here nor made by its stages: {path: whether it is a name on the hub}."""
+    missing = {}
     for stage in config.stages:
         for name, path in input_paths(stage, config.run_dir, config.stages).items():
             if not path.exists() and config.run_dir not in path.parents:
-                on_hub = name == "model" and parse_hub_name(path)
-                missing["from the hub, where no such folder is" if on_hub else "to bring"].append(str(path))
+                missing[str(path)] = name == "model" and parse_hub_name(path) is not None
     return missing

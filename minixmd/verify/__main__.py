@@ -1,8 +1,6 @@
 """Prove a checkpoint on this machine: python -m minixmd.verify MODEL prints what was checked, measured and allowed.
 
-The first checks are about the files (files.py), the next need no other program (invariances.py), and the last compares
-with transformers. The exit status is 0 when none failed, 1 when one did, and 2 for bad input, such as a checkpoint that
-does not load.
+The exit status is 0 when none failed, 1 when one did, and 2 for bad input, such as a checkpoint that does not load.
 """
 import argparse
 import importlib.util

@@ -14,21 +14,19 @@ MEL_FRAMES = 3000  # Qwen2-Audio's encoder takes clips padded to 30 s
 def same_logits(subject):
     """Logits of both implementations on our ids, positions and features."""
     count = sum(p.numel() for p in subject.model.parameters())
-    if not subject.force_transformers:
-        if importlib.util.find_spec("transformers") is None:
-            return Outcome("transformers is not installed")
-        if count >= LARGE:
-            return Outcome(f"it takes a second copy of {count / 1e9:.1f}e9 parameters; --against transformers does it")
+    if importlib.util.find_spec("transformers") is None:
+        return Outcome("transformers is not installed")
+    if count >= LARGE and not subject.force_transformers:
+        return Outcome(f"it takes a second copy of {count / 1e9:.1f}e9 parameters; --against transformers does it")
     theirs = reference_logits(subject)
     with without_adapter(subject.model):  # which is not in the base's files
-        ours = [subject.logits([prompt])[0] for prompt in subject.prompts]
+        ours = torch.cat([subject.logits([prompt]) for prompt in subject.prompts])
     outcome = subject.compare(ours, theirs)
     if subject.dtype == "float32":
         return outcome
     gaps = []  # from their best next token's logit to their logit of ours, in units of their largest
-    for ours_RV, theirs_RV in zip(ours, theirs, strict=True):
-        theirs_V = theirs_RV[-1]
-        below = theirs_V.max() - theirs_V[ours_RV[-1].argmax()]
+    for ours_V, theirs_V in zip(ours[:, -1], theirs[:, -1], strict=True):
+        below = theirs_V.max() - theirs_V[ours_V.argmax()]
         gaps.append((below / theirs_V.abs().max()).item())
     gap = max(gaps)
     return Outcome(
@@ -39,22 +37,17 @@ def same_logits(subject):
 
 
 def reference_logits(subject):
-    """transformers' logits (ROWS, V) of each prompt's last rows, a list."""
+    """transformers' logits (P, ROWS, V) of each prompt's last rows."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     cls = transformers.AutoModelForMultimodalLM
     if subject.family.section:
         cls = transformers.Qwen2_5OmniThinkerForConditionalGeneration
-    dtype = getattr(torch, subject.dtype)
-    model = cls.from_pretrained(subject.processor.folder, dtype=dtype, attn_implementation="sdpa")
-    model = model.eval().to(subject.device)
+    model = cls.from_pretrained(subject.processor.folder, dtype=subject.dtype, attn_implementation="sdpa")
+    model.to(subject.device)
     model.lm_head.register_forward_pre_hook(lambda module, inputs: inputs[0][:, -ROWS:])  # as ours: never (N, V)
-    logits = [model(**inputs_of(subject, prompt)).logits[0].float() for prompt in subject.prompts]
-    del model
-    if subject.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return logits
+    return torch.cat([model(**inputs_of(subject, prompt)).logits.float() for prompt in subject.prompts])
 
 
 def inputs_of(subject, prompt):
@@ -62,7 +55,7 @@ def inputs_of(subject, prompt):
     dtype, positions_3N = subject.model.dtype, prompt.positions_3N
     inputs = {
         "input_ids": prompt.ids_N[None],
-        "attention_mask": torch.ones(1, len(prompt), dtype=torch.long),
+        "attention_mask": torch.ones_like(prompt.ids_N)[None],
         "position_ids": positions_3N[:, None] if subject.family.video else positions_3N[:1],
     }
     audios = [m for m in prompt.media if m.kind == "audio"]

@@ -54,26 +54,25 @@ def plain_audio(model, m):
     """An audio clip's features: Whisper on its padded window, or (Omni) on each chunk by itself."""
     tower, mel_MA = model.audio_tower, m.features
     length = (m.frames + 1) // 2
+    table_AE = tower.positions(mel_MA.device)
+    window = 2 * len(table_AE)
     if model.config.audio.n_window is None:
-        table_AE = tower.embed_positions.weight
         norm = tower.layer_norm
         project = model.multi_modal_projector
-        windows = [pad(mel_MA, (0, 2 * len(table_AE) - mel_MA.shape[1]), value=-1.5)]
+        mel_MA = pad(mel_MA, (0, window - mel_MA.shape[1]), value=-1.5)
     else:
-        table_AE = tower.positions(mel_MA.device)
         norm = tower.ln_post
         project = tower.proj
-        windows = mel_MA[:, :m.frames].split(2 * len(table_AE), dim=1)
-    x_AE = torch.cat([plain_whisper(tower, window, table_AE, length) for window in windows])
-    pairs_A2E = x_AE[:length // 2 * 2].unflatten(0, (-1, 2))
+        mel_MA = mel_MA[:, :m.frames]
+    parts = [plain_whisper(tower, part_MA, table_AE, length) for part_MA in mel_MA.split(window, dim=1)]
+    pairs_A2E = torch.cat(parts)[:length // 2 * 2].unflatten(0, (-1, 2))
     return project(norm(pairs_A2E.mean(1)))
 
 
 def plain_whisper(tower, mel_MA, table_AE, length):
     """Whisper's layers over all of a window, of which the keys from `length` on are masked."""
-    x_1MA = mel_MA[None].to(tower.conv1.weight.dtype)
-    x_1EA = gelu(tower.conv2(gelu(tower.conv1(x_1MA))))
-    x_AE = x_1EA[0].T
+    x_EA = gelu(tower.conv1(mel_MA.to(tower.conv1.weight.dtype)))
+    x_AE = gelu(tower.conv2(x_EA)).T
     x_AE = x_AE + table_AE[:len(x_AE)].to(x_AE.dtype)
     mask_1A = torch.arange(len(x_AE), device=x_AE.device)[None] < length
     for layer in tower.layers:
@@ -149,9 +148,7 @@ def answer_logprobs(subject, kind, other=None):
     batch = pack([subject.processor(conversation)])
     if other is not None:
         [clip], axis = batch.media, int(kind == "audio")
-        own, others = clip.features, other.features
-        if kind == "video":
-            own, others = clip.patches(), other.patches()
+        own, others = clip.patches(), other.patches()  # of a sound its mel frames
         indices = torch.arange(own.shape[axis]) % others.shape[axis]
         features = others.index_select(axis, indices)
         batch = replace(batch, media=(replace(clip, features=features),))
@@ -189,14 +186,14 @@ def difference(a, b):
 @contextmanager
 def without_adapter(model):
     """Takes the model's adapter off within its block."""
-    kept = [(m, m.lora_A, m.lora_B, m.scale) for m in adapted(model).values()]
+    kept = {m: (m.lora_A, m.lora_B, m.scale) for m in adapted(model).values()}
     detach(model)
     try:
         yield
     finally:
         detach(model)
-        for m, a_RD, b_FR, scale in kept:
-            m.lora_A, m.lora_B, m.scale = a_RD, b_FR, scale
+        for m, adapter in kept.items():
+            m.lora_A, m.lora_B, m.scale = adapter
 
 
 def detach(model):
@@ -223,7 +220,11 @@ def adapter_off(subject):
         left = difference(subject.logits(), base)
         detach(subject.model)
         left += difference(subject.logits(), base)
-    return Outcome(f"{left:.0e}; with it {change:.1e}", "exactly 0; >= 1e-3", left == 0 and change >= 1e-3)
+    return Outcome(
+        f"{left:.0e}; with it {change:.1e}",
+        "exactly 0; >= 1e-3",
+        left == 0 and change >= 1e-3,
+    )
 
 
 def adapter_export(subject):

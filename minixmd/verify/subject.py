@@ -39,13 +39,11 @@ class Subject:
     def __post_init__(self):
         self.family = self.model.config.family
         self.device = self.model.device
+        kinds = list(self.clips.values())
         contents = []
-        for clips in self.clips.values():
+        for clips in kinds:
             contents += [[clip, QUESTION] for clip in clips]
-        kinds = list(self.clips)
-        first = self.clips[kinds[0]][0]
-        last = self.clips[kinds[-1]][1]
-        contents += [[QUESTION, last, first], "Hello"]
+        contents += [[QUESTION, kinds[-1][1], kinds[0][0]], "Hello"]
         self.conversations = [[{"role": "user", "content": content}] for content in contents]
         self.prompts = [self.processor(conversation) for conversation in self.conversations]
         self.endless = copy.copy(self.processor)
@@ -74,14 +72,11 @@ class Subject:
         """Two completions of each of P conversations: their ids and log-probs, (P, 2, TOKENS), and the hidden states,
         (2 P, TOKENS - 1, D), from which all tokens but the first were drawn."""
         hidden = []
-        hook = self.model.register_forward_hook(lambda module, inputs, output: hidden.append(output))
-        try:
+        with self.model.register_forward_hook(lambda module, inputs, output: hidden.append(output)):
             pairs = generate(
                 self.model, self.endless, self.conversations,
                 num_samples=2, max_new_tokens=TOKENS, temperature=TEMPERATURE, seed=0,
             )  # fmt: skip
-        finally:
-            hook.remove()
         ids_P2T = torch.tensor([[completion.ids for completion in pair] for pair in pairs])
         logprobs_P2T = torch.tensor([[completion.logprobs for completion in pair] for pair in pairs])
         return ids_P2T, logprobs_P2T, torch.stack(hidden[1:], dim=1)  # the first is the prefill's
