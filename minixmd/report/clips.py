@@ -2,6 +2,7 @@
 import os
 from base64 import b64encode
 from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,26 +124,21 @@ def answered_clips(examples, answers, traces, manifest, column):
     return clips
 
 
-def is_of(kind, clip):
-    if any(clip["answers"][row]["right"] != right for row, right in kind.rights.items()):
-        return False
-    return not kind.trace or any(kind.trace.items() <= trace.items() for trace in clip["traces"])
-
-
 def show(kinds, answered, media):
     """Up to CLIPS_PER_KIND clips of each kind: each class's first, then its second, …; those shown before come last."""
     shown_before, sections = set(), []
     for kind in kinds:
-        clips = [(example, clip) for example, clip in answered if is_of(kind, clip)]
-        number_in_class, order = Counter(), []
-        for place, (example, _) in enumerate(clips):
-            order.append((example.id in shown_before, number_in_class[example.label], place))
-            number_in_class[example.label] += 1
-        shown = []
-        for _, _, place in sorted(order)[:CLIPS_PER_KIND]:
-            example, clip = clips[place]
+        number_in_class, clips, shown = Counter(), [], []
+        for example, clip in answered:
+            rights = {row: answer["right"] for row, answer in clip["answers"].items()}
+            traces = clip["traces"] if kind.trace else [{}]
+            is_traced = any(kind.trace.items() <= trace.items() for trace in traces)
+            if is_traced and kind.rights.items() <= rights.items():
+                clips.append((example.id in shown_before, number_in_class[example.label], example, clip))
+                number_in_class[example.label] += 1
+        for _, _, example, clip in sorted(clips, key=itemgetter(0, 1))[:CLIPS_PER_KIND]:
             shown.append({**clip, "media": media.add(example)})
-        shown_before.update(clip["id"] for clip in shown)
+            shown_before.add(example.id)
         sections.append({"title": kind.title, "count": len(clips), "clips": shown})
     return sections
 

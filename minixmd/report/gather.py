@@ -2,20 +2,11 @@
 from pathlib import Path
 
 from minixmd.inputs.examples import read_manifest
+from minixmd.report import sections
 from minixmd.report.clips import ROLE_KINDS, Media, answered_clips, gallery_kinds, read_judged_traces, show
 from minixmd.report.published import BENCHMARKS, BESIDE, PAPERS
 from minixmd.report.render import ROLES, markdown, page
-from minixmd.report.sections import (
-    BENCHMARK_NAMES,
-    benchmark_title,
-    breakdowns,
-    cells_of,
-    classes,
-    curves,
-    funnel,
-    summary_of,
-    switch,
-)
+from minixmd.report.sections import cells_of
 from minixmd.runs.files import read_json, write_json, write_text
 from minixmd.runs.records import answers_beside
 from minixmd.runs.value_checks import check_fields
@@ -43,14 +34,16 @@ def run(stage, folder, log):
 def gather(stage, folder):
     """(the dict that becomes report.json, {path: data URI} of the media that the page holds), read from other stages.
     ValueError: a file is not what it should be, or files that stand together are on different questions."""
-    results, beside = read_results(stage), BESIDE[stage.published]
+    results = read_results(stage)
+    beside = BESIDE[stage.published]
     tables = accuracies(results["tables"], beside.get("tables", {}))
     if not any("paper" in cell for _, _, cell in cells_of(tables)):
         beside = {}  # other models or data than the paper's, so its ablation is of other ones, too
     report = {
         "tables": tables,
         "ablation": accuracies(results["ablation"], beside.get("ablation", {})),
-        "benchmarks": {which: breakdowns(rows, BENCHMARKS[stage.published]) for which, rows in results.items()},
+        "benchmarks": {which: sections.breakdowns(rows, BENCHMARKS[stage.published])
+                       for which, rows in results.items()},
         **dict.fromkeys(("roles", "switch", "funnel", "curves", "clips", "gallery")),
         "paper": PAPERS.get(stage.published),
     }
@@ -58,20 +51,25 @@ def gather(stage, folder):
     media = Media(folder, stage.embed_mib)
     if stage.roles:
         report["roles"] = dict(zip(ROLES, stage.roles, strict=True))
-        report["gains"] = gains(stage.tables, *stage.roles)
+        report["gains"] = {}  # column that all three have -> by how much the student after is better
+        paths = {role: stage.tables[row] for role, row in report["roles"].items()}
+        for column in paths["teacher"]:
+            if all(column in path_of for path_of in paths.values()):
+                teacher, before, after = (answers_beside(path_of[column]) for path_of in paths.values())
+                report["gains"][column] = {"before": compare(after, before), "teacher": compare(after, teacher)}
         by_role = {role: results["tables"][row] for role, row in report["roles"].items()}
-        report["classes"] = classes(by_role, stage.gap, stage.bars, paper.get("classes"))
+        report["classes"] = sections.classes(by_role, stage.gap, stage.bars, paper.get("classes"))
     if stage.switch:
-        report["switch"] = switch(Path(stage.switch), paper.get("switch", {}))
+        report["switch"] = sections.switch(Path(stage.switch), paper.get("switch", {}))
     if stage.gallery:
         rows = {**stage.tables, **(stage.ablation or {})}
         report["gallery"] = clips(stage, {row: rows[row] for row in stage.gallery}, media)
     elif stage.clips:
-        report["clips"] = clips(stage, {role: stage.tables[row] for role, row in report["roles"].items()}, media)
+        report["clips"] = clips(stage, paths, media)
     if stage.funnel:
-        report["funnel"] = {title: funnel(paths) for title, paths in stage.funnel.items()}
+        report["funnel"] = {title: sections.funnel(paths) for title, paths in stage.funnel.items()}
     if stage.curves:
-        report["curves"] = {title: curves(logs) for title, logs in stage.curves.items()}
+        report["curves"] = {title: sections.curves(logs) for title, logs in stage.curves.items()}
     return report, media.data_uris
 
 
@@ -85,9 +83,11 @@ def read_results(stage):
             check_fields(result, RESULTS, f"{path}: not the results of an Evaluate stage: it")
             benchmark = result.get("benchmark") or {}
             if column in BENCHMARKS[stage.published] and benchmark.get("name") != column:
-                raise ValueError(f"{stage.name}: {row!r} on {column!r}: its results.json has no 'benchmark' of "
-                                 f"{BENCHMARK_NAMES[column]}: every clip's meta must have {', '.join(FIELDS[column])}")
-            title = benchmark_title(benchmark)
+                name = sections.BENCHMARK_NAMES[column]
+                needed = ", ".join(FIELDS[column])
+                raise ValueError(f"{stage.name}: {row!r} on {column!r}: its results.json has no 'benchmark' of {name}: "
+                                 f"every clip's meta must have {needed}")
+            title = sections.benchmark_title(benchmark)
             answers = answers_beside(path)
             first_row, first_answers, first_title = first.setdefault(column, (row, answers, title))
             both = f"{stage.name}: {first_row!r} and {row!r} on {column!r}"
@@ -104,25 +104,14 @@ def accuracies(results, published):
     """What a table shows of {row: {column: results.json}}; with the paper's figure where it has that row and column."""
     table = {row: {} for row in results}
     for row, column, result in cells_of(results):
-        table[row][column] = cell = summary_of(result)
+        table[row][column] = cell = sections.summary_of(result)
         cell["groups"] = result["groups"]
         if "letters" in result:
-            cell["letters"] = summary_of(result["letters"])
+            cell["letters"] = sections.summary_of(result["letters"])
             cell["disagreement"] = result["disagreement"]
         if column in published.get(row, {}):
             cell["paper"] = published[row][column]
     return table
-
-
-def gains(tables, *rows):
-    """{column: {"before", "teacher": by how much the student after is better}} of the columns that all three have.
-    tables: {row: {column: path of a results.json}}. rows: of teacher, student before and student after."""
-    found = {}
-    for column in tables[rows[0]]:
-        if all(column in tables[row] for row in rows):
-            teacher, before, after = (answers_beside(tables[row][column]) for row in rows)
-            found[column] = {"before": compare(after, before), "teacher": compare(after, teacher)}
-    return found
 
 
 def clips(stage, rows, media):

@@ -8,6 +8,6 @@ PAPERS = read_json(Path(__file__).with_name("published.json"))  # Report.publish
 BESIDE = {None: {}}  # Report.published -> "tables" | "ablation" -> the paper's rows for that table of the report
 BENCHMARKS = {None: {}}  # Report.published -> column -> the paper's rows for the breakdown of that benchmark
 for name, paper in PAPERS.items():
-    BESIDE[name] = {which: paper["tables"][title] for which, title in paper.pop("beside").items()}
-    BENCHMARKS[name] = {column: paper["tables"][title] for column, title in paper.pop("benchmarks").items()}
+    for key, rows_for in (("beside", BESIDE), ("benchmarks", BENCHMARKS)):
+        rows_for[name] = {place: paper["tables"][title] for place, title in paper.pop(key).items()}
 MMAU_VERSION = PAPERS["sightsound"].pop("mmau_version")

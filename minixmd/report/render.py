@@ -36,15 +36,6 @@ def columns_of(table):
     return list(dict.fromkeys(column for cells in table.values() for column in cells))
 
 
-def aligned(lines):
-    """A Markdown table of [[text]], the first line its headings; neither "|" nor a line break in a text ends a cell."""
-    lines = [[one_line(text).replace("|", "\\|") for text in line] for line in lines]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    padded = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
-
-
 def ticks(low, high):
     """Two to six round values that enclose low to high."""
     span = high - low or abs(high) or 1.0
@@ -64,7 +55,6 @@ TEMPLATES = Environment(
 )
 TEMPLATES.globals.update(roles=ROLES, ticks=ticks, wilson=wilson)
 TEMPLATES.filters.update(
-    aligned=aligned,
     columns_of=columns_of,
     commas="{:,}".format,
     count_each=Counter,

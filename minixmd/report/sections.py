@@ -7,7 +7,7 @@ from minixmd.report.render import ROLES, words
 from minixmd.runs.files import read_json
 from minixmd.runs.records import DECISION, read_records
 from minixmd.tasks.benchmarks import TYPES
-from minixmd.tasks.statistics import groups, leads
+from minixmd.tasks.statistics import SUMMARY, groups, leads
 from minixmd.tasks.yes_no import tally
 
 BENCHMARK_NAMES = {"mmau": "MMAU", "music_avqa": "MUSIC-AVQA"}
@@ -37,7 +37,7 @@ def cells_of(table):
 
 def summary_of(results):
     """What a table shows of a results.json, or of a part of it."""
-    return {name: results[name] for name in ("count", "correct", "accuracy", "interval")}
+    return {name: results[name] for name in SUMMARY}
 
 
 def benchmark_title(benchmark):
@@ -208,7 +208,8 @@ def curves(logs):
             length = ceil(len(points) / LINE_POINTS)
             while points:
                 run, points = points[:length], points[length:]
-                lines.setdefault(title, []).append([run[-1][0], sum(y for _, y in run) / len(run)])
+                mean = sum(y for _, y in run) / len(run)
+                lines.setdefault(title, []).append([run[-1][0], mean])
         if lines:
             panels.append({"what": what, "x": axis, "lines": lines})
     return panels

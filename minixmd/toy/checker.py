@@ -56,5 +56,4 @@ def train_checker(folder, seed, log):
 
 def check_prompt(processor, context, trace, is_true):
     """A Prompt that shows a clip and a trace, asks whether it is true, and answers yes or no."""
-    text = CHECK_PROMPT.format(trace=trace)
-    return answer_prompt(processor, context, text, "yes" if is_true else "no")
+    return answer_prompt(processor, context, CHECK_PROMPT.format(trace=trace), "yes" if is_true else "no")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from minixmd.config import PROMPT
@@ -46,7 +47,7 @@ def make_lesson(processor, context, options, right, letters, qa_format, thought=
     name in the chain of thought; None = the right one."""
     text = qa_format.prompt.format(
         question=QUESTION,
-        options="\n".join(f"{letter}. {name}" for letter, name in zip(letters, options, strict=True)),
+        options="\n".join(map("{}. {}".format, letters, options)),
         first=LETTERS[0],
         last=LETTERS[-1],
     )
@@ -58,8 +59,8 @@ def make_lesson(processor, context, options, right, letters, qa_format, thought=
     for i in range(len(options)):
         hints[row] = ids[row - 2 if i == right else row + 1]
         row += 4  # tokens of a line: letter, dot, name, newline
-    _, _, after_choice = qa_format.answer.rpartition("}")
-    return Lesson(prompt, hints, len(processor.encode(after_choice)) + 2)
+    after_choice = processor.encode(qa_format.answer.rpartition("}")[2])
+    return Lesson(prompt, hints, len(after_choice) + 2)
 
 
 def answer_prompt(processor, context, text, answer):
@@ -76,34 +77,32 @@ def answer_prompt(processor, context, text, answer):
 def lesson_loss(model, lessons):
     """(mean over B lessons of the summed loss of answer and hints, loss of the choice alone as an array (B,))"""
     batch = pack([lesson.prompt for lesson in lessons])
-    hint_rows, hint_ids, choices = [], [], []
-    end = 0
+    hint_rows, hint_ids = [], []
     for lesson, (first_row, _) in zip(lessons, batch.spans, strict=True):
         hint_rows += [first_row + row for row in lesson.hints]
         hint_ids += lesson.hints.values()
-        end += int(lesson.prompt.target_N.sum())
-        choices.append(end - lesson.choice_offset)
     row_T = torch.cat([batch.target_row_T, torch.tensor(hint_rows)])
     id_T = torch.cat([batch.target_id_T, torch.tensor(hint_ids)])
-    hint_weight_T = torch.full((len(hint_ids),), HINT_WEIGHT)
-    weight_T = torch.cat([batch.target_weight_T, hint_weight_T])
+    weight_T = F.pad(batch.target_weight_T, (0, len(hint_ids)), value=HINT_WEIGHT)
     row_loss = CrossEntropy(id_T, weight_T, "torch")
     loss, columns = model.head_loss(model(batch), row_T, row_loss)
-    return loss / len(lessons), columns["nll"][choices].double().numpy()
+    end_B = batch.target_segment_T.bincount().cumsum(0)  # where a lesson's targets end
+    choice_B = end_B - torch.tensor([lesson.choice_offset for lesson in lessons])
+    return loss / len(lessons), columns["nll"][choice_B].double().numpy()
 
 
-def cut_context(processor, prompt, text):
-    """What comes before `text` in a Prompt that ends with it."""
-    length = len(prompt) - len(processor.encode(text + TURN_END))
+def cut_context(processor, prompt):
+    """A Prompt of a user turn, without the turn's end."""
+    length = len(prompt) - len(processor.encode(TURN_END))
     return Prompt(prompt.ids_N[:length], prompt.positions_3N[:, :length], prompt.media)
 
 
 def read_contexts(processor, examples, media):
     """The contexts of examples, shown as "audio" or "video"."""
-    prompt_format = PromptFormat(media, QUESTION, min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE)
+    prompt_format = PromptFormat(media, "", min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE)
     contexts = []
     for example in tqdm(examples, desc=f"toy: reading {media}", unit="clip"):
-        contexts.append(cut_context(processor, build_prompt(processor, example, prompt_format), QUESTION))
+        contexts.append(cut_context(processor, build_prompt(processor, example, prompt_format)))
     return contexts
 
 
@@ -119,18 +118,17 @@ def batches(count, size, rng):
 
 class Fit:
     def __init__(self, title, parameters, weight_decay=0.05):
-        self.parameters = list(parameters)
-        self.optimizer = torch.optim.AdamW(self.parameters, betas=(0.9, 0.98), weight_decay=weight_decay)
+        self.optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=weight_decay)
         self.bar = tqdm(desc=f"toy: {title}", unit="step")
         self.losses = []
 
     def step(self, loss, lr, logged_loss):
         """One update. logged_loss: kept in `losses` and shown."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
+        [group] = self.optimizer.param_groups
+        group["lr"] = lr
+        self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
         self.optimizer.step()
         self.losses.append(logged_loss)
         self.bar.set_postfix_str(f"loss {logged_loss:.3f}", refresh=False)

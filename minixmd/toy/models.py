@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from minixmd.config import PROMPT
 from minixmd.models.families import SYSTEM, read_config
@@ -55,10 +55,10 @@ def write_processor(folder, model_type):
     """Writes tokenizer.json, tokenizer_config.json, generation_config.json and preprocessor_config.json of a family."""
     config = family_file(model_type, "tokenizer_config.json")
     tokenizer = train_tokenizer()
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    for token in [config["pad_token"], *config["additional_special_tokens"]]:
-        tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        config["added_tokens_decoder"][str(tokenizer.token_to_id(token))] = {"content": token, **flags}
+    tokenizer.add_special_tokens([config["pad_token"], *config["additional_special_tokens"]])
+    for token in json.loads(tokenizer.to_str())["added_tokens"]:
+        token_id = token.pop("id")
+        config["added_tokens_decoder"][token_id] = dict(sorted(token.items()))
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     write_json(folder / "tokenizer_config.json", config)
     for name in ("generation_config.json", "preprocessor_config.json"):
@@ -78,9 +78,7 @@ def make_model(folder, model_type, seed):
             elif p.ndim == 1:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                std = math.prod(p.shape[1:]) ** -0.5
-                if name.endswith("embed_tokens.weight"):
-                    std = 0.5
+                std = 0.5 if name.endswith("embed_tokens.weight") else math.prod(p.shape[1:]) ** -0.5
                 generator = torch.Generator().manual_seed(hash_seed(seed, name))
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
     return model

@@ -127,35 +127,28 @@ def train_text_qa(folder, seed, log):
             lr = TEXT_LR * min(1.0, (len(fit.losses) + 1) / 30)
             if level.decay:
                 lr *= 1 - i / level.max_steps
-            fit.step(loss, lr, np.mean(choice_losses) / chance)
-            mean_loss = np.mean(fit.losses[-min(i + 1, 20):])
-            reached = mean_loss < level.target_loss
+            fit.step(loss, lr, choice_losses.mean() / chance)
+            reached = fit.last_loss() < level.target_loss
             if reached and i + 1 >= 20 and not level.decay:
                 break
         log({
             "phase": "text QA",
             "options": level.num_options,
             "step": len(fit.losses),
-            "loss": float(mean_loss * chance),
+            "loss": float(fit.last_loss() * chance),
         })
         if level.decay and reached:
             break
-    num_shared = processor.end_id + 1
-    language = {}
-    for name, p in parameters.items():
-        language[name] = p[:num_shared] if len(p) == model.config.text.vocab_size else p
-    return language
+    return {name: p[:processor.end_id + 1] for name, p in parameters.items()}  # all others have fewer rows
 
 
 def text_lesson(processor, rng, num_options, repeats, qa_format):
     """A lesson in which the right option's name, repeated `repeats` times, stands in for the clip."""
-    options = rng.choice(NAMES, num_options, replace=False).tolist()
-    right = int(rng.integers(num_options))
-    positions = sorted(rng.choice(OPTIONS, num_options, replace=False))
-    letters = [LETTERS[position] for position in positions]
-    clip = f" {options[right]}" * repeats
-    context = cut_context(processor, processor([{"role": "user", "content": clip}]), "")
-    return make_lesson(processor, context, options, right, letters, qa_format)
+    options = rng.choice(NAMES, num_options, replace=False)
+    right = rng.integers(num_options)
+    letters = sorted(rng.choice(list(LETTERS), num_options, replace=False))
+    prompt = processor([{"role": "user", "content": f" {options[right]}" * repeats}])
+    return make_lesson(processor, cut_context(processor, prompt), options, right, letters, qa_format)
 
 
 class ClipTraining:
@@ -175,8 +168,8 @@ class ClipTraining:
 
     def align_tower(self):
         """Phase 2, a classification: a clip's mean token should match the frozen embedding of its category's name."""
-        right_B = torch.tensor([self.names.index(label) for label in self.labels])
-        name_ids = [self.processor.encode(" " + name)[0] for name in self.names]
+        right_B = torch.tensor(list(map(self.names.index, self.labels)))
+        name_ids = self.processor.encode(" " + " ".join(self.names))  # one each
         names_CD = self.model.token_embeddings(torch.tensor(name_ids)).detach()
         scale = 4 / names_CD.shape[1] ** 0.5
         fit = Fit(f"{self.name}, tower alignment", self.model.parameters())  # the decoder gets no gradient
@@ -200,15 +193,15 @@ class ClipTraining:
         formats = formats * (QA_BATCH // len(formats))
         separable_losses, decay_steps = [], 0
         for step, chosen in enumerate(batches(len(self.labels), QA_BATCH, self.rng), 1):
-            lessons = [self.clip_lesson(i, qa_format) for i, qa_format in zip(chosen, formats, strict=True)]
+            lessons = list(map(self.clip_lesson, chosen, formats))
             for _ in range(text_per_step):
                 lessons.append(text_lesson(self.processor, self.rng, OPTIONS, 25, THINKING))
             loss, choice_losses = lesson_loss(self.model, lessons)
             lr = QA_LR * min(1.0, step / 40) * (1 - decay_steps / QA_DECAY_STEPS)
-            fit.step(loss, lr, np.mean(choice_losses[:QA_BATCH]))
+            fit.step(loss, lr, choice_losses[:QA_BATCH].mean())
             judged = [n for n, i in enumerate(chosen) if self.separable[i] and formats[n] == formats[-1]]
             if judged:
-                separable_losses.append(np.mean(choice_losses[judged]))
+                separable_losses.append(choice_losses[judged].mean())
             on_target = step > 40 and np.mean(separable_losses[-40:]) < QA_TARGET_LOSS
             if decay_steps or on_target or step >= QA_MAX_STEPS:
                 decay_steps += 1

@@ -10,8 +10,8 @@ The faint cue is in every clip; it is hard because a model needs many clips to f
 (seed, split, category, number), so an interrupted run continues with the same world.
 """
 import io
-import json
 from dataclasses import dataclass, replace
+from math import tau
 from pathlib import Path
 
 import av
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from minixmd.inputs.examples import Example, manifest_text
 from minixmd.runs.files import write_bytes, write_text
+from minixmd.runs.records import read_jsonl
 
 QUESTION = "Classify the sounding object into one of the categories below:"
 THINK_PROMPT = "{question}\n{options}\nThink, then answer."
@@ -63,8 +64,7 @@ class Category:
     seen: bool  # False: only in the unseen split
 
 
-TABLE = Path(__file__).with_name("categories.jsonl").read_text()
-CATEGORIES = tuple(Category(**json.loads(line)) for line in TABLE.splitlines())
+CATEGORIES = [Category(**line) for line in read_jsonl(Path(__file__).with_name("categories.jsonl"))]
 NAMES = [category.name for category in CATEGORIES]
 
 
@@ -88,21 +88,18 @@ def make_wave(category, rng, far=False):
         if category.source == "sweep":
             sweeps_S = time_S * rng.uniform(2.5, 3.5) + rng.uniform()
             bend_S = sweeps_S % 1 - 0.5
-        phase_S = 2 * np.pi * np.cumsum(pitch_hz * 2**bend_S) / RATE
-        wave_S = np.zeros(SAMPLES)
-        for k in (1, 2, 3):
-            wave_S += np.sin(k * phase_S + rng.uniform(0, 2 * np.pi)) / k
+        phase_S = tau * np.cumsum(pitch_hz * 2**bend_S) / RATE
+        wave_S = sum(np.sin(k * phase_S + rng.uniform(0, tau)) / k for k in (1, 2, 3))
     if category.beats_hz:
         beats_hz = category.beats_hz * 2 ** rng.uniform(-0.15, 0.15)
-        beat_phase_S = 2 * np.pi * (beats_hz * time_S + rng.uniform())
+        beat_phase_S = tau * (beats_hz * time_S + rng.uniform())
         wave_S *= (0.5 + 0.5 * np.cos(beat_phase_S)) ** 2
     rms = np.sqrt(np.mean(wave_S**2))
     wave_S = wave_S / rms * _gain(rng, -6, 0)
     wave_S += rng.standard_normal(SAMPLES) * _gain(rng, -4, 4, FLOOR_DB)
     if category.group == "eye":
         tone_hz = CUE_HZ[category.cue] * 2 ** rng.uniform(-0.03, 0.03)
-        phase = rng.uniform(0, 2 * np.pi)
-        tone_S = np.sin(2 * np.pi * tone_hz * time_S + phase)
+        tone_S = np.sin(tau * tone_hz * time_S + rng.uniform(0, tau))
         cue_db = CUE_DB + FAR_DB if far else CUE_DB
         wave_S += tone_S * _gain(rng, -3, 3, cue_db)
     wave_S *= 0.1 * _gain(rng, -8, 4)
@@ -122,9 +119,7 @@ def make_frames(category, rng):
     ground += rng.normal(0, GRAIN_LEVELS, (SIDE, SIDE))
     if category.group == "ear":
         across, down = category.cue
-        amplitude = CUE_LEVELS * _gain(rng, -3, 3)
-        phase = 2 * np.pi * (across * x + down * y)
-        ground += amplitude * np.cos(phase)
+        ground += CUE_LEVELS * _gain(rng, -3, 3) * np.cos(tau * (across * x + down * y))
     paint = np.array(category.colour) + rng.uniform(-20, 20, 3)
     centre = rng.uniform(-0.06, 0.06, 2)
     step = rng.uniform(-0.01, 0.01, 2)
@@ -134,7 +129,7 @@ def make_frames(category, rng):
         cy, cx = centre + step * (i - FRAMES / 2)
         mask = _mask(category.shape, (x - cx) / size, (y - cy) / size)
         frames.append(np.where(mask[..., None], paint, ground[..., None]))
-    return np.clip(np.stack(frames), 0, 255).astype(np.uint8)
+    return np.clip(frames, 0, 255).astype(np.uint8)
 
 
 def _mask(shape, u, v):
@@ -164,7 +159,7 @@ def mp4_bytes(frames, wave_S):
         x264 = {"preset": "ultrafast", "crf": "20", "threads": "1"}
         video = container.add_stream("libx264", FPS, x264, width=SIDE, height=SIDE, pix_fmt="yuv420p")
         audio = container.add_stream("aac", RATE, {"aac_coder": "fast", "b": "32000"}, layout="mono")
-        pictures = [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames]
+        pictures = [av.VideoFrame.from_ndarray(frame) for frame in frames]
         sound = av.AudioFrame.from_ndarray(wave_S[None], format="fltp", layout="mono")
         sound.sample_rate = RATE
         sound.pts = 0
@@ -182,7 +177,7 @@ def draw_options(right, names, rng):
     wrong = rng.choice(others, OPTIONS - 1, replace=False, p=uniform)
     options = [right, *wrong.tolist()]
     order = rng.permutation(OPTIONS)
-    return tuple(options[i] for i in order), int(np.argmin(order))
+    return tuple(options[i] for i in order), int(order.argmin())
 
 
 def make_world(folder, seed, splits=SPLITS):
@@ -190,22 +185,21 @@ def make_world(folder, seed, splits=SPLITS):
     not made again. The train split is blind: its manifest holds no answer, label or group, and neither a clip's number
     nor its position depends on the category. train_truth.jsonl has them, for the upper bound."""
     for split, count in splits.items():
-        if (folder / f"{split}.jsonl").exists():  # written after its clips
+        manifest = folder / f"{split}.jsonl"
+        if manifest.exists():  # written after its clips
             continue
         examples = _make_split(folder, seed, split, count)
         if split == "train":
             write_text(folder / "train_truth.jsonl", manifest_text(examples))
             examples = [replace(example, answer=None, label=None, meta={}) for example in examples]
-        write_text(folder / f"{split}.jsonl", manifest_text(examples))
+        write_text(manifest, manifest_text(examples))
 
 
 def _make_split(folder, seed, split, count):
     """Writes a split's clips, `count` a category in random order. Returns their Examples."""
     unseen = split == "unseen"
     categories = [category for category in CATEGORIES if category.seen != unseen]
-    names = [category.name for category in categories]
-    if unseen:  # a wrong option may be any name of the world
-        names = NAMES
+    names = NAMES if unseen else [category.name for category in categories]  # that wrong options are drawn from
     clips = [(category, number) for category in categories for number in range(count)]
     order = np.random.default_rng([seed, list(SPLITS).index(split)]).permutation(len(clips))
     examples = []
