@@ -35,6 +35,12 @@ def load_logmels(examples, stage):
     return logmels, bad
 
 
+def shuffled(items, *seed):
+    """The items in a random order, which depends on the parts of the seed alone."""
+    generator = torch.Generator().manual_seed(hash_seed(*seed))
+    return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
+
+
 def train_epochs(stage, model, optimizer, batch_loss, items, batch_size, first_epoch=0):
     """Trains epoch by epoch on every item in a new order; a smaller last batch is left out.
 
@@ -47,9 +53,8 @@ def train_epochs(stage, model, optimizer, batch_loss, items, batch_size, first_e
     steps = len(items) // batch_size
     bar = tqdm(range(first_epoch, stage.epochs), stage.name, stage.epochs, initial=first_epoch, unit="epoch")
     for epoch in bar:
-        shuffle = torch.Generator().manual_seed(hash_seed(stage.seed, "order", epoch))
         noise = torch.Generator(device).manual_seed(hash_seed(stage.seed, "noise", epoch))
-        order = [items[i] for i in torch.randperm(len(items), generator=shuffle).tolist()]
+        order = shuffled(items, stage.seed, "order", epoch)
         losses = []
         model.train()
         for step in range(steps):

@@ -68,8 +68,7 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
     options = {"model": stage.served, "max_tokens": max_tokens, "temperature": temperature}
     if logprobs:
         options.update(logprobs=True, top_logprobs=TOP_LOGPROBS)
-    api_key = key_from(environment, stage.api_key_env, stage.name)
-    client = _Client(stage, api_key, options, is_usable)
+    client = _Client(stage, key_from(environment, stage.api_key_env, stage.name), options, is_usable)
     # a ThreadPool's threads are daemons: an interrupt does not wait for their requests, as it would for an executor's
     pool = ThreadPool(max(1, min(stage.concurrency, len(todo))))
     with pool, tqdm(total=len(requests), initial=len(requests) - len(todo), desc=stage.name, unit=unit) as bar:
@@ -100,8 +99,7 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
 
 
 def key_from(environment, variable, name):
-    """The key in an environment variable, None if there is none. Raises ValueError, naming the stage `name` and not the
-    key, for one that no HTTP header can hold."""
+    """An environment variable's key, or None. Raises ValueError, naming stage `name` alone, if no header holds it."""
     key = environment.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ValueError(f"{name}: environment variable {variable} holds a character that no key has")
@@ -163,20 +161,28 @@ class _Client:
             raise ValueError(f"text {text!r}")
         record = {"text": text, "finished": reason == "stop"}
         if "logprobs" in self.options and choice.logprobs and choice.logprobs.content:
-            record["top"] = _first_token_logprobs(choice.logprobs.content[0])
+            record["top"] = {}
+            first = choice.logprobs.content[0]
+            for candidate in (first, *(first.top_logprobs or ())):
+                if not isinstance(candidate.token, str) or not -math.inf < candidate.logprob < 0.01:
+                    raise ValueError(f"log-prob {candidate.logprob!r} of token {candidate.token!r}")
+                record["top"][candidate.token] = candidate.logprob
         return record
 
     def _failure(self, error):
-        """(reason, detail, the pause in seconds that the server asks for) of what an attempt raised. Raises ValueError
-        for what no further attempt can mend."""
+        """(reason, detail, seconds that the server asks to wait) of an error; ValueError where no retry can help."""
         known = isinstance(error, OSError | HTTPError)  # else the client stumbled, perhaps over an error page's body
         response = getattr(error if known else error.__context__, "response", None)
+        detail = f"{type(error).__name__}: {error}"
+        if response is not None:
+            detail = f"HTTP {response.status_code}: {response.text}"
+        if self.api_key:
+            detail = detail.replace(self.api_key, "***")
+        detail = " ".join(detail.split())[:DETAIL_CHARS]
         if response is None:
-            detail = self._shorten(f"{type(error).__name__}: {error}")
             if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:  # requests has a class of its own
                 return "timed out", detail, 0.0
             return "no connection" if known else "nonsense", detail, 0.0
-        detail = self._shorten(f"HTTP {response.status_code}: {response.text}")
         reason = REASONS.get(response.status_code)
         if reason is None and response.status_code < 500:
             self.stop.set()  # no thread shall ask like this again
@@ -187,22 +193,6 @@ class _Client:
             detail += " (if the server gives no log-probs, set logprobs=False)"
         pause = response.headers.get("Retry-After", "")
         return reason or "server error", detail, float(pause) if pause.isdecimal() else 0.0
-
-    def _shorten(self, text):
-        """What a record quotes: one line without the key."""
-        if self.api_key:
-            text = text.replace(self.api_key, "***")
-        return " ".join(text.split())[:DETAIL_CHARS]
-
-
-def _first_token_logprobs(first):
-    """{token: logprob} of the first token sampled and of the likeliest ones in its place."""
-    top = {}
-    for candidate in (first, *(first.top_logprobs or ())):
-        if not isinstance(candidate.token, str) or not -math.inf < candidate.logprob < 0.01:
-            raise ValueError(f"log-prob {candidate.logprob!r} of token {candidate.token!r}")
-        top[candidate.token] = candidate.logprob
-    return top
 
 
 def messages(example, media, prompt, trace, load):

@@ -25,13 +25,13 @@ def run(stage, folder, log):
     benchmark = describe_benchmark(stage, examples)
     traces, without_trace = first_traces(stage, examples)
     model, processor = load_model(stage)
-    options = dict(prompt_format=stage.prompt_format, batch_tokens=stage.batch_tokens, traces=traces)
-    if stage.answer == "letters":
-        compute = partial(score_letters, model, processor, **options)
-    else:
+    ask = score_letters
+    if stage.answer == "generate":
         writing = Writing(stage.max_new_tokens, stage.num_samples, stage.temperature, stage.stop, stage.rule,
                           stage.seed)
-        compute = partial(write_answers, model, processor, writing=writing, **options)
+        ask = partial(write_answers, writing=writing)
+    compute = partial(ask, model, processor, prompt_format=stage.prompt_format, batch_tokens=stage.batch_tokens,
+                      traces=traces)
     records = compute_shards(compute, examples, folder / "shards", stage.name, "clip")
     if records is not None:
         collect(stage, folder, log, examples, records, without_trace, benchmark)
@@ -47,14 +47,17 @@ def collect(stage, folder, log, examples, records, without_trace, benchmark):
     results |= tabulate(examples, records, stage.rule)
     if stage.answer == "generate":
         results |= writing_fields(stage) | letters_beside(examples, records, stage.rule)
+    metas, rights = [], []
     for example, record in zip(examples, records, strict=True):
         record["question"] = digest(example)
         if example.id in without_trace:
             record["without_trace"] = without_trace[example.id]
         if "bad" not in record:
             record["right"] = same(example.options, record["answer"], example.answer, stage.rule)
+            metas.append(example.meta)
+            rights.append(record["right"])
     if benchmark:
-        results["benchmark"] = benchmark | breakdown(benchmark["name"], examples, records)
+        results["benchmark"] = benchmark | breakdown(benchmark["name"], metas, rights)
     write_jsonl(folder / "answers.jsonl", records)
     write_json(folder / "results.json", results)
     log({name: results[name] for name in LOGGED if name in results})
@@ -74,18 +77,15 @@ def writing_fields(stage):
 
 
 def letters_beside(examples, records, rule="option"):
-    """Written answers beside those by the letters' logits: {"how": {way: answers read so; "none" counts as wrong},
-    "unfinished": answers cut at max_new_tokens, "disagreement": share of them that are not the letter with the largest
-    logit, "letters": the letters' tabulate}."""
-    ways, unfinished, differ, letters = Counter(), 0, 0, []
+    """{"how": {way: answers read so; "none" counts as wrong}, "unfinished": answers cut at max_new_tokens,
+    "disagreement": share of answers that are not the letter with the largest logit, "letters": their tabulate}."""
+    ways, unfinished, differ = Counter(), 0, 0
     for example, record in zip(examples, records, strict=True):
-        if "bad" in record:
-            letters.append(record)
-            continue
-        ways[record["how"]] += 1
-        unfinished += not record["finished"]
-        differ += not same(example.options, record["answer"], record["by_letters"], rule)
-        letters.append({"answer": record["by_letters"]})
+        if "bad" not in record:
+            ways[record["how"]] += 1
+            unfinished += not record["finished"]
+            differ += not same(example.options, record["answer"], record["by_letters"], rule)
+    letters = [{**record, "answer": record.get("by_letters")} for record in records]
     return {"how": {way: ways[way] for way in WAYS[rule]}, "unfinished": unfinished,
             "disagreement": differ / ways.total(), "letters": tabulate(examples, letters, rule)}
 
@@ -113,8 +113,7 @@ def first_traces(stage, examples):
 
 
 def describe_benchmark(stage, examples):
-    """{"name", and of MMAU its "version" and "sha256"} of the benchmark that a manifest is, or None. Raises ValueError
-    for more than one version of MMAU."""
+    """{"name", of MMAU also "version", "sha256"} of a manifest's benchmark, or None. ValueError: two MMAU versions."""
     name = benchmark_of(examples)
     official = name == "mmau" or any((e.source or "").casefold().startswith("mmau") for e in examples)
     if stage.answer == "generate" and official != (stage.rule == "mmau"):
@@ -131,16 +130,11 @@ def describe_benchmark(stage, examples):
     return {"name": name, "version": version, "sha256": sha256}
 
 
-def breakdown(name, examples, records):
-    """The tables of a benchmark with a summary for each list. A missing answer is a wrong one, a bad clip left out."""
-    metas, rights = [], []
-    for example, record in zip(examples, records, strict=True):
-        if "bad" not in record:
-            metas.append(example.meta)
-            rights.append(record["right"])
-    lists = mmau_table(metas, rights) if name == "mmau" else music_table(metas, rights)
+def breakdown(name, metas, rights):
+    """The tables of a benchmark with a summary for each list, from the meta of all good clips and a boolean each."""
+    group = mmau_table if name == "mmau" else music_table
     tables = {}
-    for title, table in lists.items():
+    for title, table in group(metas, rights).items():
         if isinstance(table, list):
             tables[title] = summary(table)
         else:
@@ -150,7 +144,7 @@ def breakdown(name, examples, records):
 
 def print_results(stage, results):
     line = f"{stage.name}: {percent(results)} of {results['count']} right"
-    if stage.answer == "generate" and stage.num_samples > 1:
+    if stage.num_samples > 1:
         line += f" by the majority of {stage.num_samples}"
     line += f" (95 % interval {interval(results)})"
     if stage.answer == "generate":
@@ -160,17 +154,13 @@ def print_results(stage, results):
         line += f"; asked without a trace: {results['without_trace']}"
     tqdm.write(line + (f", bad: {results['bad']}" if results["bad"] else ""))
     if "benchmark" in results:
-        tqdm.write(f"{stage.name}: " + "\n  ".join(rows_of(results["benchmark"])))
-
-
-def rows_of(benchmark):
-    """A benchmark's name and its rows, as text; those without a question are left out."""
-    rows = [" ".join(benchmark[key] for key in ("name", "version") if key in benchmark)]
-    for table, title in PRINTED_TABLES[benchmark["name"]].items():
-        for name, row in benchmark[table].items():
-            if row["count"]:
-                rows.append(f"{title:22}{name:14}{percent(row):>7} of {row['count']:<5} ({interval(row)})")
-    return rows
+        benchmark = results["benchmark"]
+        title = " ".join(benchmark[key] for key in ("name", "version") if key in benchmark)
+        tqdm.write(f"{stage.name}: {title}")
+        for table, heading in PRINTED_TABLES[benchmark["name"]].items():
+            for name, row in benchmark[table].items():
+                if row["count"]:
+                    tqdm.write(f"  {heading:22}{name:14}{percent(row):>7} of {row['count']:<5} ({interval(row)})")
 
 
 def percent(part):

@@ -112,28 +112,20 @@ def select_traces(stage, examples):
     selected = list(traces.values())
     if stage.trace_filter != "all":
         selected = [trace for trace in selected if trace.sample == 0 or trace.record["unanimous"]]
-    if stage.trace_filter == "calibration":
-        selected = draw_calibration(selected, stage.limit, stage.seed)
+    if stage.trace_filter == "calibration":  # `limit` traces of as many clips, drawn by seed, clip and sample alone
+        drawn = {}
+        for trace in sorted(selected, key=lambda trace: hash_seed(stage.seed, *trace.key)):
+            if len(drawn) < stage.limit:
+                drawn.setdefault(trace.example.id, trace.key)
+        selected = [trace for trace in selected if drawn.get(trace.example.id) == trace.key]
     if not selected:
         raise ValueError(f"{stage.name}: {stage.traces} holds no trace to judge")
     return selected
 
 
-def draw_calibration(traces, limit, seed):
-    """`limit` traces of as many clips, drawn by seed, clip and sample alone."""
-    drawn = {}
-    for trace in sorted(traces, key=lambda trace: hash_seed(seed, *trace.key)):
-        if len(drawn) < limit:
-            drawn.setdefault(trace.example.id, trace.key)
-    return [trace for trace in traces if drawn.get(trace.example.id) == trace.key]
-
-
-def score_verdict(key, score):
-    return {"id": key[0], "sample": key[1], "score": round(score, 5)}
-
-
-def bad_verdict(key, reason, detail):
-    return {"id": key[0], "sample": key[1], "bad": reason, "detail": detail}
+def make_verdict(key, **found):
+    """The line of verdicts.jsonl on the trace with this key. found: its "score", or "bad" and "detail"."""
+    return {"id": key[0], "sample": key[1], **found}
 
 
 def conversation(prompt, example, text):
@@ -146,9 +138,9 @@ def judge_by_model(stage, folder, traces):
     model, processor = load_model(stage)
     yes = {processor.encode(word)[0] for word in YES}
     no = {processor.encode(word)[0] for word in NO}
-    if yes <= no or no <= yes:
-        raise ValueError(f"{stage.name}: in the tokenizer of {stage.model}, yes and no start with the same tokens")
     yes_ids, no_ids = sorted(yes - no), sorted(no - yes)  # a blank that is a token of its own tells nothing
+    if not yes_ids or not no_ids:
+        raise ValueError(f"{stage.name}: in the tokenizer of {stage.model}, yes and no start with the same tokens")
 
     @torch.inference_mode()
     def judge(traces):
@@ -160,7 +152,7 @@ def judge_by_model(stage, folder, traces):
                 raise ValueError(f"{stage.name}: the logits are not finite: the weights of {stage.model} are "
                                  f"broken, or too large for {stage.dtype}")
             for (trace, _), score in zip(pairs, score_B.tolist(), strict=True):
-                verdicts[trace.key] = score_verdict(trace.key, score)
+                verdicts[trace.key] = make_verdict(trace.key, score=round(score, 5))
         return [verdicts[trace.key] for trace in traces]
 
     return compute_shards(judge, traces, folder / "shards", stage.name, "trace")
@@ -170,12 +162,12 @@ def usable_prompts(stage, model, processor, traces, verdicts):
     """Yields (Trace, Prompt) of every trace that can be judged; the verdicts on the others are filled in. A clip is
     read and encoded once, however many traces in a row are about it."""
     def build(run, load):
-        kept = {}  # kind of medium -> what was read
+        heard = []  # what was read of the clip
 
-        def load_once(path, kind, options):
-            if kind not in kept:
-                kept[kind] = load(path, kind, options)
-            return kept[kind]
+        def load_once(*arguments):
+            if not heard:
+                heard.append(load(*arguments))
+            return heard[0]
 
         prompts = []
         for trace in run:
@@ -186,11 +178,11 @@ def usable_prompts(stage, model, processor, traces, verdicts):
                 reason = getattr(error, "reason", "no prompt")
                 if reason not in ("too long", "no prompt"):
                     raise
-                prompts.append(bad_verdict(trace.key, reason, str(error)))
+                prompts.append(make_verdict(trace.key, bad=reason, detail=str(error)))
         return prompts
 
     def lose(run, error):
-        return [bad_verdict(trace.key, error.reason, str(error)) for trace in run]
+        return [make_verdict(trace.key, bad=error.reason, detail=str(error)) for trace in run]
 
     runs = [list(run) for _, run in groupby(traces, key=lambda trace: trace.example.id)]
     for run, prompts in zip(runs, prefetch(build, runs, lose, reading=stage.reading), strict=True):
@@ -199,9 +191,9 @@ def usable_prompts(stage, model, processor, traces, verdicts):
             if isinstance(prompt, dict):
                 verdicts[trace.key] = prompt
                 continue
-            encoded = encoded or model.encode_media(prompt).media
-            media = [replace(clip, rows_P=own.rows_P) for clip, own in zip(encoded, prompt.media, strict=True)]
-            yield trace, replace(prompt, media=tuple(media))
+            [own] = prompt.media
+            encoded = encoded or model.encode_media(prompt).media[0]
+            yield trace, replace(prompt, media=(replace(encoded, rows_P=own.rows_P),))
 
 
 def judge_by_endpoint(stage, folder, traces):
@@ -215,12 +207,12 @@ def judge_by_endpoint(stage, folder, traces):
     verdicts = []
     for trace, answer in zip(traces, answers, strict=True):
         if "bad" in answer:
-            verdicts.append(bad_verdict(trace.key, answer["bad"], answer["detail"]))
+            verdicts.append(make_verdict(trace.key, bad=answer["bad"], detail=answer["detail"]))
             continue
         yes, score = yes_no(answer["text"]), log_odds(answer.get("top", {}))
         if score is None or (score > 0) != yes:
             score = 1.0 if yes else -1.0
-        verdicts.append(score_verdict(trace.key, score))
+        verdicts.append(make_verdict(trace.key, score=round(score, 5)))
     return verdicts
 
 
@@ -247,32 +239,27 @@ def judge_by_verifier(stage, folder, traces, log):
                f"{calibration['count']} held-out traces, area under ROC {calibration['auc']:.3f}")
 
     def judge(traces):
-        pairs, verdicts = read(traces)
+        pairs, bad = read(traces)
         scores = score_pairs(verifier, list(pairs.values()), stage.batch_size)
-        for key, score in zip(pairs, scores, strict=True):
-            verdicts[key] = score_verdict(key, score)
-        return [verdicts[trace.key] for trace in traces]
+        verdicts = {key: make_verdict(key, score=round(score, 5)) for key, score in zip(pairs, scores, strict=True)}
+        return [verdicts.get(trace.key) or make_verdict(trace.key) | bad[trace.example.id] for trace in traces]
 
     verdicts = compute_shards(judge, traces, folder / "shards", stage.name, "trace", first_process_only=True)
     return verdicts, calibration
 
 
 def read_pairs(stage, model, processor, known, traces):
-    """({key: Pair} of traces, {key: bad verdict} of those with a bad clip). known: the larger checker's verdicts."""
+    """({key: Pair} of traces, {clip id: bad record} of the others' clips). known: the larger checker's verdicts."""
     clips = {trace.example.id: trace.example for trace in traces}
     logmels, bad = load_logmels(clips.values(), stage)
-    texts = [thoughts(trace.text) for trace in traces if trace.example.id in logmels]
-    vectors = iter(trace_vectors(model, processor, texts, stage.batch_tokens))
-    pairs, verdicts = {}, {}
-    for trace in traces:
-        clip_id = trace.example.id
-        if clip_id in logmels:
-            accepted = known.get(trace.key, {}).get("accepted")
-            option = trace.record.get("option", trace.text)
-            pairs[trace.key] = Pair(logmels[clip_id], next(vectors), option, accepted)
-        else:
-            verdicts[trace.key] = {"id": clip_id, "sample": trace.sample} | bad[clip_id]
-    return pairs, verdicts
+    usable = [trace for trace in traces if trace.example.id in logmels]
+    text_BD = trace_vectors(model, processor, [thoughts(trace.text) for trace in usable], stage.batch_tokens)
+    pairs = {}
+    for trace, text_D in zip(usable, text_BD, strict=True):
+        accepted = known.get(trace.key, {}).get("accepted")
+        option = trace.record.get("option", trace.text)
+        pairs[trace.key] = Pair(logmels[trace.example.id], text_D, option, accepted)
+    return pairs, bad
 
 
 def look_up_verdicts(stage, traces):

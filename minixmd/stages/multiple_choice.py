@@ -102,23 +102,19 @@ def score_letters(model, processor, examples, prompt_format, *, batch_tokens=BAT
     Raises ValueError for an example that lacks the medium, a prompt over the limit, or logits that are not finite.
     """
     questions = Questions(processor, examples, prompt_format, traces=traces or {})
+    suppressed = torch.tensor(processor.suppressed_ids, dtype=torch.long)
     for pairs in batch_by_tokens(questions.prompts(), batch_tokens):
         logits_BV = next_token_logits(model, [prompt for _, prompt in pairs])
         for (example, _), logits_V in zip(pairs, logits_BV, strict=True):
             questions.read_letters(example, logits_V)
             if top_k:
-                record = questions.records[example.id]
-                record["top"] = _topk(logits_V, processor.suppressed_ids, top_k, top_temperature)
+                allowed_V = logits_V.index_fill(0, suppressed, -torch.inf)
+                logits_K, ids_K = allowed_V.topk(top_k)
+                logsumexp = (allowed_V / top_temperature).logsumexp(0).item()
+                questions.records[example.id]["top"] = {
+                    "ids": ids_K.tolist(), "logits": [round(logit, 4) for logit in logits_K.tolist()],
+                    "temperature": top_temperature, "logsumexp": round(logsumexp, 5)}
     return questions.in_order()
-
-
-def _topk(logits_V, suppressed_ids, top_k, temperature):
-    suppressed = torch.tensor(suppressed_ids, dtype=torch.long)
-    logits_V = logits_V.index_fill(0, suppressed, -torch.inf)
-    top = logits_V.topk(top_k)
-    logsumexp = (logits_V / temperature).logsumexp(0).item()
-    return {"ids": top.indices.tolist(), "logits": [round(logit, 4) for logit in top.values.tolist()],
-            "temperature": temperature, "logsumexp": round(logsumexp, 5)}
 
 
 @torch.inference_mode()
@@ -136,8 +132,7 @@ def write_answers(model, processor, examples, prompt_format, writing, *, batch_t
         uniform = []
         for example, _ in pairs:
             uniform += [uniforms(writing.seed, 0, example.id, i, writing.max_new_tokens) for i in range(n)]
-        uniform_BT = torch.stack(uniform)
-        completions = decode(model, processor, [prompt for _, prompt in pairs], uniform_BT, num_samples=n,
+        completions = decode(model, processor, [prompt for _, prompt in pairs], torch.stack(uniform), num_samples=n,
                              max_new_tokens=writing.max_new_tokens, temperature=writing.temperature, stop=writing.stop,
                              suppressed_ids=processor.suppressed_ids, decode_slots=writing.decode_slots(batch_tokens),
                              on_prompts=partial(_read_first_logits, questions, iter(pairs)))

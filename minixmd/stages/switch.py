@@ -20,9 +20,8 @@ from minixmd.runs.device import resolve_device
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
 from minixmd.runs.records import answers_beside, count_bad, write_jsonl
-from minixmd.runs.seeds import hash_seed
 from minixmd.runs.training_state import load_state, save_state
-from minixmd.stages.cnn14_training import load_logmels, train_epochs
+from minixmd.stages.cnn14_training import load_logmels, shuffled, train_epochs
 from minixmd.tasks.statistics import digest, leads, pairs, tabulate
 from minixmd.tasks.yes_no import tally
 
@@ -66,7 +65,13 @@ def collect(stage, folder, log, clips, records, gain, results):
     write_jsonl(folder / "switch.jsonl", records)
     write_json(folder / "results.json", results)
     log(results)
-    print_results(stage.name, results)
+    for part, paper in PAPER.items():
+        if part in results:
+            right, majority = results[part]["accuracy"], results[part]["majority"]
+            tqdm.write(f"{stage.name}: right for {100 * right:.1f} % of the {part} clips (the paper: {paper} %); "
+                       f"always giving the more frequent answer would be for {100 * majority:.1f} %")
+    bad = f", bad: {results['bad']}" if results["bad"] else ""
+    tqdm.write(f"{stage.name}: {results['clips_to_teacher']} of {results['clips']} clips go to the teacher{bad}")
 
 
 def count_classes(name, gain, labels):
@@ -85,16 +90,6 @@ def count_classes(name, gain, labels):
         line += f"; {counts['classes_left_out']} left out, whose clips were all bad for one of the two"
     tqdm.write(line)
     return counts
-
-
-def print_results(name, results):
-    for split, paper in PAPER.items():
-        if split in results:
-            part = results[split]
-            tqdm.write(f"{name}: right for {100 * part['accuracy']:.1f} % of the {split} clips (the paper: {paper} %); "
-                       f"always giving the more frequent answer would be for {100 * part['majority']:.1f} %")
-    bad = f", bad: {results['bad']}" if results["bad"] else ""
-    tqdm.write(f"{name}: {results['clips_to_teacher']} of {results['clips']} clips go to the teacher{bad}")
 
 
 def check_labels(stage, examples):
@@ -132,8 +127,7 @@ def split(seed, examples):
         classes[example.label].append(example)
     train, val = [], []
     for label, members in sorted(classes.items()):
-        generator = torch.Generator().manual_seed(hash_seed(seed, "split", label))
-        order = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
+        order = shuffled(members, seed, "split", label)
         held_out = min(max(1, round(len(order) / 10)), len(order) - 1)
         val += order[:held_out]
         train += order[held_out:]

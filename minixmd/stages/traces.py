@@ -122,8 +122,7 @@ def sample_locally(stage, folder, examples):
 
 
 def sample_at_endpoint(stage, folder, examples):
-    """The records of sample_locally from the stage's endpoint, whose answers are kept in endpoint.jsonl; a clip without
-    any is bad."""
+    """As sample_locally, from the stage's endpoint; endpoint.jsonl keeps the answers. A clip without any is bad."""
     requests, n = [], stage.num_samples
     for example in examples:
         ask = partial(endpoint.messages, example, stage.media, stage.prompt, "")

@@ -21,7 +21,7 @@ from minixmd.inputs.positions import positions_of
 from minixmd.inputs.prompts import batch_by_tokens
 from minixmd.models.cnn14 import make_cnn14, spec_augment
 from minixmd.runs.seeds import hash_seed
-from minixmd.stages.cnn14_training import train_epochs
+from minixmd.stages.cnn14_training import shuffled, train_epochs
 from minixmd.tasks.yes_no import agreement
 
 WIDTH = 128  # C: of the space in which a clip and a trace are compared
@@ -93,13 +93,11 @@ def trace_vectors(model, processor, texts, batch_tokens):
 
 
 def fit_verifier(stage, verifier, pairs, log):
-    """Trains a Verifier, on the device that it is on, on judged Pairs, and calibrates it on those held out. Returns
-    {"verdicts": number of pairs, and the fields of agreement on those held out}. Raises ValueError for too few, or all
-    with the same verdict, to train or to calibrate with."""
-    generator = torch.Generator().manual_seed(hash_seed(stage.seed, "held"))
-    shuffled = [pairs[i] for i in torch.randperm(len(pairs), generator=generator).tolist()]
-    held_out = shuffled[:len(pairs) // HELD_OUT]
-    train = shuffled[len(pairs) // HELD_OUT:]
+    """Trains a Verifier, where it is, on judged Pairs, and calibrates it on those held out. Returns {"verdicts": number
+    of pairs, agreement's fields on those held out}. Raises ValueError for a part with all verdicts alike or none."""
+    order = shuffled(pairs, stage.seed, "held")
+    held_out = order[:len(pairs) // HELD_OUT]
+    train = order[len(pairs) // HELD_OUT:]
     for part, purpose in ((train, "train"), (held_out, "validate")):
         if len({pair.accepted for pair in part}) < 2:
             raise ValueError(f"{stage.name}: of {len(pairs)} verdicts the {len(part)} to {purpose} with are all the "

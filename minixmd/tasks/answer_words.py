@@ -12,8 +12,7 @@ def any_of(name):
     return "(?:" + "|".join([rf"(?i:\b(?:{'|'.join(spaced)})\b)", *joined]) + ")"
 
 
-SIGNS = {"。": ". ", "،": ", ", "｡": ". ", "、": ", ", "’": "'", "‘": "'",
-         **dict.fromkeys(("`", "*", "$", "\\(", "\\)"), " ")}  # Markdown's and LaTeX's
+SIGNS = str.maketrans({"。": ". ", "،": ", ", "、": ", ", "’": "'", "‘": "'"})
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts whose words stand beside a letter without a space
 WORD = rf"[^\W{CJK}]"  # a letter or digit of any other
 OPEN, CLOSE, BRACKET = r"""["'“(\[{<「【《]*""", r"""[.:;,!?)\]}"'”>」】》]""", r"""[)\]}"'”>」】》]"""

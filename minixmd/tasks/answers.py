@@ -16,8 +16,6 @@ similar  One option is more like the text than all others: the largest difflib r
 
 Of a refusal ("I can't hear it") the last two read only what follows a "but". Where options are letters themselves, as
 notes are, the prompt decides: asked for a letter, a letter is meant.
-
-`parse_answer` is the strict reader of rewards and traces: the option in the only <answer>…</answer>, or nothing.
 """
 import re
 import unicodedata
@@ -25,29 +23,25 @@ from difflib import SequenceMatcher
 from string import ascii_uppercase
 
 from minixmd.tasks import answer_words as patterns
-from minixmd.tasks.answer_words import CJK, CLOSE, LETTER
 
 WAYS = ("letter", "option", "similar", "none")
 CUTOFF = 0.7  # at difflib's own 0.6, one refusal to answer in nine is "like" one of ten VGGSound labels; here, 1 in 300
-INSIDE = r"(?:(?!</?(?:think|answer)>).)*"  # text without any of the four tags
-THOUGHTS = re.compile(rf"<think>({INSIDE})</think>", re.DOTALL)
-ANSWER = re.compile(rf"<answer>({INSIDE})</answer>", re.DOTALL)
+INSIDE = r"(?s:(?!</?(?:think|answer)>).)*"  # text without any of the four tags
+THOUGHTS = re.compile(rf"<think>({INSIDE})</think>")
+ANSWER = re.compile(rf"<answer>({INSIDE})</answer>")
 STATEMENTS, STATEMENT_CHARS = 20, 1000  # read after words such as "answer": the last so many, so far
 
 
 def words_of(text):
-    """Runs of letters and digits, without case and apostrophes; each character of a script that is written without
-    spaces."""
+    """Runs of letters and digits without case and apostrophes, or single characters of a script without spaces."""
     text = re.sub("['’]", "", unicodedata.normalize("NFKC", text))
-    return re.findall(rf"[{CJK}]|[^\W_{CJK}]+", text.casefold())
+    return re.findall(rf"[{patterns.CJK}]|[^\W_{patterns.CJK}]+", text.casefold())
 
 
 def thoughts(text):
     """What stands between a trace's <think> and </think>; the whole text if nothing does."""
     match = THOUGHTS.search(text)
-    if match and match[1].strip():
-        return match[1].strip()
-    return text
+    return match and match[1].strip() or text
 
 
 def final_answer(text):
@@ -64,23 +58,21 @@ def final_answer(text):
 
 
 def parse_answer(completion, options, letters=True):
-    """Index of the option in the completion's only <answer>…</answer>, or None. The answer is an option's letter, its
-    text, its words, or letter and words, as in "B. dog". Nothing similar counts, and several answers are none.
-    letters: as in extract."""
+    """The strict reader of rewards and traces: index of the option in a completion's only <answer>…</answer>, or None.
+    It is an option's letter, text or words, or letter and words ("B. dog"); nothing similar. letters: as in extract."""
     answers = ANSWER.findall(completion)
     if len(answers) != 1 or completion.count("<answer>") != 1:
         return None
     said = _clean(answers[0])
-    letter = re.match(rf"\W*([A-Za-z])(?:{CLOSE}*\s+|{CLOSE}*\Z)", said)
-    if letter and not said[letter.end():].strip():
+    letter = re.match(rf"\W*([A-Za-z]){patterns.CLOSE}*(?:\s+|\Z)(?s:(.*))", said)  # and what follows it
+    if letter and not letter[2]:
         index = _option_of(letter[1], options, letters)
         if index is not None:
             return index
     found = _equal_options(said, options)
     if letter and not found:
         i = _option_of(letter[1], options, letters=True)
-        rest = said[letter.end():]
-        return i if i is not None and _equal_options(rest, options[i:i + 1]) else None
+        return i if i is not None and _equal_options(letter[2], options[i:i + 1]) else None
     return found[0] if len(found) == 1 else None
 
 
@@ -120,9 +112,8 @@ def extract(text, options, letters=True):
 
 def _clean(text):
     r"""Text without Markdown, LaTeX's text commands and wide signs; \boxed{…} stays."""
-    text = unicodedata.normalize("NFKC", text)
-    for sign, plain in patterns.SIGNS.items():
-        text = text.replace(sign, plain)
+    text = unicodedata.normalize("NFKC", text).translate(patterns.SIGNS)
+    text = re.sub(r"[`*$]|\\[()]", " ", text)
     return re.sub(r"\\(?:text|mathrm|mathbf|textbf|mathit)\s*{([^{}]*)}", r"\1", text)
 
 
@@ -141,11 +132,9 @@ def _stated(said, options, letters):
     boxed = re.findall(r"\\boxed\s*{([^{}]*)}", said)
     if boxed:
         return _read_statement(boxed[-1], options, letters)
-    found = []  # where a statement's words begin, and where what is stated does
-    for match in re.finditer(patterns.AFTER_ANSWER, said):
-        found.append(match.span())
-    for match in re.finditer(patterns.IS_RIGHT, said):
-        found.append((match.start(), match.start()))
+    # where a statement's words begin, and where what is stated does
+    found = [match.span() for match in re.finditer(patterns.AFTER_ANSWER, said)]
+    found += [(match.start(), match.start()) for match in re.finditer(patterns.IS_RIGHT, said)]
     for start, end in sorted(found, reverse=True)[:STATEMENTS]:
         before = said[max(0, start - 40):start]
         if patterns.OR.search(before):
@@ -163,7 +152,7 @@ def _stated(said, options, letters):
 
 def _read_statement(text, options, letters):
     """A letter at the beginning of the text, or the one option that its first sentence names."""
-    letter = re.match(LETTER, text)
+    letter = re.match(patterns.LETTER, text)
     if letter:
         return _option_of(letter[1], options, letters), "letter"
     named = _named_options(patterns.SENTENCE_END.split(text, maxsplit=1)[0], options)
@@ -176,7 +165,7 @@ def _only_letter(said, options, letters):
     for option in options:
         if re.search(r"\W[A-Z]\Z|\A[A-Z]\W", option.strip()):
             said = said.replace(option.strip(), " ")  # the letter in "Plan B" is the option's own
-    found = set(re.findall(r"^\W*(?!I,)([A-Z])\W*$", said, re.MULTILINE)) or set(patterns.STATED.findall(said))
+    found = set(re.findall(r"(?m)^\W*(?!I,)([A-Z])\W*$", said)) or set(patterns.STATED.findall(said))
     return _option_of(found.pop(), options, letters) if len(found) == 1 else None
 
 
@@ -192,8 +181,7 @@ def _equal_options(said, options):
 
 
 def _named_options(said, options):
-    """Indices of the options that a text names, with their signs or, if none is, by their words; but those inside a
-    longer one that it names."""
+    """Indices of the options that a text names, by signs or, if none is, by words; none that is inside a longer one."""
     plain, named = _plain(said), []
     for i, option in enumerate(options):
         text = _plain(option)
@@ -209,8 +197,7 @@ def _named_options(said, options):
         named = [i for i, choice in enumerate(choices) if _holds(words, choice)]
     longest = []
     for i in named:
-        inside_another = any(choices[j] != choices[i] and _holds(choices[j], choices[i]) for j in named)
-        if not inside_another:
+        if not any(choices[j] != choices[i] and _holds(choices[j], choices[i]) for j in named):
             longest.append(i)
     return longest
 

@@ -11,7 +11,6 @@ from collections import Counter
 from string import ascii_lowercase
 
 from minixmd.tasks import answers
-from minixmd.tasks.answers import extract, final_answer
 
 WAYS = {"option": answers.WAYS, "mmau": ("letter", "text", "none")}
 TYPES = ("Temporal", "Comparative", "Counting", "Existential", "Location")  # of MUSIC-AVQA; the paper's table has four
@@ -23,11 +22,10 @@ def meant(text, options, rule, letters=True):
 
     By MMAU's rule an option's own text wins over a letter ("D" where the options are chords, "a dog" where A is "dog").
     A letter stands for its option, with that option's text behind it or alone, unless the answer also has the words of
-    another one ("Lyndon B. Johnson"). Of options with the same words, said in another order, the first is meant.
-    """
+    another one ("Lyndon B. Johnson"). Of options with the same words in another order, the first is meant."""
     if rule == "option":
-        return extract(text, options, letters)
-    said = final_answer(text)
+        return answers.extract(text, options, letters)
+    said = answers.final_answer(text)
     if said is None:
         return None, "none"
     letter = _mmau_letter(said, options)
@@ -39,8 +37,7 @@ def meant(text, options, rule, letters=True):
 
 
 def same(options, i, j, rule):
-    """Whether the options of these indices are one answer: the same text, or by MMAU's rule the same words. None is the
-    same as nothing."""
+    """Whether two indices mean one answer: options of the same text or, by MMAU's rule, words. None is like nothing."""
     if i is None or j is None:
         return False
     if rule == "option":
@@ -63,9 +60,8 @@ def vote(texts, options, rule, letters=True):
 
 
 def mmau_rule(text, options, right):
-    """MMAU's own rule: every word of the right option's text is said, and none that only other options have, in any
-    order and number. Source: evaluation.py of Sakshi113/MMAU, re-implemented; it does not know letters, and leaves a
-    question without an answer out of the count."""
+    """MMAU's own rule: every word of the right option is said, in any order and number, and none that only others have.
+    Source: evaluation.py of Sakshi113/MMAU, re-implemented; it knows no letters, and counts no unanswered question."""
     said, words = _tokens(text), _tokens(right)
     others = set().union(*map(_tokens, options)) - words
     return words <= said and not said & others
@@ -73,13 +69,13 @@ def mmau_rule(text, options, right):
 
 def _mmau_letter(said, options):
     """Index of the option for which a letter stands in `said`, or None where there is no letter to replace."""
-    plain, texts = _plain(said), [_plain(option) for option in options]
+    plain, texts = _plain(said), list(map(_plain, options))
     if plain in texts:
         return None
     for i, (letter, text) in enumerate(zip(ascii_lowercase, texts, strict=False)):
         if re.fullmatch(rf"\(?{letter}[).:]*\s{re.escape(text)}", plain):
             return i
-    index, how = extract(said, options)
+    index, how = answers.extract(said, options)
     if how != "letter":
         return None
     chosen_words = _tokens(options[index])
@@ -107,8 +103,7 @@ def benchmark_of(examples):
 
 
 def mmau_table(metas, rights):
-    """{"all": rights, "task" | "difficulty" | "sub_category": {name: rights}}, from the Examples' meta and a boolean
-    each."""
+    """{"all": rights, "task" | "difficulty" | "sub_category": {name: rights}} of the Examples' metas and booleans."""
     table = {"all": list(rights)}
     for field in FIELDS["mmau"]:
         table[field] = _group([meta[field] for meta in metas], rights)
@@ -118,10 +113,9 @@ def mmau_table(metas, rights):
 def music_table(metas, rights):
     """MUSIC-AVQA's tables, from the Examples' meta and a boolean each:
     {"audio": {type: rights, "all": rights}, "every": the same over all modalities, "pair": {"Audio Counting": rights}}.
-    "audio" is over audio and audio-visual questions: the test split's 6,707 of 9,129, our reading of the paper's "7k".
-    """
+    "audio" is of audio and audio-visual questions: the test split's 6,707 of 9,129, as we read the paper's "7k"."""
     asked = list(zip(metas, rights, strict=True))
-    heard = [(meta, right) for meta, right in asked if meta["modality"] != "Visual"]
+    heard = [pair for pair in asked if pair[0]["modality"] != "Visual"]
     table = {}
     for name, part in (("audio", heard), ("every", asked)):
         table[name] = {kind: [right for meta, right in part if meta["type"] == kind] for kind in TYPES}

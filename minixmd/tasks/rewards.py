@@ -8,7 +8,7 @@ import re
 
 from minixmd.tasks.answers import INSIDE, parse_answer
 
-FORMAT = re.compile(rf"\s*<think>{INSIDE}</think>\s*<answer>{INSIDE}</answer>\s*", re.DOTALL)
+FORMAT = re.compile(rf"\s*<think>{INSIDE}</think>\s*<answer>{INSIDE}</answer>\s*")
 
 
 def accuracy_reward(completion, example, right, letters):

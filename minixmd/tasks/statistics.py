@@ -76,8 +76,7 @@ def paired_interval(both, only_a, only_b, neither):
 
 def pairs(a, b):
     """[(record of a, record of b)] clip by clip, in a's order; a record has "id" and "question", the digest. Raises
-    ValueError for the first clip that only one was asked about, or with other words, options or right answer; or for a
-    record that does not say what was asked, as Label's."""
+    ValueError for the first clip that only one has, or with two questions or a record that does not say which."""
     rest, matched = {record["id"]: record for record in b}, []
     for record in a:
         clip = f"clip {record['id']!r}"
@@ -130,7 +129,7 @@ def groups(lead, most=10):
     by_name = sorted(lead)
     ahead = [name for name in sorted(by_name, key=lead.get, reverse=True)[:size] if lead[name] > 0]
     behind = [name for name in sorted(by_name, key=lead.get)[:size] if lead[name] < 0]
-    others = [name for name in by_name if name not in ahead and name not in behind]
+    others = [name for name in by_name if name not in ahead + behind]
     closest = sorted(others, key=lambda name: abs(lead[name]))[:size]
     return {"The teacher is ahead": ahead, "The student is ahead": behind,
             "The smallest gaps among the others": closest}

@@ -16,8 +16,7 @@ def yes_no(text):
 def log_odds(top):
     """log p(yes) - log p(no), each over all its spellings, from the first token's {token: logprob}; None if neither is
     listed. If one is not listed, all that is known of it is that it is no likelier than the least likely token listed,
-    nor than all that are not listed together. The smaller of the two (at least a millionth) stands in for it.
-    """
+    nor than all that are not listed together. The smaller of the two (at least a millionth) stands in for it."""
     listed = {"yes": [], "no": []}
     for token, logprob in top.items():
         if _first_word(token) in listed:
@@ -37,9 +36,8 @@ def _first_word(text):
 
 
 def tally(p_N, truth_N):
-    """How often decisions between no and yes are right. p_N: probabilities of yes; the decision is yes from 0.5 on.
-    Returns summary's fields, "majority": the share of the more frequent answer, and "confusion": rows are the truth,
-    columns the decision, each first no and then yes."""
+    """How often decisions, yes from 0.5 on, are right. p_N: probabilities of yes. Returns summary's fields, "majority":
+    share of the more frequent answer, and "confusion": rows are the truth, columns the decision, first no, then yes."""
     hits, confusion = [], [[0, 0], [0, 0]]
     for p, truth in zip(p_N, truth_N, strict=True):
         said = p >= 0.5
@@ -49,8 +47,7 @@ def tally(p_N, truth_N):
 
 
 def auc(scores, truths):
-    """Area under the ROC curve: the chance that a true one scores above a false one, ties counting a half; None where
-    all are true or all are false."""
+    """Area under the ROC curve: the chance that a true one outscores a false one, a tie half; None without both."""
     false, true = _by_truth(scores, truths)
     if not true or not false:
         return None
