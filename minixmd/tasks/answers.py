@@ -38,6 +38,12 @@ def words_of(text):
     return re.findall(rf"[{patterns.CJK}]|[^\W_{patterns.CJK}]+", text.casefold())
 
 
+def signed_words_of(text):
+    """words_of with the signs that tell one from another: C# and C, -5 and 5, $5, 5%, C++."""
+    text = re.sub(r"\s+%", "%", _clean(text).replace("'", ""))
+    return re.findall(rf"[{patterns.CJK}]|(?:(?<!\w)-(?=\d)|[$€£])?[^\W_{patterns.CJK}]+[#+%*]*", text.casefold())
+
+
 def thoughts(text):
     """What stands between a trace's <think> and </think>; the whole text if nothing does."""
     match = THOUGHTS.search(text)
@@ -82,7 +88,7 @@ def extract(text, options, letters=True):
     text = final_answer(text)
     if text is None:
         return None, "none"
-    said = patterns.RULED_OUT.sub(" ", _clean(text))
+    said = _without_denied(patterns.RULED_OUT.sub(" ", _clean(text)), options)
     index, how = _stated(said, options, letters)
     if index is not None:
         return index, how
@@ -102,8 +108,8 @@ def extract(text, options, letters=True):
     named = _named_options(said, options)
     if len(named) == 1:
         return named[0], "option"
-    words = words_of(said)
-    similarity = [_similarity(words, words_of(option)) for option in options]
+    words = signed_words_of(said)
+    similarity = [_similarity(words, signed_words_of(option)) for option in options]
     best = max(similarity)
     if best >= CUTOFF and similarity.count(best) == 1:  # options that are named tie, at 1
         return similarity.index(best), "similar"
@@ -113,7 +119,7 @@ def extract(text, options, letters=True):
 def _clean(text):
     r"""Text without Markdown, LaTeX's text commands and wide signs; \boxed{…} stays."""
     text = unicodedata.normalize("NFKC", text).translate(patterns.SIGNS)
-    text = re.sub(r"[`*$]|\\[()]", " ", text)
+    text = re.sub(r"(\*+|_{2,}|\$+)([^*$]*)\1|[`]|\\[()]", r" \2 ", text)
     return re.sub(r"\\(?:text|mathrm|mathbf|textbf|mathit)\s*{([^{}]*)}", r"\1", text)
 
 
@@ -127,9 +133,19 @@ def _option_of(letter, options, letters):
     return index if index < len(options) else None
 
 
+def _without_denied(said, options):
+    """The text without options that it denies, as in "not a dog"; all of it where options are denials themselves."""
+    if not any(re.search(patterns.DENIAL, f"{option} ") for option in options):
+        for option in sorted(map(_plain, options), key=len, reverse=True):
+            said = re.sub(rf"{patterns.DENIAL}(?i:{re.escape(option)})(?!{patterns.WORD})", " ", said)
+    return said
+
+
 def _stated(said, options, letters):
     """(index, "letter" or "option") of what the text states as its answer, or (None, "none")."""
     boxed = re.findall(r"\\boxed\s*{([^{}]*)}", said)
+    if re.search(r"\\boxed\s*{[^{}]*}\s*(?:,|or|and|oder|und|或)\s*\\boxed", said):
+        return None, "none"
     if boxed:
         return _read_statement(boxed[-1], options, letters)
     # where a statement's words begin, and where what is stated does
@@ -155,17 +171,18 @@ def _read_statement(text, options, letters):
     letter = re.match(patterns.LETTER, text)
     if letter:
         return _option_of(letter[1], options, letters), "letter"
-    named = _named_options(patterns.SENTENCE_END.split(text, maxsplit=1)[0], options)
+    sentence = patterns.SENTENCE_END.split(text, maxsplit=1)[0]
+    named = [] if patterns.REFUSAL.search(sentence) else _named_options(sentence, options)
     return (named[0], "option") if len(named) == 1 else (None, "none")
 
 
 def _only_letter(said, options, letters):
     """Index of the only letter that a text has by itself, or None."""
-    said = patterns.FIRST.sub(lambda match: match[0].upper(), said)
+    said = patterns.THING.sub(" ", patterns.FIRST.sub(lambda match: match[0].upper(), said))
     for option in options:
         if re.search(r"\W[A-Z]\Z|\A[A-Z]\W", option.strip()):
             said = said.replace(option.strip(), " ")  # the letter in "Plan B" is the option's own
-    found = set(re.findall(r"(?m)^\W*(?!I,)([A-Z])\W*$", said)) or set(patterns.STATED.findall(said))
+    found = set(re.findall(r"(?m)^\W*(?!I,)([A-Z])(?![#+%])\W*$", said)) or set(patterns.STATED.findall(said))
     return _option_of(found.pop(), options, letters) if len(found) == 1 else None
 
 
@@ -175,9 +192,9 @@ def _plain(text):
 
 def _equal_options(said, options):
     """Indices of the options that are the text, with their signs or, if none is, by their words."""
-    plain, words = _plain(said), words_of(said)
+    plain, words = _plain(said), signed_words_of(said)
     equal = [i for i, option in enumerate(options) if plain and _plain(option) == plain]
-    return equal or [i for i, option in enumerate(options) if words and words_of(option) == words]
+    return equal or [i for i, option in enumerate(options) if words and signed_words_of(option) == words]
 
 
 def _named_options(said, options):
@@ -186,14 +203,14 @@ def _named_options(said, options):
     for i, option in enumerate(options):
         text = _plain(option)
         if len(text) == 1:  # a note or a grade, in its own case: an article is none
-            found = re.search(rf"(?<!\w){re.escape(option.strip())}(?![\w#♯♭+])", said)
+            found = re.search(rf"(?<![\w$-]){re.escape(option.strip())}(?![\w#+%])", said)
         else:
-            found = text and re.search(rf"(?<![\w#♯♭+/]){re.escape(text)}(?![\w#♯♭+/])", plain)
+            found = text and re.search(rf"(?<![\w#+/$-]){re.escape(text)}(?![\w#+/%])", plain)
         if found:
             named.append(i)
-    choices = [words_of(option) for option in options]
+    choices = [signed_words_of(option) for option in options]
     if not named:
-        words = words_of(said)
+        words = signed_words_of(said)
         named = [i for i, choice in enumerate(choices) if _holds(words, choice)]
     longest = []
     for i in named:
@@ -208,7 +225,7 @@ def _holds(words, part):
 
 def _similarity(words, part):
     """The largest ratio between `part` and a run of as many of the words (of all of them, where they are fewer)."""
-    if not part:
+    if not part or any(word.strip("-$€£%+").isdigit() for word in part):  # no number is like another
         return 0.0
     ratios = []
     for start in range(max(1, len(words) - len(part) + 1)):
