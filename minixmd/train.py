@@ -319,7 +319,8 @@ class Trainer:
             self.model, self.processor, prompts, num_samples=stage.group_size, max_new_tokens=stage.max_new_tokens,
             temperature=stage.temperature, seed=stage.seed, step=self.step, stop=stage.stop,
             keys=[item.example.id for item in items], decode_slots=stage.decode_slots)
-        rewards = score_completions(completions, items, stage.prompt_format.asks_for_letter)
+        letters = stage.prompt_format.asks_for_letter
+        rewards = score_completions(completions, items, letters)
         self.show_completions(completions[0], items[0], rewards)
         rollout = make_rollout(stage, prompts, completions, rewards["reward"])
 
@@ -337,7 +338,7 @@ class Trainer:
         updated = time.perf_counter()
 
         metrics = dict(metrics)
-        metrics |= rollout_metrics([item.example for item in items], completions, rewards)
+        metrics |= rollout_metrics([item.example for item in items], completions, rewards, letters)
         metrics["learned"] = len(rollout.groups) if rollout else 0  # groups
         if rollout:  # what the sampler said of its tokens against the training pass: 0 but for rounding
             gap_T = (rollout.sampled_T - rollout.old_T).abs()

@@ -398,7 +398,7 @@ def test_a_rollout_is_summed_up_as_a_person_would():
                                                                        (right, 9, False)]]  # fmt: skip
     completions = [[Completion(text, (7,) * count, (0.0,) * count, finished) for text, count, finished in group]
                    for group in said]
-    assert rollout_metrics(examples, completions, {"reward": torch.tensor([[2.0, 1, 0], [2, 2, 2]])}) == {
+    assert rollout_metrics(examples, completions, {"reward": torch.tensor([[2.0, 1, 0], [2, 2, 2]])}, True) == {
         "reward": 1.5, "unparsed": pytest.approx(1 / 6), "zero_variance": 0.5, "completion_tokens": 4.0,
         "truncated": pytest.approx(1 / 6)}  # fmt: skip
 

@@ -92,13 +92,14 @@ def make_rollout(stage, prompts, completions, reward_PG):
     return Rollout(groups, advantage_T, weight_T, torch.tensor(sampled))
 
 
-def rollout_metrics(examples, completions, rewards):
-    """What a step's P x G completions are like, for the log. rewards: of score_completions."""
+def rollout_metrics(examples, completions, rewards, letters):
+    """What a step's P x G completions are like, for the log. rewards, letters: of score_completions."""
     metrics = {name: part_PG.mean().item() for name, part_PG in rewards.items()}
-    unparsed = tokens = truncated = count = 0
+    unparsed = tokens = 0
+    truncated = count = 0
     for example, group in zip(examples, completions, strict=True):
         for completion in group:
-            unparsed += parse_answer(completion.text, example.options) is None
+            unparsed += parse_answer(completion.text, example.options, letters) is None
             tokens += len(completion.ids)
             truncated += not completion.finished
             count += 1

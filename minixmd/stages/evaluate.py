@@ -47,7 +47,8 @@ def collect(stage, folder, log, examples, records, without_trace, benchmark):
     results |= tabulate(examples, records, stage.rule)
     if stage.answer == "generate":
         results |= writing_fields(stage) | letters_beside(examples, records, stage.rule)
-    metas, rights = [], []
+    metas = []
+    rights = []
     for example, record in zip(examples, records, strict=True):
         record["question"] = digest(example)
         if example.id in without_trace:

@@ -15,11 +15,15 @@ def any_of(name):
 SIGNS = str.maketrans({"。": ". ", "،": ", ", "、": ", ", "’": "'", "‘": "'", "−": "-", "♯": "#", "♭": "b"})
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts whose words stand beside a letter without a space
 WORD = rf"[^\W{CJK}]"  # a letter or digit of any other
-OPEN, CLOSE, BRACKET = r"""["'“(\[{<「【《]{0,4}""", r"""[.:;,!?)\]}"'”>」】》]""", r"""[)\]}"'”>」】》]"""
-# a letter, but not of a word ("Bach", "B:maj"), a note or a key, nor the first of several
-ALONE = (rf"(?!{WORD}|[#+%/]|[':.,]{WORD}|[- ]?(?i:flat|sharp|major|minor|dur|moll)\b|\s?[大小]?调|和弦"
-         r"|\)?,?\s*(?:\b(?i:or|and|oder|und)\b|或者?|和|还是)\s*\(?[A-Z]\b"
-         rf"|\)?\s*[,;&|]\s*\(?[A-HJ-Z](?![\w'])(?!\s+[a-z]))")
+OPEN = r"""["'“(\[{<「【《]{0,4}"""
+CLOSE = r"""[.:;,!?)\]}"'”>」】》]"""
+BRACKET = r"""[)\]}"'”>」】》]"""
+# what a letter is part of: a word ("Bach", "B:maj"), a note or a key, two answers, several
+OF_WORD = rf"{WORD}|[#+%/]|[':.,]{WORD}"
+OF_KEY = r"[- ]?(?i:flat|sharp|major|minor|dur|moll)\b|\s?[大小]?调|和弦"
+OF_TWO = r"\)?,?\s*(?:\b(?i:or|and|oder|und)\b|或者?|和|还是)\s*\(?[A-Z]\b"
+OF_SEVERAL = r"\)?\s*[,;&|]\s*\(?[A-HJ-Z](?![\w'])(?!\s+[a-z])"
+ALONE = rf"(?!{OF_WORD}|{OF_KEY}|{OF_TWO}|{OF_SEVERAL})"
 LETTER = (rf"{OPEN}((?![AI])[A-Z]{ALONE}"  # one that could be an article or a pronoun, or is small, only at an end
           rf"|[A-Za-z]{ALONE}(?={CLOSE}|\s*$|\s*\n|[{CJK}]|\s+(?i:because|since|weil|da)\b))")
 STATED = re.compile(
@@ -38,7 +42,8 @@ RULED_OUT = re.compile(
     rf"(?:(?:is|are|was|can|could|does|ist|wäre|kann|是)\s*)?{any_of('wrong')})")
 DENIAL = rf"(?:{any_of('not')}|\b(?i:no)\b)\s*(?:{any_of('filler')}\s*){{0,4}}"  # before an option's words
 THING = re.compile(rf"{any_of('thing')}\s+[A-Z](?!\w)")  # "vitamin C" is no letter
-BUT, REFUSAL = re.compile(any_of("but")), re.compile(any_of("refusal"))
+BUT = re.compile(any_of("but"))
+REFUSAL = re.compile(any_of("refusal"))
 OR = re.compile(r"(?:\b(?i:or|oder|whether|if|ob)\s+(?i:the |die )?|或者?)\Z")
 DENIED = re.compile(r"(?i:n't|\bnot|\bnever|\bcannot)\s+(?:\w+\s+){0,3}\Z")  # "I don't think that the", before "answer"
 SENTENCE_END = re.compile(r"[.!?;\n](?:\s|$)|" + any_of("end"))

@@ -78,7 +78,9 @@ def parse_answer(completion, options, letters=True):
     found = _equal_options(said, options)
     if letter and not found:
         i = _option_of(letter[1], options, letters=True)
-        return i if i is not None and _equal_options(letter[2], options[i:i + 1]) else None
+        if i is None or not _equal_options(letter[2], options[i:i + 1]):
+            return None
+        return i
     return found[0] if len(found) == 1 else None
 
 
