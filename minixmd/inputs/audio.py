@@ -38,8 +38,7 @@ def log_mel(wave_S, window_s=WINDOW_S):
     wave_S: (S,) float32, 16 kHz mono; what lies beyond window_s seconds is ignored. Returns mel_MA: (128, min(l + 2,
     100 window_s)) float32 where l = num_mel_frames(S, window_s). Raises ValueError: "too short" for 320 samples (20 ms)
     or fewer; not 1-D floating point; samples above about 1e16, whose power overflows.
-    Source: transformers 5.23 models/whisper/feature_extraction_whisper.py; tests/test_audio.py compares.
-    """
+    Source: transformers 5.23 models/whisper/feature_extraction_whisper.py; tests/test_audio.py compares."""
     if wave_S.dim() != 1 or not wave_S.is_floating_point():
         raise ValueError(f"log_mel needs a 1-D floating-point wave, got {wave_S.dtype} {tuple(wave_S.shape)}")
     if len(wave_S) < MIN_SAMPLES:
@@ -51,8 +50,7 @@ def log_mel(wave_S, window_s=WINDOW_S):
     padded = F.pad(wave_S, (0, min(frames * HOP + N_FFT, max_samples) - len(wave_S)))
     window = torch.hann_window(N_FFT, device=wave_S.device)  # periodic
     power = torch.stft(padded, N_FFT, HOP, window=window, return_complex=True)[:, :frames].abs() ** 2
-    filters_MF = mel_filters(N_FFT, MELS).to(wave_S.device)
-    mel_MA = (filters_MF @ power.contiguous()).clamp(min=1e-10).log10()
+    mel_MA = (mel_filters(N_FFT, MELS).to(wave_S.device) @ power.contiguous()).clamp(min=1e-10).log10()
     mel_MA = (torch.maximum(mel_MA, mel_MA.max() - 8.0) + 4.0) / 4.0
     if not torch.isfinite(mel_MA).all():
         raise ValueError(f"log_mel: samples up to {wave_S.abs().max().item():.3g} are not finite as power")
@@ -92,8 +90,7 @@ def resample(wave_S, rate, sample_rate):
     resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate)
     outputs = []
     for start in range(0, len(padded), RESAMPLE_BLOCK):
-        block = padded[None, start : start + RESAMPLE_BLOCK]
-        frame = av.AudioFrame.from_ndarray(block, format="flt", layout="mono")
+        frame = av.AudioFrame.from_ndarray(padded[None, start : start + RESAMPLE_BLOCK], format="flt", layout="mono")
         frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
         outputs += resampler.resample(frame)
     outputs += resampler.resample(None)

@@ -25,8 +25,7 @@ class Media:
         return replace(self, features=self.features.to(device), rows_P=self.rows_P.to(device))
 
     def patches(self):
-        """A video's patches_PC, cut on the device that its frames are on; features that are patches already are
-        taken as they are."""
+        """A video's patches_PC, cut on its frames' device; features that are patches already are taken as they are."""
         return patchify(self.features) if self.features.dtype == torch.uint8 else self.features
 
 
@@ -107,13 +106,12 @@ def pack(items):
             target_ids.append(prompt.ids_N[target_T])
             target_segments.append(torch.full_like(target_T, parent))
         end += len(prompt)
-        prompt_end = end
         for completion_T in completions:
             count = len(completion_T)
             if count == 0:
                 raise ValueError("a Group has an empty completion")
             position = int(prompt.positions_3N[:, -1].max()) + 1
-            target_rows.append(torch.tensor([prompt_end - 1, *range(end, end + count - 1)]))
+            target_rows.append(torch.tensor([first + len(prompt) - 1, *range(end, end + count - 1)]))
             target_ids.append(completion_T)
             target_segments.append(torch.full_like(completion_T, len(segments)))
             segments.append(Segment(end, count, parent))

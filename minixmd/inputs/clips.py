@@ -60,15 +60,13 @@ def load_clip(source, kind, options, cache=None):
     source: path, 16 kHz mono wave (float tensor (S,)) or frames (uint8 tensor (T, 3, H, W)). kind: "audio", then
     (mel_MA, mel frames that hold sound); or "video", then (frames, (T, 3, H, W) uint8, and how many were picked a
     second, or None). options: max_s, seconds that are heard; or fps, nframes, min_pixels and max_pixels. Raises
-    MediaError.
-    """
+    MediaError."""
     given = isinstance(source, torch.Tensor)
     if kind == "video":
         if given:
-            frames_TCHW, sampled_fps = see(source, kind, options), options["fps"]
-        else:
-            frames_TCHW, sampled_fps = read_film(source, options, cache)
-        return frames_TCHW if given else frames_TCHW.numpy(), sampled_fps
+            return see(source, kind, options), options["fps"]
+        frames_TCHW, sampled_fps = read_film(source, options, cache)
+        return frames_TCHW.numpy(), sampled_fps
     max_s = options["max_s"]
     wave_S = source if given else read_sound(source, max_s, cache)
     frames = num_mel_frames(len(wave_S), max_s)
@@ -100,11 +98,9 @@ def read_film(path, options, cache=None):
     fps, nframes, sizes = options["fps"], options["nframes"], (options["min_pixels"], options["max_pixels"])
     place = cache and cache.place(path, f"film {fps} {nframes} {sizes}")
     if place is not None and place.is_file():
-        try:
+        with suppress(SafetensorError, KeyError, TypeError, ValueError):  # it is not whole, and made again
             with safe_open(place, "pt") as file:
                 return file.get_tensor("frames"), float(file.metadata()["fps"]) or None
-        except (SafetensorError, KeyError, TypeError, ValueError):
-            pass  # not whole: it is made again
     frames_TCHW, sampled_fps = read_frames(
         path, fps=fps, nframes=nframes, fit=lambda frames_1CHW, total: see(frames_1CHW, path, options, total))
     if place is not None:

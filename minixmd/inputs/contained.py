@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import ceil
 from multiprocessing import forkserver, get_context
 from pathlib import Path
@@ -42,8 +42,7 @@ class Contained:
     def __init__(self, function, limit_s=LIMIT_S, workers=None):
         self.function, self.limit_s = function, limit_s
         self.context = get_context("forkserver")  # fast to start, with shared memory
-        module = getattr(function, "func", function).__module__
-        self.context.set_forkserver_preload([__name__, module])
+        self.context.set_forkserver_preload([__name__, getattr(function, "func", function).__module__])
         with _without_main():
             forkserver.ensure_running()
         self.slots = LifoQueue()  # of children; None: one that has yet to be started. Threads may be more
@@ -82,11 +81,9 @@ class Contained:
                 child.start()
             end.close()  # so that the child's death closes the pipe
             self.children[child] = pipe
-            try:
+            with suppress(EOFError, ConnectionError):
                 if pipe.recv() and not self.stopped:  # it is ready
                     return child
-            except (EOFError, ConnectionError):
-                pass
             self._end(child)
         if self.stopped:
             raise MediaError(path, "crashed", "stopped")
@@ -132,7 +129,7 @@ def _work(pipe, function, limit_s):
     _limit_memory()
     pipe.send("ready")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders print notes to stderr, where the progress bar is
-    try:
+    with suppress(EOFError, OSError):
         while True:
             path, arguments = pipe.recv()
             signal.alarm(ceil(limit_s) + GRACE_S)
@@ -150,8 +147,6 @@ def _work(pipe, function, limit_s):
             pipe.send(-(-len(data) // PIECE_BYTES))
             for start in range(0, len(data), PIECE_BYTES):
                 pipe.send_bytes(data[start:start + PIECE_BYTES])
-    except (EOFError, OSError):
-        return
 
 
 def _limit_memory():
@@ -162,6 +157,4 @@ def _limit_memory():
         return
     soft = (int(in_use[1]) << 10) + MAX_BYTES
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if hard >= 0:  # below 0: unlimited
-        soft = min(soft, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_DATA, (soft if hard < 0 else min(soft, hard), hard))  # below 0: unlimited

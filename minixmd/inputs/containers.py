@@ -33,11 +33,11 @@ def announced(file, size):
     start = _after_id3(file)
     head = _read(file, start, 40)
     if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
-        return _chunks(file, start + 12, size, ">I" if head[:4] == b"RIFX" else "<I", b"data")
+        return _chunks(file, start + 12, size, ">4sI" if head[:4] == b"RIFX" else "<4sI", b"data")
     if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
-        return _chunks(file, start + 12, size, ">I", b"SSND")
+        return _chunks(file, start + 12, size, ">4sI", b"SSND")
     if head[:4] == b"caff":
-        return _chunks(file, start + 8, size, ">q", b"data")
+        return _chunks(file, start + 8, size, ">4sq", b"data")
     if head[:4] == b".snd":
         offset, length = struct.unpack(">II", head[4:12])
         return _ends_at(file, start + offset + length, size) if 0 < length < UNKNOWN_BYTES else Announced()
@@ -46,14 +46,9 @@ def announced(file, size):
         return _ends_at(file, start + length, size) if 0 < length < 1 << 62 else Announced()
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         return _avi(file, start, size)
-    if head[4:8] == b"ftyp":
-        return _mp4(file, start, size)
-    if head[:4] == EBML:
-        return _matroska(file, start, size)
-    if head[:16] == ASF_HEADER:
-        return _asf(file, start, size)
-    if head[:4] == b"OggS":
-        return _ogg(file, start, size)
+    for sign, at, read in ((b"ftyp", 4, _mp4), (EBML, 0, _matroska), (ASF_HEADER, 0, _asf), (b"OggS", 0, _ogg)):
+        if head.startswith(sign, at):
+            return read(file, start, size)
     if head[:4] == b"fLaC":
         return Announced(samples=struct.unpack(">Q", head[18:26])[0] & (1 << 36) - 1)
     return Announced(samples=_xing_samples(_read(file, start, 4096)))
@@ -82,14 +77,12 @@ def _ends_at(file, end, size):
     return Announced(end, joined="" if ignored and not rest.startswith(BEGINNINGS) else "more sound than announced")
 
 
-def _chunks(file, at, size, length_format, content):
+def _chunks(file, at, size, head_format, content):
     """Announced of a chain of chunks (name, length, that many bytes), of which `content` holds the sound."""
-    end, long_length = 0, None
-    width = struct.calcsize(length_format)
-    while at + 4 + width <= size:
+    end, long_length, width = 0, None, struct.calcsize(head_format)  # 8; of CAF, which fills up no odd chunk, 12
+    while at + width <= size:
         head = _read(file, at, 64)
-        name = head[:4]
-        length = struct.unpack(length_format, head[4:4 + width])[0]
+        name, length = struct.unpack_from(head_format, head)
         if length < 0:  # of CAF: unknown, or a trap
             return Announced()
         if name == b"ds64":  # RF64's lengths of 64 bits: of the file, then of the sound
@@ -97,18 +90,16 @@ def _chunks(file, at, size, length_format, content):
         if name == content and end:
             return Announced(end, joined="a second sound follows")
         if name == content:
-            if length_format != ">q" and length >= UNKNOWN_BYTES:
+            if width == 8 and length >= UNKNOWN_BYTES:
                 length = long_length
             if not length:
                 return Announced()
-            end = at + 4 + width + length
+            end = at + width + length
         elif end:
-            legible = re.fullmatch(rb"[ -~]{4}", name) and at + 4 + width + length <= size + 1
+            legible = re.fullmatch(rb"[ -~]{4}", name) and at + width + length <= size + 1
             if name in BEGINNINGS or not legible:
                 return _ends_at(file, at, size)
-        at += 4 + width + length
-        if length_format != ">q":
-            at += length % 2
+        at += width + length + (length % 2 if width == 8 else 0)
     return Announced(end)
 
 

@@ -75,8 +75,7 @@ def data_root(manifest):
 
 def read_manifest(path, allow_outside=False):
     """The Examples of a JSONL manifest, media paths made absolute; outside of data_root only where allow_outside says.
-    Raises ValueError, which names file, line and field: no example, a line that is none, a repeated id, a path outside.
-    """
+    Raises ValueError naming file, line and field: no example, a line that is none, a repeated id, a path outside."""
     path = Path(path)
     folder, root = os.path.realpath(path.parent), data_root(path)
     examples, line_of = [], {}

@@ -24,8 +24,7 @@ def sample_frames(total, video_fps, *, fps=1.0, nframes=None):
     fps are 8 frames. A video of one frame, which qwen-vl-utils refuses, gives that frame; `patchify` repeats it.
 
     total: frames that decode, >= 1. video_fps: their average rate, in 1/s. fps: frames to choose per second; unused
-    when nframes is given. nframes: a fixed count, even, >= 2, <= total. Raises ValueError: an argument out of range.
-    """
+    when nframes is given. nframes: a fixed count, even, >= 2, <= total. Raises ValueError: an argument out of range."""
     if total < 1:
         raise ValueError(f"total must be at least 1 frame, got {total}")
     if nframes is not None:
@@ -98,6 +97,5 @@ def patchify(frames_TCHW):
     cut = frames_TCHW.reshape(t, TEMPORAL, C, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
     values = TEMPORAL * PATCH * PATCH  # of one colour in a patch
     patches_PC = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, C * values).float()
-    mean_C = (torch.tensor(MEAN) * 255.0).repeat_interleave(values)
-    std_C = (torch.tensor(STD) * 255.0).repeat_interleave(values)
-    return patches_PC.sub_(mean_C.to(patches_PC.device)).div_(std_C.to(patches_PC.device))
+    mean_C, std_C = ((torch.tensor(rgb) * 255.0).repeat_interleave(values).to(cut.device) for rgb in (MEAN, STD))
+    return patches_PC.sub_(mean_C).div_(std_C)

@@ -76,8 +76,7 @@ def read_audio(path, *, sample_rate=SAMPLE_RATE, max_s=None):
         raise MediaError(path, "no samples")
     if bad := int((~(np.abs(mono) <= LOUDEST)).sum()):  # written so that NaN counts as bad
         raise MediaError(path, "not finite", f"{bad} of {len(mono)} samples are NaN, infinite or above {LOUDEST:g}")
-    wave_S = resample(mono, rate, sample_rate)
-    wave_S = wave_S[:None if max_s is None else round(max_s * sample_rate)]
+    wave_S = resample(mono, rate, sample_rate)[:None if max_s is None else round(max_s * sample_rate)]
     if not len(wave_S):
         raise MediaError(path, "no samples", f"{len(mono)} samples at {rate} Hz are none at {sample_rate} Hz")
     return torch.from_numpy(wave_S)
@@ -109,8 +108,7 @@ def _read_track(container, path, max_s, announced_samples):
         if container.format.name in EXACT_DURATION and stream.duration:
             announced_samples = int(0.99 * stream.duration * stream.time_base * rate)
         if fifo.samples < announced_samples:
-            detail = f"decoding stops after {fifo.samples} of {announced_samples} samples"
-            raise MediaError(path, "truncated", detail)
+            raise MediaError(path, "truncated", f"decoding stops after {fifo.samples} of {announced_samples} samples")
     mono = _mono(fifo.read(partial=True), path) if fifo.samples else np.zeros(0, np.float32)
     return mono, rate, shift
 
@@ -148,10 +146,8 @@ def read_frames(path, *, fps=1.0, nframes=None, fit=None):
         shapes.add(image_1CHW.shape)
         return image_1CHW.contiguous() if fit is None else fit(image_1CHW, count)
 
-    images = None
-    if times:
-        images = _decode_times(path, [times[i] for i in choose(len(times))], convert)
     total = len(times)
+    images = _decode_times(path, [times[i] for i in choose(total)], convert) if times else None
     if images is None:
         shapes.clear()
         images, total = _decode_all(path, choose, convert)
@@ -168,16 +164,11 @@ def _frame_times(path):
         rate = stream.average_rate  # None in a few formats
         if container.format.name not in ONE_FRAME_A_PACKET or stream.codec_context.codec.canonical_name not in TIMED:
             return rate, []
-        times = []
         try:
-            for packet in container.demux(stream):
-                if packet.size and not packet.is_discard:
-                    times.append(packet.pts)
+            times = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
         except AV_ERRORS:
             return rate, []  # decoding will say what is wrong
-    if None in times or len(set(times)) < len(times):
-        return rate, []
-    return rate, sorted(times)
+    return rate, [] if None in times or len(set(times)) < len(times) else sorted(times)
 
 
 def _decode_times(path, times, convert):
@@ -269,8 +260,7 @@ def _film_track(container, path):
         counts = {stream.index: stream.frames for stream in streams}
         if 0 in counts.values():  # the container does not say
             with open_media(path) as other:
-                tracks = [other.streams[stream.index] for stream in streams]
-                packets = Counter(packet.stream_index for packet in other.demux(tracks))
+                packets = Counter(packet.stream_index for packet in other.demux(list(counts)))
             counts = {index: packets[index] - 1 for index in counts}  # the last one is empty
         streams = [stream for stream in streams if counts[stream.index] > 1] or streams
         best = container.streams.best("video")
@@ -297,12 +287,11 @@ def _decode(container, stream, path, before_packet=None):
     if stream.codec_context is None:
         raise MediaError(path, "unreadable", "no decoder for its codec")
     stream.codec_context.thread_count = 1  # the work is divided by clips
-    sized = container.format.name in SIZED_PACKETS
     loose = stream.type == "audio" and container.format.name in SELF_FRAMED
     behind, junk_bytes = None, 0  # what a packet raised that may be a tag behind the sound, and the size of such
     try:
         for packet in container.demux(stream):
-            if packet.is_corrupt and sized:
+            if packet.is_corrupt and container.format.name in SIZED_PACKETS:
                 fault = "a packet is incomplete"
                 break
             if before_packet is not None:

@@ -30,20 +30,16 @@ def grid_offsets(grid_thw, *, ids_per_s=None, fps=None):
     time_t = torch.arange(t)
     if ids_per_s is not None:
         time_t = (time_t * torch.tensor(2 / fps) * ids_per_s).long()  # in fp32, as the reference
-    grid = torch.meshgrid(time_t, torch.arange(h), torch.arange(w), indexing="ij")
-    return torch.stack(grid).flatten(1)
+    return torch.stack(torch.meshgrid(time_t, torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)
 
 
 def interleave(video_3P, audio_tokens, chunk):
     """A sounded video's order: in every `chunk` of ids first the picture's tokens, then the sound's, one id each. As in
     the reference a token opens one chunk at most, so frame pairs further apart than a chunk are split over two. Returns
     (is_video_P, offsets_3P) over the P video and audio tokens in their new order."""
-    audio_3A = torch.arange(audio_tokens).expand(3, -1)
-    offsets_3P = torch.cat([video_3P, audio_3A], dim=1)
+    offsets_3P = torch.cat([video_3P, torch.arange(audio_tokens).expand(3, -1)], dim=1)
     is_audio_P = torch.arange(offsets_3P.shape[1]) >= video_3P.shape[1]
-    video_chunks = _chunk_numbers(video_3P[0].tolist(), chunk)
-    audio_chunks = _chunk_numbers(range(audio_tokens), chunk)
-    chunk_P = torch.tensor(video_chunks + audio_chunks)
+    chunk_P = torch.tensor(_chunk_numbers(video_3P[0].tolist(), chunk) + _chunk_numbers(range(audio_tokens), chunk))
     order_P = (2 * chunk_P + is_audio_P).argsort(stable=True)
     return ~is_audio_P[order_P], offsets_3P[:, order_P]
 

@@ -2,6 +2,7 @@
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 
 from minixmd.inputs.clips import Cache, load_clip
 from minixmd.inputs.contained import LIMIT_S, Contained, num_workers
@@ -28,8 +29,7 @@ def prefetch(function, items, on_bad, *, load=load_clip, reading=None, ahead=16,
 
     load: function(path, …) that reads a file; `function` is given it Contained. reading: config.ClipReading, with whose
     cache `load` is called if it has one. workers: files read at a time; None = num_workers().
-    on_bad(item, error) takes the place of a MediaError.
-    """
+    on_bad(item, error) takes the place of a MediaError."""
     items = iter(items)
     if reading is not None and reading.cache is not None:
         load = partial(load, cache=Cache(reading.cache, reading.cache_gib))
@@ -39,10 +39,8 @@ def prefetch(function, items, on_bad, *, load=load_clip, reading=None, ahead=16,
         waiting = deque()
         try:
             while True:
-                for item in items:
+                for item in islice(items, ahead + 1 - len(waiting)):
                     waiting.append((item, pool.submit(function, item, contained)))
-                    if len(waiting) > ahead:
-                        break
                 if not waiting:
                     return
                 item, future = waiting.popleft()

@@ -64,8 +64,7 @@ class Processor:
 
     folder: holds tokenizer.json. config: models.families.ModelConfig; the ids of its media tokens must be the
     tokenizer's, its embedding must have a row for every token, and its context is the limit on a prompt's length.
-    Raises ValueError: no readable tokenizer.json, or one that belongs to another model.
-    """
+    Raises ValueError: no readable tokenizer.json, or one that belongs to another model."""
 
     def __init__(self, folder, config):
         self.folder, self.config, self.family = Path(folder), config, config.family
@@ -118,23 +117,21 @@ class Processor:
     def __call__(self, conversation, load=load_clip, max_new_tokens=0):
         """A conversation in transformers' form to a Prompt, which is never truncated.
 
-        Args:
-            conversation: [{"role": "user", "content": [{"type": "audio", "audio": path}, {"type": "text", …}]}]; media
-                are paths, 16 kHz mono waves (float tensor (S,)) or frames (uint8 tensor (T, 3, H, W)). A video part may
-                carry fps, min_pixels, max_pixels, nframes, and `"use_audio": True` (Omni) for its sound track, in turns
-                with the picture. A last assistant turn is the target; without one the prompt ends where it would start.
-            load: reads a clip's file, as load_clip, such as a Contained one.
-            max_new_tokens: tokens that will be written after the prompt, for which there must be room.
+        conversation: [{"role": "user", "content": [{"type": "audio", "audio": path}, {"type": "text", …}]}]; media are
+        paths, 16 kHz mono waves (float tensor (S,)) or frames (uint8 tensor (T, 3, H, W)). A video part may carry fps,
+        min_pixels, max_pixels, nframes, and `"use_audio": True` (Omni) for its sound track, in turns with the picture.
+        A last assistant turn is the target; without one the prompt ends where it would start.
+        load: reads a clip's file, as load_clip, such as a Contained one. max_new_tokens: tokens that will be written
+        after the prompt, for which there must be room.
         Raises MediaError: a clip that cannot be used; "too long" for a prompt over the model's limit. ValueError: a
-        malformed conversation, or media the family does not take.
-        """
+        malformed conversation, or media the family does not take."""
         if not conversation or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in conversation):
             raise ValueError("a conversation is a non-empty list of {'role': …, 'content': …}")
         draft = Draft(load)
         if conversation[0]["role"] != "system":
             draft.add(self.encode(f"{START}system\n{self.family.system}{END}\n"))
         for number, turn in enumerate(conversation):
-            role, parts = turn["role"], turn["content"]
+            role, content = turn["role"], turn["content"]
             if role not in ("system", "user", "assistant"):
                 raise ValueError(f"turn {number}: role must be system, user or assistant, got {role!r}")
             is_target = role == "assistant" and number == len(conversation) - 1
@@ -142,8 +139,7 @@ class Processor:
             if is_target:  # a boundary that generation has too, so that no token spans it
                 draft.add(self.encode(text))
                 text = ""
-            if isinstance(parts, str):
-                parts = [{"type": "text", "text": parts}]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
                 raise ValueError(f"turn {number}: content must be a string or a list of {{'type': …}} parts")
             for part in parts:
@@ -169,9 +165,8 @@ class Processor:
         string = part.get("text")
         if not isinstance(string, str):
             raise ValueError(f"turn {number}: a text part's 'text' must be a string, got {string!r}")
-        for sign in self.placeholders:
-            if sign in string:
-                raise ValueError(f"text must not hold the placeholder {sign}; give the clip as a media part")
+        if held := [sign for sign in self.placeholders if sign in string]:
+            raise ValueError(f"text must not hold the placeholder {held[0]}; give the clip as a media part")
         return string
 
     def _add_media(self, draft, text, part, number):
