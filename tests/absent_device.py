@@ -273,6 +273,13 @@ def is_pinned(x):
     return getattr(x, "pinned", False)
 
 
+def with_tensors(index):
+    """An index with its lists as tensors of the CPU, as on a device that is there."""
+    if isinstance(index, tuple):
+        return tuple(with_tensors(part) for part in index)
+    return torch.tensor(index) if isinstance(index, list) else index
+
+
 def is_view(function):
     alias = [returned.alias_info for returned in function._schema.returns]
     return bool(alias) and all(info is not None and not info.is_write for info in alias)
@@ -347,6 +354,8 @@ class Functions(TorchFunctionMode):
                 x = x.clone()
                 x.pinned = True
                 return x
+            if isinstance(x, OnDevice) and name in ("__getitem__", "__setitem__"):
+                args = (x, with_tensors(args[1]), *args[2:])
             if isinstance(x, OnDevice) and name in ("numpy", "data_ptr", "__array__"):
                 raise DeviceError(f"{name} of a tensor of the device, at {caller()}")
             if isinstance(x, OnDevice) and name == "tolist":

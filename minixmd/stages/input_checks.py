@@ -41,7 +41,7 @@ def check_stage(stage, read, look_for_clips):
     files = {}  # field -> path of a file that is there; others, and outputs to come, are left out
     for name in (*MANIFESTS, *READERS, "weights"):
         path = getattr(stage, name, None)
-        if path and not path.startswith("@") and os.path.isfile(path):
+        if path and not path.startswith("@") and os.path.exists(path):
             files[name] = path
     media = getattr(stage, "media", "none" if isinstance(stage, Report) else "audio")
     examples = {}
