@@ -12,10 +12,9 @@ from minixmd.runs.value_checks import check_value, describe, take_apart
 
 PROMPT_EXAMPLE = {"question": "Which?", "options": "A. dog\nB. cat", "first": "A", "last": "B"}
 TRACE_EXAMPLE = {"trace": "<think>It barks.</think><answer>A</answer>"}  # allowed only where a prompt shows a trace
-RENAMED = {  # fields of older configs -> what they are called now
-    "impl": "backend", "n": "num_samples", "which": "trace_filter", "slots": "decode_slots", "warmup": "warmup_ratio",
-    "clip": "max_grad_norm", "key_variable": "api_key_env", "wait_s": "retry_backoff_s",
-}  # fmt: skip
+# fields of older configs -> what they are called now
+RENAMED = {"impl": "backend", "which": "trace_filter", "slots": "decode_slots", "clip": "max_grad_norm",
+           "n": "num_samples", "warmup": "warmup_ratio", "key_variable": "api_key_env", "wait_s": "retry_backoff_s"}
 _owners = {}  # field -> names of the stage classes that have it, for the hint in an error
 
 
@@ -39,8 +38,7 @@ def stage(cls):
         for name in given:
             if name not in known:
                 raise ConfigError(f"config: {title} has no field {name!r}{hint(name, known)}")
-        missing = [name for name in required if name not in given]
-        if missing:
+        if missing := [name for name in required if name not in given]:
             raise ConfigError(f"config: {title} needs {' and '.join(map(repr, missing))}")
         generated_init(self, **given)
         check_types(self)
@@ -100,8 +98,9 @@ def parse_field(item, name, text):
 
 
 def check_unused(item, because, names):
-    """Raises ConfigError for a field that has no effect and is not at its default. because: such as "gate 'never'"."""
-    for name in names:
+    """Raises ConfigError for a field that has no effect and is not at its default. because: such as "gate 'never'".
+    names: of fields, with spaces between them."""
+    for name in names.split():
         if getattr(item, name) != item.__dataclass_fields__[name].default:
             raise ConfigError(f"config: {because} does not use {name}, got {getattr(item, name)!r}")
 
@@ -118,8 +117,7 @@ def check_prompt(prompt, needs=("options",)):
         raise ConfigError(f"config: prompt {prompt!r} is no format string: {error}") from None
     if unknown:
         raise ConfigError(f"config: prompt has no placeholder {unknown[0]!r}{nearest(unknown[0], known)}")
-    missing = [name for name in needs if name not in names]
-    if missing:
+    if missing := [name for name in needs if name not in names]:
         raise ConfigError(f"config: prompt {prompt!r} must hold the placeholder {missing[0]!r}")
 
 

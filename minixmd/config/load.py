@@ -8,11 +8,9 @@ from minixmd.config import STAGES
 from minixmd.config.field_checks import ConfigError, hint, kind, nearest, parse_field
 from minixmd.config.references import check_references
 
-MOVED = {  # modules that older configs import -> where their names are now
-    "minixmd.prompts": "minixmd.config",
-    "minixmd.xmd": "minixmd.recipe_parts.xmd",
-    "minixmd.sightsound": "minixmd.recipe_parts.sightsound",
-}
+# modules that older configs import -> where their names are now
+MOVED = {"minixmd.prompts": "minixmd.config", "minixmd.xmd": "minixmd.recipe_parts.xmd",
+         "minixmd.sightsound": "minixmd.recipe_parts.sightsound"}
 
 @dataclass(frozen=True)
 class Config:

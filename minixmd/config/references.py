@@ -1,28 +1,20 @@
 """What a field that names a file stands for: "@name", the output of an earlier stage; "@name/file", another of its
-files; a path; or, for a model, "owner/name" or "owner/name@revision" on the hub where there is no such folder.
-"""
+files; a path; or, for a model, "owner/name" or "owner/name@revision" on the hub where there is no such folder."""
 from dataclasses import fields
 from pathlib import Path
 
 from minixmd.config.field_checks import ConfigError, kind, nearest
 from minixmd.runs.hub_names import parse_hub_name
 
-OUTPUTS = {  # what a bare "@name" means
-    **dict.fromkeys(("distill", "sft", "grpo"), "best"),
-    "label": "labels.jsonl",
-    "switch": "switch.jsonl",
-    "evaluate": "results.json",
-    "traces": "traces.jsonl",
-    "factcheck": "traces.jsonl",  # those that were accepted
-}
+# what a bare "@name" means; of factcheck the traces that were accepted
+OUTPUTS = {"distill": "best", "sft": "best", "grpo": "best", "label": "labels.jsonl", "switch": "switch.jsonl",
+           "evaluate": "results.json", "traces": "traces.jsonl", "factcheck": "traces.jsonl"}
 INPUTS = {  # the fields that name a file or folder, and the kinds of stage that a bare "@name" in them may be
-    "model": "distill sft grpo",
-    "traces": "traces factcheck",
-    "switch": "switch",
+    "model": "distill sft grpo", "traces": "traces factcheck", "switch": "switch",
     **dict.fromkeys(("teacher_labels", "student_labels"), "label"),
     **dict.fromkeys(("teacher", "student", "tables", "ablation"), "evaluate"),
     **dict.fromkeys(("manifest", "val_manifest", "train_manifest", "clips", "weights", "verdicts", "curves", "funnel")),
-}
+}  # fmt: skip
 
 
 def resolve(value, run_dir, stages):

@@ -109,7 +109,7 @@ class Evaluate(_Prompted):
     def check(self):
         super().check(("options",) if self.traces is None else ("options", "trace"))
         if self.answer == "letters":
-            check_unused(self, "answer 'letters'", ("rule", "num_samples", "temperature", "stop"))
+            check_unused(self, "answer 'letters'", "rule num_samples temperature stop")
         check_stop(self.stop)
         if self.num_samples > 1 and self.temperature == 0:
             raise ConfigError(f"config: num_samples {self.num_samples} at temperature 0.0 would give "
@@ -149,7 +149,7 @@ class _Endpoint:
                 valid = False
             if not valid:  # without a scheme the client would take it for a model on the hub
                 raise ConfigError(f"config: endpoint {self.endpoint!r} is no URL such as http://localhost:8000/v1")
-            check_unused(self, "an endpoint", ("cache",))
+            check_unused(self, "an endpoint", "cache")
         if (self.endpoint is None) != (self.served is None):
             raise ConfigError(f"config: endpoint {self.endpoint!r} with served {self.served!r}: both or neither")
 
@@ -175,8 +175,7 @@ class Traces(_Prompted, _Endpoint):
         if self.endpoint is not None:
             if self.media not in ("video", "audio"):
                 raise ConfigError(f"config: media must be 'video' or 'audio', got {self.media!r}")
-            check_unused(self, "the server at an endpoint chooses the frames and",
-                         ("fps", "min_pixels", "max_pixels", "nframes"))
+            check_unused(self, "the server at an endpoint chooses the frames and", "fps min_pixels max_pixels nframes")
 
 
 @stage
@@ -214,7 +213,7 @@ class FactCheck(_LocalModel, _Endpoint, _Cnn14):
         if self.checker == "endpoint":
             self.check_endpoint(None)
         else:
-            check_unused(self, f"checker {self.checker!r}", ("logprobs",))
+            check_unused(self, f"checker {self.checker!r}", "logprobs")
 
 
 @stage
@@ -293,11 +292,11 @@ class Distill(_Training):
             raise ConfigError(f"config: gate {self.gate!r} with switch {self.switch!r}: 'learned' and 'oracle' need a "
                               "switch, 'always' and 'never' none")
         if self.gate == "always":
-            check_unused(self, "gate 'always'", ("student_labels",))
+            check_unused(self, "gate 'always'", "student_labels")
         if self.gate == "never":
             if self.student_labels is None:
                 raise ConfigError("config: gate 'never' needs student_labels, got None")
-            check_unused(self, "gate 'never'", ("teacher_labels", "teacher_loss"))
+            check_unused(self, "gate 'never'", "teacher_labels teacher_loss")
 
 
 @stage
@@ -315,7 +314,7 @@ class SFT(_Training):
             object.__setattr__(self, "prompt", PROMPT if self.traces is None else THINK_PROMPT)
         super().check()
         if self.traces is None:
-            check_unused(self, "sft without traces", ("trace_filter", "max_new_tokens"))
+            check_unused(self, "sft without traces", "trace_filter max_new_tokens")
 
 
 @stage
@@ -350,7 +349,7 @@ class GRPO(_Training):
         if self.decode_slots is not None and self.decode_slots < self.group_size:
             raise ConfigError(f"config: decode_slots {self.decode_slots} is below group_size {self.group_size}")
         if self.beta == 0:
-            check_unused(self, "beta 0.0", ("kl",))
+            check_unused(self, "beta 0.0", "kl")
         if self.dtype == "float16":  # see _Training.check
             raise ConfigError("config: grpo needs dtype 'float32' or 'bfloat16', got 'float16'")
 
@@ -399,18 +398,11 @@ class Report:
             if self.clips_of not in {**self.tables, **(self.ablation or {})}.get(row, {}):
                 raise ConfigError(f"config: gallery needs column {self.clips_of!r} in row {row!r} of a table")
         for title, steps in (self.funnel or {}).items():
-            unknown = set(steps) - {"traces", "checked", "verifier"}
-            if unknown:
+            if unknown := set(steps) - {"traces", "checked", "verifier"}:
                 raise ConfigError(f"config: funnel {title!r} must be of 'traces', 'checked' and 'verifier', got "
                                   f"{unknown.pop()!r}")
-        columns = [self.gap, *self.bars]
-        if self.clips is not None:
-            columns.append(self.clips_of)
+        columns = [self.gap, *self.bars] + ([] if self.clips is None else [self.clips_of])
         for row in self.roles or ():
             for column in columns:
                 if column not in self.tables.get(row, {}):
                     raise ConfigError(f"config: roles need column {column!r} in row {row!r} of tables")
-
-
-TRAINING = (Distill, SFT, GRPO)
-STAGES = (Toy, Evaluate, Label, Traces, FactCheck, Switch, *TRAINING, Report)

@@ -185,13 +185,9 @@ def read_config(raw):
     ignored = []
     text_section = _text_section(family, section, path, ignored)
     text = _read_fields(family, family.text_defaults, text_section, path + "text_config.", ignored)
-    audio = vision = None
-    if family.audio:
-        audio_section = _object(section, "audio_config", path)
-        audio = _read_fields(family, family.audio_defaults, audio_section, path + "audio_config.", ignored)
-    if family.video:
-        vision_section = _object(section, "vision_config", path)
-        vision = _read_fields(family, family.vision_defaults, vision_section, path + "vision_config.", ignored)
+    audio, vision = (
+        defaults and _read_fields(family, defaults, _object(section, name, path), f"{path}{name}.", ignored)
+        for name, defaults in (("audio_config", family.audio_defaults), ("vision_config", family.vision_defaults)))
     times = {name: section.get(name, default) for name, default in family.time_fields.items()}
     for name, value in times.items():
         if type(value) is not int or value <= 0:

@@ -13,6 +13,7 @@ import torch
 from minixmd.kernels import distill, distill_topk, grpo, logprob
 
 CHUNK = 1024  # target rows whose logits exist at once: 0.6 GB of fp32 at a vocabulary of 152,064
+frozen = dataclass(frozen=True, eq=False)  # tensors have no single answer to ==
 
 
 def raw_logits(hidden_ND, weight_VD):
@@ -25,22 +26,22 @@ def raw_logits(hidden_ND, weight_VD):
     return hidden_ND.float() @ weight_VD.float().T
 
 
-# ---- row losses ----
-# loss_and_grad(z_TV, rows, out_TV), which runs without autograd, computes the targets of a slice `rows`, whose logits
-# are z_TV. It returns a tuple of their columns, the loss before its weight first, and writes d sum(weight loss) / dz to
-# out_TV, which may be z_TV itself or None. backend: "triton" | "torch". lengths: targets of each sequence that must not
-# be cut in two chunks, or None.
+class RowLoss:
+    """loss_and_grad(z_TV, rows, out_TV), which runs without autograd, computes the targets of a slice `rows`, whose
+    logits are z_TV. It returns a tuple of their columns, the loss before its weight first, and writes d sum(weight
+    loss) / dz to out_TV, which may be z_TV itself or None. backend: "triton" | "torch"."""
+
+    lengths = None  # targets of each sequence that must not be cut in two chunks
 
 
-@dataclass(frozen=True, eq=False)
-class CrossEntropy:
+@frozen
+class CrossEntropy(RowLoss):
     """-log p(id) over the raw logits of the whole vocabulary, as in SFT. id_T: (T,) int64. weight_T: (T,) fp32."""
 
     id_T: torch.Tensor
     weight_T: torch.Tensor
     backend: str
     columns = ("nll",)
-    lengths = None
 
     def loss_and_grad(self, z_TV, rows, out_TV):
         id_T = self.id_T[rows]
@@ -50,8 +51,8 @@ class CrossEntropy:
         return (-stats[0],)
 
 
-@dataclass(frozen=True, eq=False)
-class DistillKL:
+@frozen
+class DistillKL(RowLoss):
     """T² KL(teacher || student) from a live teacher, whose logits too exist for one chunk only. teacher_TE,
     teacher_head_WE: its hidden states at the targets and its head. All else: as in kernels/distill.py."""
 
@@ -63,7 +64,6 @@ class DistillKL:
     temperature: float
     backend: str
     columns = ("kl", "student_dropped", "teacher_dropped")
-    lengths = None
 
     def loss_and_grad(self, z_TV, rows, out_TV):
         teacher_TW = raw_logits(self.teacher_TE[rows], self.teacher_head_WE)
@@ -71,8 +71,8 @@ class DistillKL:
                                        self.temperature, out_TV, self.backend)
 
 
-@dataclass(frozen=True, eq=False)
-class DistillTopK:
+@frozen
+class DistillTopK(RowLoss):
     """T² KL from the teacher's stored best ids and the mass of all others; arguments as in kernels/distill_topk.py."""
 
     id_TJ: torch.Tensor
@@ -84,7 +84,6 @@ class DistillTopK:
     temperature: float
     backend: str
     columns = ("kl", "student_dropped")
-    lengths = None
 
     def loss_and_grad(self, z_TV, rows, out_TV):
         targets = (x[rows] for x in (self.id_TJ, self.logq_TJ, self.tail_T, self.weight_T))
@@ -92,8 +91,8 @@ class DistillTopK:
                                               out_TV, self.backend)
 
 
-@dataclass(frozen=True, eq=False)
-class PolicyLoss:
+@frozen
+class PolicyLoss(RowLoss):
     """GRPO's clipped policy loss with its KL to a reference; arguments as in kernels/grpo.py. lengths: targets of each
     sequence, in order, for one importance ratio a sequence (GSPO); None = one ratio a token."""
 
@@ -129,8 +128,8 @@ class PolicyLoss:
         return number_T.unique_consecutive(return_inverse=True)[1].to(device)
 
 
-@dataclass(frozen=True, eq=False)
-class TokenLogprob:
+@frozen
+class TokenLogprob(RowLoss):
     """log p(id), without a gradient: bit-equal to the "logp" of a PolicyLoss with one ratio a token, so that the ratio
     of an unchanged policy is exactly 1. Its loss is 0."""
 
@@ -140,7 +139,6 @@ class TokenLogprob:
     vocab_limit: int | None
     backend: str
     columns = ("loss", "logp")
-    lengths = None
 
     @property
     def weight_T(self):

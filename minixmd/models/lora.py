@@ -74,17 +74,16 @@ def make_trainable(model, what, *, name, **adapter):
     if what != "lora":
         merge_lora(model)
         model.set_trainable(what)
-        return
-    if adapted(model):
+    elif adapted(model):
         raise ValueError(f"{name} carries an adapter already; merge it first")
-    add_lora(model, **adapter)
+    else:
+        add_lora(model, **adapter)
 
 
+@torch.no_grad()
 def merge_lora(model):
     """Fold every adapter into its weight (in fp32, then rounded to the storage dtype) and drop it."""
     for layer in adapted(model).values():
-        with torch.no_grad():
-            delta = layer.scale * (layer.lora_B @ layer.lora_A)
-            layer.weight.copy_(layer.weight.float() + delta)
+        layer.weight.copy_(layer.weight.float() + layer.scale * (layer.lora_B @ layer.lora_A))
         layer.lora_A = layer.lora_B = None
         layer.scale = 0.0

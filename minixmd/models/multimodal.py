@@ -85,10 +85,7 @@ class MultimodalLM(nn.Module):
     @torch.no_grad()
     def encode_media(self, prompt):
         """The Prompt with its clips replaced by the encoders' output, which later passes reuse; it has no gradient."""
-        media = []
-        for m in prompt.media:
-            features = self.encode(m.kind, [m.to(self.device)])
-            media.append(replace(m, features=features, kind="encoded"))
+        media = [replace(m, features=self.encode(m.kind, [m.to(self.device)]), kind="encoded") for m in prompt.media]
         return replace(prompt, media=tuple(media))
 
     def logits(self, hidden_ND):

@@ -76,7 +76,7 @@ def load_model(folder, *, device="cpu", dtype=torch.float32):
             faults[name] = f"{name} is {info.dtype}, expected {', '.join(DTYPES)}"
     faults.update(header_faults)
     if faults:
-        by_name = [fault for _, fault in sorted(faults.items())]
+        by_name = [faults[name] for name in sorted(faults)]
         raise ValueError(f"{folder}: {len(faults)} tensors do not fit config.json: {listed(by_name)}")
     for path, names in groupby(infos, key=lambda name: folder / infos[name].file):
         with open_safetensors(path) as file:
@@ -128,14 +128,10 @@ def save_model(model, processor_folder, folder, shard_bytes=SHARD_BYTES):
 
 
 def _with_dtype(section, dtype):
-    """A copy of a config in which all dtypes that it names, also in inner sections, are `dtype`."""
-    copy = dict(section)
-    for name, value in section.items():
-        if name in DTYPE_FIELDS:
-            copy[name] = dtype
-        elif isinstance(value, dict):
-            copy[name] = _with_dtype(value, dtype)
-    return copy
+    """A copy of a config in which all dtypes that it names, also in inner sections, are `dtype`; all else stays."""
+    if not isinstance(section, dict):
+        return section
+    return {name: dtype if name in DTYPE_FIELDS else _with_dtype(value, dtype) for name, value in section.items()}
 
 
 def save_adapter(model, base, folder):

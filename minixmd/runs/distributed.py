@@ -33,10 +33,9 @@ def barrier():
 
 def broadcast(value):
     """The first process's value, on all of them."""
-    if rank_and_world_size()[1] == 1:
-        return value
     values = [value]
-    dist.broadcast_object_list(values)
+    if rank_and_world_size()[1] > 1:
+        dist.broadcast_object_list(values)
     return values[0]
 
 
@@ -54,9 +53,7 @@ def compute_shards(compute, items, folder, title, unit, shard_size=None, first_p
     """
     rank, world_size = (0, 1) if first_process_only else rank_and_world_size()
     size = shard_size or SHARD
-    shards = []
-    for start in range(0, len(items), size):
-        shards.append((items[start:start + size], folder / f"{start:07d}.jsonl"))
+    shards = [(items[i:i + size], folder / f"{i:07d}.jsonl") for i in range(0, len(items), size)]
     with tqdm(total=len(items), desc=title, unit=unit, smoothing=0.1) as bar:
         for part, path in shards[rank::world_size]:
             if not path.exists():

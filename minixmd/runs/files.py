@@ -12,19 +12,22 @@ os.umask(UMASK)  # it can only be read by setting it
 
 
 def _publish(path, write, sync=True):
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         if sync:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~UMASK)  # safetensors makes files that nobody else can read
-        os.replace(temporary, path)
-    except BaseException:
+        os.replace(temporary, target)
+    except BaseException as error:
         with suppress(OSError):  # the folder itself may be the trouble; the first error says so
             temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, SafetensorError)):  # safetensors reports a full disk as its own error
+            said = getattr(error, "strerror", error)
+            raise OSError(getattr(error, "errno", None) or 5, f"cannot write: {said}", str(path)) from error
         raise
 
 
@@ -54,10 +57,7 @@ def read_json(path):
 def write_bytes(path, data, sync=True):
     """Replace `path` by `data` (bytes). Raises OSError, which names the path. sync: wait until it is on disk; False for
     small files that can be made again, since thousands of syncs take minutes."""
-    try:
-        _publish(path, lambda temporary: temporary.write_bytes(data), sync)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+    _publish(path, lambda temporary: temporary.write_bytes(data), sync)
 
 
 def write_text(path, text):
@@ -71,8 +71,4 @@ def write_json(path, value):
 def write_safetensors(path, tensors, metadata=None):
     """Replace `path` by a safetensors file of {name: tensor} with string metadata, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        _publish(path, lambda temporary: save_file(tensors, temporary, metadata))
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        said = getattr(error, "strerror", error)
-        raise OSError(getattr(error, "errno", None) or 5, f"cannot write: {said}", str(path)) from error
+    _publish(path, lambda temporary: save_file(tensors, temporary, metadata))

@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -80,8 +81,8 @@ def _check_same(folder, config, inputs, fingerprints):
     old_config, old_fingerprints = _read(folder / "config.json"), _read(folder / "inputs.json")
     if old_config.get("stage") != config["stage"]:
         _refuse(folder, "another kind of stage", [f"{old_config.get('stage')} -> {config['stage']}"])
-    other_fields = (old_config.keys() ^ config.keys()) - set(MAY_CHANGE)
-    _refuse(folder, "a version of minixmd whose stages have other fields", sorted(other_fields))
+    other_fields = sorted((old_config.keys() ^ config.keys()) - set(MAY_CHANGE))
+    _refuse(folder, "a version of minixmd whose stages have other fields", other_fields)
     differences = []
     for field, value in config.items():
         moved = field in inputs and field in old_fingerprints  # what lies there decides
@@ -95,9 +96,8 @@ def _check_same(folder, config, inputs, fingerprints):
 def _has_output(folder):
     """Whether a stage has made anything but its directory, the beginning of its logs, which is lines without a loss,
     and shards of clips that could not be used."""
-    own = ("config.json", "config.py", "inputs.json", "versions.json")
     for path in folder.rglob("*"):
-        if path.is_file() and path.name not in own:
+        if path.is_file() and path.name not in ("config.json", "config.py", "inputs.json", "versions.json"):
             lines = path.read_bytes().splitlines()
             if path.name in LOGS:
                 lines = [line for line in lines if b'"loss"' in line]
@@ -159,12 +159,11 @@ def _refuse(folder, what, differences):
 
 def _git(root):
     """(commit, whether it was changed since) of a checkout; (None, None) if `root` is not the top of one."""
-    answers = []
-    for command in (["rev-parse", "--show-prefix", "HEAD"], ["status", "--porcelain"]):
-        try:
-            answers.append(subprocess.check_output(["git", "-C", root, *command], stderr=subprocess.DEVNULL, text=True,
-                                                   timeout=60))
-        except (OSError, subprocess.SubprocessError):
-            return None, None
-    below_top, commit = answers[0].split("\n")[:2]
-    return (None, None) if below_top else (commit, bool(answers[1]))
+    ask = partial(subprocess.check_output, stderr=subprocess.DEVNULL, text=True, timeout=60)
+    try:
+        head = ask(["git", "-C", root, "rev-parse", "--show-prefix", "HEAD"])
+        changes = ask(["git", "-C", root, "status", "--porcelain"])
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    below_top, commit = head.split("\n")[:2]
+    return (None, None) if below_top else (commit, bool(changes))

@@ -23,8 +23,7 @@ def load_state(folder):
         return None
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return tensors, json.loads(file.metadata()["meta"])
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["meta"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a training state ({error}); delete it to start the stage anew") from error
 

@@ -79,9 +79,7 @@ def _convert(annotation, value):
         value = float(value)
     if origin or isinstance(annotation, dict) or not isinstance(value, annotation):
         raise ValueError
-    if isinstance(value, bool) and annotation is not bool:
-        raise ValueError
-    if annotation is float and not math.isfinite(value):
+    if isinstance(value, bool) and annotation is not bool or annotation is float and not math.isfinite(value):
         raise ValueError
     return value
 
