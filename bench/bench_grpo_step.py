@@ -138,7 +138,7 @@ class Sides:
         weight_T = token_weights([self.C] * self.n, self.stage.aggregation)
         advantage_T = self.advantage_G.repeat_interleave(self.C)
         rollout = Rollout(groups, advantage_T, weight_T, sampled_T=weight_T, ref_T=ref_T, old_T=old_T)
-        return self.trainer.policy_gradient(rollout)[0]
+        return self.trainer.policy_gradient(rollout)[0].item()
 
     # ---- transformers' ----
 

@@ -110,7 +110,7 @@ class Sides:
             self.steps[side] = lambda side=side: self.their_step(side)
 
     def our_gradients(self):
-        return self.pair.trainer.distill_gradients(self.samples)["loss"]
+        return self.pair.trainer.distill_gradients(self.samples)["loss"].item()
 
     def needed_rows(self):
         reference, clips = self.pair.reference, self.clips

@@ -21,10 +21,11 @@ run() {  # seconds, name
     fi
 }
 
-run 105 head
-run 80 lora
-run 65 logprob
-run 65 grpo
-run 70 distill
-run 120 decode
+run 95 head
+run 70 lora
+run 60 logprob
+run 60 grpo
+run 65 distill
+run 110 decode
+run 40 passes
 exit "$status"

@@ -44,10 +44,11 @@ class _LoraLinears(torch.autograd.Function):
     read once for x Aᵀ and once for dA. Updates are added in place: fewer passes over y and dX than autograd makes."""
 
     @staticmethod
-    def forward(ctx, x_ND, backend, scales, *tensors):
-        ws, biases, As, Bs = ([None if t is None else t.to(x_ND.dtype) for t in tensors[i::4]] for i in range(4))
-        xa_NR, outputs = x_ND @ torch.cat(As).T, []
-        per_layer = xa_NR.split([len(a) for a in As], 1)
+    def forward(ctx, x_ND, backend, scales, casts, *tensors):
+        ws, biases = ([None if t is None else t.to(x_ND.dtype) for t in tensors[i::4]] for i in range(2))
+        ctx.casts = a_RD, Bs = casts or cast_adapters(tensors[2::4], tensors[3::4], x_ND.dtype)
+        xa_NR, outputs = x_ND @ a_RD.T, []
+        per_layer = xa_NR.split([b.shape[1] for b in Bs], 1)
         for w, bias, b, xa, scale in zip(ws, biases, Bs, per_layer, scales, strict=True):
             if backend == "triton" and x_ND.element_size() == 2 and x_ND.shape[1] <= FUSED_D and b.shape[1] <= 64:
                 outputs.append(lora_triton.lora_forward(x_ND, w, bias, xa, b, scale))
@@ -60,9 +61,9 @@ class _LoraLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gs):
         x_ND, xa_NR, *tensors = ctx.saved_tensors
-        need_x, _, _, *need = ctx.needs_input_grad
-        ws, _, As, Bs = ([None if t is None else t.to(x_ND.dtype) for t in tensors[i::4]] for i in range(4))
-        ranks, gbs, grads = [len(a) for a in As], [], [None] * len(tensors)
+        need_x, _, _, _, *need = ctx.needs_input_grad
+        ws, (a_RD, Bs) = [w.to(x_ND.dtype) for w in tensors[0::4]], ctx.casts
+        ranks, gbs, grads = [b.shape[1] for b in Bs], [], [None] * len(tensors)
         for i, (g_NF, b, xa, scale) in enumerate(zip(gs, Bs, xa_NR.split(ranks, 1), ctx.scales, strict=True)):
             if ctx.backend == "triton" and lora_triton.dy_pass_pays(*g_NF.shape, ranks[i], g_NF.element_size()):
                 gb_NR, grads[4 * i + 3] = lora_triton.dy_pass(g_NF, xa, b, scale)
@@ -76,29 +77,37 @@ class _LoraLinears(torch.autograd.Function):
         gb_NR, dx_ND = torch.cat(gbs, 1), None
         grads[2::4] = (gb_NR.T @ x_ND).split(ranks)
         if need_x:
-            dx_ND = gb_NR @ torch.cat(As)
+            dx_ND = gb_NR @ a_RD
             for g_NF, w in zip(gs, ws, strict=True):
                 dx_ND.addmm_(g_NF, w)
-        return dx_ND, None, None, *(None if g is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True))
+        grads = [None if g is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)]
+        return dx_ND, None, None, None, *grads
 
 
-def lora_linears(x_ND, layers, backend="torch"):
+def cast_adapters(As, Bs, dtype):
+    """What lora_linears takes as `casts`: all A in one stack, and a list of the B, in the dtype of its products."""
+    with torch.inference_mode(False), torch.no_grad():  # it may be made while sampling and used while training
+        return torch.cat(tuple(As)).to(dtype), [b.to(dtype) for b in Bs]
+
+
+def lora_linears(x_ND, layers, backend="torch", casts=None):
     """lora_linear of several layers on the same x, whose adapters share the reads of x: q, k and v, or gate and up.
 
     The base products stay separate because their weights are: one product over all of them would need a copy of the
     weights to save a read of x, which takes 184 / F of a product's time on an H200 (36 % at F = 512, 1 % at 18944).
-    layers: [(w_FD, bias_F, a_RD, b_FR, scale)]; F and R may differ. Returns a tuple of (N, F) in x's dtype. Raises
-    ValueError if x_ND is not two-dimensional or there is no such backend.
+    layers: [(w_FD, bias_F, a_RD, b_FR, scale)]; F and R may differ. casts: cast_adapters of theirs in x's dtype, kept
+    between calls; None = made here. Returns a tuple of (N, F) in x's dtype. Raises ValueError if x_ND is not
+    two-dimensional or there is no such backend.
     """
     if x_ND.ndim != 2:
         raise ValueError(f"lora_linear needs a two-dimensional x, got {tuple(x_ND.shape)}")
     if backend not in ("torch", "triton"):
         raise ValueError(f"lora_linear has backend 'torch' and 'triton', got {backend!r}")
     tensors = [tensor for *layer, _ in layers for tensor in layer]
-    return _LoraLinears.apply(x_ND, backend, [scale for *_, scale in layers], *tensors)
+    return _LoraLinears.apply(x_ND, backend, [scale for *_, scale in layers], casts, *tensors)
 
 
-def lora_linear(x_ND, w_FD, bias_F, a_RD, b_FR, scale, backend="torch"):
+def lora_linear(x_ND, w_FD, bias_F, a_RD, b_FR, scale, backend="torch", casts=None):
     """lora_linear_ref, for a two-dimensional x, with a hand-written backward; saves x Aᵀ, (N, R), beside x. backend:
     "torch" | "triton" (module docstring). Raises as lora_linears."""
-    return lora_linears(x_ND, [(w_FD, bias_F, a_RD, b_FR, scale)], backend)[0]
+    return lora_linears(x_ND, [(w_FD, bias_F, a_RD, b_FR, scale)], backend, casts)[0]

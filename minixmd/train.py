@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from minixmd import generate, load, pack
 from minixmd.config import GRPO, SFT, Distill
+from minixmd.inputs.batch import send
 from minixmd.inputs.examples import check_answers, read_examples
 from minixmd.inputs.prompts import build_prompt, prefetch
 from minixmd.inputs.tokenizer import common_vocab_size
@@ -40,7 +41,7 @@ GRPO_NOTE = ("the GRPO loss is about 0 while the ratio is 1, as it is in the fir
              "left is the KL and the mean of the advantages, 0 where all completions weigh the same. Its gradient is "
              "not 0; watch the reward")
 SHOWN_COMPLETIONS = 4  # of a step, written as text
-MAX_START_KL = 1e-6  # to the reference, before the first update
+MAX_START_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-4}  # to the reference, before the first update
 
 
 def train(stage, folder, log):
@@ -91,7 +92,8 @@ class Trainer:
         self.validated_step = 0  # the last one after which validation was finished
         self.num_bad = 0  # clips that could not be read, over all epochs so far
         if isinstance(stage, Distill) and stage.teacher_loss != "ce":
-            self.common_vocab, self.suppressed_Z = self.distilled_vocabulary()
+            self.common_vocab, self.suppressed_ids = self.distilled_vocabulary()
+            self.suppressed_Z = self.suppressed_ids.to(self.model.device)
         if isinstance(stage, GRPO):
             self.vocabulary = SampledVocabulary.of(self.model, self.processor, stage.temperature)
             self.reference = frozen_copy(self.model) if stage.beta else None
@@ -101,8 +103,7 @@ class Trainer:
 
     def distilled_vocabulary(self):
         """How many ids student and teacher share, and the suppressed ids, which the KL leaves out."""
-        suppressed_Z = torch.tensor(self.processor.suppressed_ids, device=self.model.device)
-        return common_vocab_size(self.processor, self.stage.teacher_labels), suppressed_Z
+        return common_vocab_size(self.processor, self.stage.teacher_labels), torch.tensor(self.processor.suppressed_ids)
 
     def steps_per_epoch(self):
         return math.ceil(self.num_items / self.stage.batch_size)
@@ -187,22 +188,26 @@ class Trainer:
             raise ValueError(f"{self.stage.name}: {self.num_bad} bad clips, above max_bad {self.stage.max_bad} of the "
                              f"{self.max_reads} to be read; the last: {error}")
 
-    def update(self, loss):
-        """Clips the gradients, takes an optimizer step and drops them. Returns the gradient norm and the learning rate.
+    def update(self, values):
+        """Clips the gradients, takes an optimizer step and drops them. values: {"loss", …: numbers on the model's
+        device}, which are read here, once a step, with the gradient's norm. Returns them all, and the learning rate.
         Raises ValueError, and changes no weight, where the loss or the gradient's norm is not finite."""
         stage = self.stage
-        if not math.isfinite(loss):
-            raise ValueError(f"{stage.name}: the loss at step {self.step + 1} is {loss}; stopped")
         max_norm = stage.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), max_norm).item()
-        if not math.isfinite(grad_norm):
-            raise ValueError(f"{stage.name}: the gradient's norm at step {self.step + 1} is {grad_norm}; stopped")
+        values = {**values, "grad_norm": torch.nn.utils.clip_grad_norm_(self.parameters.values(), max_norm)}
+        read = torch.stack([value.double() for value in values.values()]).tolist()
+        metrics = dict(zip(values, read, strict=True))
+        if not math.isfinite(metrics["loss"]):
+            raise ValueError(f"{stage.name}: the loss at step {self.step + 1} is {metrics['loss']}; stopped")
+        if not math.isfinite(metrics["grad_norm"]):
+            raise ValueError(f"{stage.name}: the gradient's norm at step {self.step + 1} is {metrics['grad_norm']}; "
+                             "stopped")
         lr = learning_rate(self.step, self.steps, stage.lr, stage.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"lr": lr, "grad_norm": grad_norm}
+        return {**metrics, "lr": lr}
 
     def micro_batches(self, items):
         size = self.stage.micro_batch_size
@@ -212,11 +217,11 @@ class Trainer:
         """The Batch of [(Prompt, Item)], on the model's device."""
         return pack([prompt for prompt, _ in samples]).to(self.model.device)
 
-    def cross_entropy(self, hidden_ND, batch, denominator, chosen_T=None):
-        """The sum of -log p(target) / denominator over a batch's targets, or over those of a mask."""
+    def cross_entropy(self, hidden_ND, batch, denominator, chosen_L=None):
+        """The sum of -log p(target) / denominator over a batch's targets, or over those of these numbers."""
         row_T, id_T, weight_T = batch.target_row_T, batch.target_id_T, batch.target_weight_T
-        if chosen_T is not None:
-            row_T, id_T, weight_T = row_T[chosen_T], id_T[chosen_T], weight_T[chosen_T]
+        if chosen_L is not None:
+            row_T, id_T, weight_T = row_T[chosen_L], id_T[chosen_L], weight_T[chosen_L]
         row_loss = CrossEntropy(id_T, weight_T / denominator, self.model.backend)
         return self.model.head_loss(hidden_ND, row_T, row_loss)[0]
 
@@ -226,17 +231,22 @@ class Trainer:
         """One optimizer step on [(Prompt, Item)]: the mean cross-entropy over all target tokens. The denominator is the
         whole step's, so the gradient does not depend on the micro-batch size."""
         loss = self.sft_gradients(samples)
-        return {"loss": loss, **self.update(loss), "tokens": count_tokens(samples)}
+        return {**self.update({"loss": loss}), "tokens": count_tokens(samples)}
 
     def sft_gradients(self, samples):
+        """Gradients of a step; returns the loss, on the model's device."""
         denominator = count_targets(samples)
-        total = 0.0
+        total = self.zero()
         for part in self.micro_batches(samples):
             batch = self.pack_samples(part)
             loss = self.cross_entropy(self.model(batch), batch, denominator)
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
         return total
+
+    def zero(self):
+        """A sum to begin, on the model's device, in fp64."""
+        return torch.zeros((), dtype=torch.float64, device=self.model.device)
 
     # ---- distillation: XMD, section 4 ----
 
@@ -246,60 +256,61 @@ class Trainer:
             "teacher"   -log p(letter), or T² KL(teacher || student) at the letter, or their sum (teacher_loss)
             "student"   -log p(the letter that the student gave before): the anti-forgetting loss
         """
-        metrics = self.distill_gradients(samples)
+        metrics = self.update(self.distill_gradients(samples))
         from_teacher = sum(item.source == "teacher" for _, item in samples)
-        update = self.update(metrics["loss"])
-        return {**metrics, **update, "to_teacher": from_teacher, "tokens": count_tokens(samples)}
+        return {**metrics, "to_teacher": from_teacher, "tokens": count_tokens(samples)}
 
     def distill_gradients(self, samples):
-        """Gradients of a step: cross-entropy is a mean over its target tokens, the KL one over its clips."""
+        """Gradients of a step: cross-entropy is a mean over its target tokens, the KL one over its clips. Returns
+        {"loss", …} on the model's device."""
         denominator = count_targets(samples)
-        metrics = Counter(loss=0.0)
+        metrics = defaultdict(self.zero)
         for part in self.micro_batches(samples):
-            batch = self.pack_samples(part)
+            packed = pack([prompt for prompt, _ in part])  # still on the CPU, where owners are looked up
+            batch = packed.to(self.model.device)
             hidden_ND = self.model(batch)
             topk = {}  # number of a clip in the micro-batch, which is its segment's -> the teacher's best ids
             for i, (_, item) in enumerate(part):
                 if item.source == "teacher" and self.stage.teacher_loss != "ce":
                     topk[i] = item.teacher_topk
             losses = []
-            learnt_T = torch.ones_like(batch.target_id_T, dtype=torch.bool)
+            owners = packed.target_segment_T.tolist()
+            learnt = list(range(len(owners)))
             if topk:
-                losses.append(self.teacher_kl(hidden_ND, batch, topk, len(samples), metrics))
+                losses.append(self.teacher_kl(hidden_ND, batch, owners, topk, len(samples), metrics))
             if topk and self.stage.teacher_loss == "kl":  # in the letter's place
-                segments = torch.tensor(list(topk), device=self.model.device)
-                learnt_T = ~torch.isin(batch.target_segment_T, segments)
-            if learnt_T.any():
-                losses.append(self.cross_entropy(hidden_ND, batch, denominator, learnt_T))
+                learnt = [t for t in learnt if owners[t] not in topk]
+            if learnt:
+                [learnt_L] = send([torch.tensor(learnt)], self.model.device)
+                losses.append(self.cross_entropy(hidden_ND, batch, denominator, learnt_L))
             loss = sum(losses)
             loss.backward()
-            metrics["loss"] += loss.item()
+            metrics["loss"] += loss.detach()
         return dict(metrics)
 
-    def teacher_kl(self, hidden_ND, batch, topk, num_clips, metrics):
+    def teacher_kl(self, hidden_ND, batch, owners, topk, num_clips, metrics):
         """T² KL(teacher || student) at the letters of some clips, {segment: the teacher's best ids}, over num_clips.
         The KL is over the ids that both vocabularies share, less the suppressed ones. What the teacher holds elsewhere
-        is left out of its distribution and logged, as is what the student holds there."""
+        is left out of its distribution and logged, as is what the student holds there. owners: segments of targets."""
         device = hidden_ND.device
-        owners = batch.target_segment_T.tolist()
         first_K = torch.tensor([owners.index(segment) for segment in topk])  # the letter is a turn's first token
-        stored = stored_rows(list(topk.values()), self.common_vocab, self.suppressed_Z.cpu())
-        id_KJ, logq_KJ, tail_K, dropped_K = stored
+        id_KJ, logq_KJ, tail_K, dropped_K = stored_rows(list(topk.values()), self.common_vocab, self.suppressed_ids)
+        id_KJ, first_K = send([id_KJ, first_K.to(id_KJ.dtype)], device)
+        logq_KJ, tail_K, dropped_K = send([logq_KJ, tail_K, dropped_K], device)
         row_loss = DistillTopK(
-            id_KJ.to(device),
-            logq_KJ.to(device),
-            tail_K.to(device),
+            id_KJ,
+            logq_KJ,
+            tail_K,
             torch.full((len(topk),), 1 / num_clips, device=device),
             self.common_vocab,
             self.suppressed_Z,
             self.stage.temperature,
             self.model.backend,
         )
-        row_K = batch.target_row_T[first_K.to(device)]
-        loss, columns = self.model.head_loss(hidden_ND, row_K, row_loss)
-        metrics["kl"] += columns["kl"].sum().item() / num_clips
-        metrics["teacher_dropped"] += dropped_K.sum().item() / num_clips
-        metrics["student_dropped"] += columns["student_dropped"].sum().item() / num_clips
+        loss, columns = self.model.head_loss(hidden_ND, batch.target_row_T[first_K], row_loss)
+        metrics["kl"] += columns["kl"].sum() / num_clips
+        metrics["teacher_dropped"] += dropped_K.sum() / num_clips
+        metrics["student_dropped"] += columns["student_dropped"].sum() / num_clips
         return loss
 
     # ---- GRPO: equation 2 of SightSound-R1 ----
@@ -325,8 +336,13 @@ class Trainer:
         rollout = make_rollout(stage, prompts, completions, rewards["reward"])
 
         sampled = time.perf_counter()
+        scored_T = None  # what the policy says without gradients, before its first update
         if rollout and self.reference is not None:
-            rollout.ref_T = reference_logprobs(self.reference, rollout.groups, stage.micro_batch_size, self.vocabulary)
+            options = rollout.groups, stage.micro_batch_size, self.vocabulary
+            rollout.ref_T = reference_logprobs(self.reference, *options)
+            if not any(self.optimizer.state.values()):  # in this process or an earlier one
+                scored_T = reference_logprobs(self.model, *options)
+                self.check_reference(rollout.ref_T, scored_T)
 
         scored = time.perf_counter()
         metrics = Counter(loss=0.0)
@@ -342,8 +358,9 @@ class Trainer:
         metrics["learned"] = len(rollout.groups) if rollout else 0  # groups
         if rollout:  # what the sampler said of its tokens against the training pass: 0 but for rounding
             gap_T = (rollout.sampled_T - rollout.old_T).abs()
-            metrics["logp_gap_mean"] = gap_T.mean().item()
-            metrics["logp_gap_max"] = gap_T.max().item()
+            metrics["logp_gap_mean"], metrics["logp_gap_max"] = torch.stack([gap_T.mean(), gap_T.max()]).tolist()
+        if scored_T is not None:  # and what scoring without gradients said against it
+            metrics["scoring_gap_max"] = (scored_T - rollout.old_T).abs().max().item()
         metrics["rollout_s"] = round(sampled - started, 3)
         metrics["scoring_s"] = round(scored - sampled, 3)
         metrics["update_s"] = round(updated - scored, 3)
@@ -352,14 +369,10 @@ class Trainer:
 
     def policy_update(self, rollout):
         loss, columns = self.policy_gradient(rollout)
-        if self.reference is not None and not any(self.optimizer.state.values()):
-            self.check_reference(rollout)  # no update yet, in this process or an earlier one
-        metrics = {"loss": loss, **self.update(loss)}
-        metrics["entropy"] = columns["entropy"].mean().item()
-        metrics["clip_fraction"] = columns["clipped"].mean().item()
+        values = {"loss": loss, "entropy": columns["entropy"].mean(), "clip_fraction": columns["clipped"].mean()}
         if self.reference is not None:
-            metrics["kl"] = columns["kl"].mean().item()
-        return metrics
+            values["kl"] = columns["kl"].mean()
+        return self.update(values)
 
     def policy_gradient(self, rollout):
         """Gradients of one optimizer step, minus equation 2; returns the loss and {column: (T,)} of head.PolicyLoss.
@@ -373,8 +386,9 @@ class Trainer:
         The denominators are the whole step's, so the gradient does not depend on how it is cut into micro-batches.
         """
         stage, device, vocabulary = self.stage, self.model.device, self.vocabulary
+        rollout.send(device)
         clip_config = ClipConfig(stage.clip_low, stage.clip_high, stage.beta, stage.kl)
-        total, columns, end = 0.0, defaultdict(list), 0
+        total, columns, end = self.zero(), defaultdict(list), 0
         first_update = rollout.old_T is None
         if first_update:
             rollout.old_T = torch.empty_like(rollout.sampled_T)
@@ -385,16 +399,16 @@ class Trainer:
             hidden_ND = self.model(batch)
             if first_update:  # the policy is the old one, and a product with the head costs less than a forward pass
                 rollout.old_T[rows] = token_logprobs(self.model, hidden_ND, batch, vocabulary)
-            ref_T = None if rollout.ref_T is None else rollout.ref_T[rows].to(device)
+            ref_T = None if rollout.ref_T is None else rollout.ref_T[rows]
             lengths = None
             if stage.ratio == "sequence":
                 lengths = tuple(len(ids_T) for group in groups for ids_T in group.completions)
             row_loss = PolicyLoss(
                 batch.target_id_T,
-                rollout.old_T[rows].to(device),
+                rollout.old_T[rows],
                 ref_T,
-                rollout.advantage_T[rows].to(device),
-                rollout.weight_T[rows].to(device),
+                rollout.advantage_T[rows],
+                rollout.weight_T[rows],
                 clip_config,
                 self.model.backend,
                 vocabulary.temperature,
@@ -404,18 +418,18 @@ class Trainer:
             )
             loss, part = self.model.head_loss(hidden_ND, batch.target_row_T, row_loss)
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
             for name, column_T in part.items():
-                columns[name].append(column_T.cpu())
+                columns[name].append(column_T)
         return total, {name: torch.cat(parts) for name, parts in columns.items()}
 
-    def check_reference(self, rollout):
+    def check_reference(self, ref_T, scored_T):
         """Before the first update the policy is the reference; one of other weights would pull it away for good."""
-        delta_T = (rollout.ref_T - rollout.old_T).double()
-        kl = (delta_T.expm1() - delta_T).mean().item()
-        if not kl <= MAX_START_KL:
+        delta_T = (ref_T - scored_T).double()
+        kl, most = (delta_T.expm1() - delta_T).mean().item(), MAX_START_KL[self.model.dtype]
+        if not kl <= most:
             raise ValueError(f"{self.stage.name}: before the first update the KL to the reference is {kl:.3g}, above "
-                             f"{MAX_START_KL}: the reference is not the policy that training starts from; stopped")
+                             f"{most}: the reference is not the policy that training starts from; stopped")
 
     def show_completions(self, group, item, rewards):
         """Writes some of the first prompt's completions, with their rewards, every completions_every steps."""

@@ -21,21 +21,26 @@ numbers, memory, streams.
 import traceback
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from itertools import pairwise
+from pkgutil import iter_modules
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime.interpreter import InterpretedFunction
 
-from minixmd.kernels import decode, distill, distill_topk, grpo, logprob, lora_triton
+import minixmd.kernels
 from minixmd.learning import rollout
+from minixmd.models import attention
 
 aten = torch.ops.aten
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-KERNELS = [decode, distill, distill_topk, grpo, logprob, lora_triton]
+KERNELS = [import_module(f"minixmd.kernels.{module.name}") for module in iter_modules(minixmd.kernels.__path__)]
 NOT_LAUNCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "sym_size"}
 SIZED_BY_VALUES = {"nonzero", "masked_select", "unique_consecutive", "_unique2", "unique_dim", "equal", "bincount"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
@@ -124,6 +129,8 @@ class AbsentDevice:
         patch(mock.patch.object(torch.inference_mode, "__exit__", leave_without_gradients))
         patch(mock.patch.object(torch, "Generator", Generator))
         patch(mock.patch.object(rollout, "capture", self.capture))
+        patch(mock.patch.object(attention, "varlen_attn", self.varlen_attn))
+        patch(mock.patch.object(torch.autograd, "_engine_run_backward", self.run_backward(_engine_run_backward)))
         for module in KERNELS:
             for name, kernel in list(vars(module).items()):
                 if isinstance(kernel, InterpretedFunction) and name.endswith("_kernel"):
@@ -134,6 +141,25 @@ class AbsentDevice:
 
     def __exit__(self, *error):
         self.patches.close()
+
+    def varlen_attn(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1),
+                    enable_gqa=False):
+        if not all(isinstance(x, OnDevice) and x.dtype == torch.int32 for x in (cu_seq_q, cu_seq_k)):
+            raise DeviceError(f"varlen_attn at {caller()}: cumulative lengths must be int32 of the device")
+
+        def attend(q, k, v):
+            return varlen_attn(q, k, v, cu_seq_q.host, cu_seq_k.host, max_q, max_k, window_size=window_size,
+                               enable_gqa=enable_gqa)
+
+        return _Attend.apply(self, "varlen_attn", attend, query, key, value)
+
+    def run_backward(self, engine):
+        """A mode is off while it handles a call, and this one calls all backward functions."""
+        def run(*args, **kwargs):
+            with Functions(self):
+                return engine(*args, **kwargs)
+
+        return run
 
     def reset(self):
         for counts in (self.launches, self.syncs, self.copies):
@@ -296,6 +322,21 @@ class _Move(torch.autograd.Function):
     def backward(ctx, grad):
         values = host_of(grad).to(ctx.dtype)
         return (values if ctx.to_device else OnDevice(values)), None, None
+
+
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
+    """What torch.nn.attention.varlen.varlen_attn computes, segment by segment."""
+    outputs = []
+    queries, keys = cu_seq_q.tolist(), cu_seq_k.tolist()
+    for (q0, q1), (k0, k1) in zip(pairwise(queries), pairwise(keys), strict=True):
+        assert q1 - q0 <= max_q and k1 - k0 <= max_k
+        q, k, v = (x.transpose(0, 1) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        mask = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
+        if window_size == (-1, 0):
+            mask = mask.tril((k1 - k0) - (q1 - q0))  # aligned to the end of the keys
+        o = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, enable_gqa=enable_gqa)
+        outputs.append(o[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 class _Attend(torch.autograd.Function):

@@ -1,7 +1,6 @@
 """Without a GPU the Triton kernels run in the interpreter; torch.empty is poisoned with NaN; warnings are errors."""
 import os
 
-import interpreter
 import pytest
 import torch
 
@@ -12,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that a test st
 
 def pytest_configure(config):
     if os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreter  # which imports Triton: after the variable is set
+
         interpreter.mend()
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
     config.addinivalue_line("markers", "slow: long; run by -m slow")

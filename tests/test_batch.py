@@ -34,7 +34,7 @@ def test_prompts_and_groups_are_packed_as_by_hand():
 
 
 def test_consecutive_segments_follow_each_other():
-    assert consecutive_segments([2, 3, 1]) == [Segment(0, 2), Segment(2, 3), Segment(5, 1)]
+    assert consecutive_segments([2, 3, 1]) == (Segment(0, 2), Segment(2, 3), Segment(5, 1))
 
 
 @pytest.mark.parametrize("items, line", [

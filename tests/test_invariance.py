@@ -1,15 +1,18 @@
 """What shares a call changes no number (fp32): packing, order, micro-batches, shared prompts, the key-value cache."""
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from absent_device import varlen_attn
 from mini import AUDIO, OMNI, VISION, write_tokenizer
 from tiny import Largest, audio_media, cross_entropy, processor_of, prompt, tiny_model, trainer_of, video_media
 
 from minixmd import Group, Prompt, generate, pack
 from minixmd.config import SFT
-from minixmd.models.attention import packed_attention
+from minixmd.inputs.batch import Segments
+from minixmd.models.attention import attend_at_once, packed_attention
 from minixmd.train import Trainer
 
 KINDS = ("audio", "vision", "windowed", "omni")  # an Omni prompt mixes both media
@@ -89,7 +92,7 @@ def check_micro_batches(kind, sft_gradients):
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         never_trained = kind in ("audio", "omni")  # a position table, and vectors that nothing reads
         assert len(grads) == len(list(model.parameters())) - never_trained
-        found[size] = grads, torch.tensor(loss)
+        found[size] = grads, loss
     for grads, loss in found.values():
         assert_same_gradients(grads, found[6][0])
         assert_close(loss, found[6][1])
@@ -206,11 +209,16 @@ def test_attention_under_a_dense_mask_gives_the_same_gradients_and_would_be_caug
 def test_packed_attention_equals_one_masked_call_for_any_mix_of_segments(J, causal):
     lengths = [(3, -1), (3, -1), (1, -1), (5, -1)] + ([(2, 3), (2, 3), (4, 3), (2, 0), (1, 0)] if causal else [])
     batch = pack([prompt([length]) for length, _ in lengths])
-    segments = tuple(replace(s, parent=parent) for s, (_, parent) in zip(batch.segments, lengths, strict=True))
+    segments = Segments(replace(s, parent=parent) for s, (_, parent) in zip(batch.segments, lengths, strict=True))
     N = len(batch.ids_N)
-    q_NHK, k_NJK, v_NJK = torch.randn(N, 6, 8), torch.randn(N, J, 8), torch.randn(N, J, 8)
-    assert_close(packed_attention(q_NHK, k_NJK, v_NJK, segments, causal),
-                 dense_attention(q_NHK, k_NJK, v_NJK, segments, causal))
+    qkv = [torch.randn(N, heads, 8, requires_grad=True) for heads in (6, J, J)]
+    upstream = torch.randn(N, 6, 8)
+    o_NHK = dense_attention(*qkv, segments, causal)
+    truth = o_NHK, *torch.autograd.grad(o_NHK, qkv, upstream)
+    for attend in (packed_attention, partial(attend_at_once, attend=varlen_attn)):
+        o_NHK = attend(*qkv, segments, causal)
+        for ours, theirs in zip((o_NHK, *torch.autograd.grad(o_NHK, qkv, upstream)), truth, strict=True):
+            assert_close(ours, theirs, 1e-6)
 
 
 # ---- the key-value cache ----

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import published_config, randomise
 
 from minixmd import load
-from minixmd.inputs.batch import Segment
+from minixmd.inputs.batch import Segment, Segments
 from minixmd.inputs.positions import grid_offsets
 from minixmd.models.families import FAMILIES, read_config
 from minixmd.models.lora import add_lora
@@ -180,7 +180,7 @@ def patched(target, make):
 
 def one_segment(attend):
     """Attention to which all rows are one sequence."""
-    return lambda q, k, v, segments, causal=True: attend(q, k, v, [Segment(0, len(q))], causal)
+    return lambda q, k, v, segments, causal=True: attend(q, k, v, Segments([Segment(0, len(q))]), causal)
 
 
 def drop(state):
@@ -233,8 +233,8 @@ def off_by_one(convolve):
     return shifted
 
 
-def unscaled(linear):
-    return lambda x, w, bias, a, b, scale, backend: linear(x, w, bias, a, b, 1.5, backend)
+def unscaled(linears):
+    return lambda x, layers, *more: linears(x, [(*layer, 1.5) for *layer, _ in layers], *more)
 
 
 def doubled_scale(save):
@@ -309,9 +309,9 @@ FAULTS = [
     ("the same clip does not", "vision", "the tower is noisy", patched(
         "minixmd.models.multimodal.MultimodalLM.encode", noisy)),
     ("adapter off = base model", "audio", "the scale is not applied", patched(
-        "minixmd.models.lora.lora_linear", unscaled)),
+        "minixmd.models.lora.lora_linears", unscaled)),
     ("adapter off = base model", "vision", "the adapter does nothing", patched(
-        "minixmd.kernels.lora._LoraLinears.apply", lambda _: lambda x, backend, scales, *tensors: tuple(
+        "minixmd.kernels.lora._LoraLinears.apply", lambda _: lambda x, backend, scales, casts, *tensors: tuple(
             F.linear(x, w, bias) for w, bias in zip(tensors[::4], tensors[1::4], strict=True)))),
     ("adapter exported = re-read", "audio", "the scale changes on export", patched(
         "minixmd.verify.invariances.save_adapter", doubled_scale)),

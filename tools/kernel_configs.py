@@ -86,3 +86,36 @@ def decode(module):
             constants = {"K": 128, "BLOCK_K": 128, "BLOCK_R": rows, "BLOCK_S": block, "SPLIT": module.SPLIT}
             configs.append((kernel, types, constants, module.NUM_WARPS, module.NUM_STAGES, kind))
     return configs
+
+
+def rmsnorm(module):
+    configs = []
+    for t in ("bf16", "fp16", "fp32"):
+        for block, added in ((4096, True), (8192, True), (4096, False)):
+            types = f"{f'*{t}:16 ' * 5}*fp32:16 i32:16 i32:16 i32:16 fp32"
+            constants = {"HAS_ADDED": added, "BLOCK_D": block}
+            configs.append((module._rms_norm_kernel, types, constants, module.NUM_WARPS, 3, "row"))
+        for block, residual, trained in ((4096, True, False), (8192, True, True), (4096, False, True)):
+            types = f"{f'*{t}:16 ' * 4}*fp32:16 *{t}:16 *fp32:16 i32:16 i32:16 i32:16 i32 i32:16"
+            constants = {"HAS_RESIDUAL": residual, "HAS_DW": trained, "BLOCK_D": block}
+            configs.append((module._rms_norm_grad_kernel, types, constants, module.NUM_WARPS, 3, "row"))
+    return configs
+
+
+def rotary(module):
+    configs = []
+    for t in ("bf16", "fp16", "fp32"):
+        for half in (64, 64 // 2):
+            types = f"{f'*{t}:16 ' * 4}*fp32:16 *fp32:16 i32:16 i32:16 i32 i32 i32:16 fp32"
+            constants = {"BLOCK_H": module.BLOCK_H, "BLOCK_K": half}
+            configs.append((module._rotate_kernel, types, constants, module.NUM_WARPS, 3, "row"))
+    return configs
+
+
+def swiglu(module):
+    configs = []
+    for t in ("bf16", "fp16", "fp32"):
+        for kernel, tensors in ((module._swiglu_kernel, 3), (module._swiglu_grad_kernel, 5)):
+            types = f"{f'*{t}:16 ' * tensors}i32:16"
+            configs.append((kernel, types, {"BLOCK": module.BLOCK}, module.NUM_WARPS, 3, "row"))
+    return configs

@@ -98,7 +98,7 @@ class MetaTrainer(Trainer):
         return self.loaded
 
     def distilled_vocabulary(self):
-        return self.processor.vocab_size, torch.zeros(1, dtype=torch.int64, device="meta")
+        return self.processor.vocab_size, torch.zeros(1, dtype=torch.int64)
 
 
 def trace_training(tracer, trainer, prompt):
@@ -110,7 +110,7 @@ def trace_training(tracer, trainer, prompt):
     tracer.count_gradients(trainer.parameters.values())
     add_gradients(tracer, trainer)
     with tracer.phase("optimizer", category="optimizer"):
-        trainer.update(loss=1.0)
+        trainer.update({"loss": trainer.zero()})
     optimizer_step = tracer.phases.pop()
     if isinstance(stage, GRPO):
         trace_grpo(tracer, trainer, prompt)

@@ -59,9 +59,16 @@ class Segment:
     parent: int = -1
 
 
+class Segments(tuple):
+    """Segments in packed order. attention_plan: what models/attention.py made of them, for all layers."""
+
+    attention_plan = None
+
+
 def consecutive_segments(lengths):
     """Parentless Segments of the given lengths, one after another."""
-    return [Segment(end - length, length) for length, end in zip(lengths, accumulate(lengths), strict=True)]
+    ends = accumulate(lengths)
+    return Segments(Segment(end - length, length) for length, end in zip(lengths, ends, strict=True))
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Batch:
 
     ids_N: torch.Tensor
     positions_3N: torch.Tensor
-    segments: tuple[Segment, ...] = ()
+    segments: Segments = Segments()
     media: tuple[Media, ...] = ()  # `rows_P` are packed rows
     target_row_T: torch.Tensor | None = None
     target_id_T: torch.Tensor | None = None
@@ -79,8 +86,37 @@ class Batch:
     spans: tuple[tuple[int, int], ...] = ()  # rows [start, end) of item i
 
     def to(self, device):
-        move = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, media=tuple(m.to(device) for m in self.media), **move)
+        """The Batch on a device. To a GPU all its integers go in one copy, and each kind of media in one."""
+        if torch.device(device).type == "cpu":
+            move = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+            return replace(self, media=tuple(m.to(device) for m in self.media), **move)
+        names = [name for name in INTEGERS if getattr(self, name) is not None]
+        integers = send([getattr(self, name) for name in names] + [m.rows_P for m in self.media], device)
+        move = dict(zip(names, integers, strict=False))
+        if self.target_weight_T is not None:
+            move["target_weight_T"] = torch.ones(len(self.target_weight_T), device=device)
+        media = [replace(m, rows_P=rows_P) for m, rows_P in zip(self.media, integers[len(names):], strict=True)]
+        for kind in {m.kind for m in media}:
+            chosen = [i for i, m in enumerate(media) if m.kind == kind]
+            for i, features in zip(chosen, send([media[i].features for i in chosen], device), strict=True):
+                media[i] = replace(media[i], features=features)
+        return replace(self, media=tuple(media), **move)
+
+
+INTEGERS = ("ids_N", "positions_3N", "target_row_T", "target_id_T", "target_segment_T")  # tensors of a Batch
+
+
+def send(tensors, device):
+    """Tensors of one dtype, on a device: those of the CPU by one copy from pinned memory, for which nothing waits."""
+    device = torch.device(device)
+    here = [x for x in tensors if x.device.type == "cpu"]
+    if device.type == "cpu" or not here:
+        return [x.to(device) for x in tensors]
+    flat = torch.cat([x.flatten() for x in here])
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    parts = iter(flat.to(device, non_blocking=True).split([x.numel() for x in here]))
+    return [next(parts).view(x.shape) if x.device.type == "cpu" else x for x in tensors]
 
 
 def pack(items):
@@ -121,7 +157,7 @@ def pack(items):
         spans.append((first, end))
     target_id_T = torch.cat(target_ids)
     return Batch(
-        ids_N=torch.cat(ids), positions_3N=torch.cat(positions, dim=1), segments=tuple(segments), media=tuple(media),
+        ids_N=torch.cat(ids), positions_3N=torch.cat(positions, dim=1), segments=Segments(segments), media=tuple(media),
         target_row_T=torch.cat(target_rows), target_id_T=target_id_T, target_weight_T=torch.ones(len(target_id_T)),
         target_segment_T=torch.cat(target_segments), spans=tuple(spans),
     )  # fmt: skip

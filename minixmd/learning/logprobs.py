@@ -25,15 +25,15 @@ class SampledVocabulary:
 
 @torch.no_grad()
 def token_logprobs(model, hidden_ND, batch, vocabulary):
-    """(T,) log-probabilities of a batch's targets, in nats, on the CPU. hidden_ND: what the model gave for it."""
+    """(T,) log-probabilities of a batch's targets, in nats. hidden_ND: what the model gave for it."""
     row_loss = TokenLogprob(batch.target_id_T, vocabulary.temperature, vocabulary.suppressed_Z, vocabulary.vocab_limit,
                             model.backend)
-    return model.head_loss(hidden_ND, batch.target_row_T, row_loss)[1]["logp"].cpu()
+    return model.head_loss(hidden_ND, batch.target_row_T, row_loss)[1]["logp"]
 
 
 @torch.no_grad()
 def reference_logprobs(reference, groups, micro_batch_size, vocabulary):
-    """(T,) log-probabilities of a rollout's tokens under the reference policy, log pi_ref."""
+    """(T,) log-probabilities of a rollout's tokens under the reference, log pi_ref, or any other policy."""
     parts = []
     for start in range(0, len(groups), micro_batch_size):
         batch = pack(groups[start:start + micro_batch_size]).to(reference.device)

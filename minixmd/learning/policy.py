@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minixmd.inputs.batch import Group
+from minixmd.inputs.batch import Group, send
 from minixmd.tasks.answers import parse_answer
 from minixmd.tasks.rewards import REWARDS
 
@@ -20,6 +20,11 @@ class Rollout:
     sampled_T: torch.Tensor  # the log-probabilities with which the tokens were drawn
     ref_T: torch.Tensor | None = None  # those under the reference
     old_T: torch.Tensor | None = None  # those under the policy before the rollout's first update
+
+    def send(self, device):
+        """Puts its vectors on a device, where they stay."""
+        vectors = [self.advantage_T, self.weight_T, self.sampled_T]
+        self.advantage_T, self.weight_T, self.sampled_T = send(vectors, device)
 
 
 def score_completions(completions, items, letters):

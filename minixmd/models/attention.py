@@ -1,8 +1,17 @@
-"""Attention over packed rows: one scaled-dot-product call a run of like segments, so that no N x N mask exists."""
+"""Attention over packed rows, without an N x N mask: on a GPU in 16 bits one call a layer, else one a run of likes."""
+import inspect
+from dataclasses import dataclass
 from itertools import chain, groupby
 
 import torch
 import torch.nn.functional as F
+
+from minixmd.inputs.batch import send
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # of torch before 2.10
+    varlen_attn = None
 
 
 def packed_attention(q_NHK, k_NJK, v_NJK, segments, causal=True):
@@ -14,7 +23,86 @@ def packed_attention(q_NHK, k_NJK, v_NJK, segments, causal=True):
         causal: rows see their own segment up to themselves; False, for encoders, needs parentless segments.
     Returns (N, H, K), of q's dtype.
     """
-    runs = [list(run) for _, run in groupby(segments, key=lambda s: (s.length, s.parent))]  # each is one batched call
+    if q_NHK.is_cuda and q_NHK.element_size() == 2 and varlen_options() is not None:
+        return attend_at_once(q_NHK, k_NJK, v_NJK, segments, causal)
+    return attend_by_runs(q_NHK, k_NJK, v_NJK, segments, causal)
+
+
+# ---- one call for all segments ----
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What varlen_attn takes: cumulative lengths of queries and keys (int32), the longest of each, and the rows of the
+    keys, a parent's before its child's own; None where keys and queries are the same rows."""
+
+    query_ends: torch.Tensor
+    key_ends: torch.Tensor
+    longest_query: int
+    longest_key: int
+    key_row_S: torch.Tensor | None
+
+
+def varlen_options():
+    """{"causal", "full": the keywords by which varlen_attn is told what rows see}; None where this version of torch has
+    no varlen_attn, or one whose arguments are not known here."""
+    if varlen_attn is None:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    if "window_size" in known and "enable_gqa" in known:
+        return {True: {"window_size": (-1, 0), "enable_gqa": True}, False: {"enable_gqa": True}}
+    return None
+
+
+def plan_of(segments, device):
+    """The Plan of Segments, made once and kept with them."""
+    if segments.attention_plan is not None and segments.attention_plan.query_ends.device == device:
+        return segments.attention_plan
+    lengths, key_lengths, rows = [], [], []
+    for segment in segments:
+        seen = [segment] if segment.parent < 0 else [segments[segment.parent], segment]
+        for part in seen:
+            rows += range(part.start, part.start + part.length)
+        lengths.append(segment.length)
+        key_lengths.append(sum(part.length for part in seen))
+    ends_2 = torch.tensor([[0, *lengths], [0, *key_lengths]]).cumsum(1).to(torch.int32)
+    ends_2, row_S = send([ends_2, torch.tensor(rows, dtype=torch.int32)], device)
+    has_children = len(rows) > sum(lengths)
+    segments.attention_plan = Plan(*ends_2, max(lengths), max(key_lengths), row_S if has_children else None)
+    return segments.attention_plan
+
+
+class _Gather(torch.autograd.Function):
+    """x[rows], whose gradient adds up in fp32: a parent's row has as many terms as it has children."""
+
+    @staticmethod
+    def forward(ctx, x_NJK, row_S):
+        ctx.save_for_backward(row_S)
+        ctx.count = len(x_NJK)
+        return x_NJK[row_S]
+
+    @staticmethod
+    def backward(ctx, grad_SJK):
+        (row_S,) = ctx.saved_tensors
+        grad_NJK = torch.zeros(ctx.count, *grad_SJK.shape[1:], dtype=torch.float32, device=grad_SJK.device)
+        return grad_NJK.index_add_(0, row_S, grad_SJK.float()).to(grad_SJK.dtype), None
+
+
+def attend_at_once(q_NHK, k_NJK, v_NJK, segments, causal=True, attend=None):
+    """packed_attention by one call of torch's varlen_attn, or of `attend`, a function like it."""
+    plan = plan_of(segments, q_NHK.device)
+    if plan.key_row_S is not None:
+        k_NJK, v_NJK = _Gather.apply(k_NJK, plan.key_row_S), _Gather.apply(v_NJK, plan.key_row_S)
+    return (attend or varlen_attn)(q_NHK, k_NJK, v_NJK, plan.query_ends, plan.key_ends, plan.longest_query,
+                                   plan.longest_key, **varlen_options()[causal])
+
+
+# ---- one call a run of like segments ----
+
+
+def attend_by_runs(q_NHK, k_NJK, v_NJK, segments, causal=True):
+    """packed_attention by one scaled-dot-product call a run of segments of one length and parent."""
+    runs = [list(run) for _, run in groupby(segments, key=lambda s: (s.length, s.parent))]
     q_runs, k_runs, v_runs = (_split(x, runs) for x in (q_NHK, k_NJK, v_NJK))
     keys = list(chain.from_iterable(k_runs))  # of each segment
     values = list(chain.from_iterable(v_runs))
@@ -37,33 +125,3 @@ def _split(x_NHK, runs):
     """Each run's rows as (B segments, H, T, K), by one split: slices would each have a gradient of all N rows."""
     parts = x_NHK.split([run[0].length * len(run) for run in runs])
     return [x.unflatten(0, (len(run), -1)).transpose(1, 2) for x, run in zip(parts, runs, strict=True)]
-
-
-def _turn(x_NHK, cos_NK, sin_NK):
-    """Rotates the pairs (x[i], x[i + K/2]) of fp32 vectors."""
-    half = x_NHK.shape[-1] // 2
-    sin = sin_NK[:, None, :half]  # both halves hold the same angles
-    y_NHK = x_NHK * cos_NK[:, None]
-    y_NHK[..., :half].addcmul_(x_NHK[..., half:], sin, value=-1)
-    y_NHK[..., half:].addcmul_(x_NHK[..., :half], sin)
-    return y_NHK
-
-
-class _Rotate(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back; autograd would keep and add up five tensors of x's size."""
-
-    @staticmethod
-    def forward(ctx, x_NHK, cos_NK, sin_NK):
-        ctx.save_for_backward(cos_NK, sin_NK)
-        return _turn(x_NHK.float(), cos_NK, sin_NK).to(x_NHK.dtype)
-
-    @staticmethod
-    def backward(ctx, grad_NHK):
-        cos_NK, sin_NK = ctx.saved_tensors
-        return _turn(grad_NHK.float(), cos_NK, -sin_NK).to(grad_NHK.dtype), None, None
-
-
-def rotate(x_NHK, cos_NK, sin_NK):
-    """Rotary embedding in the half-split layout, in fp32, returned in x's dtype. cos_NK, sin_NK: fp32, each angle in
-    both halves; not differentiated."""
-    return _Rotate.apply(x_NHK, cos_NK, sin_NK)

@@ -4,7 +4,7 @@ import re
 import torch
 from torch import nn
 
-from minixmd.kernels.lora import lora_linear, lora_linears
+from minixmd.kernels.lora import cast_adapters, lora_linears
 from minixmd.runs.seeds import hash_seed
 
 
@@ -17,11 +17,12 @@ class Linear(nn.Linear):
         self.register_parameter("lora_B", None)  # (out, R) fp32
         self.scale = 0.0
         self.backend = "torch"  # of the adapter's product: set_backend
+        self.casts = self.casts_of = None  # what casts_of_adapters made last, and of what
 
     def forward(self, x_ND):
         if self.lora_A is None:
             return nn.functional.linear(x_ND, self.weight, self.bias)
-        return lora_linear(x_ND, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, self.backend)
+        return apply_adapted(x_ND, [self])[0]
 
 
 def apply_linears(x_ND, *layers):
@@ -29,9 +30,19 @@ def apply_linears(x_ND, *layers):
     adapted = [layer for layer in layers if layer.lora_A is not None]
     if len(adapted) < 2:
         return [layer(x_ND) for layer in layers]
-    operands = [(layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scale) for layer in adapted]
-    outputs = iter(lora_linears(x_ND, operands, adapted[0].backend))
+    outputs = iter(apply_adapted(x_ND, adapted))
     return [layer(x_ND) if layer.lora_A is None else next(outputs) for layer in layers]
+
+
+def apply_adapted(x_ND, layers):
+    """apply_linears of layers that all carry an adapter, whose cast matrices are kept until an update changes them."""
+    tensors = [tensor for layer in layers for tensor in (layer.lora_A, layer.lora_B)]
+    made_of = [(id(tensor), tensor._version, x_ND.dtype, tensor.device) for tensor in tensors]
+    first = layers[0]
+    if first.casts_of != made_of:
+        first.casts, first.casts_of = cast_adapters(tensors[0::2], tensors[1::2], x_ND.dtype), made_of
+    operands = [(layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scale) for layer in layers]
+    return lora_linears(x_ND, operands, first.backend, first.casts)
 
 
 def named_linears(model):
@@ -44,10 +55,10 @@ def adapted(model):
 
 
 def set_backend(model, backend):
-    """Chooses the kernels of a model's adapters, head and rollouts: "triton" or "torch", which new models have."""
-    model.backend = backend
-    for layer in named_linears(model).values():
-        layer.backend = backend
+    """Chooses the kernels of a model, of its head and of rollouts: "triton" or "torch", which new models have."""
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            module.backend = backend
 
 
 def add_lora(model, *, rank, alpha, targets, seed):
@@ -85,5 +96,5 @@ def merge_lora(model):
     """Fold every adapter into its weight (in fp32, then rounded to the storage dtype) and drop it."""
     for layer in adapted(model).values():
         layer.weight.copy_(layer.weight.float() + layer.scale * (layer.lora_B @ layer.lora_A))
-        layer.lora_A = layer.lora_B = None
+        layer.lora_A = layer.lora_B = layer.casts = layer.casts_of = None
         layer.scale = 0.0

@@ -1,9 +1,10 @@
 """The Qwen2 decoder: pre-norm blocks of grouped-query attention and a SwiGLU MLP, over packed rows."""
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from minixmd.models.attention import rotate
+from minixmd.kernels.rmsnorm import rms_norm
+from minixmd.kernels.rotary import rotate
+from minixmd.kernels.swiglu import swiglu
 from minixmd.models.lora import Linear, apply_linears
 
 
@@ -12,11 +13,14 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
+        self.backend = "torch"  # lora.set_backend
 
     def forward(self, x_ND):
-        x = x_ND.float()  # statistics in fp32: a 16-bit mean of squares loses the small channels
-        scale_N1 = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x * scale_N1).to(x_ND.dtype)
+        return rms_norm(x_ND, self.weight, self.eps, None, self.backend)[0]
+
+    def after_sum(self, x_ND, added_ND):
+        """(the norm of x + added, x + added); added_ND: None is 0."""
+        return rms_norm(x_ND, self.weight, self.eps, added_ND, self.backend)
 
 
 class Attention(nn.Module):
@@ -31,11 +35,12 @@ class Attention(nn.Module):
         self.k_proj = Linear(D, kv_width)
         self.v_proj = Linear(D, kv_width)
         self.o_proj = Linear(D, D, bias=False)
+        self.backend = "torch"
 
     def forward(self, x_ND, cos_NK, sin_NK, attend):
         q, k, v = apply_linears(x_ND, self.q_proj, self.k_proj, self.v_proj)
-        q_NHK = rotate(q.unflatten(-1, (self.H, -1)), cos_NK, sin_NK)
-        k_NJK = rotate(k.unflatten(-1, (self.J, -1)), cos_NK, sin_NK)
+        q_NHK, k_NJK = q.unflatten(-1, (self.H, -1)), k.unflatten(-1, (self.J, -1))
+        q_NHK, k_NJK = rotate(q_NHK, k_NJK, cos_NK, sin_NK, self.backend)
         v_NJK = v.unflatten(-1, (self.J, -1))
         o_NHK = attend(self.layer, q_NHK, k_NJK, v_NJK)
         return self.o_proj(o_NHK.flatten(1))
@@ -49,10 +54,11 @@ class GatedMLP(nn.Module):
         self.gate_proj = Linear(width, hidden, bias)
         self.up_proj = Linear(width, hidden, bias)
         self.down_proj = Linear(hidden, width, bias)
+        self.backend = "torch"
 
     def forward(self, x_ND):
         gate_NF, up_NF = apply_linears(x_ND, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate_NF) * up_NF)
+        return self.down_proj(swiglu(gate_NF, up_NF, self.backend))
 
 
 class Block(nn.Module):
@@ -63,9 +69,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(self, x_ND, cos_NK, sin_NK, attend):
-        x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), cos_NK, sin_NK, attend)
-        return x_ND + self.mlp(self.post_attention_layernorm(x_ND))
+    def forward(self, x_ND, added_ND, cos_NK, sin_NK, attend):
+        """(the residual stream, what is still to be added to it): each sum is made with the norm that reads it."""
+        normed_ND, x_ND = self.input_layernorm.after_sum(x_ND, added_ND)
+        attended_ND = self.self_attn(normed_ND, cos_NK, sin_NK, attend)
+        normed_ND, x_ND = self.post_attention_layernorm.after_sum(x_ND, attended_ND)
+        return x_ND, self.mlp(normed_ND)
 
 
 class Qwen2(nn.Module):
@@ -91,6 +100,7 @@ class Qwen2(nn.Module):
 
     def forward(self, x_ND, positions_3N, attend):
         cos_NK, sin_NK = self.rotary(positions_3N)
+        added_ND = None
         for layer in self.layers:
-            x_ND = layer(x_ND, cos_NK, sin_NK, attend)
-        return self.norm(x_ND)
+            x_ND, added_ND = layer(x_ND, added_ND, cos_NK, sin_NK, attend)
+        return self.norm.after_sum(x_ND, added_ND)[0]

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from minixmd.inputs.batch import consecutive_segments
-from minixmd.models.attention import packed_attention, rotate
+from minixmd.kernels.rotary import rotate
+from minixmd.models.attention import packed_attention
 from minixmd.models.lora import Linear, apply_linears
 from minixmd.models.qwen2 import GatedMLP, RMSNorm
 
@@ -38,6 +39,7 @@ class Attention(nn.Module):
         else:
             self.qkv = Linear(E, 3 * E)
         self.proj = Linear(E, E)
+        self.backend = "torch"
 
     def forward(self, x_PE, cos_PK, sin_PK, segments):
         if self.split_qkv:
@@ -45,8 +47,7 @@ class Attention(nn.Module):
         else:
             projected = self.qkv(x_PE).chunk(3, dim=-1)
         q, k, v_PHK = (x.unflatten(-1, (self.H, -1)) for x in projected)
-        q_PHK = rotate(q, cos_PK, sin_PK)
-        k_PHK = rotate(k, cos_PK, sin_PK)
+        q_PHK, k_PHK = rotate(q, k, cos_PK, sin_PK, self.backend)
         o_PHK = packed_attention(q_PHK, k_PHK, v_PHK, segments, causal=False)
         return self.proj(o_PHK.flatten(1))
 

@@ -62,7 +62,7 @@ class Subject:
         """(T,) log-probs of a batch's targets among the ids that generation may draw, on the CPU."""
         batch = batch.to(self.device)
         vocabulary = SampledVocabulary.of(self.model, processor, temperature)
-        return token_logprobs(self.model, self.model(batch), batch, vocabulary)
+        return token_logprobs(self.model, self.model(batch), batch, vocabulary).cpu()
 
     def base_parameters(self):
         return {name: p for name, p in self.model.named_parameters() if "lora_" not in name}
