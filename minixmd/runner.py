@@ -14,6 +14,7 @@ from minixmd.config import GRPO, SFT, Distill, Evaluate, FactCheck, Label, Repor
 from minixmd.config.load import load_config
 from minixmd.config.references import check_files, input_paths, resolve
 from minixmd.dryrun.plan import dry_run
+from minixmd.models.attention import describe_attention
 from minixmd.models.hub import pinned
 from minixmd.report import gather as report
 from minixmd.runs.device import describe_device
@@ -41,6 +42,7 @@ def main(argv=None):
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     args = parser.parse_args(argv)
     torch.backends.cudnn.allow_tf32 = False  # float32 convolutions would multiply with 10 bits
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and shapes hardly repeat
     try:
         rank = init(os.environ)
         config = load_config(args.config, args.overrides)
@@ -87,7 +89,8 @@ def run_stage(stage, config, rank):
     if folder is None and rank == 0:
         print(f"{stage.name}: finished before, skipped", flush=True)
     elif folder is not None and (rank == 0 or shared):
-        print(f"{stage.name}: runs in {folder}{describe_device(stage)}", flush=True)
+        where = describe_device(stage)
+        print(f"{stage.name}: runs in {folder}{where}{where and describe_attention(stage)}", flush=True)
         RUN[type(stage)](with_paths(stage, config), folder, partial(append_jsonl, folder / "log.jsonl"))
         if rank == 0:
             finish(folder)

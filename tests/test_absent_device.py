@@ -1,4 +1,5 @@
 """Every stage and objective on a CUDA device that is not there (absent_device.py), and what that device catches."""
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from minixmd.models.multimodal import MultimodalLM
 from minixmd.runner import RUN
 from minixmd.runs.records import write_jsonl
 from minixmd.tasks import rewards
+from minixmd.verify import __main__ as verify
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a device is there"),
@@ -128,6 +130,28 @@ def test_a_stage_runs_on_the_device(world, tmp_path, spread, name, backend, dtyp
     same_arithmetic = dtype == "float32" and backend == "torch" and name != "switch"  # its Cnn14 is laid out otherwise
     if same_arithmetic:
         assert found == run(world, tmp_path / "cpu", name, "cpu", "torch", dtype)
+
+
+@pytest.mark.slow
+def test_verify_passes_on_the_device_and_sees_a_graph_that_decodes_otherwise(world, capsys, monkeypatch):
+    command = [str(world / "ears"), "--device", "cuda", "--dtype", "bfloat16"]
+    few = ("packed = one at a time", "log-probs generated = scored", "captured decoding = step by step")
+    monkeypatch.setattr(verify, "CHECKS", {name: verify.CHECKS[name] for name in few})  # all of them take minutes
+    with AbsentDevice() as device:
+        assert verify.main(command) == 0
+        out = capsys.readouterr().out
+        assert "bfloat16 on cuda:0, kernels in triton" in out and "captured decoding = step by step" in out
+        assert re.search("captured.* 100% of tokens, 0e[+]00 nats .* PASS", out)
+
+        def other_tokens(step):
+            replay = device.capture(step)
+            return lambda: (replay(), step.__self__.logp_SB.add_(0.5))
+
+        monkeypatch.setattr(rollout, "capture", other_tokens)
+        monkeypatch.setattr(verify, "CHECKS", {few[-1]: verify.CHECKS[few[-1]]})
+        assert verify.main(command) == 1
+        failed = [line for line in capsys.readouterr().out.splitlines() if line.endswith("FAIL")]
+        assert len(failed) == 1 and failed[0].startswith("captured decoding")
 
 
 # ---- how many launches, synchronisations and copies ----

@@ -58,6 +58,7 @@ class KVCache:
         self.v[layer][slot_B, :, self.length_B] = v_BJK
         k = self.k[layer, :, :, :self.rows_in_use]
         v = self.v[layer, :, :, :self.rows_in_use]
-        prompt_k, prompt_v = self.prompt_k[layer], self.prompt_v[layer]
+        prompt_k = self.prompt_k[layer]
+        prompt_v = self.prompt_v[layer]
         lengths_B = self.length_B + 1
         return decode_attention(q_BHK, prompt_k, prompt_v, self.prompt_length_G, k, v, lengths_B, self.backend)

@@ -75,7 +75,7 @@ class Decoder:
     """The state of all slots as tensors that keep their addresses, and the two operations on it: fill and step."""
 
     def __init__(self, model, prompt_slots, longest_prompt, num_samples, *, max_new_tokens, temperature, suppressed_ids,
-                 end_id, backend):
+                 end_id, backend, captured=True):
         self.model = model
         self.num_samples = num_samples
         self.temperature = temperature
@@ -93,7 +93,7 @@ class Decoder:
         self.ids_SB = torch.zeros(STEPS_PER_SYNC, B, **integers)
         self.logp_SB = torch.zeros(STEPS_PER_SYNC, B, device=device)
         self.next_row_1 = torch.zeros(1, **integers)  # row of these two that a step writes
-        self.captured = backend == "triton" and device.type == "cuda"
+        self.captured = captured and backend == "triton" and device.type == "cuda"
         self.replay = capture(self.step) if self.captured else None  # not self.step: a cycle would keep the pools alive
 
     def fill(self, prompts, prompt_slots, uniform_BT):
@@ -103,7 +103,8 @@ class Decoder:
             prompts: G Prompts. prompt_slots: their slots. uniform_BT: the uniforms of their G num_samples completions.
         Returns the logits after each prompt (G, V), and lists of the first tokens' ids and log-probabilities.
         """
-        device, n = self.device, self.num_samples
+        device = self.device
+        n = self.num_samples
         batch = pack(prompts).to(device)
         lengths_G = torch.tensor([len(prompt) for prompt in prompts], device=device)
         slot_G = torch.tensor(prompt_slots, device=device)
@@ -220,7 +221,7 @@ class _Progress:
 
 @torch.inference_mode()
 def decode(model, processor, prompts, uniform_BT, *, num_samples=1, max_new_tokens, temperature, suppressed_ids,
-           stop=(), decode_slots=None, backend=None, on_token=None, on_prompts=None):
+           stop=(), decode_slots=None, backend=None, captured=True, on_token=None, on_prompts=None):
     """num_samples Completions of each Prompt, in order, in one list; arguments as generate, and
 
         uniform_BT: (num_samples len(prompts), max_new_tokens) fp64, the numbers that choose the tokens; None at
@@ -228,13 +229,14 @@ def decode(model, processor, prompts, uniform_BT, *, num_samples=1, max_new_toke
         suppressed_ids: ids that are never sampled, a list or an int64 tensor.
         on_prompts: called as on_prompts(logits_GV) with the logits that follow the next G prompts.
     """
-    n, num_completions = num_samples, num_samples * len(prompts)
+    n = num_samples
+    num_completions = n * len(prompts)
     prompt_slots = len(prompts)
     if decode_slots is not None:
         prompt_slots = min(decode_slots // n, len(prompts))
     decoder = Decoder(
         model, prompt_slots, max(map(len, prompts)), n, max_new_tokens=max_new_tokens, temperature=temperature,
-        suppressed_ids=suppressed_ids, end_id=processor.end_id, backend=backend or model.backend)
+        suppressed_ids=suppressed_ids, end_id=processor.end_id, backend=backend or model.backend, captured=captured)
     if uniform_BT is None:
         uniform_BT = torch.zeros(num_completions, max_new_tokens, dtype=torch.float64)
     progress = _Progress(processor, num_completions, prompt_slots * n, stop, max_new_tokens, on_token)
@@ -269,7 +271,7 @@ def decode(model, processor, prompts, uniform_BT, *, num_samples=1, max_new_toke
 
 
 def generate(model, processor, conversations, *, num_samples=1, max_new_tokens, temperature, seed, stop=(), step=0,
-             keys=None, on_token=None, decode_slots=None, backend=None):
+             keys=None, on_token=None, decode_slots=None, backend=None, captured=True):
     """num_samples continuations of each conversation.
 
     Args:
@@ -279,8 +281,9 @@ def generate(model, processor, conversations, *, num_samples=1, max_new_tokens, 
             a digest of the prompt's ids and media.
         on_token: called as on_token(row, ids so far) after every new token; row = num_samples * conversation + sample.
         decode_slots: completions decoded at once, at least num_samples; None = all. Memory: kv_cache.pool_bytes.
-        backend: "triton" | "torch", of the decoding attention; None = the model's. On a GPU "triton" also captures the
-            step as a CUDA graph, which runs no hooks of the model's modules.
+        backend: "triton" | "torch", of the decoding attention; None = the model's.
+        captured: on a GPU "triton" also captures the step as a CUDA graph, which runs no hooks of the model's modules;
+            False = each step launches its kernels.
     Returns a list of num_samples Completions for each conversation. Raises ValueError: an argument out of its range, a
     conversation that the processor refuses, a prompt past the model's limit, or logits that are not finite.
     """
@@ -311,5 +314,5 @@ def generate(model, processor, conversations, *, num_samples=1, max_new_tokens, 
     completions = decode(
         model, processor, prompts, torch.stack(rows), num_samples=num_samples, max_new_tokens=max_new_tokens,
         temperature=temperature, suppressed_ids=processor.suppressed_ids, stop=stop, decode_slots=decode_slots,
-        backend=backend, on_token=on_token)
+        backend=backend, captured=captured, on_token=on_token)
     return [completions[start:start + num_samples] for start in range(0, len(completions), num_samples)]

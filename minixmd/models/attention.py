@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from minixmd.inputs.batch import send
+from minixmd.runs.device import resolve_device
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -52,6 +53,16 @@ def varlen_options():
     if "window_size" in known and "enable_gqa" in known:
         return {True: {"window_size": (-1, 0), "enable_gqa": True}, False: {"enable_gqa": True}}
     return None
+
+
+def describe_attention(stage):
+    """Such as ", attention in one call a layer", of a stage that runs a model on a GPU; else ""."""
+    if not hasattr(stage, "backend") or resolve_device(stage.name, stage.device) != "cuda":
+        return ""
+    if stage.dtype != "float32" and varlen_options() is not None:
+        return ", attention in one call a layer"
+    why = "in float32" if stage.dtype == "float32" else f"torch {torch.__version__} has no varlen_attn that fits"
+    return f", attention in a call for each run of like segments ({why}), without cuDNN"
 
 
 def plan_of(segments, device):

@@ -17,7 +17,8 @@ class Linear(nn.Linear):
         self.register_parameter("lora_B", None)  # (out, R) fp32
         self.scale = 0.0
         self.backend = "torch"  # of the adapter's product: set_backend
-        self.casts = self.casts_of = None  # what casts_of_adapters made last, and of what
+        self.casts = None  # what cast_adapters made last
+        self.casts_of = []  # and of what: (lora_A or lora_B, its version then)
 
     def forward(self, x_ND):
         if self.lora_A is None:
@@ -37,10 +38,13 @@ def apply_linears(x_ND, *layers):
 def apply_adapted(x_ND, layers):
     """apply_linears of layers that all carry an adapter, whose cast matrices are kept until an update changes them."""
     tensors = [tensor for layer in layers for tensor in (layer.lora_A, layer.lora_B)]
-    made_of = [(id(tensor), tensor._version, x_ND.dtype, tensor.device) for tensor in tensors]
     first = layers[0]
-    if first.casts_of != made_of:
-        first.casts, first.casts_of = cast_adapters(tensors[0::2], tensors[1::2], x_ND.dtype), made_of
+    fresh = len(first.casts_of) == len(tensors) and first.casts[0].dtype == x_ND.dtype
+    for (tensor, version), now in zip(first.casts_of, tensors, strict=False):
+        fresh = fresh and tensor is now and version == now._version
+    if not fresh:
+        first.casts = cast_adapters(tensors[0::2], tensors[1::2], x_ND.dtype)
+        first.casts_of = [(tensor, tensor._version) for tensor in tensors]
     operands = [(layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scale) for layer in layers]
     return lora_linears(x_ND, operands, first.backend, first.casts)
 
@@ -96,5 +100,6 @@ def merge_lora(model):
     """Fold every adapter into its weight (in fp32, then rounded to the storage dtype) and drop it."""
     for layer in adapted(model).values():
         layer.weight.copy_(layer.weight.float() + layer.scale * (layer.lora_B @ layer.lora_A))
-        layer.lora_A = layer.lora_B = layer.casts = layer.casts_of = None
+        layer.lora_A = layer.lora_B = layer.casts = None
+        layer.casts_of = []
         layer.scale = 0.0

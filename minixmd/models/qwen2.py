@@ -39,7 +39,8 @@ class Attention(nn.Module):
 
     def forward(self, x_ND, cos_NK, sin_NK, attend):
         q, k, v = apply_linears(x_ND, self.q_proj, self.k_proj, self.v_proj)
-        q_NHK, k_NJK = q.unflatten(-1, (self.H, -1)), k.unflatten(-1, (self.J, -1))
+        q_NHK = q.unflatten(-1, (self.H, -1))
+        k_NJK = k.unflatten(-1, (self.J, -1))
         q_NHK, k_NJK = rotate(q_NHK, k_NJK, cos_NK, sin_NK, self.backend)
         v_NJK = v.unflatten(-1, (self.J, -1))
         o_NHK = attend(self.layer, q_NHK, k_NJK, v_NJK)

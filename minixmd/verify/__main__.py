@@ -24,6 +24,7 @@ CHECKS = {  # functions of a Subject that return an Outcome
     "packed = one at a time": invariances.packed,
     "cached decoding = full forward": invariances.cached,
     "log-probs generated = scored": invariances.logprobs,
+    "captured decoding = step by step": invariances.captured,
     "another clip changes the answer": invariances.another_clip,
     "the same clip does not": invariances.same_clip,
     "adapter off = base model": invariances.adapter_off,
@@ -57,7 +58,8 @@ def main(argv=None):
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"minixmd: {error}", file=sys.stderr)
         return 2
-    print(f"{args.model}: {subject.family.model_type}, {args.dtype} on {subject.device}, torch {torch.__version__}\n")
+    print(f"{args.model}: {subject.family.model_type}, {args.dtype} on {subject.device}, kernels in "
+          f"{subject.model.backend}, torch {torch.__version__}\n")
     print(f"{'check':<40}{'measured':<36}bound")
     verdicts = Counter()
     for name in CHECKS:
@@ -79,7 +81,8 @@ def load_subject(args):
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file")
     torch.backends.cudnn.allow_tf32 = False  # float32 convolutions would multiply with 10 bits on a GPU
-    model, processor = load(args.model, device=device, dtype=getattr(torch, args.dtype))
+    backend = "triton" if device == "cuda" else "torch"  # as stages choose it
+    model, processor = load(args.model, device=device, dtype=getattr(torch, args.dtype), backend=backend)
     clips = choose_clips(model.config.family, args.audio, args.video)
     return Subject(model, processor, args.dtype, clips, args.against is not None)
 

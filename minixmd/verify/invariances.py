@@ -52,7 +52,8 @@ def encoders(subject):
 
 def plain_audio(model, m):
     """An audio clip's features: Whisper on its padded window, or (Omni) on each chunk by itself."""
-    tower, mel_MA = model.audio_tower, m.features
+    tower = model.audio_tower
+    mel_MA = m.features
     length = (m.frames + 1) // 2
     table_AE = tower.positions(mel_MA.device)
     window = 2 * len(table_AE)
@@ -136,6 +137,17 @@ def logprobs(subject):
         f"<= {max_mean:.0e}, {max_gap:.0e}",
         mean <= max_mean and largest <= max_gap,
     )
+
+
+def captured(subject):
+    """Tokens and log-probs from a CUDA graph of the decoding step, and from steps that launch their kernels."""
+    if subject.device.type != "cuda" or subject.model.backend != "triton":
+        return Outcome("decoding is captured on a GPU only")
+    ids_P2T, logprobs_P2T, _ = subject.sampled
+    again_P2T, again_logprobs_P2T = subject.sample(captured=True)
+    same = (ids_P2T == again_P2T).double().mean().item()
+    gap = difference(logprobs_P2T, again_logprobs_P2T)
+    return Outcome(f"{same:.0%} of tokens, {gap:.0e} nats", "100%, exactly 0", same == 1 and gap == 0)
 
 
 def answer_logprobs(subject, kind, other=None):

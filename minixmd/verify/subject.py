@@ -73,13 +73,17 @@ class Subject:
         (2 P, TOKENS - 1, D), from which all tokens but the first were drawn."""
         hidden = []
         with self.model.register_forward_hook(lambda module, inputs, output: hidden.append(output)):
-            pairs = generate(
-                self.model, self.endless, self.conversations,
-                num_samples=2, max_new_tokens=TOKENS, temperature=TEMPERATURE, seed=0,
-            )  # fmt: skip
-        ids_P2T = torch.tensor([[completion.ids for completion in pair] for pair in pairs])
-        logprobs_P2T = torch.tensor([[completion.logprobs for completion in pair] for pair in pairs])
+            ids_P2T, logprobs_P2T = self.sample(captured=False)  # a captured step runs no hooks
         return ids_P2T, logprobs_P2T, torch.stack(hidden[1:], dim=1)  # the first is the prefill's
+
+    def sample(self, captured):
+        """Two completions of each of P conversations: ids and log-probs, (P, 2, TOKENS)."""
+        pairs = generate(
+            self.model, self.endless, self.conversations,
+            num_samples=2, max_new_tokens=TOKENS, temperature=TEMPERATURE, seed=0, captured=captured,
+        )  # fmt: skip
+        ids_P2T = torch.tensor([[completion.ids for completion in pair] for pair in pairs])
+        return ids_P2T, torch.tensor([[completion.logprobs for completion in pair] for pair in pairs])
 
     def compare(self, ours, theirs):
         """The Outcome of two lists of tensors that may differ by rounding only; the worst pair counts."""
