@@ -63,7 +63,7 @@ STAGES = {  # class, whether it sees, and the fields that it has beside a model 
                                    train_manifest="manifest.jsonl", batch_size=2, clip_s=1.0)),
 }  # fmt: skip
 WITHOUT_MEDIA = (FactCheck, Switch)
-FAST = {("sft", "torch"), ("letters of video", "torch")}
+FAST = {("sft", "torch", "float32"), ("letters of video", "torch", "float32")}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def spread(monkeypatch):
 
 
 CASES = [pytest.param(name, backend, dtype, id=f"{name}-{backend}-{dtype}",
-                      marks=() if (name, backend) in FAST and dtype == "bfloat16" else pytest.mark.slow)
+                      marks=() if (name, backend, dtype) in FAST else pytest.mark.slow)
          for name in STAGES for backend in ("torch", "triton") for dtype in ("float32", "bfloat16")]  # fmt: skip
 
 

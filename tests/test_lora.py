@@ -233,6 +233,30 @@ def test_wide_inputs_high_ranks_and_fp32_go_to_the_vendors_product(monkeypatch):
                     torch.randn(4, 2), 0.5, backend="triton")  # fmt: skip
 
 
+def test_cast_adapters_are_made_anew_after_an_update_and_for_other_tensors_or_dtypes():
+    layer = Linear(4, 3)
+    x_ND = torch.randn(2, 4)
+
+    def change(scale):
+        """New matrices of the same version as the old ones had."""
+        layer.lora_A = torch.nn.Parameter(scale * torch.ones(2, 4))
+        layer.lora_B = torch.nn.Parameter(torch.ones(3, 2))
+
+    layer.scale = 1.0
+    with torch.no_grad():
+        base = torch.nn.functional.linear(x_ND, layer.weight, layer.bias)
+        for scale in (1.0, 2.0):
+            change(scale)
+            for dtype in (torch.float32, torch.float64, torch.float32):
+                update = (layer.to(dtype)(x_ND.to(dtype)) - base)[:, :1]
+                assert torch.allclose(update.float(), 2 * scale * x_ND.sum(1, keepdim=True), atol=1e-5)
+        layer.lora_A.mul_(3.0)
+        assert torch.allclose((layer(x_ND) - base)[:, 0], 2 * 3 * 2.0 * x_ND.sum(1), atol=1e-5)
+        made = layer.casts
+        layer(x_ND)
+        assert layer.casts is made
+
+
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="'torch' and 'triton', got 'cuda'"):
         lora_linear(torch.randn(2, 3), torch.randn(4, 3), None, torch.randn(1, 3), torch.randn(4, 1), 1.0, "cuda")
