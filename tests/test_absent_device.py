@@ -196,6 +196,7 @@ def launches_of_training(device, layers, lengths):
     return sum(device.launches.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter, before, most", [(False, 43, 20), (True, 70, 32)])
 def test_a_decode_step_takes_few_launches_a_layer(adapter, before, most):
     with AbsentDevice() as device:
@@ -203,6 +204,7 @@ def test_a_decode_step_takes_few_launches_a_layer(adapter, before, most):
     assert 10 < found <= most < before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(8, 8), (8, 5, 3)])
 def test_training_takes_at_most_six_tenths_of_the_launches_of_before(lengths):
     with AbsentDevice() as device:

@@ -162,11 +162,16 @@ def test_options_that_are_numbers_or_single_letters_are_read_as_words_after_the_
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "data" / "answers.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[f"{i}" for i in range(len(ROWS))])
-def test_the_table_of_written_answers(row):
+@pytest.mark.parametrize("source", sorted({row["source"] for row in ROWS}))
+def test_the_table_of_written_answers(source):
     """English, Chinese, German and others, written without a look at the reader but for "ours"."""
-    index, _ = extract(row["text"], row["options"], row["asked_for"] == "letter")
-    assert index == row["expected"], (row["text"], row["options"])
+    rows = [row for row in ROWS if row["source"] == source]
+    wrong = []
+    for row in rows:
+        index, _ = extract(row["text"], row["options"], row["asked_for"] == "letter")
+        if index != row["expected"]:
+            wrong.append((row["text"], row["options"], index))
+    assert not wrong and len(rows) >= 100
 
 
 def test_a_letter_is_the_option_that_the_prompt_makes_it():

@@ -68,6 +68,27 @@ LAST = {  # the last stage's class, its fields but model and manifest, and what 
                                                           train_manifest=w / "good.jsonl"), "cnn.pth: "),
     "not UTF-8": ("Label", lambda w: dict(manifest=raw(w / "v.jsonl", "[1]".encode("utf-16"))),
                   "v.jsonl:1: not JSON: 'utf-8' codec can't decode"),
+    "latin-1": ("Label", lambda w: dict(manifest=raw(w / "l.jsonl", '{"id": "ä"}'.encode("latin-1"))),
+                "l.jsonl:1: not JSON: 'utf-8' codec can't decode"),
+    "half a pair in an id": ("Label", lambda w: dict(manifest=changed(w, "h.jsonl", id=chr(0xDC00))),
+                             "h.jsonl:3: not JSON: 'utf-8' codec can't encode"),
+    "half a pair in a trace": ("SFT", lambda w: dict(traces=others(w, text="x" + chr(0xD800))),
+                               "text.jsonl:1: not JSON"),
+    "half a pair in a group": ("Evaluate", lambda w: dict(manifest=changed(w, "p.jsonl", meta={"group": chr(0xD800)})),
+                               "p.jsonl:3: not JSON"),
+    "a token in a question": ("Label", lambda w: dict(manifest=changed(w, "t.jsonl", question="Is <|AUDIO|> it?")),
+                              "t.jsonl:3: field 'question' or 'options' holds <|AUDIO|>"),
+    "a token in an option": ("Label", lambda w: dict(manifest=changed(w, "o.jsonl", options=["a", "b<|im_end|>", "c"])),
+                             "o.jsonl:3: field 'question' or 'options' holds <|im_end|>"),
+    "an option twice but for blanks": (
+        "Label", lambda w: dict(manifest=changed(w, "2.jsonl", options=["a", "b", " a "])),
+        "2.jsonl:3: field 'options': 'a' is empty or stands twice"),
+    "no name of a sound": ("Label", lambda w: dict(manifest=changed(w, "n.jsonl", audio="")),
+                           "n.jsonl:3: field 'audio' is empty"),
+    "a folder for a manifest": ("Label", lambda w: dict(manifest=w / "ears"), "Is a directory"),
+    "a label's temperature": ("Distill", lambda w: dict(teacher_labels=others(
+        w, option="dog", top={"temperature": 0, "logsumexp": 1, "ids": [1], "logits": [1]})),
+        "option-top.jsonl:1: field 'top' needs 'temperature', > 0, got 0"),
     "nested brackets": ("Label", lambda w: dict(manifest=raw(w / "w.jsonl", b"[" * 100_000)), "w.jsonl:1: not JSON"),
     "half a surrogate pair": ("Label", lambda w: dict(manifest=changed(w, "x.jsonl", question=chr(0xD800))),
                               "x.jsonl:3: not JSON: 'utf-8' codec can't encode character"),
@@ -107,6 +128,26 @@ def test_a_byte_order_mark_is_read(world, tmp_path, capsys):
     (tmp_path / "c.py").write_text("from minixmd.config import *\nstages = [Label(name='y', "
                                    f"model='{world}/ears', manifest='{path}', device='cpu')]\n")
     assert main([str(tmp_path / "c.py"), f"run_dir={tmp_path / 'run'}"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["Evaluate", "Label", "SFT"])
+def test_a_corrected_input_starts_a_stage_anew_that_has_made_nothing(world, tmp_path, capsys, kind):
+    for i in range(3):
+        (world / f"broken{i}.wav").write_bytes(b"no sound")
+    lines = [json.loads(line) for line in (world / "good.jsonl").read_text().splitlines()]
+    broken = [{**line, "audio": f"broken{i}.wav"} for i, line in enumerate(lines)]
+    path = write(world / f"corrected-{kind}.jsonl", broken)
+    (tmp_path / "c.py").write_text(f"from minixmd.config import *\nstages = [{kind}(name='y', model='{world}/ears', "
+                                   f"manifest='{path}', device='cpu')]\n")
+    command = [str(tmp_path / "c.py"), f"run_dir={tmp_path / 'run'}"]
+    assert main(command) == 1
+    write(path, lines)
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "begun anew, for nothing was made of its older config or inputs" in capsys.readouterr().err
+    write(path, lines[::-1])
+    assert main(command) == 1  # now there is something, which another input would not have made
+    assert "was made by other inputs: manifest" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

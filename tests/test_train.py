@@ -104,7 +104,7 @@ def test_training_with_triton_kernels_equals_training_without(world, tmp_path, c
         monkeypatch.setattr(module, name, partial(noted, getattr(module, name)))
     for backend in ("torch", "triton"):
         (tmp_path / backend).mkdir()
-        short = dict(max_steps=2, batch_size=2, micro_batch_size=2)
+        short = dict(max_steps=2, batch_size=1, micro_batch_size=1)
         assert run(tmp_path / backend, train(world, **short, backend=backend)) == 0
         assert f"on cpu, float32, kernels in {backend}, " in capsys.readouterr().out
         assert used == {(name, backend) for name in ("row_stats", "logits_grad", "lora_linears")}

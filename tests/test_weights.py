@@ -501,6 +501,67 @@ def test_an_adapter_finds_its_base_when_both_have_moved(folders, tmp_path):
     assert base_folder(moved) == tmp_path / "here" / "base"
 
 
+@pytest.mark.parametrize("left", [{}, {"config.json": "{}"}, {"model.safetensors": "x"}], ids=str)
+def test_an_adapter_finds_its_base_where_something_else_lies_in_the_old_place(folders, tmp_path, left):
+    shutil.copytree(folders["audio"], tmp_path / "here" / "base")
+    save_adapter(with_adapter(folders["audio"]), tmp_path / "here" / "base", tmp_path / "here" / "runs" / "best")
+    (tmp_path / "here").rename(tmp_path / "there")
+    (tmp_path / "here" / "base").mkdir(parents=True)
+    for name, text in left.items():
+        (tmp_path / "here" / "base" / name).write_text(text)
+    assert base_folder(tmp_path / "there" / "runs" / "best") == tmp_path / "there" / "base"
+
+
+def test_an_adapter_in_a_linked_folder_finds_its_base_when_both_have_moved(folders, tmp_path):
+    shutil.copytree(folders["audio"], tmp_path / "here" / "base")
+    (tmp_path / "here" / "disk" / "deep" / "runs").mkdir(parents=True)
+    (tmp_path / "here" / "runs").symlink_to("disk/deep/runs")
+    save_adapter(with_adapter(folders["audio"]), tmp_path / "here" / "base", tmp_path / "here" / "runs" / "best")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert base_folder(tmp_path / "there" / "runs" / "best") == tmp_path / "there" / "base"
+
+
+def test_an_adapters_pattern_is_read_by_the_names_of_its_own_layout(folders, tmp_path):
+    """As ms-swift writes it for transformers 4: "model" begins the decoder's names, and there not the tower's."""
+    targets = r"model\.layers\..*_proj"
+    model = with_adapter(folders["vision"], targets)
+    pairs = {name: {"lora_A": layer.lora_A, "lora_B": layer.lora_B} for name, layer in adapted(model).items()}
+    weights.write_adapter(tmp_path, {"r": 3, "lora_alpha": 5}, pairs, model.config.family.checkpoint_name)
+    path = tmp_path / "adapter_config.json"
+    pattern = r"^(model)(?!.*(lm_head|output|emb|wte|shared)).*"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": pattern}))
+    again = load_model(folders["vision"])
+    load_adapter(again, tmp_path)
+    assert_close(logits_of(again, "vision"), logits_of(model, "vision"))
+    (tensors := load_file(tmp_path / "adapter_model.safetensors")).pop(
+        "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight")
+    tensors.pop("base_model.model.model.layers.0.mlp.up_proj.lora_B.weight")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    again = load_model(folders["vision"])
+    assert "missing model.layers.0.mlp.up_proj" in error_of(lambda: load_adapter(again, tmp_path))
+
+
+@pytest.mark.parametrize("fields, said", [
+    ({"target_modules": 3}, "needs 'target_modules', a list of str or None, got 3"),
+    ({"target_modules": ["q_proj", 3]}, "needs 'target_modules'"), ({"target_modules": "("}, "target_modules '('"),
+    ({"r": 0}, "needs 'r', > 0, got 0"), ({"r": "8"}, "needs 'r', an int, got '8'"),
+    ({"lora_alpha": float("nan")}, "needs 'lora_alpha', a float, got nan"), ({"use_rslora": "a"}, "use_rslora = 'a'"),
+])  # fmt: skip
+def test_an_adapters_fields_are_checked(folders, tmp_path, fields, said):
+    save_adapter(with_adapter(folders["audio"], r".*layers.0.*q_proj"), folders["audio"], tmp_path)
+    path = tmp_path / "adapter_config.json"
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    assert said in error_of(lambda: load_adapter(load_model(folders["audio"]), tmp_path))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": None, "r": 3, "lora_alpha": 5,
+                                                               "use_rslora": False}))
+    load_adapter(load_model(folders["audio"]), tmp_path)
+    name = next(name for name in tensors if ".model.language_model." in name)
+    twin = name.replace(".model.language_model.", ".language_model.model.")  # the same layer by the older layout
+    save_file({**tensors, twin: tensors[name] + 1}, tmp_path / "adapter_model.safetensors")
+    assert "is there under two names" in error_of(lambda: load_adapter(load_model(folders["audio"]), tmp_path))
+
+
 def test_pefts_dora_is_refused(tmp_path):
     reference_audio().save_pretrained(tmp_path / "base")
     model = transformers.AutoModelForMultimodalLM.from_pretrained(tmp_path / "base")

@@ -41,6 +41,7 @@ RULED_OUT = re.compile(
     rf"|(?<!{WORD}){OPEN}[A-Z](?!{WORD})(?:\?\s*(?i:no)\b|{BRACKET}?\s*(?:选项|项)?\s*"
     rf"(?:(?:is|are|was|can|could|does|ist|wäre|kann|是)\s*)?{any_of('wrong')})")
 DENIAL = rf"(?:{any_of('not')}|\b(?i:no)\b)\s*(?:{any_of('filler')}\s*){{0,4}}"  # before an option's words
+NOR = rf"\s*(?:,|\b(?i:or|nor|oder|noch)\b|或|也不是)\s*(?:{any_of('filler')}\s*){{0,4}}"  # between two that are denied
 THING = re.compile(rf"{any_of('thing')}\s+[A-Z](?!\w)")  # "vitamin C" is no letter
 BUT = re.compile(any_of("but"))
 REFUSAL = re.compile(any_of("refusal"))

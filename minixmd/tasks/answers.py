@@ -69,7 +69,11 @@ def parse_answer(completion, options, letters=True):
     answers = ANSWER.findall(completion)
     if len(answers) != 1 or completion.count("<answer>") != 1:
         return None
-    said = _clean(answers[0])
+    return _exact_answer(_clean(answers[0]), options, letters)
+
+
+def _exact_answer(said, options, letters):
+    """Index of the option of which a text is the letter, the text or words, or both, and nothing more; or None."""
     letter = re.match(rf"\W*([A-Za-z]){patterns.CLOSE}*(?:\s+|\Z)(?s:(.*))", said)  # and what follows it
     if letter and not letter[2]:
         index = _option_of(letter[1], options, letters)
@@ -90,7 +94,11 @@ def extract(text, options, letters=True):
     text = final_answer(text)
     if text is None:
         return None, "none"
-    said = _without_denied(patterns.RULED_OUT.sub(" ", _clean(text)), options)
+    said = _clean(text)
+    exact = [_exact_answer(line, options, letters) for line in said.splitlines() if len(words_of(line)) > 1]
+    if len(exact) > 1 and exact[0] is not None and set(exact[1:]) == {None}:  # "B. dog", and then why
+        return exact[0], "letter"
+    said = _without_denied(patterns.RULED_OUT.sub(" ", said), options)
     index, how = _stated(said, options, letters)
     if index is not None:
         return index, how
@@ -138,8 +146,9 @@ def _option_of(letter, options, letters):
 def _without_denied(said, options):
     """The text without options that it denies, as in "not a dog"; all of it where options are denials themselves."""
     if not any(re.search(patterns.DENIAL, f"{option} ") for option in options):
-        for option in sorted(map(_plain, options), key=len, reverse=True):
-            said = re.sub(rf"{patterns.DENIAL}(?i:{re.escape(option)})(?!{patterns.WORD})", " ", said)
+        texts = sorted(map(_plain, options), key=len, reverse=True)
+        option = rf"(?i:{'|'.join(map(re.escape, texts))})(?!{patterns.WORD})"
+        said = re.sub(rf"{patterns.DENIAL}{option}(?:{patterns.NOR}{option})*", " ", said)
     return said
 
 
