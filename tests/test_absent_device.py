@@ -63,7 +63,7 @@ STAGES = {  # class, whether it sees, and the fields that it has beside a model 
                                    train_manifest="manifest.jsonl", batch_size=2, clip_s=1.0)),
 }  # fmt: skip
 WITHOUT_MEDIA = (FactCheck, Switch)
-FAST = {("sft", "torch", "float32"), ("letters of video", "torch", "float32")}
+FAST = {("sft", "torch", "float32")}
 
 
 @pytest.fixture(scope="module")

@@ -152,6 +152,7 @@ def listen():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 def test_ctrl_c_waits_for_no_child(tmp_path):
     (tmp_path / "run.py").write_text(INTERRUPTED)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
