@@ -103,7 +103,9 @@ class _RMSNorm(torch.autograd.Function):
         _rms_norm_grad_kernel[(programs,)](
             dy_ND, residual, s_ND, w_D, r_N, ds_ND, dw_PD, dy_ND.stride(0), residual.stride(0), s_ND.stride(0), N, D,
             HAS_RESIDUAL=residual_ND is not None, HAS_DW=need_w, BLOCK_D=ctx.block, num_warps=NUM_WARPS)
-        return ds_ND, dw_PD.sum(0).to(w_D.dtype) if need_w else None, None, ds_ND if need_added else None
+        dw_D = dw_PD.sum(0).to(w_D.dtype) if need_w else None
+        dadded_ND = ds_ND if need_added else None
+        return ds_ND, dw_D, None, dadded_ND
 
 
 def _rows(x_ND):

@@ -90,7 +90,11 @@ def damage_json(rng, value):
 
 def places_of(value):
     """(object or list, key or index) of every part of a JSON value."""
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    parts = ()
+    if isinstance(value, dict):
+        parts = value.items()
+    elif isinstance(value, list):
+        parts = enumerate(value)
     places = []
     for key, part in parts:
         places.append((value, key))
@@ -430,7 +434,10 @@ def run_all(seed, counts, world, deadline=math.inf):
             kind, number = order[done]
             ready, _, _ = select.select([lines], [], [], LIMIT_S + 10)
             line = lines.readline() if ready else ""
-            outcome, said = json.loads(line) if line else ("fault", "it died" if ready else "it hung")
+            if line:
+                outcome, said = json.loads(line)
+            else:
+                outcome, said = "fault", "it died" if ready else "it hung"
             done += 1
             if outcome == "fault":
                 faults.append((kind, number, said))

@@ -1,4 +1,4 @@
-"""Attention over packed rows, without an N x N mask: on a GPU in 16 bits one call a layer, else one a run of likes."""
+"""Attention over packed rows, without an N x N mask: on a GPU in 16 bits one call a layer, else a few."""
 import inspect
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -45,8 +45,8 @@ class Plan:
 
 
 def varlen_options():
-    """{"causal", "full": the keywords by which varlen_attn is told what rows see}; None where this version of torch has
-    no varlen_attn, or one whose arguments are not known here."""
+    """{causal (bool): the keywords by which varlen_attn is told what rows see}; None where this version of torch has no
+    varlen_attn, or one whose arguments are not known here."""
     if varlen_attn is None:
         return None
     known = inspect.signature(varlen_attn).parameters

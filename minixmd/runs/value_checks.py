@@ -94,6 +94,8 @@ def describe(annotation):
         text = f"a list of {inner[0].__name__}" if inner[-1] is ... else f"{len(inner)} {inner[0].__name__}s"
     elif isinstance(annotation, dict):
         text = f"an object of {', '.join(name for name in annotation if not name.endswith('?'))}"
+    elif inner:
+        text = "a dict of dicts of str" if get_origin(inner[1]) else "a dict of objects"
     else:
-        text = f"a dict of {'dicts of str' if get_origin(inner[1]) else 'objects'}" if inner else TYPE_NAMES[annotation]
+        text = TYPE_NAMES[annotation]
     return f"{text} or None" if optional else text
