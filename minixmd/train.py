@@ -27,6 +27,7 @@ from minixmd.kernels.grpo import ClipConfig
 from minixmd.learning import checkpoint, logprobs, policy, targets
 from minixmd.learning.micro_batches import BadClip, check_length, count_targets, count_tokens, make_micro_batches
 from minixmd.learning.optim import adamw, learning_rate
+from minixmd.models.checkpointing import set_checkpointing
 from minixmd.models.head import CrossEntropy, DistillTopK, PolicyLoss
 from minixmd.models.lora import make_trainable
 from minixmd.models.multimodal import frozen_copy
@@ -77,6 +78,8 @@ class Trainer:
         make_trainable(
             self.model, stage.trainable, name=f"{stage.name}: {stage.model}", rank=stage.lora_rank,
             alpha=stage.lora_alpha, targets=stage.lora_targets, seed=stage.seed)
+        self.checkpointing = stage.checkpointing == "on" or stage.checkpointing == "auto" and self.on_gpu()
+        set_checkpointing(self.model, self.checkpointing)
         named = self.model.named_parameters()
         self.parameters = {name: p for name, p in named if p.requires_grad}
         self.optimizer = adamw(
@@ -97,6 +100,9 @@ class Trainer:
         if isinstance(stage, GRPO):
             self.vocabulary = logprobs.SampledVocabulary.of(self.model, self.processor, stage.temperature)
             self.reference = frozen_copy(self.model) if stage.beta else None
+
+    def on_gpu(self):
+        return self.model.device.type == "cuda"
 
     def load_model(self, load):
         return load(self.stage.model, **vars(runtime_of(self.stage)))
@@ -177,6 +183,8 @@ class Trainer:
             "trainable_parameters": sum(p.numel() for p in self.parameters.values()),
         }
         text = f"{stage.name}: {self.steps} steps of {stage.batch_size} on {self.num_items} clips ({counts})"
+        if self.checkpointing:
+            text += ", blocks checkpointed"
         if self.step:
             text += f", from step {self.step}"
         if isinstance(stage, GRPO):
@@ -308,7 +316,8 @@ class Trainer:
         is left out of its distribution and logged, as is what the student holds there. owners: segments of targets."""
         device = hidden_ND.device
         first_K = torch.tensor([owners.index(segment) for segment in topk])  # the letter is a turn's first token
-        id_KJ, logq_KJ, tail_K, dropped_K = targets.stored_rows(list(topk.values()), self.common_vocab, self.suppressed_ids)
+        stored = list(topk.values())
+        id_KJ, logq_KJ, tail_K, dropped_K = targets.stored_rows(stored, self.common_vocab, self.suppressed_ids)
         id_KJ, first_K = send([id_KJ, first_K.to(id_KJ.dtype)], device)
         logq_KJ, tail_K, dropped_K = send([logq_KJ, tail_K, dropped_K], device)
         row_loss = DistillTopK(

@@ -243,6 +243,8 @@ class _Training(_Prompted):
     max_steps: Count | None = None  # optimizer steps, of GRPO rollouts; None = epochs decide
     batch_size: Count = 8  # sequences an optimizer step; of GRPO prompts
     micro_batch_tokens: Count = 8192  # tokens a forward pass, packed by length; a clip that makes more is bad
+    checkpointing: Literal["auto", "on", "off"] = "auto"  # of blocks: only their inputs are kept, and they are computed
+    # again in the backward pass; "auto" is on a GPU
     lr: Positive = 1e-4  # peak
     warmup_ratio: Share = 0.1  # share of the steps; 0 = off
     weight_decay: NonNegative = 0.0  # 0 = off

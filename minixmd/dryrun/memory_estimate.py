@@ -95,6 +95,9 @@ class MetaTrainer(Trainer):
             for group in self.optimizer.param_groups:
                 group["foreach"] = True  # what PyTorch chooses on a GPU
 
+    def on_gpu(self):
+        return self.stage.device != "cpu"
+
     def load_model(self, load):
         return self.loaded
 
