@@ -346,7 +346,9 @@ class _Attend(torch.autograd.Function):
     def forward(ctx, device, name, function, q, k, v):
         device.launch(name, (q, k, v))
         ctx.device, ctx.name = device, name
-        with torch.enable_grad(), plain_torch():
+        # a graph of its own, of which nothing that follows the outer one keeps a tensor
+        own_graph = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+        with torch.enable_grad(), plain_torch(), own_graph:
             ctx.inputs = [x.host.detach().requires_grad_() for x in (q, k, v)]
             ctx.out = function(*ctx.inputs)
         return device.made(ctx.out.detach())
