@@ -82,7 +82,8 @@ class Trainer:
         named = self.model.named_parameters()
         self.parameters = {name: p for name, p in named if p.requires_grad}
         self.optimizer = adamw(
-            self.parameters, lr=stage.lr, betas=stage.betas, eps=stage.eps, weight_decay=stage.weight_decay)
+            self.parameters, lr=stage.lr, betas=stage.betas, eps=stage.eps, weight_decay=stage.weight_decay,
+            moments=stage.moments, backend=self.model.backend)
         self.steps = stage.epochs * self.steps_per_epoch()
         if stage.max_steps is not None:
             self.steps = min(self.steps, stage.max_steps)
