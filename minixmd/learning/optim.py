@@ -36,8 +36,9 @@ class FusedAdamW(torch.optim.AdamW):
                         state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
                 state["step"] += 1
                 adamw_update(
-                    p, p.grad, state, int(state["step"]), lr=group["lr"], betas=group["betas"], eps=group["eps"],
-                    weight_decay=group["weight_decay"], backend=self.backend)
+                    p, p.grad, state, int(state["step"]),
+                    lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+                    backend=self.backend)
 
 
 def adamw(parameters, *, lr, betas, eps, weight_decay, moments="float32", backend="torch"):
