@@ -21,11 +21,12 @@ run() {  # seconds, name
     fi
 }
 
-run 95 head
-run 70 lora
-run 60 logprob
+run 90 head
+run 65 lora
+run 55 logprob
 run 60 grpo
-run 65 distill
-run 110 decode
+run 60 distill
+run 100 decode
 run 40 passes
+run 25 adamw
 exit "$status"

@@ -24,9 +24,8 @@ from minixmd.inputs.examples import check_answers, read_examples
 from minixmd.inputs.prompts import build_prompt, prefetch
 from minixmd.inputs.tokenizer import common_vocab_size
 from minixmd.kernels.grpo import ClipConfig
-from minixmd.learning import checkpoint, logprobs, policy, targets
+from minixmd.learning import checkpoint, logprobs, optim, policy, targets
 from minixmd.learning.micro_batches import BadClip, check_length, count_targets, count_tokens, make_micro_batches
-from minixmd.learning.optim import adamw, learning_rate
 from minixmd.models.checkpointing import set_checkpointing
 from minixmd.models.head import CrossEntropy, DistillTopK, PolicyLoss
 from minixmd.models.lora import make_trainable
@@ -82,8 +81,9 @@ class Trainer:
         set_checkpointing(self.model, self.checkpointing)
         named = self.model.named_parameters()
         self.parameters = {name: p for name, p in named if p.requires_grad}
-        self.optimizer = adamw(
-            self.parameters, lr=stage.lr, betas=stage.betas, eps=stage.eps, weight_decay=stage.weight_decay)
+        self.optimizer = optim.adamw(
+            self.parameters, lr=stage.lr, betas=stage.betas, eps=stage.eps, weight_decay=stage.weight_decay,
+            moments=stage.moments, backend=self.model.backend)
         self.steps = stage.epochs * self.steps_per_epoch()
         if stage.max_steps is not None:
             self.steps = min(self.steps, stage.max_steps)
@@ -228,7 +228,7 @@ class Trainer:
         if not math.isfinite(metrics["grad_norm"]):
             raise ValueError(f"{stage.name}: the gradient's norm at step {self.step + 1} is {metrics['grad_norm']}; "
                              "stopped")
-        lr = learning_rate(self.step, self.steps, stage.lr, stage.warmup_ratio)
+        lr = optim.learning_rate(self.step, self.steps, stage.lr, stage.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

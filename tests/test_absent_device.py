@@ -50,6 +50,7 @@ STAGES = {  # class, whether it sees, and the fields that it has beside a model 
     "sft": (SFT, False, dict(val_manifest="manifest.jsonl", **STEPS)),
     "sft of video": (SFT, True, STEPS),
     "sft, decoder": (SFT, False, dict(trainable="decoder", **STEPS)),
+    "sft, decoder, 8-bit moments": (SFT, False, dict(trainable="decoder", moments="8bit", **STEPS)),
     "sft, full": (SFT, False, dict(trainable="full", **STEPS)),
     "sft on traces": (SFT, False, dict(traces="traces.jsonl", **STEPS)),
     "gate with letters": (Distill, False, dict(**FROM_LABELS, **STEPS)),

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import (  # noqa: E402
+    bench_adamw,
     bench_decode,
     bench_distill,
     bench_grpo,
@@ -25,7 +26,7 @@ from bench import (  # noqa: E402
 from minixmd.learning import kv_cache, rollout  # noqa: E402
 
 SCRIPTS = {"logprob": bench_logprob, "grpo": bench_grpo, "distill": bench_distill, "lora": bench_lora,
-           "decode": bench_decode, "passes": bench_passes}
+           "decode": bench_decode, "passes": bench_passes, "adamw": bench_adamw}
 KERNEL = '''
 import triton
 import triton.language as tl
@@ -88,6 +89,12 @@ def test_a_script_counts_on_a_cpu_and_ends_with_json(name, counted):
         assert flops["triton"] == flops["torch"] == flops["ref"] > flops["bare"]  # by formula, and counted
         if result["env"]["peft"]:  # without what building it takes: it casts the adapter once, our ref every time
             assert 0 < rows["forward", "peft"]["bytes"] < rows["forward", "ref"]["bytes"]
+    if name == "adamw":
+        N = rows["update, moments 8bit", "triton"]["size"]
+        assert rows["update, moments float32", "triton"]["bytes"] == 26 * N
+        blocks = -(-N // 256)
+        assert rows["update, moments 8bit", "triton"]["bytes"] == 10 * N + 2 * 2 * (256 + 4) * blocks
+        assert rows["update, moments float32", "ref"]["bytes"] == 98 * N
     if name == "decode":
         lengths, parts = 276 + 1 + 10 + 20, 3 * 2  # of 4 heads, 2 of them with keys, of 32; 276 rows are 2 splits
         assert rows["step", "triton"]["bytes"] == 4 * (2 * 2 * 32 * lengths + 2 * 3 * 4 * 32 + 2 * 4 * 33 * parts) + 48
@@ -132,6 +139,16 @@ def spoilt(function):
     return wrong
 
 
+def spoilt_update(function):
+    """The update with its weights off by 2 %, for Triton with 8-bit moments."""
+    def wrong(p, grad, state, t, **options):
+        function(p, grad, state, t, **options)
+        if options["backend"] == "triton" and "exp_avg_scale" in state:
+            p.mul_(1.02)
+
+    return wrong
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, module, function, spoil", [
     ("logprob", bench_logprob, "logits_grad", spoilt), ("logprob", bench_logprob, "row_stats", lambda f: scaled(f, 1)),
@@ -144,6 +161,7 @@ def spoilt(function):
     ("passes", bench_passes, "rms_norm", lambda f: lambda *args: tuple(x * 1.02 for x in f(*args))),
     ("passes", bench_passes, "rotate", lambda f: lambda *args: tuple(x * 1.02 for x in f(*args))),
     ("passes", bench_passes.swiglu, "swiglu", lambda f: lambda *args: f(*args) * 1.02),
+    ("adamw", bench_adamw, "adamw_update", spoilt_update),
 ])  # fmt: skip
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's tensors need the interpreter")
 def test_wrong_code_is_not_measured(name, module, function, spoil, monkeypatch):
@@ -486,7 +504,7 @@ def test_gpu_sh_goes_on_after_a_failure_and_reports_it(tmp_path):
                               env={**os.environ, "PYTHON": str(fake), "FAIL": fail}, text=True)  # fmt: skip
         assert done.returncode == status, done.stdout + done.stderr
         assert ("bench_lora failed" in done.stdout) == bool(status)
-        names = ["head", "lora", "logprob", "grpo", "distill", "decode", "passes"]  # most important first
+        names = ["head", "lora", "logprob", "grpo", "distill", "decode", "passes", "adamw"]  # most important first
         assert log.read_text().splitlines() == [
             f"-m bench.bench_{name} --device cuda --out {folder}/{name}_gpu.json" for name in names]  # fmt: skip
         written = [f"{name}_gpu.json" for name in names if f"bench.bench_{name}" != fail]

@@ -119,3 +119,23 @@ def swiglu(module):
             types = f"{f'*{t}:16 ' * tensors}i32:16"
             configs.append((kernel, types, {"BLOCK": module.BLOCK}, module.NUM_WARPS, 3, "row"))
     return configs
+
+
+def adamw(module):
+    configs = []
+    for half, grad, scaled, size in (
+        (True, "bf16", False, "i32:16"),
+        (True, "bf16", True, "i32:16"),
+        (True, "bf16", True, "i64:16"),
+        (True, "bf16", True, "i32"),
+        (True, "fp32", True, "i32:16"),
+        (False, "fp32", False, "i32:16"),
+        (False, "fp32", True, "i32:16"),
+    ):
+        p, residual = ("i16", "i16") if half else ("fp32", grad)
+        moment, scale = ("u8", "fp32") if scaled else ("fp32", grad)
+        pointers = " ".join(f"*{t}:16" for t in (p, grad, residual, moment, moment, scale, scale))
+        constants = {"HAS_RESIDUAL": half, "HAS_SCALES": scaled, "ROWS": module.ROWS, "BLOCK": module.BLOCK}
+        configs.append((module._adamw_kernel, f"{pointers} {size} i32 {'fp32 ' * 7}", constants, module.NUM_WARPS, 3,
+                        "row"))
+    return configs

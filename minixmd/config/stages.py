@@ -251,6 +251,7 @@ class _Training(_Prompted):
     max_grad_norm: NonNegative = 1.0  # 0 = off
     betas: tuple[float, float] = (0.9, 0.999)
     eps: Positive = 1e-8
+    moments: Literal["float32", "8bit"] = "float32"  # of AdamW; "8bit" holds them in blocks of 256 with a scale each
     # how it runs
     eval_every: NonNegativeInt = 0  # optimizer steps; 0 = only at the end
     save_every: NonNegativeInt = 100  # optimizer steps between resumable states; 0 = only at the end and to validate

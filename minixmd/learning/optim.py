@@ -3,6 +3,8 @@ import math
 
 import torch
 
+from minixmd.kernels.adamw import adamw_update, check_state, state_layout
+
 
 def learning_rate(step, steps, peak, warmup_ratio):
     """Linear warm-up over the first `warmup_ratio` of the steps, then a cosine to zero. step: updates made before."""
@@ -13,43 +15,41 @@ def learning_rate(step, steps, peak, warmup_ratio):
     return peak * 0.5 * (1 + math.cos(progress))
 
 
-class MasterAdamW(torch.optim.AdamW):
-    """AdamW for bf16 parameters, each with an fp32 master in the optimizer's state. A bf16 number near 1 cannot change
-    by less than 0.004: at lr 1e-6 nearly every update would be lost. The master takes them all, in fp32, and the
-    parameter is its rounding. A gradient's fp32 copy lives for its parameter's turn."""
+class FusedAdamW(torch.optim.AdamW):
+    """AdamW of kernels/adamw.py: bf16 parameters are updated as if they were fp32, moments may take 8 bits."""
+
+    def __init__(self, groups, *, lr, betas, eps, moments, backend):
+        super().__init__(groups, lr=lr, betas=betas, eps=eps)
+        self.moments = moments
+        self.backend = backend
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, (beta1, beta2) = group["lr"], group["betas"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                state, grad = self.state[p], p.grad.float()
+                state = self.state[p]
                 if not state:
-                    state["step"] = torch.tensor(0.0)
-                    state["exp_avg"] = torch.zeros_like(grad)
-                    state["exp_avg_sq"] = torch.zeros_like(grad)
-                    state["master"] = p.float()
+                    state["step"] = torch.tensor(0.0, device="cpu")
+                    for key, (shape, dtype) in state_layout(p, self.moments).items():
+                        state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
                 state["step"] += 1
-                t = state["step"].item()
-                m, v, master = state["exp_avg"], state["exp_avg_sq"], state["master"]
-                m.lerp_(grad, 1 - beta1)
-                v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-                root = v.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
-                master.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, root, value=-lr / (1 - beta1**t))
-                p.copy_(master)
-                del grad, root  # before the next one's are made
+                adamw_update(
+                    p, p.grad, state, int(state["step"]),
+                    lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+                    backend=self.backend)
 
 
-def adamw(parameters, *, lr, betas, eps, weight_decay):
-    """AdamW over {name: parameter}, with fp32 masters where they are bf16. Only matrices decay, not biases or gains."""
+def adamw(parameters, *, lr, betas, eps, weight_decay, moments="float32", backend="torch"):
+    """AdamW over {name: parameter}, each fp32 or bf16; PyTorch's where all of them and their moments are fp32. Only
+    matrices decay, not biases or gains. moments: "float32" | "8bit". backend: of the kernel, "triton" | "torch"."""
     matrices = [p for p in parameters.values() if p.ndim > 1]
     vectors = [p for p in parameters.values() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    half = any(p.dtype == torch.bfloat16 for p in parameters.values())
-    optimizer = MasterAdamW if half else torch.optim.AdamW
-    return optimizer(groups, lr=lr, betas=betas, eps=eps)
+    if moments == "float32" and all(p.dtype == torch.float32 for p in parameters.values()):
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
+    return FusedAdamW(groups, lr=lr, betas=betas, eps=eps, moments=moments, backend=backend)
 
 
 def optimizer_tensors(optimizer, parameters):
@@ -62,12 +62,17 @@ def optimizer_tensors(optimizer, parameters):
 
 
 def restore_optimizer(optimizer, parameters, tensors):
-    """Puts back what optimizer_tensors gave, on each parameter's device (AdamW's step count stays on the CPU)."""
+    """Puts back what optimizer_tensors gave, on each parameter's device (the step count stays on the CPU). Raises
+    ValueError: a tensor that the optimizer needs is missing, or does not fit."""
+    moments = getattr(optimizer, "moments", "float32")  # PyTorch's Adam and AdamW hold the same names
     for name, p in parameters.items():
-        if f"{name}.step" not in tensors:
-            continue  # it has had no gradient yet, as an encoder that no clip went through
         state = {}
-        for key in ("step", "exp_avg", "exp_avg_sq", "master"):
+        for key in ("step", *state_layout(p, moments)):
             if f"{name}.{key}" in tensors:
                 state[key] = tensors[f"{name}.{key}"].to("cpu" if key == "step" else p.device)
+        if not state:
+            continue  # it has had no gradient yet, as an encoder that no clip went through
+        if "step" not in state:
+            raise ValueError(f"{name}'s step is missing in the optimizer's state")
+        check_state(state, p, moments, name)
         optimizer.state[p] = state

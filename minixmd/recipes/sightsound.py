@@ -6,8 +6,8 @@ First tools/prepare_avqa.py, prepare_mmau.py and prepare_music_avqa.py write dat
 (README). The checker is a local Qwen2.5-Omni-7B; recipe sightsound_endpoint uses one like the paper's GPT-4o-audio.
 
 CUDA GPUs; the paper had eight A40. Not measured by anybody yet. By --dry-run all stages but GRPO of the whole decoder
-(167 GiB) fit one GPU of 80 GB; there, train an adapter in GRPO. As in the paper, the split of Table 1 also chooses the
-best weights. The report has the paper's figures.
+(142 GiB; with moments="8bit", 99) fit one GPU of 80 GB; there, train an adapter in GRPO. As in the paper, the split of
+Table 1 also chooses the best weights. The report has the paper's figures.
 """
 from minixmd.recipe_parts.sightsound import LADDER, MODES, avqa
 
