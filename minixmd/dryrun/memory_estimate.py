@@ -1,4 +1,4 @@
-"""The memory of a stage's phases, by running the stage's own code on `meta` (meta_tracer.py).
+"""Memory and operations of a stage's phases, by running the stage's own code on `meta` (meta_tracer.py).
 
 Traced is the fullest case: passes of micro_batch_size or batch_tokens, completions at max_new_tokens, gradients of an
 earlier micro-batch and the optimizer's state there already. All prompts of a stage are alike.
@@ -67,21 +67,25 @@ def trace_batch(tracer, phase, model, prompts, writing, decode_slots=None):
     have decode slots, and a step with every completion at its full length."""
     length = len(prompts[0])
     if writing is None:
-        with tracer.phase(phase, len(prompts) * length):
+        tracer.flops *= len(prompts)  # one clip was encoded for all of them
+        with tracer.phase(phase, len(prompts) * length, sequences=len(prompts)):
             next_token_logits(model, prompts)
         return
     n = writing.num_samples
     if decode_slots is not None:
         prompts = prompts[:decode_slots // n]
     count = len(prompts)
-    with tracer.phase(phase, count * length, "KV cache"):
+    tracer.flops *= count
+    with tracer.phase(phase, count * length, "KV cache", count) as traced:
         decoder = Decoder(
             model, count, length, n, max_new_tokens=writing.max_new_tokens, temperature=writing.temperature,
             suppressed_ids=[], end_id=0, backend=model.backend)
         tracer.category = "activations"
         uniform_BT = torch.zeros(count * n, writing.max_new_tokens, dtype=torch.float64)
         logits_GV, *_ = decoder.fill(prompts, list(range(count)), uniform_BT)  # rollout.decode holds them as long
+        prefill_flops, tracer.flops = tracer.flops, 0
         decoder.run(1)
+        traced.step_flops, tracer.flops = tracer.flops, prefill_flops
 
 
 class MetaTrainer(Trainer):
@@ -109,6 +113,7 @@ def trace_training(tracer, trainer, prompt):
         tracer.recategorize([p for name, p in named if name in trainer.parameters], "reference")
     tracer.count_gradients(trainer.parameters.values())
     add_gradients(tracer, trainer)
+    tracer.flops = 0  # of an adapter that was merged
     with tracer.phase("optimizer", category="optimizer"):
         trainer.update({"loss": trainer.zero()})
     optimizer_step = tracer.phases.pop()
@@ -120,7 +125,7 @@ def trace_training(tracer, trainer, prompt):
             compute_gradients = trainer.distill_gradients
             topk = dict(ids=range(64), logits=[0.0] * 64, logsumexp=5.0, temperature=stage.temperature)
         samples = [(prompt, Item(None, 0, "teacher", topk))] * stage.micro_batch_size
-        trace_update(tracer, trainer, len(samples) * len(prompt), compute_gradients, samples)
+        trace_update(tracer, trainer, len(samples), len(samples) * len(prompt), compute_gradients, samples)
     tracer.phases.append(optimizer_step)
     if stage.val_manifest is not None:
         trainer.optimizer.zero_grad()
@@ -137,11 +142,11 @@ def add_gradients(tracer, trainer):
         p.grad = torch.zeros_like(p)
 
 
-def trace_update(tracer, trainer, tokens, compute_gradients, micro_batch):
+def trace_update(tracer, trainer, sequences, tokens, compute_gradients, micro_batch):
     """The last micro-batch of a step."""
     if trainer.stage.batch_size > trainer.stage.micro_batch_size:
         add_gradients(tracer, trainer)
-    with tracer.phase("update", tokens):
+    with tracer.phase("update", tokens, sequences=sequences):
         compute_gradients(micro_batch)
 
 
@@ -163,9 +168,9 @@ def trace_grpo(tracer, trainer, prompt):
     rollout = make_rollout(stage, prompts[:P], [[completion] * G] * P, reward_PG)
     tokens = P * (len(prompt) + G * T)
     if reference is not None:
-        with tracer.phase("scoring", tokens):
+        with tracer.phase("scoring", tokens, sequences=P):
             rollout.ref_T = reference_logprobs(reference, rollout.groups, P, trainer.vocabulary)
-    trace_update(tracer, trainer, tokens, trainer.policy_gradient, rollout)
+    trace_update(tracer, trainer, P, tokens, trainer.policy_gradient, rollout)
 
 
 def trace_cnn14(tracer, stage, classes, mixup):
@@ -179,7 +184,7 @@ def trace_cnn14(tracer, stage, classes, mixup):
     clips = (1 + mixup) * stage.batch_size
     frames = round(stage.clip_s * SAMPLE_RATE) // HOP + 1
     for _ in range(2):
-        with tracer.phase("training"):
+        with tracer.phase("training", sequences=clips):
             x_B1AM = model.normalise(torch.empty(clips, frames, MELS, device="meta"))
             if mixup:
                 x_B1AM = x_B1AM[0::2] + x_B1AM[1::2]

@@ -1,0 +1,87 @@
+"""Which cards have room for a stage, how many hours it takes and what it leaves on the disk, from its Phases."""
+from math import ceil
+
+from minixmd.config import GRPO, TRAINING
+from minixmd.dryrun.settings import SAVED, SAVED_BY_OTHERS, settings_to_lower
+
+CARDS = {"24": 23.5, "48": 44.4, "80": 79.1, "141": 139.0}  # GB by name -> GiB that programs find on an RTX 4090, an
+# L40S or A40, an A100 or H100, an H200
+OVERHEAD, DRIVER_GIB = 0.05, 1.0  # share that an allocator cannot use; the driver and the libraries
+TFLOPS, FP32_TFLOPS, TB_PER_S = 316, 27, 2.8  # taken to be reached on an H200, in 16 bits and in float32
+SLOT_USE, ANSWER_TOKENS, CLIPS = 0.65, 200, 10_000  # where nothing else is known
+
+
+def has_room(size, gib):
+    return size * (1 + OVERHEAD) / 2**30 + DRIVER_GIB <= gib
+
+
+def to_lower(stage, phases):
+    """{field: smallest value} by which a card gets room for a phase that it has none for."""
+    found = {}
+    for phase in phases:
+        settings, saved = settings_to_lower(stage, phase.name), {}
+        for name in settings:
+            saved |= SAVED.get(name, SAVED_BY_OTHERS)
+        least = phase.total - sum(share * phase.bytes[category] for category, share in saved.items())
+        if any(has_room(least, gib) and not has_room(phase.total, gib) for gib in CARDS.values()):
+            found |= settings
+    return found
+
+
+def count_items(stage, stages, clips):
+    """How many of a manifest's clips a stage reads or, if it reads traces, how many of theirs at most."""
+    maker = stage
+    if getattr(stage, "trace_filter", "first") != "first":
+        while (getattr(maker, "traces", None) or "").startswith("@"):
+            name = maker.traces[1:].partition("/")[0]
+            [maker] = [earlier for earlier in stages if earlier.name == name]
+        clips *= getattr(maker, "num_samples", 1)
+    return min(clips, getattr(stage, "limit", None) or clips)
+
+
+def sequences_of(stage, clips, others):
+    """{phase: sequences that go through it, of "optimizer" steps}. clips: that the stage reads, or their traces.
+    others: those of val_manifest or train_manifest."""
+    if not isinstance(stage, TRAINING):
+        decided = others if hasattr(stage, "train_manifest") else clips  # without the two thirds of a backward pass
+        trained = getattr(stage, "epochs", 1) * clips + decided / 3
+        return {"forward": clips, "generate": clips, "training": trained}
+    steps = stage.epochs * clips / stage.batch_size
+    if stage.max_steps is not None:
+        steps = min(steps, stage.max_steps)
+    read = steps * stage.batch_size
+    updates = stage.num_iterations if isinstance(stage, GRPO) else 1
+    validated = others * (ceil(steps / stage.eval_every) if stage.eval_every else 1)
+    return {"rollout": read, "scoring": read, "update": read * updates, "optimizer": steps * updates,
+            "validation": validated}
+
+
+def stage_hours(stage, phases, clips, others):
+    """A pass computes or reads, whichever takes longer; a step of decoding reads weights and half-filled caches."""
+    seconds, sequences = 0.0, sequences_of(stage, clips, others)
+    for phase in phases:
+        size = phase.bytes
+        in_fp32 = phase.name == "training" or stage.dtype == "float32"
+        flops_per_s = 1e12 * (FP32_TFLOPS if in_fp32 else TFLOPS)
+        read = size["weights"]
+        if phase.name == "optimizer":
+            read += size["gradients"] + size["optimizer"]
+        passes = sequences[phase.name] / phase.sequences
+        seconds += passes * max(phase.flops / flops_per_s, read / TB_PER_S / 1e12)
+        if phase.step_flops:
+            steps = passes * min(ANSWER_TOKENS, stage.max_new_tokens) / SLOT_USE
+            read += size["KV cache"] / 2
+            seconds += steps * max(phase.step_flops / flops_per_s, read / TB_PER_S / 1e12)
+    return seconds / 3600
+
+
+def disk_bytes(stage, phases):
+    """What a stage that trains leaves: its state to resume from, the best weights in validation, and best/."""
+    size = {phase.name: phase.bytes for phase in phases}
+    if "training" in size:
+        return size["training"]["weights"] + size["training"]["optimizer"]
+    if "update" not in size:
+        return 0
+    trained = size["optimizer"]["gradients"]  # as many bytes as the weights that train
+    best = trained if stage.trainable == "lora" else size["update"]["weights"]
+    return trained + size["update"]["optimizer"] + best + (trained if stage.val_manifest else 0)
