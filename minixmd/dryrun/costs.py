@@ -4,11 +4,22 @@ from math import ceil
 from minixmd.config import GRPO, TRAINING
 from minixmd.dryrun.settings import SAVED, SAVED_BY_OTHERS, settings_to_lower
 
-CARDS = {"24": 23.5, "48": 44.4, "80": 79.1, "141": 139.0}  # GB by name -> GiB that programs find on an RTX 4090, an
-# L40S or A40, an A100 or H100, an H200
-OVERHEAD, DRIVER_GIB = 0.05, 1.0  # share that an allocator cannot use; the driver and the libraries
-TFLOPS, FP32_TFLOPS, TB_PER_S = 316, 27, 2.8  # taken to be reached on an H200, in 16 bits and in float32
-SLOT_USE, ANSWER_TOKENS, CLIPS = 0.65, 200, 10_000  # where nothing else is known
+CARDS = {  # GB by name -> GiB that programs find
+    "24": 23.5,  # RTX 4090
+    "48": 44.4,  # L40S, A40
+    "80": 79.1,  # A100, H100
+    "141": 139.0,  # H200
+}
+OVERHEAD = 0.05  # share that an allocator cannot use
+DRIVER_GIB = 1.0  # the driver and the libraries
+# what an H200 is taken to reach
+TFLOPS = 316  # in 16 bits
+FP32_TFLOPS = 27
+TB_PER_S = 2.8
+# where nothing else is known
+SLOT_USE = 0.65  # share of the decode slots that write
+ANSWER_TOKENS = 200
+CLIPS = 10_000  # of a manifest
 
 
 def has_room(size, gib):
@@ -58,7 +69,9 @@ def sequences_of(stage, clips, others):
 
 def stage_hours(stage, phases, clips, others):
     """A pass computes or reads, whichever takes longer; a step of decoding reads weights and half-filled caches."""
-    seconds, sequences = 0.0, sequences_of(stage, clips, others)
+    seconds = 0.0
+    sequences = sequences_of(stage, clips, others)
+    bytes_per_s = 1e12 * TB_PER_S
     for phase in phases:
         size = phase.bytes
         in_fp32 = phase.name == "training" or stage.dtype == "float32"
@@ -67,11 +80,11 @@ def stage_hours(stage, phases, clips, others):
         if phase.name == "optimizer":
             read += size["gradients"] + size["optimizer"]
         passes = sequences[phase.name] / phase.sequences
-        seconds += passes * max(phase.flops / flops_per_s, read / TB_PER_S / 1e12)
+        seconds += passes * max(phase.flops / flops_per_s, read / bytes_per_s)
         if phase.step_flops:
             steps = passes * min(ANSWER_TOKENS, stage.max_new_tokens) / SLOT_USE
             read += size["KV cache"] / 2
-            seconds += steps * max(phase.step_flops / flops_per_s, read / TB_PER_S / 1e12)
+            seconds += steps * max(phase.step_flops / flops_per_s, read / bytes_per_s)
     return seconds / 3600
 
 
@@ -83,5 +96,7 @@ def disk_bytes(stage, phases):
     if "update" not in size:
         return 0
     trained = size["optimizer"]["gradients"]  # as many bytes as the weights that train
-    best = trained if stage.trainable == "lora" else size["update"]["weights"]
-    return trained + size["update"]["optimizer"] + best + (trained if stage.val_manifest else 0)
+    state = trained + size["update"]["optimizer"]
+    published = trained if stage.trainable == "lora" else size["update"]["weights"]
+    best = trained if stage.val_manifest else 0
+    return state + best + published
