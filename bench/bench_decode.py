@@ -146,7 +146,7 @@ def whole_step(bench, model, name, G, n, P, C):
     taken, seconds = free - free_bytes(bench.device), time.perf_counter() - began
     ids_BC, logp_BC = sampled(d, prompts, C)
     groups = [Group(prompt, tuple(ids_GC)) for prompt, ids_GC in zip(prompts, ids_BC.split(n), strict=True)]
-    trained_T = reference_logprobs(model, groups, 1, SampledVocabulary(1.0, None, limit)).cpu()
+    trained_T = reference_logprobs(model, [[group] for group in groups], SampledVocabulary(1.0, None, limit)).cpu()
     gap_T = (logp_BC.flatten() - trained_T).abs()
     if not gap_T.mean() <= MAX_GAP[dtype]:
         raise ValueError(f"parity: log-probs of sampling and training differ by {gap_T.mean():.2g} in the mean, more "

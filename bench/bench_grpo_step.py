@@ -104,7 +104,7 @@ class Sides:
         self.theirs.model.language_model.requires_grad_(True)
         self.theirs.lm_head.requires_grad_(True)
         self.stage = GRPO(name="bench", model=str(folder), manifest="-", trainable="decoder", lr=1e-6, warmup_ratio=0.0,
-                          batch_size=self.n, micro_batch_size=self.n, group_size=self.n, completions_every=0,
+                          batch_size=self.n, micro_batch_tokens=32_768, group_size=self.n, completions_every=0,
                           device="cpu")  # fmt: skip
         self.trainer = Trainer(self.stage, num_items=10_000 * self.n, load=reference.load_with(PROCESSOR))
         self.parameters = {name.replace(".language_model", ""): p for name, p in self.theirs.named_parameters()
@@ -131,13 +131,13 @@ class Sides:
 
     def our_scores(self, groups):
         """(n C,) log-probabilities of the completions under the reference."""
-        return reference_logprobs(self.trainer.reference, groups, self.n, self.trainer.vocabulary)
+        return reference_logprobs(self.trainer.reference, [groups], self.trainer.vocabulary)
 
     def our_gradients(self, groups, old_T, ref_T):
         """Gradients of an update on completions that are given; returns the loss. old_T None: the policy's own."""
         weight_T = token_weights([self.C] * self.n, self.stage.aggregation)
         advantage_T = self.advantage_G.repeat_interleave(self.C)
-        rollout = Rollout(groups, advantage_T, weight_T, sampled_T=weight_T, ref_T=ref_T, old_T=old_T)
+        rollout = Rollout([groups], len(groups), advantage_T, weight_T, sampled_T=weight_T, ref_T=ref_T, old_T=old_T)
         return self.trainer.policy_gradient(rollout)[0].item()
 
     # ---- transformers' ----

@@ -38,20 +38,20 @@ ROWS, BOUND = 16_384, 0.10
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
 STEPS = 2
 TRACES = {"traces": "traces.jsonl", "max_new_tokens": 257}
-ROLLOUTS = {"batch_size": 2, "group_size": 4, "max_new_tokens": 64, "micro_batch_size": 1}
+ROLLOUTS = {"batch_size": 2, "group_size": 4, "max_new_tokens": 64, "micro_batch_tokens": 900}
 CASES = {
-    "SFT, LoRA, 1 letter a pass": (SFT, {"batch_size": 2, "micro_batch_size": 1}),
+    "SFT, LoRA, 1 letter a pass": (SFT, {"batch_size": 2, "micro_batch_tokens": 600}),
     "SFT, LoRA, 4 letters a pass": (SFT, {}),
-    "SFT, LoRA, 2 traces of 256 tokens a pass": (SFT, {**TRACES, "batch_size": 4, "micro_batch_size": 2}),
+    "SFT, LoRA, 2 traces of 256 tokens a pass": (SFT, {**TRACES, "batch_size": 4, "micro_batch_tokens": 1700}),
     "SFT, decoder, 4 letters a pass": (SFT, {"trainable": "decoder"}),
-    "SFT, full, 1 letter a pass": (SFT, {"batch_size": 2, "micro_batch_size": 1, "trainable": "full"}),
+    "SFT, full, 1 letter a pass": (SFT, {"batch_size": 2, "micro_batch_tokens": 600, "trainable": "full"}),
     "SFT, full, 4 letters a pass": (SFT, {"trainable": "full"}),
     "SFT, full, a step in one pass": (SFT, {"batch_size": 4, "trainable": "full"}),
     "GRPO, LoRA, 1 x 4 a pass": (GRPO, {}),
-    "GRPO, LoRA, 2 x 4 a pass": (GRPO, {"micro_batch_size": 2}),
+    "GRPO, LoRA, 2 x 4 a pass": (GRPO, {"micro_batch_tokens": 1800}),
     "GRPO, decoder, 1 x 4 a pass": (GRPO, {"trainable": "decoder"}),
     "GRPO, full, 1 x 4 a pass": (GRPO, {"trainable": "full"}),
-    "GRPO, full, 2 x 4 a pass, no reference": (GRPO, {"micro_batch_size": 2, "trainable": "full", "beta": 0.0}),
+    "GRPO, full, 2 x 4 a pass, no reference": (GRPO, {"micro_batch_tokens": 1800, "trainable": "full", "beta": 0.0}),
     "GRPO, LoRA, 4 x 4 a step in 4 decode slots": (GRPO, {"batch_size": 4, "decode_slots": 4}),
 }  # fmt: skip
 
@@ -59,7 +59,7 @@ CASES = {
 def make_stage(title, home):
     """The stage of a case."""
     cls, fields = CASES[title]
-    fields = {**(ROLLOUTS if cls is GRPO else {"batch_size": 8, "micro_batch_size": 4}), **fields}
+    fields = {**(ROLLOUTS if cls is GRPO else {"batch_size": 8, "micro_batch_tokens": 2100}), **fields}
     if "traces" in fields:
         fields["traces"] = str(home / fields["traces"])
     return cls(name="case", model=str(home / "model"), manifest=str(home / "clips.jsonl"), device="cpu",

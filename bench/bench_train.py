@@ -59,7 +59,7 @@ WIDE = dict(vocab=152_064, width=256, mlp=688, layers=4, heads=4, tower_width=64
 MEMORY_S = [10.0] * 4
 TARGETS = {"equal lengths": 1.3, "mixed lengths": 1.6, "memory": 1 / 3}
 WARMUP = 2  # rounds that are not timed
-STAGE = Distill(name="bench", model="-", manifest="-", teacher_labels="-", batch_size=8, micro_batch_size=8, lr=1e-4,
+STAGE = Distill(name="bench", model="-", manifest="-", teacher_labels="-", batch_size=8, lr=1e-4,
                 warmup_ratio=0.0, lora_rank=16, lora_alpha=32.0, lora_targets=r"model\.layers\.\d+\..*_proj",
                 device="cpu")  # fmt: skip
 ITEM = Item(Example("clip", None, None, "?", ("dog", "cat")), target=0, source="teacher")
@@ -105,12 +105,13 @@ class Sides:
         self.pair, self.clips = pair, clips
         self.samples = [(prompt, ITEM) for prompt in clips.prompts]
         self.gradients = {MINIXMD: self.our_gradients, NEEDED_ROWS: self.needed_rows, AS_IT_COMES: self.as_it_comes}
-        self.steps = {MINIXMD: lambda: pair.trainer.distill_step(self.samples)}
+        self.micro_batches = pair.trainer.micro_batches(self.samples)
+        self.steps = {MINIXMD: lambda: pair.trainer.distill_step(self.micro_batches)}
         for side in (NEEDED_ROWS, AS_IT_COMES):
             self.steps[side] = lambda side=side: self.their_step(side)
 
     def our_gradients(self):
-        return self.pair.trainer.distill_gradients(self.samples)["loss"].item()
+        return self.pair.trainer.distill_gradients(self.micro_batches)["loss"].item()
 
     def needed_rows(self):
         reference, clips = self.pair.reference, self.clips

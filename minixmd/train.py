@@ -24,11 +24,10 @@ from minixmd.inputs.examples import check_answers, read_examples
 from minixmd.inputs.prompts import build_prompt, prefetch
 from minixmd.inputs.tokenizer import common_vocab_size
 from minixmd.kernels.grpo import ClipConfig
-from minixmd.learning import checkpoint
-from minixmd.learning.logprobs import SampledVocabulary, reference_logprobs, token_logprobs
+from minixmd.learning import checkpoint, logprobs, policy, targets
+from minixmd.learning.micro_batches import BadClip, check_length, count_targets, count_tokens, make_micro_batches
 from minixmd.learning.optim import adamw, learning_rate
-from minixmd.learning.policy import make_rollout, rollout_metrics, score_completions
-from minixmd.learning.targets import resolve_targets, stored_rows
+from minixmd.models.checkpointing import set_checkpointing
 from minixmd.models.head import CrossEntropy, DistillTopK, PolicyLoss
 from minixmd.models.lora import make_trainable
 from minixmd.models.multimodal import frozen_copy
@@ -51,7 +50,7 @@ def train(stage, folder, log):
     if stage.val_manifest:
         validation = read_examples(stage.name, stage.val_manifest, stage.media, stage.allow_outside)
     check_answers(validation, stage.val_manifest, "validate against")
-    items, counts = resolve_targets(stage, examples)
+    items, counts = targets.resolve_targets(stage, examples)
     trainer = Trainer(stage, len(items), folder, log)
     trainer.resume()
     trainer.fit(items, counts, validation)
@@ -79,6 +78,8 @@ class Trainer:
         make_trainable(
             self.model, stage.trainable, name=f"{stage.name}: {stage.model}", rank=stage.lora_rank,
             alpha=stage.lora_alpha, targets=stage.lora_targets, seed=stage.seed)
+        self.checkpointing = stage.checkpointing == "on" or stage.checkpointing == "auto" and self.on_gpu()
+        set_checkpointing(self.model, self.checkpointing)
         named = self.model.named_parameters()
         self.parameters = {name: p for name, p in named if p.requires_grad}
         self.optimizer = adamw(
@@ -91,12 +92,17 @@ class Trainer:
         self.best_accuracy = -1.0  # in validation
         self.validated_step = 0  # the last one after which validation was finished
         self.num_bad = 0  # clips that could not be read, over all epochs so far
+        self.samples = None  # of `fit`: what prefetch gives
+        self.drawn = None  # of the coming step: draw's
         if isinstance(stage, Distill) and stage.teacher_loss != "ce":
             self.common_vocab, self.suppressed_ids = self.distilled_vocabulary()
             self.suppressed_Z = self.suppressed_ids.to(self.model.device)
         if isinstance(stage, GRPO):
-            self.vocabulary = SampledVocabulary.of(self.model, self.processor, stage.temperature)
+            self.vocabulary = logprobs.SampledVocabulary.of(self.model, self.processor, stage.temperature)
             self.reference = frozen_copy(self.model) if stage.beta else None
+
+    def on_gpu(self):
+        return self.model.device.type == "cuda"
 
     def load_model(self, load):
         return load(self.stage.model, **vars(runtime_of(self.stage)))
@@ -124,9 +130,8 @@ class Trainer:
         stage = self.stage
         take_step = {Distill: self.distill_step, SFT: self.sft_step, GRPO: self.grpo_step}[type(stage)]
         self.announce(counts)
-        upcoming = self.upcoming_items(items)
-        samples = prefetch(self.build_sample, upcoming, self.count_bad_clip, reading=stage.reading,
-                           ahead=2 * stage.batch_size)
+        self.samples = prefetch(self.build_sample, self.upcoming_items(items), BadClip, reading=stage.reading,
+                                ahead=2 * stage.batch_size)
         with tqdm(total=self.steps, initial=self.step, desc=stage.name, unit="step") as bar:
             while True:
                 if validation and self.validation_due():  # also after a stop between the state and its validation
@@ -134,8 +139,11 @@ class Trainer:
                 if self.step == self.steps:
                     break
                 began = time.perf_counter()
-                batch = [next(samples) for _ in self.batch_indices(self.step)]
-                metrics = take_step([sample for sample in batch if sample is not None])
+                learnt_from, bad_clips = self.drawn or self.draw(self.step)
+                self.drawn = None
+                for clip in bad_clips:
+                    self.count_bad_clip(clip.item, clip.error)
+                metrics = take_step(learnt_from)
                 self.step += 1
                 tokens_per_s = metrics["tokens"] / (time.perf_counter() - began)
                 self.log({"step": self.step, **metrics, "tokens_per_s": round(tokens_per_s)})
@@ -153,6 +161,18 @@ class Trainer:
             for i in self.batch_indices(step):
                 yield items[i]
 
+    def draw(self, step):
+        """What a step learns from, MicroBatches or for a rollout [(Prompt, Item)], and its BadClips."""
+        samples, bad_clips = [], []
+        for _ in self.batch_indices(step):
+            sample = next(self.samples)
+            if isinstance(sample, BadClip):
+                bad_clips.append(sample)
+            else:
+                samples.append(sample)
+        rolls_out = isinstance(self.stage, GRPO)
+        return samples if rolls_out else self.micro_batches(samples), bad_clips
+
     def announce(self, counts):
         """Says what will be learnt, on the screen and at a run's start in the log."""
         stage = self.stage
@@ -163,6 +183,8 @@ class Trainer:
             "trainable_parameters": sum(p.numel() for p in self.parameters.values()),
         }
         text = f"{stage.name}: {self.steps} steps of {stage.batch_size} on {self.num_items} clips ({counts})"
+        if self.checkpointing:
+            text += ", blocks checkpointed"
         if self.step:
             text += f", from step {self.step}"
         if isinstance(stage, GRPO):
@@ -178,7 +200,9 @@ class Trainer:
         if isinstance(self.stage, GRPO):
             answer, max_new_tokens = None, self.stage.max_new_tokens
         prompt_format = self.stage.prompt_format
-        return build_prompt(self.processor, item.example, prompt_format, answer, "", load, max_new_tokens), item
+        prompt = build_prompt(self.processor, item.example, prompt_format, answer, "", load, max_new_tokens)
+        check_length(prompt, item.example, max_new_tokens, self.stage.micro_batch_tokens)
+        return prompt, item
 
     def count_bad_clip(self, item, error):
         """Logs a clip that cannot be used. Raises ValueError when there are too many."""
@@ -193,6 +217,8 @@ class Trainer:
         device}, which are read here, once a step, with the gradient's norm. Returns them all, and the learning rate.
         Raises ValueError, and changes no weight, where the loss or the gradient's norm is not finite."""
         stage = self.stage
+        if self.samples is not None and self.drawn is None and self.step + 1 < self.steps:
+            self.drawn = self.draw(self.step + 1)  # packed and pinned while a GPU is still at the gradients
         max_norm = stage.max_grad_norm or math.inf
         values = {**values, "grad_norm": torch.nn.utils.clip_grad_norm_(self.parameters.values(), max_norm)}
         read = torch.stack([value.double() for value in values.values()]).tolist()
@@ -209,13 +235,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return {**metrics, "lr": lr}
 
-    def micro_batches(self, items):
-        size = self.stage.micro_batch_size
-        return [items[start:start + size] for start in range(0, len(items), size)]
-
-    def pack_samples(self, samples):
-        """The Batch of [(Prompt, Item)], on the model's device."""
-        return pack([prompt for prompt, _ in samples]).to(self.model.device)
+    def micro_batches(self, samples):
+        return make_micro_batches(samples, self.stage.micro_batch_tokens, self.model.device)
 
     def cross_entropy(self, hidden_ND, batch, denominator, chosen_L=None):
         """The sum of -log p(target) / denominator over a batch's targets, or over those of these numbers."""
@@ -227,18 +248,18 @@ class Trainer:
 
     # ---- SFT ----
 
-    def sft_step(self, samples):
-        """One optimizer step on [(Prompt, Item)]: the mean cross-entropy over all target tokens. The denominator is the
-        whole step's, so the gradient does not depend on the micro-batch size."""
-        loss = self.sft_gradients(samples)
-        return {**self.update({"loss": loss}), "tokens": count_tokens(samples)}
+    def sft_step(self, micro_batches):
+        """One optimizer step on MicroBatches: the mean cross-entropy over all target tokens. The denominator is the
+        whole step's, so the gradient does not depend on how it is cut."""
+        loss = self.sft_gradients(micro_batches)
+        return {**self.update({"loss": loss}), "tokens": count_tokens(micro_batches)}
 
-    def sft_gradients(self, samples):
+    def sft_gradients(self, micro_batches):
         """Gradients of a step; returns the loss, on the model's device."""
-        denominator = count_targets(samples)
+        denominator = count_targets(micro_batches)
         total = self.zero()
-        for part in self.micro_batches(samples):
-            batch = self.pack_samples(part)
+        for micro_batch in micro_batches:
+            batch = micro_batch.batch.to(self.model.device)
             loss = self.cross_entropy(self.model(batch), batch, denominator)
             loss.backward()
             total += loss.detach()
@@ -250,34 +271,35 @@ class Trainer:
 
     # ---- distillation: XMD, section 4 ----
 
-    def distill_step(self, samples):
-        """One optimizer step on [(Prompt, Item)]. The gate decided whose answer each clip's target is: item.source.
+    def distill_step(self, micro_batches):
+        """One optimizer step on MicroBatches. The gate decided whose answer each clip's target is: item.source.
 
             "teacher"   -log p(letter), or T² KL(teacher || student) at the letter, or their sum (teacher_loss)
             "student"   -log p(the letter that the student gave before): the anti-forgetting loss
         """
-        metrics = self.update(self.distill_gradients(samples))
-        from_teacher = sum(item.source == "teacher" for _, item in samples)
-        return {**metrics, "to_teacher": from_teacher, "tokens": count_tokens(samples)}
+        metrics = self.update(self.distill_gradients(micro_batches))
+        items = [item for micro_batch in micro_batches for _, item in micro_batch.samples]
+        from_teacher = sum(item.source == "teacher" for item in items)
+        return {**metrics, "to_teacher": from_teacher, "tokens": count_tokens(micro_batches)}
 
-    def distill_gradients(self, samples):
+    def distill_gradients(self, micro_batches):
         """Gradients of a step: cross-entropy is a mean over its target tokens, the KL one over its clips. Returns
         {"loss", …} on the model's device."""
-        denominator = count_targets(samples)
+        denominator = count_targets(micro_batches)
+        num_clips = sum(len(micro_batch.samples) for micro_batch in micro_batches)
         metrics = defaultdict(self.zero)
-        for part in self.micro_batches(samples):
-            packed = pack([prompt for prompt, _ in part])  # still on the CPU, where owners are looked up
-            batch = packed.to(self.model.device)
+        for micro_batch in micro_batches:
+            batch = micro_batch.batch.to(self.model.device)
             hidden_ND = self.model(batch)
             topk = {}  # number of a clip in the micro-batch, which is its segment's -> the teacher's best ids
-            for i, (_, item) in enumerate(part):
+            for i, (_, item) in enumerate(micro_batch.samples):
                 if item.source == "teacher" and self.stage.teacher_loss != "ce":
                     topk[i] = item.teacher_topk
             losses = []
-            owners = packed.target_segment_T.tolist()
+            owners = micro_batch.batch.target_segment_T.tolist()  # on the CPU
             learnt = list(range(len(owners)))
             if topk:
-                losses.append(self.teacher_kl(hidden_ND, batch, owners, topk, len(samples), metrics))
+                losses.append(self.teacher_kl(hidden_ND, batch, owners, topk, num_clips, metrics))
             if topk and self.stage.teacher_loss == "kl":  # in the letter's place
                 learnt = [t for t in learnt if owners[t] not in topk]
             if learnt:
@@ -294,7 +316,8 @@ class Trainer:
         is left out of its distribution and logged, as is what the student holds there. owners: segments of targets."""
         device = hidden_ND.device
         first_K = torch.tensor([owners.index(segment) for segment in topk])  # the letter is a turn's first token
-        id_KJ, logq_KJ, tail_K, dropped_K = stored_rows(list(topk.values()), self.common_vocab, self.suppressed_ids)
+        stored = list(topk.values())
+        id_KJ, logq_KJ, tail_K, dropped_K = targets.stored_rows(stored, self.common_vocab, self.suppressed_ids)
         id_KJ, first_K = send([id_KJ, first_K.to(id_KJ.dtype)], device)
         logq_KJ, tail_K, dropped_K = send([logq_KJ, tail_K, dropped_K], device)
         row_loss = DistillTopK(
@@ -331,17 +354,17 @@ class Trainer:
             temperature=stage.temperature, seed=stage.seed, step=self.step, stop=stage.stop,
             keys=[item.example.id for item in items], decode_slots=stage.decode_slots)
         letters = stage.prompt_format.asks_for_letter
-        rewards = score_completions(completions, items, letters)
+        rewards = policy.score_completions(completions, items, letters)
         self.show_completions(completions[0], items[0], rewards)
-        rollout = make_rollout(stage, prompts, completions, rewards["reward"])
+        rollout = policy.make_rollout(stage, prompts, completions, rewards["reward"])
 
         sampled = time.perf_counter()
         scored_T = None  # what the policy says without gradients, before its first update
         if rollout and self.reference is not None:
-            options = rollout.groups, stage.micro_batch_size, self.vocabulary
-            rollout.ref_T = reference_logprobs(self.reference, *options)
+            options = rollout.micro_batches, self.vocabulary
+            rollout.ref_T = logprobs.reference_logprobs(self.reference, *options)
             if not any(self.optimizer.state.values()):  # in this process or an earlier one
-                scored_T = reference_logprobs(self.model, *options)
+                scored_T = logprobs.reference_logprobs(self.model, *options)
                 self.check_reference(rollout.ref_T, scored_T)
 
         scored = time.perf_counter()
@@ -354,8 +377,8 @@ class Trainer:
         updated = time.perf_counter()
 
         metrics = dict(metrics)
-        metrics |= rollout_metrics([item.example for item in items], completions, rewards, letters)
-        metrics["learned"] = len(rollout.groups) if rollout else 0  # groups
+        metrics |= policy.rollout_metrics([item.example for item in items], completions, rewards, letters)
+        metrics["learned"] = rollout.learned if rollout else 0  # groups
         if rollout:  # what the sampler said of its tokens against the training pass: 0 but for rounding
             gap_T = (rollout.sampled_T - rollout.old_T).abs()
             metrics["logp_gap_mean"], metrics["logp_gap_max"] = torch.stack([gap_T.mean(), gap_T.max()]).tolist()
@@ -365,7 +388,7 @@ class Trainer:
         metrics["scoring_s"] = round(scored - sampled, 3)
         metrics["update_s"] = round(updated - scored, 3)
         new_tokens = sum(len(completion.ids) for group in completions for completion in group)
-        return metrics | {"tokens": count_tokens(samples) + new_tokens}
+        return metrics | {"tokens": sum(map(len, prompts)) + new_tokens}
 
     def policy_update(self, rollout):
         loss, columns = self.policy_gradient(rollout)
@@ -392,13 +415,13 @@ class Trainer:
         first_update = rollout.old_T is None
         if first_update:
             rollout.old_T = torch.empty_like(rollout.sampled_T)
-        for groups in self.micro_batches(rollout.groups):
+        for groups in rollout.micro_batches:
             batch = pack(groups).to(device)
             begin, end = end, end + len(batch.target_id_T)
             rows = slice(begin, end)
             hidden_ND = self.model(batch)
             if first_update:  # the policy is the old one, and a product with the head costs less than a forward pass
-                rollout.old_T[rows] = token_logprobs(self.model, hidden_ND, batch, vocabulary)
+                rollout.old_T[rows] = logprobs.token_logprobs(self.model, hidden_ND, batch, vocabulary)
             ref_T = None if rollout.ref_T is None else rollout.ref_T[rows]
             lengths = None
             if stage.ratio == "sequence":
@@ -482,14 +505,6 @@ class Trainer:
     def publish(self):
         """Writes best/: the best weights in validation (the last ones without it), as `load` and others read them."""
         checkpoint.publish(self.folder, self.model, self.processor, self.parameters, self.stage.model)
-
-
-def count_tokens(samples):
-    return sum(len(prompt) for prompt, _ in samples)
-
-
-def count_targets(samples):
-    return sum(int(prompt.target_N.sum()) for prompt, _ in samples)
 
 
 if __name__ == "__main__":  # the command line is the runner's, which imports this module

@@ -395,6 +395,8 @@ class Functions(TorchFunctionMode):
                 x = x.clone()
                 x.pinned = True
                 return x
+            if name == "is_pinned":
+                return is_pinned(x)
             if isinstance(x, OnDevice) and name in ("__getitem__", "__setitem__"):
                 args = (x, with_tensors(args[1]), *args[2:])
             if isinstance(x, OnDevice) and name in ("numpy", "data_ptr", "__array__"):

@@ -32,8 +32,8 @@ CONFIG = """
 from minixmd.config import GRPO, SFT, Distill, Evaluate, Label, Switch
 
 AUDIO, VIDEO = dict(media="audio"), dict(media="video", min_pixels=784, max_pixels=3136)
-STEPS = dict(batch_size=8, micro_batch_size=4, epochs=5, lr=3e-3, manifest="{home}/train/manifest.jsonl")
-ROLLOUTS = dict(batch_size=4, micro_batch_size=2, max_steps=20, epochs=10, lr=3e-3, group_size=4,
+STEPS = dict(batch_size=8, micro_batch_tokens=600, epochs=5, lr=3e-3, manifest="{home}/train/manifest.jsonl")
+ROLLOUTS = dict(batch_size=4, micro_batch_tokens=300, max_steps=20, epochs=10, lr=3e-3, group_size=4,
                 max_new_tokens=9, decode_slots=8, manifest="{home}/train/manifest.jsonl", beta=0.1)
 stages = [
     Evaluate(name="ears", model="{home}/audio", manifest="{home}/train/manifest.jsonl", **AUDIO),

@@ -2,6 +2,7 @@
 import re
 import shutil
 from dataclasses import replace
+from itertools import groupby
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,8 @@ from minixmd import pack
 from minixmd.config import GRPO, SFT, Distill, Evaluate, FactCheck, Label, Switch, Traces
 from minixmd.inputs.batch import Batch, Prompt
 from minixmd.kernels.swiglu import swiglu
-from minixmd.learning import rollout
+from minixmd.learning import policy, rollout
+from minixmd.learning.logprobs import SampledVocabulary
 from minixmd.models.families import read_config
 from minixmd.models.head import CrossEntropy
 from minixmd.models.lora import add_lora, set_backend
@@ -35,8 +37,8 @@ def _poison_empty():
     """Not here: its NaN would be counted as launches."""
 
 
-STEPS = dict(batch_size=4, micro_batch_size=2, max_steps=2, epochs=2, lr=1e-3, save_every=1)
-ROLLOUT = dict(batch_size=2, micro_batch_size=1, max_steps=2, epochs=2, lr=1e-3, group_size=3, max_new_tokens=5,
+STEPS = dict(batch_size=4, micro_batch_tokens=300, max_steps=2, epochs=2, lr=1e-3, save_every=1)
+ROLLOUT = dict(batch_size=2, micro_batch_tokens=200, max_steps=2, epochs=2, lr=1e-3, group_size=3, max_new_tokens=5,
                decode_slots=3)  # fmt: skip
 FROM_LABELS = dict(teacher_labels="labels.jsonl", gate="learned", student_labels="labels.jsonl", switch="switch.jsonl")
 STAGES = {  # class, whether it sees, and the fields that it has beside a model and a manifest
@@ -286,6 +288,49 @@ def test_a_missing_copy_to_the_device_is_caught(monkeypatch, fault):
     monkeypatch.setattr(Batch, "to", lambda batch, device: fault(send(batch, device)))
     with AbsentDevice() as device, pytest.raises(DeviceError):
         launches_of_training(device, 2, (8, 5))
+
+
+def media_left_behind(monkeypatch):
+    send = Batch.to
+    monkeypatch.setattr(Batch, "to", lambda batch, device: replace(send(batch, device), media=batch.media))
+
+
+def vectors_left_behind(monkeypatch):
+    monkeypatch.setattr(policy.Rollout, "send", lambda rollout, device: None)
+
+
+def suppressed_ids_left_behind(monkeypatch):
+    of = SampledVocabulary.of
+
+    def on_the_cpu(*args):
+        vocabulary = of(*args)
+        return replace(vocabulary, suppressed_Z=vocabulary.suppressed_Z.cpu())
+
+    monkeypatch.setattr(SampledVocabulary, "of", on_the_cpu)
+
+
+@pytest.mark.parametrize("stage, fault", [("sft", media_left_behind), ("grpo", vectors_left_behind),
+                                          ("grpo", suppressed_ids_left_behind)])
+def test_a_copy_that_a_stage_forgets_is_caught(world, tmp_path, monkeypatch, spread, stage, fault):
+    fault(monkeypatch)
+    with AbsentDevice(), pytest.raises(DeviceError):
+        run(world, tmp_path / "cuda", stage, "cuda", "torch", "float32")
+
+
+def test_the_next_steps_clips_are_packed_and_pinned_before_a_step_waits(world, tmp_path, monkeypatch):
+    events, pin, send = [], Batch.pinned, Batch.to
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(Batch, "pinned", lambda batch: (events.append("pin"), pin(batch))[1])
+    monkeypatch.setattr(Batch, "to", lambda batch, device: (events.append("send"), send(batch, device))[1])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: (events.append("read"), clip(*args))[1])
+    with AbsentDevice() as device:
+        run(world, tmp_path / "cuda", "sft of video", "cuda", "torch", "float32")
+        assert [event for event, _ in groupby(events)] == ["pin", "send", "pin", "read", "send", "read"]
+        batch = pin(pack(texts((8, 5))))
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pytest.fail("what is pinned is pinned again"))
+        device.reset()
+        assert send(batch, "cuda").target_row_T.tolist() == pack(texts((8, 5))).target_row_T.tolist()
+        assert sum(device.copies.values()) == 1
 
 
 def test_a_cpu_index_and_a_pageable_copy_in_the_loop_are_counted(monkeypatch):

@@ -192,7 +192,7 @@ def whole_step(monkeypatch):
 
 @pytest.mark.parametrize("owner, name, wrong", [
     (kv_cache, "decode_attention", lambda right: lambda *args: right(*args) * 1.02),
-    (bench_decode, "reference_logprobs", lambda right: lambda model, groups, *more: right(model, groups[::-1], *more)),
+    (bench_decode, "reference_logprobs", lambda right: lambda model, parts, *more: right(model, parts[::-1], *more)),
     (rollout, "sample", lambda right: lambda z, u, temperature, suppressed_ids: right(z, u, 1.02, suppressed_ids)),
 ])  # fmt: skip
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's tensors need the interpreter")

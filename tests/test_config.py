@@ -200,7 +200,7 @@ def test_report_tables_are_dicts_of_dicts_of_str():
     (SFT, dict(lora_rank=0), "lora_rank must be >= 1, got 0"),
     (SFT, dict(lora_alpha=0), "lora_alpha must be > 0, got 0"),
     (SFT, dict(batch_size=0), "batch_size must be >= 1, got 0"),
-    (SFT, dict(micro_batch_size=0), "micro_batch_size must be >= 1, got 0"),
+    (SFT, dict(micro_batch_tokens=0), "micro_batch_tokens must be >= 1, got 0"),
     (SFT, dict(warmup_ratio=1.5), "warmup_ratio must be <= 1, got 1.5"),
     (SFT, dict(warmup_ratio=-0.1), "warmup_ratio must be >= 0, got -0.1"),
     (SFT, dict(weight_decay=-1.0), "weight_decay must be >= 0, got -1.0"),
@@ -243,7 +243,6 @@ def test_a_value_out_of_range_is_refused(cls, given, said):
     (GRPO, {"decode_slots": 7}, "decode_slots 7 is below group_size 8"),
     (GRPO, {"stop": ("",)}, "a stop string must not be empty, got ''"),
     (GRPO, {"beta": 0, "kl": "k1"}, "beta 0.0 does not use kl, got 'k1'"),
-    (GRPO, {"batch_size": 6, "micro_batch_size": 4}, "batch_size 6 is not a multiple of micro_batch_size 4"),
     (Distill, {"student_labels": "@s"}, "gate 'always' does not use student_labels, got '@s'"),
     (Distill, {"gate": "never"}, "gate 'never' needs student_labels, got None"),
     (Distill, {"gate": "never", "student_labels": "@s"}, "gate 'never' does not use teacher_labels, got 't.jsonl'"),
@@ -258,7 +257,6 @@ def test_a_value_out_of_range_is_refused(cls, given, said):
     (SFT, dict(trainable="decoder", dtype="float16"),
      "trainable 'decoder' needs dtype 'float32' or 'bfloat16', got 'float16'"),
     (GRPO, {"dtype": "float16"}, "grpo needs dtype 'float32' or 'bfloat16', got 'float16'"),
-    (SFT, dict(batch_size=32, micro_batch_size=5), "batch_size 32 is not a multiple of micro_batch_size 5"),
     (SFT, dict(min_pixels=9, max_pixels=8), "min_pixels 9 is more than max_pixels 8"),
     (SFT, dict(eval_every=10), "eval_every 10 needs val_manifest, got None"),
     (SFT, dict(lora_targets="("),
@@ -271,7 +269,7 @@ def test_a_contradiction_names_both_values(cls, given, said):
 def test_the_ends_of_a_range_are_allowed():
     SFT(**TRAIN, warmup_ratio=1.0, max_bad=1.0, max_grad_norm=0.0, weight_decay=0.0, epochs=1, min_pixels=9,
         max_pixels=9, nframes=2)
-    SFT(**TRAIN, warmup_ratio=0.0, max_bad=0.0, max_steps=1, batch_size=1, micro_batch_size=1, save_every=0,
+    SFT(**TRAIN, warmup_ratio=0.0, max_bad=0.0, max_steps=1, batch_size=1, micro_batch_tokens=1, save_every=0,
         betas=(0, 0))
 
 
@@ -419,8 +417,8 @@ def test_the_last_override_wins(write):
 
 
 def test_overrides_of_one_stage_are_checked_together(write):
-    a = overridden(write, "a.batch_size=12", "a.micro_batch_size=6").stages[0]  # 12 and the default 8 do not fit
-    assert (a.batch_size, a.micro_batch_size) == (12, 6)
+    a = overridden(write, "a.min_pixels=300000", "a.max_pixels=400000").stages[0]  # the default of 262,144 is less
+    assert (a.min_pixels, a.max_pixels) == (300_000, 400_000)
 
 
 @pytest.mark.parametrize("override, said", [
@@ -437,7 +435,7 @@ def test_overrides_of_one_stage_are_checked_together(write):
     ("a.max_steps=x", "max_steps must be an int or None, got 'x'"),
     ("a.betas=0.9", "betas must be 2 floats, got '0.9'"),
     ("a.model=", "model is empty"),
-    ("a.batch_size=5", "batch_size 5 is not a multiple of micro_batch_size 8"),
+    ("a.min_pixels=400000", "min_pixels 400000 is more than max_pixels 262144"),
     ("b.model=@b", "evaluate 'b' model '@b' names a stage that does not run before it"),
     ("a.name=c", "a stage's name is set in the config file only, got override 'a.name'"),
     ("--seed", "override '--seed' must read stage.field=value, field=value or run_dir=path"),

@@ -74,7 +74,7 @@ def test_common_ids_end_where_the_tables_first_differ(tmp_path):
 # ---- the loss ----
 
 
-def problem(teacher_loss, micro_batch_size=5):
+def problem(teacher_loss, micro_batch_tokens=8192):
     """A Trainer, and five prompts of two targets; the second, fourth and fifth are the teacher's, with stored rows."""
     samples = []
     torch.manual_seed(1)
@@ -83,7 +83,7 @@ def problem(teacher_loss, micro_batch_size=5):
         item = Item(EXAMPLES[0], 0, "student" if topk is None else "teacher", topk)
         samples.append((prompt([3 + i], seed=i, targets=2), item))
     stage = Distill(name="s", model="m", manifest="d", teacher_labels="t", trainable="full", device="cpu",
-                    batch_size=10, micro_batch_size=micro_batch_size)
+                    batch_size=10, micro_batch_tokens=micro_batch_tokens)
     trainer = trainer_of(stage, tiny_model("audio"))
     trainer.stage = replace(stage, teacher_loss=teacher_loss)  # only now: it would read the teacher's tokenizer
     trainer.common_vocab, trainer.suppressed_Z, trainer.suppressed_ids = COMMON, SUPPRESSED, SUPPRESSED
@@ -116,11 +116,13 @@ def values(metrics):
     return {name: value.item() for name, value in metrics.items()}
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("tokens", [1, 12, 8192])
 @pytest.mark.parametrize("teacher_loss", ["kl", "kl+ce"])
-def test_the_loss_and_its_gradients_are_as_defined_however_the_step_is_cut(teacher_loss, size):
-    trainer, samples = problem(teacher_loss, size)
-    model, metrics = trainer.model, values(trainer.distill_gradients(samples))
+def test_the_loss_and_its_gradients_are_as_defined_however_the_step_is_cut(teacher_loss, tokens):
+    trainer, samples = problem(teacher_loss, tokens)
+    micro_batches = trainer.micro_batches(samples)
+    assert len(micro_batches) == {1: 5, 12: 3, 8192: 1}[tokens]
+    model, metrics = trainer.model, values(trainer.distill_gradients(micro_batches))
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     truth = plain(model, samples, teacher_loss)
@@ -135,7 +137,7 @@ def test_the_loss_and_its_gradients_are_as_defined_however_the_step_is_cut(teach
 
 def test_a_step_of_stored_rows_alone_trains_without_cross_entropy():
     trainer, samples = problem("kl")
-    metrics = values(trainer.distill_gradients([samples[1], samples[3]]))
+    metrics = values(trainer.distill_gradients(trainer.micro_batches([samples[1], samples[3]])))
     assert metrics["loss"] == pytest.approx(metrics["kl"])
 
 
@@ -144,7 +146,7 @@ def test_a_step_says_how_many_of_its_clips_follow_the_teacher(teacher_loss):
     trainer, samples = problem(teacher_loss)
     if teacher_loss == "ce":
         samples = [(p, replace(item, teacher_topk=None)) for p, item in samples]
-    metrics = trainer.distill_step(samples)
+    metrics = trainer.distill_step(trainer.micro_batches(samples))
     assert metrics["to_teacher"] == 3 and metrics["tokens"] == sum(len(p) for p, _ in samples)
     assert {"loss", "lr", "grad_norm"} <= metrics.keys() and ("kl" in metrics) == (teacher_loss != "ce")
 
@@ -225,7 +227,7 @@ def test_an_inverted_gate_changes_the_targets_and_the_loss(tmp_path):
         config = write_config(tmp_path / "config.py", f"""[
             Distill(name='student', model='{tmp_path}/ears', manifest='{tmp_path}/clips/manifest.jsonl', gate='learned',
                     teacher_labels='{tmp_path}/t', student_labels='{tmp_path}/s', switch='{tmp_path}/w', batch_size=3,
-                    micro_batch_size=3, epochs=2)]""")
+                    epochs=2)]""")
         assert main([str(config), f"run_dir={tmp_path / side}"]) == 0
         logs.append([json.loads(line) for line in (tmp_path / side / "student/log.jsonl").read_text().splitlines()])
     (start, *steps), (start_inverted, *inverted) = logs
@@ -245,7 +247,7 @@ def test_a_vision_model_teaches_an_audio_model_by_its_logits(tmp_path):
     config = write_config(tmp_path / "config.py", f"""[
         Label(name='taught', model='{tmp_path}/eyes', manifest='{manifest}', {frames}, top_k=20),
         Distill(name='student', model='{tmp_path}/ears', manifest='{manifest}', teacher_loss='kl',
-                teacher_labels='@taught', batch_size=4, micro_batch_size=2, epochs=4, lr=1e-2)]""")
+                teacher_labels='@taught', batch_size=4, epochs=4, lr=1e-2)]""")
     assert main([str(config), f"run_dir={tmp_path / 'run'}"]) == 0
     log = [json.loads(line) for line in (tmp_path / "run/student/log.jsonl").read_text().splitlines()][1:]
     assert len(log) == 12 and log[-1]["kl"] < 0.5 * log[0]["kl"] and log[0]["kl"] == pytest.approx(log[0]["loss"])

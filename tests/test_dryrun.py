@@ -81,9 +81,9 @@ def cache(monkeypatch, tmp_path):
 
 
 def case(models, cls, name="ears", **more):
-    fields = dict(batch_size=4, micro_batch_size=2, device="cpu", media="video" if name == "eyes" else "audio")
+    fields = dict(batch_size=4, device="cpu", media="video" if name == "eyes" else "audio")
     if cls is GRPO:
-        fields |= dict(batch_size=2, micro_batch_size=1, group_size=2, max_new_tokens=16, completions_every=0)
+        fields |= dict(batch_size=2, group_size=2, max_new_tokens=16, completions_every=0)
     return cls(name="case", model=str(models / name), manifest="none.jsonl", **fields | more)
 
 
@@ -128,16 +128,20 @@ def peak(side):
 
 @pytest.mark.parametrize("cls, more", [
     (SFT, {}),
-    pytest.param(SFT, dict(trainable="full", micro_batch_size=1), marks=pytest.mark.slow),
-    pytest.param(SFT, dict(trainable="full", micro_batch_size=4), marks=pytest.mark.slow),
+    pytest.param(SFT, dict(trainable="full", clips=1), marks=pytest.mark.slow),
+    pytest.param(SFT, dict(trainable="full", clips=4), marks=pytest.mark.slow),
     (SFT, dict(trainable="decoder", name="eyes", dtype="bfloat16", min_pixels=3136, max_pixels=50_176)),
     (GRPO, {}),
     pytest.param(GRPO, dict(trainable="decoder", decode_slots=2), marks=pytest.mark.slow),
-    (GRPO, dict(trainable="full", micro_batch_size=2, beta=0.0, ratio="sequence")),
+    (GRPO, dict(trainable="full", clips=2, beta=0.0, ratio="sequence")),
 ])  # fmt: skip
 def test_an_estimate_is_the_measured_peak(cls, more, models, tmp_path):
+    more = dict(more)
+    clips = more.pop("clips", 1 if cls is GRPO else 2)  # of a pass
     stage = case(models, cls, **more)
     plan = plan_of(stage, tmp_path)
+    written = stage.group_size * stage.max_new_tokens if cls is GRPO else 0
+    stage = replace(stage, micro_batch_tokens=clips * (len(plan.prompt) + written))
     phases = estimate(stage, plan.model, plan.prompt)
     prompts = [replace(plan.prompt) for _ in range(stage.batch_size)]
     samples = [(prompt, Item(replace(EXAMPLE, id=str(i)), 0, "manifest")) for i, prompt in enumerate(prompts)]
@@ -146,15 +150,15 @@ def test_an_estimate_is_the_measured_peak(cls, more, models, tmp_path):
         trainer = Trainer(stage, len(samples), tmp_path)
         for trainer.step in range(2):
             if cls is SFT:
-                trainer.sft_step(samples)
+                trainer.sft_step(trainer.micro_batches(samples))
             else:
                 assert trainer.grpo_step(samples)["completion_tokens"] > 0.8 * stage.max_new_tokens
 
     measured, largest = peak(two_steps), max(phase.total for phase in phases)
     # on a GPU a pass has its own copy of the clips
-    clips = stage.micro_batch_size * sum(m.features.nbytes for m in plan.prompt.media)
+    features = clips * sum(m.features.nbytes for m in plan.prompt.media)
     assert measured <= 1.02 * largest
-    assert largest <= 1.02 * (measured + clips)
+    assert largest <= 1.02 * (measured + features)
     names = ["update", "optimizer"]
     if cls is GRPO:
         names = ["rollout", "scoring", *names] if stage.beta else ["rollout", *names]
@@ -207,7 +211,7 @@ def test_a_cnn14s_estimate_is_the_measured_peak():
 
 @pytest.mark.parametrize("trainable", ["decoder", "full"])
 def test_the_categories_of_an_update_are_what_they_are_called(trainable, models, tmp_path):
-    stage = case(models, GRPO, trainable=trainable, dtype="bfloat16", device="cuda")
+    stage = case(models, GRPO, trainable=trainable, dtype="bfloat16", device="cuda", micro_batch_tokens=600)
     size = phases_of(stage, tmp_path)["update"].bytes
     counts = {name: p.numel() for name, p in minixmd.load(stage.model)[0].named_parameters()}
     if trainable == "decoder":
@@ -231,7 +235,7 @@ def test_a_rollouts_kv_cache_is_its_pools(decode_slots, prompt_slots, models, tm
 @pytest.mark.slow
 def test_grpo_of_a_7b_decoder_takes_131_gib_before_activations(tmp_path):
     stage = GRPO(name="grpo", model="Qwen/Qwen2-Audio-7B-Instruct", manifest="none.jsonl", trainable="decoder",
-                 dtype="bfloat16", batch_size=2, micro_batch_size=1, group_size=2, max_new_tokens=2)
+                 dtype="bfloat16", batch_size=2, group_size=2, max_new_tokens=2)
     size = phases_of(stage, tmp_path)["update"].bytes
     lasting = sum(size[name] for name in ("weights", "reference", "gradients", "optimizer"))
     assert lasting / 2**30 == pytest.approx(131, abs=0.5)
@@ -422,9 +426,10 @@ def test_a_card_has_room_beside_its_driver_and_what_the_allocator_wastes():
 
 
 def test_the_setting_to_lower_is_named_where_it_would_help():
-    sft = SFT(name="a", model="m", manifest="x", micro_batch_size=4)
-    assert settings_to_lower(sft, "update") == {"micro_batch_size": 1}
-    assert settings_to_lower(replace(sft, micro_batch_size=1), "update") == {} == settings_to_lower(sft, "optimizer")
+    sft = SFT(name="a", model="m", manifest="x", micro_batch_tokens=4096, checkpointing="on")
+    assert settings_to_lower(sft, "update", 330) == {"micro_batch_tokens": 330}
+    assert settings_to_lower(replace(sft, checkpointing="auto"), "update", 4096) == {"checkpointing": "on"}
+    assert settings_to_lower(sft, "update", 4096) == {} == settings_to_lower(sft, "optimizer")
     grpo = GRPO(name="a", model="m", manifest="x")
     assert settings_to_lower(grpo, "rollout") == {"decode_slots": 8}
     assert settings_to_lower(replace(grpo, decode_slots=8), "rollout") == {}
@@ -445,7 +450,7 @@ def test_the_setting_to_lower_is_named_where_it_would_help():
     assert settings_to_lower(adapter, "update") == {"micro_batch_tokens": 1, "checkpointing": "on"}
 
     fits, large = phase_of("update", weights=15, activations=2), phase_of("update", weights=15, activations=27)
-    assert costs.to_lower(sft, [fits]) == {} and costs.to_lower(sft, [fits, large]) == {"micro_batch_size": 1}
+    assert costs.to_lower(sft, [fits]) == {} and costs.to_lower(sft, [fits, large]) == {"micro_batch_tokens": 1}
     hopeless = phase_of("rollout", weights=15, reference=14, optimizer=86, KV_cache=4)
     assert costs.to_lower(grpo, [hopeless]) == {}  # fewer slots give no card room that has none
     assert costs.to_lower(new, [hopeless]) == {"decode_slots": 8, "moments": "8bit", "reference": "host"}
@@ -453,14 +458,16 @@ def test_the_setting_to_lower_is_named_where_it_would_help():
 
 def test_the_table_has_a_column_a_card_and_the_settings_once(models, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(costs, "DRIVER_GIB", 0.0)
-    stage = case(models, SFT, device="cuda", micro_batch_size=4, val_manifest="val.jsonl")
+    stage = case(models, SFT, device="cuda", micro_batch_tokens=4096, val_manifest="val.jsonl")
+    longest = len(plan_of(stage, tmp_path).prompt)
     total = phases_of(stage, tmp_path)["update"].total
     monkeypatch.setattr(costs, "CARDS", {"1": total / 2**30, "2": 2 * total / 2**30})
     status, out, _ = dry(tmp_path, capsys, [stage])
     memory = out.split("memory, MiB\n")[1].splitlines()
     assert status == 0 and memory[0].split()[-4:] == ["total", "1", "2", "hours"]
     assert memory[1].split()[-3:-1] == ["NO", "yes"] and memory[2].split()[-2:] == ["yes", "yes"]
-    assert [line.strip() for line in memory if "for less: " in line] == ["for less: micro_batch_size down to 1"]
+    assert [line.strip() for line in memory if "for less: " in line] == [
+        f"for less: micro_batch_tokens down to {longest}, checkpointing=on"]
 
 
 @pytest.mark.parametrize("cls, more", [
@@ -472,7 +479,7 @@ def test_a_stages_disk_is_what_it_writes(cls, more, models, tmp_path):
     samples = [(replace(plan.prompt), Item(replace(EXAMPLE, id=str(i)), 0, "manifest")) for i in range(4)]
     folder = tmp_path / "stage"
     trainer = Trainer(stage, len(samples), folder)
-    trainer.sft_step(samples)
+    trainer.sft_step(trainer.micro_batches(samples))
     if stage.val_manifest:
         checkpoint.save_best(folder, trainer.parameters)
     trainer.save()

@@ -46,7 +46,7 @@ REWARDS = torch.tensor([[2.0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 2, 1]])  # nothing 
 
 def stage_of(**switches):
     fields = dict(name="s", model="m", manifest="d", temperature=0.8, max_new_tokens=7, clip_high=0.3, batch_size=6,
-                  micro_batch_size=6, beta=0.1, trainable="full", device="cpu")
+                  beta=0.1, trainable="full", device="cpu")
     return GRPO(**{**fields, **switches})
 
 
@@ -113,7 +113,7 @@ def gradients(trainer, loss=None):
 
 def reference_of(trainer, rollout):
     """log pi_ref of a rollout's tokens, as a step scores them."""
-    return reference_logprobs(trainer.reference, rollout.groups, trainer.stage.micro_batch_size, trainer.vocabulary)
+    return reference_logprobs(trainer.reference, rollout.micro_batches, trainer.vocabulary)
 
 
 def ours(trainer, prompts, answers, rewards, apart=None):
@@ -183,12 +183,12 @@ def test_triton_kernels_give_what_pytorch_gives(switches):
 
 @pytest.mark.parametrize("switches", [{}, dict(aggregation="token", truncated="mask", zero_variance="skip"),
                                       dict(ratio="sequence")], ids=str)
-def test_neither_the_micro_batch_size_nor_the_order_of_groups_or_completions_changes_anything(switches):
+def test_neither_the_cut_into_micro_batches_nor_the_order_of_groups_or_completions_changes_anything(switches):
     trainer, prompts, answers = problem(**switches)
     loss, grads, _ = ours(trainer, prompts, answers, REWARDS)
     turned = ours(trainer, prompts[::-1], [group[::-1] for group in answers[::-1]], REWARDS.flip(0, 1))
-    for size in (1, 2):
-        trainer.stage = stage_of(**switches, micro_batch_size=size)
+    for tokens in (1, 20, 30):  # of which each takes some groups apart
+        trainer.stage = stage_of(**switches, micro_batch_tokens=tokens)
         again = ours(trainer, prompts, answers, REWARDS)
         assert again[0] == pytest.approx(loss, rel=1e-5, abs=1e-6)
         assert_same(again[1], grads)
@@ -231,7 +231,7 @@ def test_a_group_of_equal_rewards_has_a_kl_alone_and_skipped_not_even_that():
 def test_masked_completions_count_as_ones_without_tokens_and_all_of_them_leave_nothing():
     _, prompts, answers = problem()
     rollout = make_rollout(stage_of(truncated="mask"), prompts, answers, REWARDS)
-    assert [len(group.completions) for group in rollout.groups] == [2, 2, 2]
+    assert [len(group.completions) for group in rollout.micro_batches[0]] == [2, 2, 2]
     assert rollout.weight_T[:3].tolist() == pytest.approx([1 / 36] * 3)  # 12 completions, of 3 tokens the first
     cut = [[replace(c, finished=False) for c in group] for group in answers]
     assert make_rollout(stage_of(truncated="mask"), prompts, cut, REWARDS) is None
@@ -343,7 +343,7 @@ def earns(monkeypatch):
 
 def train(world, **more):
     fields = dict(name="g", allow_outside=True, model=f"{world}/ears", manifest=f"{world}/clips/manifest.jsonl",
-                  batch_size=2, micro_batch_size=2, group_size=4, max_new_tokens=6, lr=1e-2, device="cpu")
+                  batch_size=2, group_size=4, max_new_tokens=6, lr=1e-2, device="cpu")
     return f"GRPO({', '.join(f'{key}={value!r}' for key, value in {**fields, **more}.items())})"
 
 
@@ -358,7 +358,7 @@ def lines_of(folder, name="log.jsonl"):
 
 @pytest.mark.parametrize("trainable", ["lora", pytest.param("decoder", marks=pytest.mark.slow)])
 def test_the_reward_rises(world, tmp_path, earns, trainable):
-    more = dict(epochs=7, batch_size=3, micro_batch_size=3, group_size=8, max_new_tokens=4, beta=0.001,
+    more = dict(epochs=7, batch_size=3, group_size=8, max_new_tokens=4, beta=0.001,
                 warmup_ratio=0.0)
     assert run(tmp_path, train(world, trainable=trainable, num_iterations=3, lora_alpha=64.0, **more)) == 0
     rewards = [line["reward"] for line in lines_of(tmp_path / "run/g")[1:]]
@@ -515,7 +515,7 @@ def test_a_clip_is_encoded_once_a_step_unless_its_tower_trains(world, tmp_path, 
 @pytest.mark.slow
 def test_with_a_learning_rate_of_0_nothing_drifts_in_50_steps(world, tmp_path, earns, monkeypatch):
     monkeypatch.setattr(training, "learning_rate", lambda *args: 0.0)
-    more = dict(epochs=25, batch_size=3, micro_batch_size=3, group_size=2, max_new_tokens=4, trainable="full")
+    more = dict(epochs=25, batch_size=3, group_size=2, max_new_tokens=4, trainable="full")
     assert run(tmp_path, train(world, **more)) == 0
     lines = lines_of(tmp_path / "run/g")[1:]
     assert len(lines) == 50 and sum(line["grad_norm"] > 0.01 for line in lines) > 40

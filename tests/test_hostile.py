@@ -54,7 +54,7 @@ def test_each_is_refused_with_its_reason_and_in_little_time_and_memory(world):
     assert "crashed" not in reasons.values() and "out of time" not in reasons.values()
 
 
-CONFIG = """[SFT(name='student', model='{0}/ears', manifest='{0}/clips/hostile.jsonl', batch_size=4, micro_batch_size=2,
+CONFIG = """[SFT(name='student', model='{0}/ears', manifest='{0}/clips/hostile.jsonl', batch_size=4,
                  max_bad=1.0, epochs={1}, device='cpu', clip_limit_s=20.0)]"""
 
 

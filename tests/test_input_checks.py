@@ -159,7 +159,7 @@ def test_a_run_with_an_adapter_goes_on_after_it_moved_with_all_that_it_reads(tmp
     write(here / "good.jsonl", [{"id": f"clip{i}", "audio": f"{i}.wav", "question": "Which?", "options": OPTIONS,
                                  "answer": i} for i in range(3)])  # fmt: skip
     config = """from minixmd.config import *
-stages = [SFT(name="sft", model="{0}/ears", manifest="{0}/good.jsonl", device="cpu", batch_size=3, micro_batch_size=3),
+stages = [SFT(name="sft", model="{0}/ears", manifest="{0}/good.jsonl", device="cpu", batch_size=3),
           Evaluate(name="after", model="@sft", manifest="{0}/good.jsonl", device="cpu")]
 """
     (here / "c.py").write_text(config.format(here))

@@ -84,28 +84,31 @@ def check_micro_batches(kind, sft_gradients):
     """Raises AssertionError unless a step's gradient is the same, to 5e-6 of its norm, however it is cut."""
     model, samples = tiny_model(kind), [(prompt, None) for prompt in prompts_of(kind)]
     found = {}
-    for size in (6, 1, 2, 4):  # 4 leaves a last one of two
+    for tokens in (8192, 1, 20, 40):
         model.zero_grad(set_to_none=True)
         stage = SFT(name="s", model="m", manifest="d", trainable="full", device="cpu", batch_size=24,
-                    micro_batch_size=size)
-        loss = sft_gradients(trainer_of(stage, model), samples)
+                    micro_batch_tokens=tokens)
+        trainer = trainer_of(stage, model)
+        micro_batches = trainer.micro_batches(samples)
+        loss = sft_gradients(trainer, micro_batches)
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         never_trained = kind in ("audio", "omni")  # a position table, and vectors that nothing reads
         assert len(grads) == len(list(model.parameters())) - never_trained
-        found[size] = grads, loss
+        found[len(micro_batches)] = grads, loss
+    assert len(found) > 2 and min(found) == 1 and max(found) == len(samples)
     for grads, loss in found.values():
-        assert_same_gradients(grads, found[6][0])
-        assert_close(loss, found[6][1])
+        assert_same_gradients(grads, found[1][0])
+        assert_close(loss, found[1][1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_micro_batch_size_changes_no_gradient(kind):
+def test_the_token_budget_changes_no_gradient(kind):
     check_micro_batches(kind, Trainer.sft_gradients)
 
 
 def test_dividing_by_the_number_of_micro_batches_would_be_caught():
-    def mean_of_means(trainer, samples):
-        parts = trainer.micro_batches(samples)
+    def mean_of_means(trainer, micro_batches):
+        parts = [[micro_batch] for micro_batch in micro_batches]
         loss = sum(trainer.sft_gradients(part) for part in parts) / len(parts)
         for p in trainer.parameters.values():
             p.grad /= len(parts)

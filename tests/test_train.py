@@ -1,6 +1,7 @@
 """The loop and the runner: what is learnt, exact resume after SIGKILL, and one clear line for every wrong input."""
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from mini import CLASSES, write_clips, write_config, write_model
 from safetensors.torch import load_file, save_file
@@ -26,6 +28,7 @@ from minixmd.learning.targets import Item, resolve_targets
 from minixmd.runner import main
 from minixmd.runs.device import describe_device
 from minixmd.runs.files import UMASK
+from minixmd.runs.records import write_jsonl
 from minixmd.stages import multiple_choice
 from minixmd.train import Trainer
 
@@ -45,7 +48,7 @@ def world(tmp_path_factory):
 
 def train(world, kind="SFT", **more):
     fields = dict(name="student", allow_outside=True, model=f"{world}/ears",
-                  manifest=f"{world}/clips/manifest.jsonl", batch_size=4, micro_batch_size=2, lr=1e-2, device="cpu")
+                  manifest=f"{world}/clips/manifest.jsonl", batch_size=4, lr=1e-2, device="cpu")
     return f"{kind}({', '.join(f'{key}={value!r}' for key, value in {**fields, **more}.items())})"
 
 
@@ -104,7 +107,7 @@ def test_training_with_triton_kernels_equals_training_without(world, tmp_path, c
         monkeypatch.setattr(module, name, partial(noted, getattr(module, name)))
     for backend in ("torch", "triton"):
         (tmp_path / backend).mkdir()
-        short = dict(max_steps=2, batch_size=1, micro_batch_size=1)
+        short = dict(max_steps=2, batch_size=1)
         assert run(tmp_path / backend, train(world, **short, backend=backend)) == 0
         assert f"on cpu, float32, kernels in {backend}, " in capsys.readouterr().out
         assert used == {(name, backend) for name in ("row_stats", "logits_grad", "lora_linears")}
@@ -245,8 +248,23 @@ def test_what_a_trace_says_is_the_turn_that_is_learnt(tmp_path):
     assert seen[0][1] == {"role": "assistant", "content": "<think>hm</think>"}
 
 
+def test_a_clip_over_the_token_budget_is_counted_and_the_run_goes_on(world, tmp_path):
+    soundfile.write(tmp_path / "long.wav", torch.rand(25 * 16_000).numpy() / 10, 16_000)
+    lines = (world / "clips" / "manifest.jsonl").read_text().splitlines()
+    long = {**json.loads(lines[0]), "id": "long", "audio": "long.wav"}
+    clips = [{**json.loads(line), "audio": str(world / "clips" / json.loads(line)["audio"])} for line in lines]
+    write_jsonl(tmp_path / "manifest.jsonl", [long, *clips])
+    stage = train(world, manifest=str(tmp_path / "manifest.jsonl"), epochs=2, max_bad=0.2, micro_batch_tokens=600)
+    assert run(tmp_path, stage) == 0
+    log = log_of(tmp_path / "run" / "student")
+    bad = [line for line in log if "bad" in line]
+    assert [line["bad"] for line in bad] == ["too long"] * 2  # once an epoch
+    assert re.fullmatch(r"long: too long \(the prompt has \d+ tokens, over micro_batch_tokens 600\)", bad[0]["detail"])
+    assert [line["step"] for line in log if "loss" in line] == list(range(1, 9))
+
+
 def test_every_epoch_is_a_new_permutation_of_all_examples():
-    stage = SFT(name="s", model="m", manifest="m", seed=3, batch_size=4, micro_batch_size=4, device="cpu")
+    stage = SFT(name="s", model="m", manifest="m", seed=3, batch_size=4, device="cpu")
     trainer = trainer_of(stage, tiny_model("audio"), num_items=10)
     epochs = [[i for step in (3 * epoch, 3 * epoch + 1, 3 * epoch + 2) for i in trainer.batch_indices(step)]
               for epoch in range(2)]
@@ -278,7 +296,7 @@ def start(config, run_dir):
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_uninterrupted_one(world, tmp_path):
-    stages = train(world, epochs=40, batch_size=3, micro_batch_size=3, eval_every=10, save_every=7,
+    stages = train(world, epochs=40, batch_size=3, eval_every=10, save_every=7,
                    val_manifest=f"{world}/clips/manifest.jsonl")
     config = write_config(tmp_path / "config.py", f"[{stages}]")
     assert start(config, tmp_path / "whole").wait() == 0
@@ -307,11 +325,11 @@ def test_a_validation_that_fails_costs_no_step_and_is_done_by_the_next_run_once(
     assert run(tmp_path / "whole", stages) == 0
     seen, step, score = [], Trainer.sft_step, multiple_choice.score_letters
 
-    def stepping(trainer, samples):
+    def stepping(trainer, micro_batches):
         seen.append(trainer.step + 1)
         if seen.count(3) == 1 and trainer.step == 2:
             raise KeyboardInterrupt
-        return step(trainer, samples)
+        return step(trainer, micro_batches)
 
     def scoring(*given, **more):
         seen.append("validation")
@@ -448,7 +466,6 @@ def test_a_checkpoint_with_a_wrong_tensor_is_refused(world, tmp_path, capsys, fa
 @pytest.mark.parametrize("override, message", [
     ("student.batch_sise=2", "config: sft 'student' has no field 'batch_sise'; did you mean 'batch_size'?"),
     ("lr=fast", "config: lr must be a float, got 'fast'"),
-    ("batch_size=5", "config: batch_size 5 is not a multiple of micro_batch_size 2"),
 ])  # fmt: skip
 def test_a_wrong_config_is_refused_before_any_work(world, tmp_path, capsys, override, message):
     assert message in refused(tmp_path, capsys, train(world), override)

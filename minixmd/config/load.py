@@ -49,7 +49,7 @@ def load_config(source, overrides=()):
             changes[item.name][name] = parse_field(item, name, text)
     if not isinstance(run_dir, (str, Path)) or not str(run_dir):
         raise ConfigError(f"config: run_dir must be a path, got {run_dir!r}")
-    # all of a stage's overrides at once: a pair such as batch_size and micro_batch_size may only fit together
+    # all of a stage's overrides at once: a pair such as min_pixels and max_pixels may only fit together
     stages = tuple(replace(item, **changes[item.name]) for item in stages)
     check_references(stages)
     return Config(Path(run_dir), stages, source)

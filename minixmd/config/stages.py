@@ -242,7 +242,9 @@ class _Training(_Prompted):
     epochs: Count = 1
     max_steps: Count | None = None  # optimizer steps, of GRPO rollouts; None = epochs decide
     batch_size: Count = 8  # sequences an optimizer step; of GRPO prompts
-    micro_batch_size: Count = 8  # sequences a forward pass; of GRPO prompts, each with its completions
+    micro_batch_tokens: Count = 8192  # tokens a forward pass, packed by length; a clip that makes more is bad
+    checkpointing: Literal["auto", "on", "off"] = "auto"  # of blocks: only their inputs are kept, and they are computed
+    # again in the backward pass; "auto" is on a GPU
     lr: Positive = 1e-4  # peak
     warmup_ratio: Share = 0.1  # share of the steps; 0 = off
     weight_decay: NonNegative = 0.0  # 0 = off
@@ -261,9 +263,6 @@ class _Training(_Prompted):
         if self.dtype == "float16" and self.trainable != "lora":
             raise ConfigError(f"config: trainable {self.trainable!r} needs dtype 'float32' or 'bfloat16', got "
                               "'float16'")
-        if self.batch_size % self.micro_batch_size:
-            raise ConfigError(f"config: batch_size {self.batch_size} is not a multiple of micro_batch_size "
-                              f"{self.micro_batch_size}")
         if self.eval_every and self.val_manifest is None:
             raise ConfigError(f"config: eval_every {self.eval_every} needs val_manifest, got None")
         try:

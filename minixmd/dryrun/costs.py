@@ -26,11 +26,11 @@ def has_room(size, gib):
     return size * (1 + OVERHEAD) / 2**30 + DRIVER_GIB <= gib
 
 
-def to_lower(stage, phases):
-    """{field: smallest value} by which a card gets room for a phase that it has none for."""
+def to_lower(stage, phases, longest=1):
+    """{field: smallest value} by which a card gets room for a phase that it has none for. longest: a clip's tokens."""
     found = {}
     for phase in phases:
-        settings, saved = settings_to_lower(stage, phase.name), {}
+        settings, saved = settings_to_lower(stage, phase.name, longest), {}
         for name in settings:
             saved |= SAVED.get(name, SAVED_BY_OTHERS)
         least = phase.total - sum(share * phase.bytes[category] for category, share in saved.items())

@@ -1,9 +1,10 @@
 """Memory and operations of a stage's phases, by running the stage's own code on `meta` (meta_tracer.py).
 
-Traced is the fullest case: passes of micro_batch_size or batch_tokens, completions at max_new_tokens, gradients of an
+Traced is the fullest case: passes of micro_batch_tokens or batch_tokens, completions at max_new_tokens, gradients of an
 earlier micro-batch and the optimizer's state there already. All prompts of a stage are alike.
 """
 from copy import deepcopy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +99,9 @@ class MetaTrainer(Trainer):
             for group in self.optimizer.param_groups:
                 group["foreach"] = True  # what PyTorch chooses on a GPU
 
+    def on_gpu(self):
+        return self.stage.device != "cpu"
+
     def load_model(self, load):
         return self.loaded
 
@@ -108,6 +112,10 @@ class MetaTrainer(Trainer):
 def trace_training(tracer, trainer, prompt):
     """A step whose optimizer has its state already, and validation."""
     stage = trainer.stage
+    longest = len(prompt) + (stage.max_new_tokens if isinstance(stage, GRPO) else 0)
+    if longest > stage.micro_batch_tokens:
+        raise ValueError(f"{stage.name}: micro_batch_tokens {stage.micro_batch_tokens} is less than the {longest} of a "
+                         "clip like the one shown")
     if isinstance(stage, GRPO) and trainer.reference is not None:
         named = trainer.reference.named_parameters()
         tracer.recategorize([p for name, p in named if name in trainer.parameters], "reference")
@@ -124,8 +132,10 @@ def trace_training(tracer, trainer, prompt):
         if isinstance(stage, Distill):
             compute_gradients = trainer.distill_gradients
             topk = dict(ids=range(64), logits=[0.0] * 64, logsumexp=5.0, temperature=stage.temperature)
-        samples = [(prompt, Item(None, 0, "teacher", topk))] * stage.micro_batch_size
-        trace_update(tracer, trainer, len(samples), len(samples) * len(prompt), compute_gradients, samples)
+        count = min(stage.batch_size, stage.micro_batch_tokens // len(prompt))
+        micro_batches = trainer.micro_batches([(prompt, Item(None, 0, "teacher", topk))] * count)
+        trace_update(tracer, trainer, count, count * len(prompt), partial(compute_gradients, micro_batches),
+                     count < stage.batch_size)
     tracer.phases.append(optimizer_step)
     if stage.val_manifest is not None:
         trainer.optimizer.zero_grad()
@@ -142,12 +152,12 @@ def add_gradients(tracer, trainer):
         p.grad = torch.zeros_like(p)
 
 
-def trace_update(tracer, trainer, sequences, tokens, compute_gradients, micro_batch):
-    """The last micro-batch of a step."""
-    if trainer.stage.batch_size > trainer.stage.micro_batch_size:
+def trace_update(tracer, trainer, sequences, tokens, compute_gradients, several):
+    """A micro-batch of a step; of one of `several` the last."""
+    if several:
         add_gradients(tracer, trainer)
     with tracer.phase("update", tokens, sequences=sequences):
-        compute_gradients(micro_batch)
+        compute_gradients()
 
 
 def trace_grpo(tracer, trainer, prompt):
@@ -162,15 +172,17 @@ def trace_grpo(tracer, trainer, prompt):
         prompts = [deepcopy(encoded) for _ in prompts]
     writing = Writing(T, G, stage.temperature)
     trace_batch(tracer, "rollout", model, prompts, writing, stage.decode_slots)
-    P = stage.micro_batch_size
     completion = Completion("", ids=(0,) * T, logprobs=(0.0,) * T, finished=True)
-    reward_PG = torch.arange(G).float().expand(P, G)
-    rollout = make_rollout(stage, prompts[:P], [[completion] * G] * P, reward_PG)
-    tokens = P * (len(prompt) + G * T)
+    reward_PG = torch.arange(G).float().expand(len(prompts), G)
+    rollout = make_rollout(stage, prompts, [[completion] * G] * len(prompts), reward_PG)
+    several = len(rollout.micro_batches) > 1
+    del rollout.micro_batches[1:]
+    tokens = sum(len(group.prompt) + sum(map(len, group.completions)) for group in rollout.micro_batches[0])
+    share = sum(len(group.completions) for group in rollout.micro_batches[0]) / G  # prompts with all G completions
     if reference is not None:
-        with tracer.phase("scoring", tokens, sequences=P):
-            rollout.ref_T = reference_logprobs(reference, rollout.groups, P, trainer.vocabulary)
-    trace_update(tracer, trainer, P, tokens, trainer.policy_gradient, rollout)
+        with tracer.phase("scoring", tokens, sequences=share):
+            rollout.ref_T = reference_logprobs(reference, rollout.micro_batches, trainer.vocabulary)
+    trace_update(tracer, trainer, share, tokens, partial(trainer.policy_gradient, rollout), several)
 
 
 def trace_cnn14(tracer, stage, classes, mixup):

@@ -4,8 +4,8 @@ FIELDS = {  # by phase
     "forward": "batch_tokens",
     "generate": "decode_slots batch_tokens",
     "rollout": "decode_slots moments reference",
-    "scoring": "micro_batch_tokens micro_batch_size moments reference",
-    "update": "micro_batch_tokens micro_batch_size checkpointing moments reference",
+    "scoring": "micro_batch_tokens moments reference",
+    "update": "micro_batch_tokens checkpointing moments reference",
     "optimizer": "moments reference",
     "validation": "moments reference",
     "training": "batch_size",
@@ -14,10 +14,11 @@ SAVED = {"moments": {"optimizer": 2 / 3}, "reference": {"reference": 1}}  # the 
 SAVED_BY_OTHERS = {"KV cache": 1, "logits": 1, "activations": 1}
 
 
-def settings_to_lower(stage, phase_name):
+def settings_to_lower(stage, phase_name, longest=1):
     """{field: its smallest value} of the stage's fields that can be lowered so that the phase of this name
-    (meta_tracer.Phase) takes less; empty if there is none."""
+    (meta_tracer.Phase) takes less; empty if there is none. longest: tokens of a clip, which a pass must take."""
     smallest = {"checkpointing": "on", "moments": "8bit", "reference": "host", "batch_size": 2,
+                "batch_tokens": longest, "micro_batch_tokens": longest,
                 "decode_slots": getattr(stage, "group_size", None) or getattr(stage, "num_samples", 1)}
     needless = set()
     if getattr(stage, "trainable", None) == "lora":
@@ -26,7 +27,9 @@ def settings_to_lower(stage, phase_name):
         needless.add("reference")  # there is none
     found = {}
     for name in FIELDS[phase_name].split():
-        least = smallest.get(name, 1)
-        if getattr(stage, name, least) not in (least, 1) and name not in needless:
+        least = smallest[name]
+        value = getattr(stage, name, least)
+        can_fall = value > least if isinstance(value, int) else value != least
+        if can_fall and name not in needless:
             found[name] = least
     return found

@@ -87,34 +87,61 @@ class Batch:
 
     def to(self, device):
         """The Batch on a device. To a GPU all its integers go in one copy, and each kind of media in one."""
-        if torch.device(device).type == "cpu":
-            move = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-            return replace(self, media=tuple(m.to(device) for m in self.media), **move)
+        weight_T = self.target_weight_T
+        if weight_T is not None:
+            weight_T = torch.ones(len(weight_T), device=device)
+        return replace(self._moved(lambda tensors: send(tensors, device)), target_weight_T=weight_T)
+
+    def pinned(self):
+        """The Batch in pinned memory, ahead of time: as the pieces that `to` copies."""
+        return self._moved(join_pinned)
+
+    def _moved(self, move):
+        """The Batch with its integers and each kind of media moved. move: function of tensors of one dtype."""
         names = [name for name in INTEGERS if getattr(self, name) is not None]
-        integers = send([getattr(self, name) for name in names] + [m.rows_P for m in self.media], device)
-        move = dict(zip(names, integers, strict=False))
-        if self.target_weight_T is not None:
-            move["target_weight_T"] = torch.ones(len(self.target_weight_T), device=device)
+        integers = move([getattr(self, name) for name in names] + [m.rows_P for m in self.media])
         media = [replace(m, rows_P=rows_P) for m, rows_P in zip(self.media, integers[len(names):], strict=True)]
         for kind in {m.kind for m in media}:
             chosen = [i for i, m in enumerate(media) if m.kind == kind]
-            for i, features in zip(chosen, send([media[i].features for i in chosen], device), strict=True):
+            for i, features in zip(chosen, move([media[i].features for i in chosen]), strict=True):
                 media[i] = replace(media[i], features=features)
-        return replace(self, media=tuple(media), **move)
+        return replace(self, media=tuple(media), **dict(zip(names, integers, strict=False)))
 
 
 INTEGERS = ("ids_N", "positions_3N", "target_row_T", "target_id_T", "target_segment_T")  # tensors of a Batch
 
 
-def send(tensors, device):
-    """Tensors of one dtype, on a device: those of the CPU by one copy from pinned memory, for which nothing waits."""
-    device = torch.device(device)
+def join_pinned(tensors):
+    """Tensors of one dtype; those of the CPU as views of one tensor in pinned memory."""
     here = [x for x in tensors if x.device.type == "cpu"]
-    if device.type == "cpu" or not here:
+    if not here:
+        return tensors
+    flat = torch.cat([x.flatten() for x in here]).pin_memory()
+    parts = iter(flat.split([x.numel() for x in here]))
+    return [next(parts).view(x.shape) if x.device.type == "cpu" else x for x in tensors]
+
+
+def _pinned_base(tensors):
+    """The tensor in pinned memory of which these are all parts, in order; None if there is none."""
+    base, end = tensors[0]._base, 0
+    for x in tensors:
+        if x._base is not base or x.storage_offset() != end or not x.is_contiguous():
+            return None
+        end += x.numel()
+    return base if base is not None and base.is_pinned() and base.numel() == end else None
+
+
+def send(tensors, device):
+    """Tensors of one dtype, on a device. To a GPU those of the CPU go in one copy from pinned memory, for which nothing
+    waits; what join_pinned made is copied as it is."""
+    if torch.device(device).type != "cuda":
         return [x.to(device) for x in tensors]
-    flat = torch.cat([x.flatten() for x in here])
-    if device.type == "cuda":
-        flat = flat.pin_memory()
+    here = [x for x in tensors if x.device.type == "cpu"]
+    if not here:
+        return tensors
+    flat = _pinned_base(here)
+    if flat is None:
+        flat = join_pinned(here)[0]._base
     parts = iter(flat.to(device, non_blocking=True).split([x.numel() for x in here]))
     return [next(parts).view(x.shape) if x.device.type == "cpu" else x for x in tensors]
 

@@ -51,6 +51,22 @@ def prefetch(function, items, on_bad, *, load=load_clip, reading=None, ahead=16,
             pool.shutdown(cancel_futures=True)
 
 
+def cut_by_tokens(lengths, most):
+    """Numbers of items in lists, each of at most `most` tokens: the longest item first, each into the first list that
+    has room for it. A longer item goes alone."""
+    cuts, rooms = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        for cut, room in enumerate(rooms):
+            if lengths[i] <= room:
+                cuts[cut].append(i)
+                rooms[cut] -= lengths[i]
+                break
+        else:
+            cuts.append([i])
+            rooms.append(most - lengths[i])
+    return [sorted(cut) for cut in cuts]
+
+
 def batch_by_tokens(pairs, batch_tokens):
     """Runs of (item, Prompt) whose prompts together hold at most batch_tokens; a longer prompt goes alone."""
     run, tokens = [], 0

@@ -32,10 +32,10 @@ def token_logprobs(model, hidden_ND, batch, vocabulary):
 
 
 @torch.no_grad()
-def reference_logprobs(reference, groups, micro_batch_size, vocabulary):
+def reference_logprobs(reference, micro_batches, vocabulary):
     """(T,) log-probabilities of a rollout's tokens under the reference, log pi_ref, or any other policy."""
     parts = []
-    for start in range(0, len(groups), micro_batch_size):
-        batch = pack(groups[start:start + micro_batch_size]).to(reference.device)
+    for groups in micro_batches:
+        batch = pack(groups).to(reference.device)
         parts.append(token_logprobs(reference, reference(batch), batch, vocabulary))
     return torch.cat(parts)

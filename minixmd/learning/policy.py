@@ -3,7 +3,8 @@ from dataclasses import dataclass
 
 import torch
 
-from minixmd.inputs.batch import Group, send
+from minixmd.inputs.batch import Group, Prompt, send
+from minixmd.inputs.prompts import cut_by_tokens
 from minixmd.tasks.answers import parse_answer
 from minixmd.tasks.rewards import REWARDS
 
@@ -14,7 +15,8 @@ EPS = 1e-4  # keeps the advantage finite where all rewards are equal
 class Rollout:
     """A step's completions as the update reads them: T tokens, in the order in which `pack` makes them targets."""
 
-    groups: list[Group]  # without what the switches leave out
+    micro_batches: list[list[Group]]  # without what the switches leave out; a Group may hold a part of a prompt's
+    learned: int  # groups that are in it
     advantage_T: torch.Tensor
     weight_T: torch.Tensor
     sampled_T: torch.Tensor  # the log-probabilities with which the tokens were drawn
@@ -68,33 +70,61 @@ def token_weights(lengths, aggregation, constant=None):
     return weight.repeat_interleave(count)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A prompt and as many of its completions as fit a micro-batch."""
+
+    prompt: Prompt
+    numbers: list[int]  # of the completions
+
+
 def make_rollout(stage, prompts, completions, reward_PG):
     """The Rollout of a step, by the switches of a GRPO stage; None where nothing is left to learn.
 
     A masked completion (truncated="mask") counts in the denominators, as one without tokens. A skipped group
-    (zero_variance="skip") does not: it is as if its prompt had not been drawn.
+    (zero_variance="skip") does not: it is as if its prompt had not been drawn. A group that is longer than
+    micro_batch_tokens is cut into several with the same prompt.
 
     prompts: P Prompts. completions: P lists of G Completions. reward_PG: (P, G) fp32.
     """
-    groups, lengths, advantage, sampled = [], [], [], []
+    sampled, advantage, lengths = [], [], []  # of each completion that counts
+    pieces = []
+    learned = 0
     for prompt, group, reward_G in zip(prompts, completions, reward_PG, strict=True):
         if stage.zero_variance == "skip" and no_variance(reward_G):
             continue
-        advantage += advantages(reward_G, stage.scale_rewards).tolist()
         kept = []
         for completion in group:
             keep = completion.finished or stage.truncated == "keep"
-            lengths.append(len(completion.ids) if keep else 0)
             if keep:
-                kept.append(torch.tensor(completion.ids))
-                sampled += completion.logprobs
-        if kept:
-            groups.append(Group(prompt, tuple(kept)))
-    if not groups:
+                kept.append(len(lengths))
+            lengths.append(len(completion.ids) if keep else 0)
+        sampled += group
+        advantage += advantages(reward_G, stage.scale_rewards).tolist()
+        room = stage.micro_batch_tokens - len(prompt)
+        for cut in cut_by_tokens([lengths[i] for i in kept], room):
+            pieces.append(Piece(prompt, [kept[i] for i in cut]))
+        learned += bool(kept)
+    if not pieces:
         return None
-    advantage_T = torch.tensor(advantage).repeat_interleave(torch.tensor(lengths))
-    weight_T = token_weights(lengths, stage.aggregation, stage.max_new_tokens)
-    return Rollout(groups, advantage_T, weight_T, torch.tensor(sampled))
+
+    order, micro_batches = [], []
+    tokens = [len(piece.prompt) + sum(lengths[i] for i in piece.numbers) for piece in pieces]
+    for cut in cut_by_tokens(tokens, stage.micro_batch_tokens):
+        groups = []
+        for piece in (pieces[i] for i in cut):
+            order += piece.numbers
+            groups.append(Group(piece.prompt, tuple(torch.tensor(sampled[i].ids) for i in piece.numbers)))
+        micro_batches.append(groups)
+    weights = token_weights(lengths, stage.aggregation, stage.max_new_tokens).split(lengths)
+    count = torch.tensor([lengths[i] for i in order])
+    return Rollout(
+        micro_batches,
+        learned,
+        torch.tensor([advantage[i] for i in order]).repeat_interleave(count),
+        torch.cat([weights[i] for i in order]),
+        torch.tensor([logprob for i in order for logprob in sampled[i].logprobs]),
+    )
 
 
 def rollout_metrics(examples, completions, rewards, letters):

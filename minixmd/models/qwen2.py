@@ -5,6 +5,7 @@ from torch import nn
 from minixmd.kernels.rmsnorm import rms_norm
 from minixmd.kernels.rotary import rotate
 from minixmd.kernels.swiglu import swiglu
+from minixmd.models.checkpointing import run_block
 from minixmd.models.lora import Linear, apply_linears
 
 
@@ -77,6 +78,11 @@ class Block(nn.Module):
         normed_ND, x_ND = self.post_attention_layernorm.after_sum(x_ND, attended_ND)
         return x_ND, self.mlp(normed_ND)
 
+    def summed(self, x_ND, cos_NK, sin_NK, attend):
+        """The residual stream with nothing left to be added."""
+        x_ND, added_ND = self(x_ND, None, cos_NK, sin_NK, attend)
+        return x_ND + added_ND
+
 
 class Qwen2(nn.Module):
     """Embeddings to hidden states. How rows see each other is the caller's attend(layer, q_NHK, k_NJK, v_NJK) -> o_NHK:
@@ -88,6 +94,7 @@ class Qwen2(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.checkpointing = False  # checkpointing.set_checkpointing
 
     def rotary(self, positions_3N):
         """cos, sin (N, K) in fp32. With M-RoPE a frequency turns by time, height or width, section by section."""
@@ -103,5 +110,8 @@ class Qwen2(nn.Module):
         cos_NK, sin_NK = self.rotary(positions_3N)
         added_ND = None
         for layer in self.layers:
-            x_ND, added_ND = layer(x_ND, added_ND, cos_NK, sin_NK, attend)
+            if self.checkpointing:  # what it keeps of a block is then one tensor, not two
+                x_ND = run_block(self, layer.summed, x_ND, cos_NK, sin_NK, attend)
+            else:
+                x_ND, added_ND = layer(x_ND, added_ND, cos_NK, sin_NK, attend)
         return self.norm.after_sum(x_ND, added_ND)[0]

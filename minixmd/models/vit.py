@@ -9,6 +9,7 @@ from torch import nn
 from minixmd.inputs.batch import consecutive_segments
 from minixmd.kernels.rotary import rotate
 from minixmd.models.attention import packed_attention
+from minixmd.models.checkpointing import run_block
 from minixmd.models.lora import Linear, apply_linears
 from minixmd.models.qwen2 import GatedMLP, RMSNorm
 
@@ -106,6 +107,7 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config, split_qkv) for _ in range(config.depth))
         self.merger = Merger(config)
+        self.checkpointing = False  # checkpointing.set_checkpointing
 
     def rotary(self, media):
         """cos, sin (P, K) fp32 in the order of the patches, merge block by merge block. The first half of the
@@ -133,7 +135,7 @@ class ViT(nn.Module):
         frames = consecutive_segments([h * w for t, h, w in grids for _ in range(t)])
         if self.config.window_size is None:
             for block in self.blocks:
-                x_PE = block(x_PE, cos_PK, sin_PK, frames)
+                x_PE = run_block(self, block, x_PE, cos_PK, sin_PK, frames)
             return self.merger(x_PE)
         order, windows = self._windows(grids)
         order = order.to(x_PE.device)
@@ -142,7 +144,7 @@ class ViT(nn.Module):
         x_PE, cos_PK, sin_PK = x_PE[rows_P], cos_PK[rows_P], sin_PK[rows_P]
         for i, block in enumerate(self.blocks):
             segments = frames if i in self.config.fullatt_block_indexes else windows
-            x_PE = block(x_PE, cos_PK, sin_PK, segments)
+            x_PE = run_block(self, block, x_PE, cos_PK, sin_PK, segments)
         return self.merger(x_PE)[order.argsort()]
 
     def _windows(self, grids):

@@ -13,6 +13,7 @@ from torch import nn
 
 from minixmd.inputs.batch import consecutive_segments
 from minixmd.models.attention import packed_attention
+from minixmd.models.checkpointing import run_block
 from minixmd.models.lora import Linear, apply_linears
 
 
@@ -59,6 +60,7 @@ class Whisper(nn.Module):
         if config.n_window is None:
             self.embed_positions = nn.Embedding(config.max_source_positions, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.encoder_layers))
+        self.checkpointing = False  # checkpointing.set_checkpointing
         if config.n_window is None:
             self.layer_norm = nn.LayerNorm(config.d_model)
         else:
@@ -72,7 +74,7 @@ class Whisper(nn.Module):
         x_AE, lengths = self.convolve(media)
         segments = consecutive_segments(lengths)
         for layer in self.layers:
-            x_AE = layer(x_AE, segments)
+            x_AE = run_block(self, layer, x_AE, segments)
         clips = x_AE.split([(m.frames + 1) // 2 for m in media])
         x_AE = torch.cat([F.avg_pool1d(clip_AE.T, 2).T for clip_AE in clips])
         if self.config.n_window is None:

@@ -206,9 +206,10 @@ def avqa(*, data="data", **changes):
     mmau/ and music_avqa/ as tools/prepare_*.py write them. changes: fields of SightSound, in place of those below."""
     # not stated: where LoRA is put (here every projection of the decoder), weight decay, warm-up, clipping
     training = dict(weight_decay=0.0, warmup_ratio=0.05, max_grad_norm=1.0, epochs=100)
-    sft = dict(lora_rank=8, lora_alpha=16.0, lr=5e-5, batch_size=64, micro_batch_size=8, max_steps=2000, eval_every=250)
+    sft = dict(lora_rank=8, lora_alpha=16.0, lr=5e-5, batch_size=64, micro_batch_tokens=6912, max_steps=2000,
+               eval_every=250)
     # "full-parameter": here the decoder; the clipping of the ratio, 0.2, is not stated either
-    grpo = dict(trainable="decoder", lr=1e-6, batch_size=24, micro_batch_size=1, max_steps=1000, eval_every=100)
+    grpo = dict(trainable="decoder", lr=1e-6, batch_size=24, micro_batch_tokens=6144, max_steps=1000, eval_every=100)
     return replace(SightSound(
         student="Qwen/Qwen2-Audio-7B-Instruct",
         teacher=TEACHER,
@@ -232,7 +233,7 @@ def avqa(*, data="data", **changes):
 def toy(updates=200):
     """The toy world's, of stage Toy with thinking=True. Thoughts cost most: they are of 72 clips. updates: GRPO's."""
     thinking = "{question}\n{options}\nThink, then answer."
-    training = dict(trainable="full", lr=3e-4, batch_size=24, micro_batch_size=24)
+    training = dict(trainable="full", lr=3e-4, batch_size=24, micro_batch_tokens=16_384)
     return SightSound(
         student="@toy/student",
         teacher="@toy/teacher",

@@ -113,7 +113,7 @@ def vggsound(*, audio="Qwen/Qwen2-Audio-7B-Instruct", video="Qwen/Qwen2-VL-7B-In
     vggsound/ and audioset/ as tools/prepare_*.py write them. cnn14: PANN's checkpoint, where the switch starts."""
     gpu = dict(device="cuda", dtype="bfloat16")
     frames = dict(fps=1.0, min_pixels=100_352, max_pixels=262_144, **gpu)
-    training = dict(epochs=1, batch_size=8, micro_batch_size=4, lr=1e-4, warmup_ratio=0.1, save_every=500)
+    training = dict(epochs=1, batch_size=8, micro_batch_tokens=4096, lr=1e-4, warmup_ratio=0.1, save_every=500)
     # not stated: alpha, the adapted layers (here every projection of the decoder), weight decay, clipping
     training |= dict(lora_rank=16, lora_alpha=32.0, weight_decay=0.0, max_grad_norm=1.0)
     return XMD(
