@@ -38,9 +38,9 @@ def main(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="stage.field=value",
                         help="also field=value (every stage that has the field) and run_dir=path")
     parser.add_argument("--dry-run", action="store_true",
-                        help="only check the config and print its prompts, shapes and memory; needs no weights or data")
+                        help="only check the config and print its prompts, memory and hours; needs no weights or data")
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # overrides may follow a flag
     torch.backends.cudnn.allow_tf32 = False  # float32 convolutions would multiply with 10 bits
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and shapes hardly repeat
     try:

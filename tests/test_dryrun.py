@@ -1,8 +1,11 @@
 """--dry-run: models without weights, prompts, and estimates of memory beside measured peaks."""
 import json
+import shutil
 import socket
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from weakref import finalize
 
 import huggingface_hub.constants
@@ -16,15 +19,21 @@ from torch.utils._pytree import tree_leaves
 
 import minixmd
 from minixmd.config import GRPO, SFT, Distill, Evaluate, FactCheck, Label, Switch, Traces
+from minixmd.dryrun import costs
 from minixmd.dryrun.memory_estimate import estimate
-from minixmd.dryrun.meta_tracer import CATEGORIES, trace_memory
+from minixmd.dryrun.meta_tracer import CATEGORIES, Phase, trace_memory
 from minixmd.dryrun.models import PUBLISHED, ModelInfo, blank_clip, find_model
 from minixmd.dryrun.plan import EXAMPLE, plan_stage, write_stand_in_tokenizer
+from minixmd.dryrun.settings import FIELDS, settings_to_lower
+from minixmd.inputs.batch import Prompt, pack
+from minixmd.inputs.examples import manifest_text
+from minixmd.inputs.positions import positions_of
+from minixmd.learning import checkpoint
 from minixmd.learning.kv_cache import pool_bytes
 from minixmd.learning.targets import Item
 from minixmd.models.cnn14 import make_cnn14, mixup, spec_augment
 from minixmd.models.families import read_config
-from minixmd.models.lora import add_lora
+from minixmd.models.lora import add_lora, set_backend
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.weights import save_adapter, save_model
 from minixmd.runner import main
@@ -299,6 +308,197 @@ def test_storages_are_followed_from_birth_to_death():
         assert tracer.phases[1].total == before
 
 
+# ---- operations, hours, cards and disk ----
+
+
+def text_batch(length, count):
+    return pack([Prompt(torch.zeros(length, dtype=torch.int64), positions_of(length, []))] * count)
+
+
+def decoder_flops(length, count):
+    """Of ears/: products of the layers, as a formula, and q kᵀ and (softmax) v of all rows with all."""
+    D, F_, L, H, J, K = 96, 256, 2, 4, 2, 24
+    weights = D * H * K + 2 * D * J * K + H * K * D + 3 * D * F_
+    return 2 * L * weights * length * count, 4 * L * H * K * length**2 * count
+
+
+@pytest.mark.parametrize("device, dtype", [("cpu", "float32"), ("cuda", "bfloat16"), ("cuda", "float32")])
+def test_the_operations_of_a_forward_pass_are_those_of_the_formula(device, dtype, models, tmp_path):
+    stage = FactCheck(name="judge", checker="verifier", traces="t.jsonl", verdicts="v.jsonl", manifest="none.jsonl",
+                      model=str(models / "ears"), device=device, dtype=dtype, width=1 / 16)
+    plan = plan_of(stage, tmp_path)
+    forward, _ = estimate(stage, plan.model, plan.prompt)
+    T, B = len(plan.prompt), forward.sequences
+    assert B == 8192 // T and forward.tokens == B * T and forward.step_flops == 0
+    assert forward.flops == sum(decoder_flops(T, B)) + 2 * B * 96 * 400  # and the head's rows
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_backward_pass_is_two_forward_passes_and_one_where_an_adapter_trains(device, models, tmp_path):
+    plan = plan_of(case(models, SFT), tmp_path)
+    products, attention = decoder_flops(50, 3)
+    found = {}
+    for kind in ("full", "lora"):
+        with trace_memory(400, device) as tracer:
+            model = plan.model.on_meta(torch.bfloat16)
+            set_backend(model, "triton" if device == "cuda" else "torch")
+            if kind == "lora":
+                add_lora(model, rank=2, alpha=1.0, targets=r"model\.layers\..*_proj", seed=0)
+            for name, p in model.named_parameters():
+                p.requires_grad_(kind == "full" or "lora_" in name)
+            with tracer.phase("forward"):
+                hidden_ND = model(text_batch(50, 3).to("meta"))
+            with tracer.phase("backward"):
+                hidden_ND.sum().backward()
+        found[kind] = [phase.flops for phase in tracer.phases]
+    assert found["full"] == [products + attention, 2 * products + 2.5 * attention]
+    forward, backward = found["lora"]  # also where one kernel computes a layer with its adapter
+    assert products + attention < forward < 1.1 * products + attention
+    assert 0.8 * products + 2.5 * attention < backward < 1.2 * products + 2.5 * attention  # less the first layer's dx
+
+
+def test_a_written_answer_costs_its_prompt_and_its_steps(models, tmp_path):
+    stage = Evaluate(name="a", model=str(models / "ears"), manifest="none.jsonl", answer="generate", max_new_tokens=40,
+                     dtype="bfloat16")
+    letters, written = (phases_of(replace(stage, answer=answer), tmp_path) for answer in ("letters", "generate"))
+    forward, generate = letters["forward"], written["generate"]
+    assert generate.flops == forward.flops and generate.sequences == forward.sequences
+    assert generate.step_flops == decoder_flops(1, generate.sequences)[0] + 2 * generate.sequences * 96 * 400
+    read = generate.bytes["weights"] + generate.bytes["KV cache"] / 2
+    passes = 1000 / generate.sequences
+    seconds = passes * max(generate.flops / 316e12, generate.bytes["weights"] / 2.8e12)
+    seconds += passes * 40 / 0.65 * max(generate.step_flops / 316e12, read / 2.8e12)
+    assert costs.stage_hours(stage, [generate], 1000, 0) == pytest.approx(seconds / 3600)
+    longer = replace(stage, max_new_tokens=1000)  # no answer is taken to be longer than 200
+    assert costs.stage_hours(longer, [replace(generate, flops=0)], 1000, 0) < 5.01 * seconds / 3600
+
+
+def test_clips_are_encoded_once_each(models, tmp_path):
+    stage = case(models, GRPO, device="cuda", dtype="bfloat16", batch_size=4, group_size=2, decode_slots=4)
+    frozen, trained = (phases_of(replace(stage, trainable=t), tmp_path) for t in ("decoder", "full"))
+    assert frozen["rollout"].sequences == 2
+    assert frozen["rollout"].flops == trained["rollout"].flops  # encoded beforehand or in the prefill
+    assert 3 * frozen["scoring"].flops < frozen["update"].flops < trained["update"].flops
+
+
+def test_a_stages_passes_are_counted():
+    sft = SFT(name="a", model="m", manifest="x", epochs=3, batch_size=8, val_manifest="y", eval_every=10)
+    assert costs.sequences_of(sft, 320, 50) == {  # 120 steps
+        "rollout": 960, "scoring": 960, "update": 960, "optimizer": 120, "validation": 12 * 50}
+    grpo = GRPO(name="a", model="m", manifest="x", epochs=3, batch_size=8, max_steps=25, num_iterations=2)
+    assert costs.sequences_of(grpo, 320, 50) == {
+        "rollout": 200, "scoring": 200, "update": 400, "optimizer": 50, "validation": 50}
+    switch = Switch(name="s", teacher="x", student="x", manifest="x", train_manifest="x", epochs=30)
+    assert costs.sequences_of(switch, 100, 600)["training"] == 30 * 100 + 200
+    traces = Traces(name="traces", model="m", manifest="x", num_samples=8)
+    checked = FactCheck(name="checked", traces="@traces", manifest="x", model="m", trace_filter="all")
+    calibration = replace(checked, name="few", trace_filter="calibration", limit=60)
+    for stage, wanted in ((traces, 100), (checked, 800), (calibration, 60), (replace(sft, traces="@checked"), 800),
+                          (replace(sft, traces="@checked", trace_filter="first"), 100), (sft, 100)):
+        assert costs.count_items(stage, [traces, checked, calibration], 100) == wanted, stage
+
+
+def write_manifest(path, count, **changes):
+    example = replace(EXAMPLE, audio="clip.wav", video=None, **changes)
+    path.write_text(manifest_text([replace(example, id=str(i)) for i in range(count)]))
+    return str(path)
+
+
+def test_hours_grow_with_the_manifests_lines(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(costs, "TFLOPS", 1e-8)  # so that a tiny model takes hours
+    hours = {}
+    for count in (100, 200, 0):
+        manifest = write_manifest(tmp_path / f"{count}.jsonl", count) if count else "none.jsonl"
+        stages = [Evaluate(name="one", model=str(models / "ears"), manifest=manifest, dtype="bfloat16"),
+                  Evaluate(name="more", model=str(models / "ears"), manifest="none.jsonl", dtype="bfloat16"),
+                  Evaluate(name="cpu", model=str(models / "ears"), manifest="none.jsonl", device="cpu")]
+        status, out, _ = dry(tmp_path, capsys, stages)
+        assert status == 0
+        listed, memory = out.split("\nprompt 1\n")[0], out.split("memory, MiB\n")[1]
+        clips = {line.split()[0]: line.split()[2] for line in listed.splitlines() if " evaluate " in line}
+        assert clips == {"one": str(count) if count else "10,000*", "more": "10,000*", "cpu": "10,000*"}
+        rows = {line.split()[0]: line.split()[-1] for line in memory.splitlines() if line}
+        hours[count] = float(rows["one"])
+        assert rows["more"] == f"{hours[0]:.2f}" if count == 0 else hours[count] > 0.1
+        assert float(rows["total"]) == pytest.approx(float(rows["one"]) + float(rows["more"]), abs=0.02)
+    assert hours[200] == pytest.approx(2 * hours[100], abs=0.02)
+    assert hours[0] == pytest.approx(100 * hours[100], rel=0.05)
+
+
+def phase_of(name, **gib):
+    return Phase(name, 0, 1, Counter({category.replace("_", " "): 2**30 * size for category, size in gib.items()}))
+
+
+def test_a_card_has_room_beside_its_driver_and_what_the_allocator_wastes():
+    assert list(costs.CARDS) == ["24", "48", "80", "141"]
+    size = (costs.CARDS["48"] - 1.0) / 1.05 * 2**30
+    assert costs.has_room(size - 1, costs.CARDS["48"]) and not costs.has_room(size + 2**20, costs.CARDS["48"])
+
+
+def test_the_setting_to_lower_is_named_where_it_would_help():
+    sft = SFT(name="a", model="m", manifest="x", micro_batch_tokens=4096, checkpointing="on")
+    assert settings_to_lower(sft, "update", 330) == {"micro_batch_tokens": 330}
+    assert settings_to_lower(replace(sft, checkpointing="auto"), "update", 4096) == {"checkpointing": "on"}
+    assert settings_to_lower(sft, "update", 4096) == {} == settings_to_lower(sft, "optimizer")
+    grpo = GRPO(name="a", model="m", manifest="x")
+    assert settings_to_lower(grpo, "rollout") == {"decode_slots": 8}
+    assert settings_to_lower(replace(grpo, decode_slots=8), "rollout") == {}
+    evaluate = Evaluate(name="a", model="m", manifest="x", answer="generate")
+    assert settings_to_lower(evaluate, "generate") == {"batch_tokens": 1} == settings_to_lower(evaluate, "forward")
+    traces = Traces(name="a", model="m", manifest="x", num_samples=3)
+    assert settings_to_lower(traces, "generate") == {"decode_slots": 3}
+    switch = Switch(name="s", teacher="x", student="x", manifest="x", train_manifest="x")
+    assert settings_to_lower(switch, "training") == {"batch_size": 2}
+    new = SimpleNamespace(trainable="decoder", micro_batch_tokens=8192, checkpointing="auto", moments="float32",
+                          reference="device", beta=0.04, group_size=8, decode_slots=None)
+    wanted = {"micro_batch_tokens": 1, "checkpointing": "on", "moments": "8bit", "reference": "host"}
+    assert settings_to_lower(new, "update") == wanted
+    assert "reference" not in settings_to_lower(SimpleNamespace(**vars(new) | {"beta": 0.0}), "scoring")
+    lowered = SimpleNamespace(**vars(new) | wanted)
+    assert all(settings_to_lower(lowered, name) in ({}, {"decode_slots": 8}) for name in FIELDS)
+    adapter = SimpleNamespace(**vars(new) | {"trainable": "lora"})
+    assert settings_to_lower(adapter, "update") == {"micro_batch_tokens": 1, "checkpointing": "on"}
+
+    fits, large = phase_of("update", weights=15, activations=2), phase_of("update", weights=15, activations=27)
+    assert costs.to_lower(sft, [fits]) == {} and costs.to_lower(sft, [fits, large]) == {"micro_batch_tokens": 1}
+    hopeless = phase_of("rollout", weights=15, reference=14, optimizer=86, KV_cache=4)
+    assert costs.to_lower(grpo, [hopeless]) == {}  # fewer slots give no card room that has none
+    assert costs.to_lower(new, [hopeless]) == {"decode_slots": 8, "moments": "8bit", "reference": "host"}
+
+
+def test_the_table_has_a_column_a_card_and_the_settings_once(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(costs, "DRIVER_GIB", 0.0)
+    stage = case(models, SFT, device="cuda", micro_batch_tokens=4096, val_manifest="val.jsonl")
+    longest = len(plan_of(stage, tmp_path).prompt)
+    total = phases_of(stage, tmp_path)["update"].total
+    monkeypatch.setattr(costs, "CARDS", {"1": total / 2**30, "2": 2 * total / 2**30})
+    status, out, _ = dry(tmp_path, capsys, [stage])
+    memory = out.split("memory, MiB\n")[1].splitlines()
+    assert status == 0 and memory[0].split()[-4:] == ["total", "1", "2", "hours"]
+    assert memory[1].split()[-3:-1] == ["NO", "yes"] and memory[2].split()[-2:] == ["yes", "yes"]
+    assert [line.strip() for line in memory if "for less: " in line] == [
+        f"for less: micro_batch_tokens down to {longest}, checkpointing=on"]
+
+
+@pytest.mark.parametrize("cls, more", [
+    (SFT, dict(val_manifest="val.jsonl")), (SFT, dict(trainable="decoder", dtype="bfloat16")),
+])  # fmt: skip
+def test_a_stages_disk_is_what_it_writes(cls, more, models, tmp_path):
+    stage = case(models, cls, **more)
+    plan = plan_of(stage, tmp_path)
+    samples = [(replace(plan.prompt), Item(replace(EXAMPLE, id=str(i)), 0, "manifest")) for i in range(4)]
+    folder = tmp_path / "stage"
+    trainer = Trainer(stage, len(samples), folder)
+    trainer.sft_step(trainer.micro_batches(samples))
+    if stage.val_manifest:
+        checkpoint.save_best(folder, trainer.parameters)
+    trainer.save()
+    trainer.publish()
+    written = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    estimated = costs.disk_bytes(stage, estimate(stage, plan.model, plan.prompt))
+    assert estimated == pytest.approx(written, rel=0.05, abs=20_000)  # their headers
+
+
 # ---- models without their weights ----
 
 
@@ -340,6 +540,42 @@ def test_a_model_is_found_in_its_folder_the_hubs_cache_or_by_its_name(models, tm
     ranks = {name: find_model(name, stages, tmp_path).on_meta(torch.float32).model.layers[0].mlp.up_proj.lora_A
              for name in ("@case", "@full")}
     assert ranks["@case"].shape == (5, 96) and ranks["@full"] is None
+
+
+def test_a_local_folder_is_found_as_it_is_written(models, tmp_path, monkeypatch):
+    write_stand_in_tokenizer(tmp_path, [])
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models / "wide", "Qwen/Qwen2-Audio-7B-Instruct")  # named as a model on the hub
+    for name in ("Qwen/Qwen2-Audio-7B-Instruct", "Qwen/Qwen2-Audio-7B-Instruct/", "./Qwen/Qwen2-Audio-7B-Instruct"):
+        model = find_model(name, [], tmp_path)
+        assert model.config.text.vocab_size == 50_000 and model.source.endswith("config.json")
+    elsewhere = find_model("old/Qwen2-Audio-7B-Instruct/", [], tmp_path)
+    assert elsewhere.config.text.vocab_size == 156_032 and "is not here" in elsewhere.source
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty/config.json: no such file"):
+        find_model("empty", [], tmp_path)
+
+
+def test_an_adapters_base_is_found_where_it_moved_to(models, tmp_path, cache):
+    write_stand_in_tokenizer(tmp_path, [])
+    shutil.copytree(models / "ears", tmp_path / "home" / "base")
+    model, _ = minixmd.load(tmp_path / "home" / "base")
+    add_lora(model, rank=3, alpha=1.0, targets=r".*q_proj", seed=0)
+    save_adapter(model, tmp_path / "home" / "base", tmp_path / "home" / "adapter")
+    (tmp_path / "home").rename(tmp_path / "moved")
+    found = find_model(str(tmp_path / "moved" / "adapter"), [], tmp_path)
+    assert "moved/adapter/../base/config.json" in found.source and "with the adapter" in found.source
+    commit = cache / "models--me--adapter" / "snapshots" / "abc"
+    shutil.copytree(tmp_path / "moved" / "adapter", commit)
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs" / "main").write_text("abc")
+    for base, said in ((str(tmp_path / "lost"), f"the adapter's base: model '{tmp_path}/lost' is neither here"),
+                       (None, "the adapter's base: model 'unnamed' is neither here")):
+        config = {"base_model_name_or_path": base}
+        (commit / "adapter_config.json").write_text(json.dumps(config))
+        (commit / "minixmd_base.json").unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=said):
+            find_model("me/adapter", [], tmp_path)
 
 
 # ---- the command ----
@@ -395,6 +631,39 @@ def test_without_a_tokenizer_the_prompt_is_the_same_in_words(models, tmp_path, c
         assert status == 0
         shown.append(out.split("\nprompt 1\n")[1].split("tokens)")[0].rpartition("(")[0])
     assert shown[0] == shown[1]
+
+
+def test_the_prompt_shown_asks_the_manifests_own_question(models, tmp_path, capsys):
+    own = dict(question="What is it that barks?", options=("the small grey dog", "a seal"), answer=1)
+    manifest = write_manifest(tmp_path / "own.jsonl", 3, **own)
+    stages = [case(models, SFT), replace(case(models, SFT), name="own", manifest=manifest)]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((models / "ears" / "config.json").read_bytes())
+    stages.append(replace(stages[1], name="words", model=str(bare)))
+    status, out, err = dry(tmp_path, capsys, stages)
+    assert (status, err) == (0, []) and "\ufffd" not in out
+    made_up, *theirs = out.partition("\nAssumed")[0].split("\nprompt ")[1:]
+    assert EXAMPLE.question in made_up and "small grey" not in made_up
+    for prompt in theirs:
+        assert "What is it that barks?\n  A. the small grey dog\n  B. a seal\n" in prompt
+        assert prompt.count("B<|im_end|>") == 1 and EXAMPLE.question not in prompt
+
+
+@pytest.mark.parametrize("line, said", [("{", "bad.jsonl:1: not JSON"), ("", "bad.jsonl: the manifest holds no"),
+                                        ('{"id": "a", "question": "?", "options": ["a", "b"]}', "has no audio")])
+def test_a_broken_manifest_is_a_line_and_the_example_is_shown(line, said, models, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text(line + "\n")
+    stage = Evaluate(name="one", model=str(models / "ears"), manifest=str(tmp_path / "bad.jsonl"), device="cpu")
+    status, out, err = dry(tmp_path, capsys, [stage])
+    assert status == 1 and len(err) == 1 and said in err[0] and "\nprompt 1" in out and "\none " in out
+
+
+@pytest.mark.parametrize("order", ["--dry-run {} seed=1", "{} --dry-run seed=1", "{} seed=1 --dry-run"])
+def test_overrides_may_follow_the_flag(order, models, tmp_path, capsys):
+    config = write_config(tmp_path / "config.py", f"[{case(models, SFT)!r}]")
+    assert main(order.replace("seed=1", "max_steps=77").format(config).split()) == 0
+    assert "max_steps=77" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_cannot_run_is_told_in_a_line_and_the_rest_is_shown(models, tmp_path, capsys):

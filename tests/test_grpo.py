@@ -23,7 +23,7 @@ import minixmd.train as training
 from minixmd import Completion, Prompt, pack
 from minixmd.config import GRPO, SFT
 from minixmd.inputs.examples import Example, read_manifest
-from minixmd.learning import policy
+from minixmd.learning import optim, policy
 from minixmd.learning.logprobs import reference_logprobs
 from minixmd.learning.policy import make_rollout, rollout_metrics
 from minixmd.learning.rollout import Decoder
@@ -514,7 +514,7 @@ def test_a_clip_is_encoded_once_a_step_unless_its_tower_trains(world, tmp_path, 
 
 @pytest.mark.slow
 def test_with_a_learning_rate_of_0_nothing_drifts_in_50_steps(world, tmp_path, earns, monkeypatch):
-    monkeypatch.setattr(training, "learning_rate", lambda *args: 0.0)
+    monkeypatch.setattr(optim, "learning_rate", lambda *args: 0.0)
     more = dict(epochs=25, batch_size=3, group_size=2, max_new_tokens=4, trainable="full")
     assert run(tmp_path, train(world, **more)) == 0
     lines = lines_of(tmp_path / "run/g")[1:]
@@ -646,7 +646,7 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 import minixmd.train as training
-from minixmd.learning import policy
+from minixmd.learning import optim, policy
 from minixmd.runner import main
 from test_grpo import lowercase
 policy.REWARDS = {"letters": lowercase}

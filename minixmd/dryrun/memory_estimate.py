@@ -1,4 +1,4 @@
-"""The memory of a stage's phases, by running the stage's own code on `meta` (meta_tracer.py).
+"""Memory and operations of a stage's phases, by running the stage's own code on `meta` (meta_tracer.py).
 
 Traced is the fullest case: passes of micro_batch_tokens or batch_tokens, completions at max_new_tokens, gradients of an
 earlier micro-batch and the optimizer's state there already. All prompts of a stage are alike.
@@ -68,21 +68,25 @@ def trace_batch(tracer, phase, model, prompts, writing, decode_slots=None):
     have decode slots, and a step with every completion at its full length."""
     length = len(prompts[0])
     if writing is None:
-        with tracer.phase(phase, len(prompts) * length):
+        tracer.flops *= len(prompts)  # one clip was encoded for all of them
+        with tracer.phase(phase, len(prompts) * length, sequences=len(prompts)):
             next_token_logits(model, prompts)
         return
     n = writing.num_samples
     if decode_slots is not None:
         prompts = prompts[:decode_slots // n]
     count = len(prompts)
-    with tracer.phase(phase, count * length, "KV cache"):
+    tracer.flops *= count
+    with tracer.phase(phase, count * length, "KV cache", count) as traced:
         decoder = Decoder(
             model, count, length, n, max_new_tokens=writing.max_new_tokens, temperature=writing.temperature,
             suppressed_ids=[], end_id=0, backend=model.backend)
         tracer.category = "activations"
         uniform_BT = torch.zeros(count * n, writing.max_new_tokens, dtype=torch.float64)
         logits_GV, *_ = decoder.fill(prompts, list(range(count)), uniform_BT)  # rollout.decode holds them as long
+        prefill_flops, tracer.flops = tracer.flops, 0
         decoder.run(1)
+        traced.step_flops, tracer.flops = tracer.flops, prefill_flops
 
 
 class MetaTrainer(Trainer):
@@ -117,6 +121,7 @@ def trace_training(tracer, trainer, prompt):
         tracer.recategorize([p for name, p in named if name in trainer.parameters], "reference")
     tracer.count_gradients(trainer.parameters.values())
     add_gradients(tracer, trainer)
+    tracer.flops = 0  # of an adapter that was merged
     with tracer.phase("optimizer", category="optimizer"):
         trainer.update({"loss": trainer.zero()})
     optimizer_step = tracer.phases.pop()
@@ -129,7 +134,7 @@ def trace_training(tracer, trainer, prompt):
             topk = dict(ids=range(64), logits=[0.0] * 64, logsumexp=5.0, temperature=stage.temperature)
         count = min(stage.batch_size, stage.micro_batch_tokens // len(prompt))
         micro_batches = trainer.micro_batches([(prompt, Item(None, 0, "teacher", topk))] * count)
-        trace_update(tracer, trainer, count * len(prompt), partial(compute_gradients, micro_batches),
+        trace_update(tracer, trainer, count, count * len(prompt), partial(compute_gradients, micro_batches),
                      count < stage.batch_size)
     tracer.phases.append(optimizer_step)
     if stage.val_manifest is not None:
@@ -147,11 +152,11 @@ def add_gradients(tracer, trainer):
         p.grad = torch.zeros_like(p)
 
 
-def trace_update(tracer, trainer, tokens, compute_gradients, several):
+def trace_update(tracer, trainer, sequences, tokens, compute_gradients, several):
     """A micro-batch of a step; of one of `several` the last."""
     if several:
         add_gradients(tracer, trainer)
-    with tracer.phase("update", tokens):
+    with tracer.phase("update", tokens, sequences=sequences):
         compute_gradients()
 
 
@@ -173,10 +178,11 @@ def trace_grpo(tracer, trainer, prompt):
     several = len(rollout.micro_batches) > 1
     del rollout.micro_batches[1:]
     tokens = sum(len(group.prompt) + sum(map(len, group.completions)) for group in rollout.micro_batches[0])
+    share = sum(len(group.completions) for group in rollout.micro_batches[0]) / G  # prompts with all G completions
     if reference is not None:
-        with tracer.phase("scoring", tokens):
+        with tracer.phase("scoring", tokens, sequences=share):
             rollout.ref_T = reference_logprobs(reference, rollout.micro_batches, trainer.vocabulary)
-    trace_update(tracer, trainer, tokens, partial(trainer.policy_gradient, rollout), several)
+    trace_update(tracer, trainer, share, tokens, partial(trainer.policy_gradient, rollout), several)
 
 
 def trace_cnn14(tracer, stage, classes, mixup):
@@ -190,7 +196,7 @@ def trace_cnn14(tracer, stage, classes, mixup):
     clips = (1 + mixup) * stage.batch_size
     frames = round(stage.clip_s * SAMPLE_RATE) // HOP + 1
     for _ in range(2):
-        with tracer.phase("training"):
+        with tracer.phase("training", sequences=clips):
             x_B1AM = model.normalise(torch.empty(clips, frames, MELS, device="meta"))
             if mixup:
                 x_B1AM = x_B1AM[0::2] + x_B1AM[1::2]

@@ -1,7 +1,9 @@
-"""The peak memory of a piece of code, found without computing anything.
+"""The peak memory of a piece of code and its floating-point operations, found without computing anything.
 
 The code runs on PyTorch's `meta` device. Every storage is followed from its creation to its release. Not counted are
-an operator's own workspace, what an allocator rounds up or cannot reuse, and the driver.
+an operator's own workspace, what an allocator rounds up or cannot reuse, and the driver. Operations are those of matrix
+products, convolutions and attention; the last as if nothing were masked, and of the decoding kernel, which waits for
+the cache's bytes, none.
 
 On `meta` there are no values, so code that reads some gets stand-ins. Integers copied from the CPU keep their values.
 Of any other tensor `.item()` is 1, a copy on the CPU is 0, and a boolean mask selects every element.
@@ -17,18 +19,30 @@ import torch.fx.experimental._config
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from minixmd.kernels import lora
 
 aten = torch.ops.aten
 CATEGORIES = ("weights", "reference", "gradients", "optimizer", "KV cache", "logits", "activations")
+ATTENTION_FLOPS = {  # of operators that the registry lacks; two products forward, five backward
+    "aten._scaled_dot_product_flash_attention_for_cpu": lambda q, k, *_: 4 * q.numel() * k.shape[2],
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": lambda _, q, k, *more: 10 * q.numel() * k.shape[2],
+    "torch_attn._varlen_attn": lambda q, *more: 4 * q.numel() * more[5],  # by the longest segment's keys
+    "torch_attn._varlen_attn_backward": lambda _, q, *more: 10 * q.numel() * more[7],
+}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Phase:
-    """A part of a stage's work and what it holds at its fullest moment."""
+    """A part of a stage's work, what it holds at its fullest moment, and what one pass of it computes."""
 
     name: str
     tokens: int  # packed into a forward pass; 0 = none
-    bytes: Counter  # by category
+    sequences: int  # prompts or clips of a pass
+    bytes: Counter = None  # by category
+    flops: int = 0
+    step_flops: int = 0  # of decoding a token in every slot; 0 = nothing is written
 
     @property
     def total(self):
@@ -38,21 +52,25 @@ class Phase:
 class MemoryTracer(TorchDispatchMode):
     """Counts the bytes of all live `meta` storages by category, and finds the peak of each phase. A storage belongs to
     the `category` that is set when it is made; but of activations, a matrix with a side of vocab_size belongs to
-    "logits"."""
+    "logits". flops: operations since the last phase's end."""
 
     def __init__(self, vocab_size):
         super().__init__()
         self.vocab_size, self.category, self.phases = vocab_size, "weights", []
         self.current, self.peak = Counter(), Counter()  # bytes by category
+        self.flops = 0
         self.storages = {}  # storage -> (weak reference, category, bytes)
         self.values = {}  # storage -> the CPU tensor that it is a copy of
 
     @contextmanager
-    def phase(self, name, tokens=0, category="activations"):
-        """Adds its block to `phases`. category: of the storages that are made in it."""
+    def phase(self, name, tokens=0, category="activations", sequences=1):
+        """Adds its block to `phases`, and yields the Phase. category: of the storages that are made in it."""
         self.category, self.peak = category, self.current.copy()
-        yield
-        self.phases.append(Phase(name, tokens, self.peak))
+        phase = Phase(name, tokens, sequences)
+        yield phase
+        phase.bytes = self.peak
+        phase.flops, self.flops = self.flops, 0
+        self.phases.append(phase)
 
     def recategorize(self, tensors, category):
         """Moves tensors that exist already to another category."""
@@ -90,6 +108,7 @@ class MemoryTracer(TorchDispatchMode):
                 known = values is not None and values.shape == x.shape
                 return (values if known else torch.zeros(x.shape)).to(kwargs.get("dtype") or x.dtype)
         out = func(*args, **kwargs)
+        self.flops += count_flops(func, args, kwargs, out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 is_logits = self.category == "activations" and tensor.ndim == 2 and self.vocab_size in tensor.shape
@@ -97,6 +116,15 @@ class MemoryTracer(TorchDispatchMode):
         if func is aten._to_copy.default and not x.is_meta and out.is_meta and not x.is_floating_point():
             self.values[out.untyped_storage()._cdata] = x
         return out
+
+
+def count_flops(func, args, kwargs, out):
+    """Of an operator; 0 of one that is no product."""
+    name = str(func.overloadpacket)
+    if name in ATTENTION_FLOPS:
+        return ATTENTION_FLOPS[name](*args)
+    formula = flop_registry.get(aten.addmm if name == "aten.addmm_" else func.overloadpacket)
+    return formula(*args, **kwargs, out_val=out) if formula else 0
 
 
 def _fused_attention(q_BHTK, k_BJSK, v_BJSK, attn_mask=None, is_causal=False, enable_gqa=False):
@@ -113,5 +141,6 @@ def trace_memory(vocab_size, device):
     is_cuda = mock.patch.object(torch.Tensor, "is_cuda", property(lambda x: x.is_meta and device == "cuda"))
     masks_select_all = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)
     no_launch = mock.patch.object(triton.KernelInterface, "__getitem__", lambda *_: lambda *args, **kwargs: None)
-    with attention, is_cuda, masks_select_all, no_launch, MemoryTracer(vocab_size) as tracer:
+    unfused = mock.patch.object(lora, "FUSED_D", 0)  # the kernel's products by the library, where they are counted
+    with attention, is_cuda, masks_select_all, no_launch, unfused, MemoryTracer(vocab_size) as tracer:
         yield tracer

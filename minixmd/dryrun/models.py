@@ -12,7 +12,7 @@ from minixmd.inputs.image import sample_frames, smart_resize
 from minixmd.inputs.tokenizer import Processor
 from minixmd.models.families import ModelConfig, read_config
 from minixmd.models.lora import add_lora
-from minixmd.models.weights import build, config_of, load_adapter
+from minixmd.models.weights import BASE_FILE, build, config_of, load_adapter
 from minixmd.runs.files import read_json
 from minixmd.runs.hub_names import parse_hub_name
 from minixmd.toy.models import make_model, write_processor
@@ -69,12 +69,15 @@ def find_model(value, stages, scratch):
     folder = Path(value)
     if not folder.is_dir() and parse_hub_name(value):
         repo, revision = parse_hub_name(value)
-        cached = try_to_load_from_cache(repo, "config.json", revision=revision)
-        if isinstance(cached, str):
-            folder = Path(cached).parent
+        for file in ("config.json", "adapter_config.json"):
+            cached = try_to_load_from_cache(repo, file, revision=revision)
+            if isinstance(cached, str):
+                folder = Path(cached).parent
     if (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        model = find_model(str(base), stages, scratch)
+        try:
+            model = find_model(_base_of(folder), stages, scratch)
+        except ValueError as error:
+            raise ValueError(f"{value}: the adapter's base: {error}") from None
         return replace(model, source=f"{model.source}, with the adapter {value}", adapters=(*model.adapters, folder))
     name = Path(value).name.partition("@")[0]
     if folder.is_dir():
@@ -88,6 +91,16 @@ def find_model(value, stages, scratch):
     if not (folder / "tokenizer.json").is_file():
         folder, known = scratch, replace(config, section={})  # whose token ids are those of the model's own tokenizer
     return ModelInfo(name, config, Processor(folder, known), source)
+
+
+def _base_of(folder):
+    """What an adapter's folder names as its base; where that is not there, the folder in which it lay from here."""
+    name = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "unnamed")
+    if not Path(name).is_dir() and (folder / BASE_FILE).is_file():
+        moved = folder / str(read_json(folder / BASE_FILE).get("path"))
+        if moved.is_dir():
+            return str(moved)
+    return name
 
 
 def _model_of_stage(value, stages, scratch):

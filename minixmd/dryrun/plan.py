@@ -1,10 +1,14 @@
-"""--dry-run: the prompts that the stages' own code makes of one example, and the memory that the same code takes
-(memory_estimate.py). It needs no weights, data or network."""
+"""--dry-run: the prompts that the stages' own code makes of one example, and the memory and hours that the same code
+takes (memory_estimate.py, costs.py). It needs no weights, data or network."""
 import re
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
+from string import ascii_uppercase
+from types import MappingProxyType
 
 import torch
 from jinja2 import Environment, FileSystemLoader
@@ -14,11 +18,12 @@ from tqdm import tqdm
 from minixmd.config import GRPO, SFT, Distill, FactCheck, Switch, Traces
 from minixmd.config.field_checks import kind
 from minixmd.config.references import input_paths
+from minixmd.dryrun import costs
 from minixmd.dryrun.memory_estimate import estimate
 from minixmd.dryrun.meta_tracer import CATEGORIES
 from minixmd.dryrun.models import CLIP_S, VIDEO_FPS, VIDEO_SIZE, ModelInfo, blank_clip, find_model
 from minixmd.inputs.batch import Prompt
-from minixmd.inputs.examples import Example, build_conversation
+from minixmd.inputs.examples import Example, build_conversation, read_manifest
 from minixmd.inputs.positions import positions_of
 from minixmd.models.families import FAMILIES, SYSTEM
 from minixmd.runs.hub_names import parse_hub_name
@@ -34,17 +39,22 @@ NO_EFFECT_ON_MEMORY = frozenset(  # fields of stages; of "traces" and "val_manif
     "name model manifest val_manifest prompt teacher_labels student_labels switch gate traces trace_filter rule limit "
     "threshold lr warmup_ratio weight_decay max_grad_norm betas eps epochs max_steps eval_every save_every max_bad "
     "seed completions_every".split())
+NO_CLIPS = MappingProxyType({})  # no manifest is here
 TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
 
 
 @dataclass
 class StagePlan:
     stage: object
+    clips: int  # that it reads, or their traces
+    others: int  # clips of val_manifest or train_manifest
+    assumed: bool  # whether the number of clips is
     model: ModelInfo | None = None  # of a stage that runs one here
     prompt: Prompt | None = None  # as long as any that the stage makes
     shown: str = ""  # a typical prompt, as text
     writes: bool = False  # whether the model writes answers of its own
     phases: list = field(default_factory=list)  # meta_tracer.Phase
+    hours: float = 0.0  # on a GPU
     same_as: str = ""  # the name of an earlier stage that takes the same memory
     fault: str = ""  # why the stage cannot run
 
@@ -52,19 +62,17 @@ class StagePlan:
 def dry_run(config):
     """Prints what a config would do. Returns the exit status: 1 where a stage cannot run as it is written, or its model
     is not known."""
+    clips = read_manifests(config)
     with tempfile.TemporaryDirectory() as scratch:
-        write_stand_in_tokenizer(Path(scratch), config.stages)
-        plans = [plan_stage(stage, config.stages, Path(scratch)) for stage in config.stages]
+        write_stand_in_tokenizer(Path(scratch), config.stages, clips)
+        plans = [plan_stage(stage, config.stages, Path(scratch), clips) for stage in config.stages]
     show("stages.txt.j2", config=config, plans=plans, kind=kind)
     estimate_memory(plans)  # takes a while for large models
     show(
-        "memory.txt.j2", plans=plans, missing=missing_inputs(config), categories=CATEGORIES,
+        "memory.txt.j2", plans=plans, missing=missing_inputs(config), categories=CATEGORIES, costs=costs,
         clip_s=CLIP_S, fps=VIDEO_FPS, size=VIDEO_SIZE,
     )  # fmt: skip
-    faults = []
-    for plan in plans:
-        if plan.fault:
-            faults.append(plan.fault)
+    faults = [plan.fault for plan in plans if plan.fault]
     try:
         check_inputs(config, clips=False)
     except ValueError as error:
@@ -78,9 +86,31 @@ def show(template, **values):
     print(TEMPLATES.get_template(template).render(values), flush=True)
 
 
-def plan_stage(stage, stages, scratch):
-    """The StagePlan of a stage, still without its memory. scratch: the stand-in tokenizer's folder."""
-    plan = StagePlan(stage)
+def read_manifests(config):
+    """{(stage's name, field): Examples} of the manifests that are here; of broken ones check_inputs will tell."""
+    read, found = lru_cache(8)(read_manifest), {}  # many stages read one manifest
+    for stage in config.stages:
+        for name, path in input_paths(stage, config.run_dir, config.stages).items():
+            if "manifest" in name:
+                with suppress(ValueError, OSError):
+                    found[stage.name, name] = read(path, stage.allow_outside)
+    return found
+
+
+def first_example(stage, clips):
+    """The first of a stage's manifest, with a blank clip; a made-up one where there is none."""
+    first = clips.get((stage.name, "manifest"), [EXAMPLE])[0]
+    return replace(first, audio="clip", video="clip", answer=first.answer or 0)
+
+
+def plan_stage(stage, stages, scratch, clips=NO_CLIPS):
+    """The StagePlan of a stage, still without its memory. scratch: the stand-in tokenizer's folder. clips: what
+    read_manifests gives."""
+    example = first_example(stage, clips)
+    counts = {field_name: len(found) for (name, field_name), found in clips.items() if name == stage.name}
+    items = costs.count_items(stage, stages, counts.get("manifest", costs.CLIPS))
+    others = counts.get("train_manifest" if isinstance(stage, Switch) else "val_manifest", costs.CLIPS)
+    plan = StagePlan(stage, items, others, "manifest" not in counts)
     plan.writes = isinstance(stage, (Traces, GRPO)) or getattr(stage, "answer", "") == "generate"
     try:
         if getattr(stage, "model", None):
@@ -89,47 +119,49 @@ def plan_stage(stage, stages, scratch):
             writers = [stage] if isinstance(stage, SFT) else [other for other in stages if isinstance(other, Traces)]
             trace_tokens = max((writer.max_new_tokens for writer in writers), default=512)
             longest_trace = " the" * ((trace_tokens - 1) // len(processor.encode(" the")))
-            plan.prompt = example_prompt(stage, processor, longest_trace, stage.max_new_tokens if plan.writes else 0)
-            ids = example_prompt(stage, processor, TRACE).ids_N.tolist()
+            room = stage.max_new_tokens if plan.writes else 0
+            plan.prompt = example_prompt(stage, example, processor, longest_trace, room)
+            ids = example_prompt(stage, example, processor, TRACE).ids_N.tolist()
             text = processor.tokenizer.decode(ids, skip_special_tokens=False)
             text = re.sub(r"(<\|\w+\|>)\1+", lambda run: f"{run[1]} x {len(run[0]) // len(run[1])}", text)
             plan.shown = f"{text}\n({len(plan.prompt):,} tokens)"
         elif getattr(stage, "endpoint", None):
-            plan.shown = f"{question_text(stage)}\n(and the clip, to {stage.endpoint})"
+            plan.shown = f"{question_text(stage, example)}\n(and the clip, to {stage.endpoint})"
     except (ValueError, OSError) as error:
         plan.fault = f"{stage.name}: {error}"
     return plan
 
 
-def example_prompt(stage, processor, trace, max_new_tokens=0):
-    """The Prompt that a stage makes of EXAMPLE and a trace, with the answer where one is learnt."""
+def example_prompt(stage, example, processor, trace, max_new_tokens=0):
+    """The Prompt that a stage makes of an Example and a trace, with the answer where one is learnt."""
     if isinstance(stage, FactCheck) and stage.checker == "verifier":  # the decoder reads nothing but the trace
         ids = processor.encode(thoughts(trace))
         if len(ids) > processor.max_positions:
             raise ValueError(f"a trace of {len(ids)} tokens; the model's limit is {processor.max_positions}")
         return Prompt(torch.tensor(ids), positions_of(len(ids), []))
-    return processor(example_conversation(stage, trace), blank_clip, max_new_tokens)
+    return processor(example_conversation(stage, example, trace), blank_clip, max_new_tokens)
 
 
-def example_conversation(stage, trace):
+def example_conversation(stage, example, trace):
     if isinstance(stage, FactCheck):
-        return factcheck.conversation(stage.prompt, EXAMPLE, trace)
+        return factcheck.conversation(stage.prompt, example, trace)
     answer = None
     if isinstance(stage, (SFT, Distill)):
-        answer = trace if getattr(stage, "traces", None) else EXAMPLE.answer
-    return build_conversation(EXAMPLE, media=stage.media, prompt=stage.prompt, answer=answer, trace=trace,
+        answer = trace if getattr(stage, "traces", None) else example.answer
+    return build_conversation(example, media=stage.media, prompt=stage.prompt, answer=answer, trace=trace,
                               video_options=stage.prompt_format.video_options)
 
 
-def question_text(stage):
+def question_text(stage, example):
     """What a stage writes beside the clip."""
-    return example_conversation(stage, TRACE)[0]["content"][-1]["text"]
+    return example_conversation(stage, example, TRACE)[0]["content"][-1]["text"]
 
 
-def write_stand_in_tokenizer(folder, stages):
-    """A tokenizer.json with a token for each word and sign of the stages' prompts, cut as Qwen2 cuts them."""
-    texts = [f"system\n{SYSTEM}", "user\nAudio 1: ", "assistant\n", TRACE, "\n", "A"]
-    texts += [question_text(stage) for stage in stages if hasattr(stage, "prompt")]
+def write_stand_in_tokenizer(folder, stages, clips=NO_CLIPS):
+    """A tokenizer.json with a token for each word and sign of the stages' prompts, cut as Qwen2 cuts them. clips: as of
+    plan_stage."""
+    texts = [f"system\n{SYSTEM}", "user\nAudio 1: ", "assistant\n", TRACE, "\n", *ascii_uppercase]
+    texts += [question_text(stage, first_example(stage, clips)) for stage in stages if hasattr(stage, "prompt")]
     tokenizer = Tokenizer(models.WordLevel(unk_token="\ufffd"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -140,7 +172,7 @@ def write_stand_in_tokenizer(folder, stages):
 
 
 def estimate_memory(plans):
-    estimated = {}  # what memory depends on -> the first such stage's name
+    estimated = {}  # what memory depends on -> the first such stage's name and Phases
     todo = [plan for plan in plans if plan.prompt or isinstance(plan.stage, Switch)]
     for plan in tqdm(todo, desc="memory", unit="stage", leave=False):
         stage = plan.stage
@@ -148,13 +180,15 @@ def estimate_memory(plans):
         is_set = [getattr(stage, name, None) is not None for name in ("traces", "val_manifest")]
         key = repr((type(stage), plan.model, plan.prompt and len(plan.prompt), settings, is_set))
         if key in estimated:
-            plan.same_as = estimated[key]
-            continue
-        try:
-            plan.phases = estimate(stage, plan.model, plan.prompt)
-            estimated[key] = stage.name
-        except ValueError as error:
-            plan.fault = str(error)
+            plan.same_as, plan.phases = estimated[key]
+        else:
+            try:
+                plan.phases = estimate(stage, plan.model, plan.prompt)
+                estimated[key] = stage.name, plan.phases
+            except ValueError as error:
+                plan.fault = str(error)
+        if stage.device != "cpu":
+            plan.hours = costs.stage_hours(stage, plan.phases, plan.clips, plan.others)
 
 
 def missing_inputs(config):

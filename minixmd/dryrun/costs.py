@@ -1,0 +1,102 @@
+"""Which cards have room for a stage, how many hours it takes and what it leaves on the disk, from its Phases."""
+from math import ceil
+
+from minixmd.config import GRPO, TRAINING
+from minixmd.dryrun.settings import SAVED, SAVED_BY_OTHERS, settings_to_lower
+
+CARDS = {  # GB by name -> GiB that programs find
+    "24": 23.5,  # RTX 4090
+    "48": 44.4,  # L40S, A40
+    "80": 79.1,  # A100, H100
+    "141": 139.0,  # H200
+}
+OVERHEAD = 0.05  # share that an allocator cannot use
+DRIVER_GIB = 1.0  # the driver and the libraries
+# what an H200 is taken to reach
+TFLOPS = 316  # in 16 bits
+FP32_TFLOPS = 27
+TB_PER_S = 2.8
+# where nothing else is known
+SLOT_USE = 0.65  # share of the decode slots that write
+ANSWER_TOKENS = 200
+CLIPS = 10_000  # of a manifest
+
+
+def has_room(size, gib):
+    return size * (1 + OVERHEAD) / 2**30 + DRIVER_GIB <= gib
+
+
+def to_lower(stage, phases, longest=1):
+    """{field: smallest value} by which a card gets room for a phase that it has none for. longest: a clip's tokens."""
+    found = {}
+    for phase in phases:
+        settings, saved = settings_to_lower(stage, phase.name, longest), {}
+        for name in settings:
+            saved |= SAVED.get(name, SAVED_BY_OTHERS)
+        least = phase.total - sum(share * phase.bytes[category] for category, share in saved.items())
+        if any(has_room(least, gib) and not has_room(phase.total, gib) for gib in CARDS.values()):
+            found |= settings
+    return found
+
+
+def count_items(stage, stages, clips):
+    """How many of a manifest's clips a stage reads or, if it reads traces, how many of theirs at most."""
+    maker = stage
+    if getattr(stage, "trace_filter", "first") != "first":
+        while (getattr(maker, "traces", None) or "").startswith("@"):
+            name = maker.traces[1:].partition("/")[0]
+            [maker] = [earlier for earlier in stages if earlier.name == name]
+        clips *= getattr(maker, "num_samples", 1)
+    return min(clips, getattr(stage, "limit", None) or clips)
+
+
+def sequences_of(stage, clips, others):
+    """{phase: sequences that go through it, of "optimizer" steps}. clips: that the stage reads, or their traces.
+    others: those of val_manifest or train_manifest."""
+    if not isinstance(stage, TRAINING):
+        decided = others if hasattr(stage, "train_manifest") else clips  # without the two thirds of a backward pass
+        trained = getattr(stage, "epochs", 1) * clips + decided / 3
+        return {"forward": clips, "generate": clips, "training": trained}
+    steps = stage.epochs * clips / stage.batch_size
+    if stage.max_steps is not None:
+        steps = min(steps, stage.max_steps)
+    read = steps * stage.batch_size
+    updates = stage.num_iterations if isinstance(stage, GRPO) else 1
+    validated = others * (ceil(steps / stage.eval_every) if stage.eval_every else 1)
+    return {"rollout": read, "scoring": read, "update": read * updates, "optimizer": steps * updates,
+            "validation": validated}
+
+
+def stage_hours(stage, phases, clips, others):
+    """A pass computes or reads, whichever takes longer; a step of decoding reads weights and half-filled caches."""
+    seconds = 0.0
+    sequences = sequences_of(stage, clips, others)
+    bytes_per_s = 1e12 * TB_PER_S
+    for phase in phases:
+        size = phase.bytes
+        in_fp32 = phase.name == "training" or stage.dtype == "float32"
+        flops_per_s = 1e12 * (FP32_TFLOPS if in_fp32 else TFLOPS)
+        read = size["weights"]
+        if phase.name == "optimizer":
+            read += size["gradients"] + size["optimizer"]
+        passes = sequences[phase.name] / phase.sequences
+        seconds += passes * max(phase.flops / flops_per_s, read / bytes_per_s)
+        if phase.step_flops:
+            steps = passes * min(ANSWER_TOKENS, stage.max_new_tokens) / SLOT_USE
+            read += size["KV cache"] / 2
+            seconds += steps * max(phase.step_flops / flops_per_s, read / bytes_per_s)
+    return seconds / 3600
+
+
+def disk_bytes(stage, phases):
+    """What a stage that trains leaves: its state to resume from, the best weights in validation, and best/."""
+    size = {phase.name: phase.bytes for phase in phases}
+    if "training" in size:
+        return size["training"]["weights"] + size["training"]["optimizer"]
+    if "update" not in size:
+        return 0
+    trained = size["optimizer"]["gradients"]  # as many bytes as the weights that train
+    state = trained + size["update"]["optimizer"]
+    published = trained if stage.trainable == "lora" else size["update"]["weights"]
+    best = trained if stage.val_manifest else 0
+    return state + best + published
