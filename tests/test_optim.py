@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from minixmd.learning.optim import MasterAdamW, adamw, optimizer_tensors, restore_optimizer
+from minixmd.runs.files import write_safetensors
 
 OPTIONS = dict(lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
 SHAPES = {"matrix": (5, 6), "vector": (7,)}
@@ -58,17 +59,41 @@ def test_a_master_takes_torchs_own_steps(lr, decay):
         assert torch.equal(ours[name], master.bfloat16())
 
 
-def test_a_restored_master_goes_on_bit_for_bit():
+def test_a_restored_master_goes_on_bit_for_bit(tmp_path):
     whole, half = parameters_of(torch.bfloat16), parameters_of(torch.bfloat16)
     walk(adamw(whole, **OPTIONS), whole, range(60))
     first = adamw(half, **OPTIONS)
     walk(first, half, range(30))
-    tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(first, half).items()}
+    tensors = optimizer_tensors(first, half)
     assert "matrix.master" in tensors and tensors["matrix.step"] == 30
+    path = tmp_path / "optimizer.safetensors"
+    write_safetensors(path, tensors)
     again = adamw(half, **OPTIONS)
-    restore_optimizer(again, half, tensors)
+    restore_optimizer(again, half, path)
+    restored = optimizer_tensors(again, half)
+    assert restored.keys() == tensors.keys()
+    assert all(torch.equal(restored[name], tensor) for name, tensor in tensors.items())
+    path.write_bytes(b"")  # what was restored has memory of its own
     walk(again, half, range(30, 60))
     assert all(torch.equal(p, whole[name]) for name, p in half.items())
+
+
+@pytest.mark.parametrize("dtype, name, tensor", [
+    (torch.bfloat16, "matrix.master", None), (torch.float32, "matrix.exp_avg", None),
+    (torch.bfloat16, "matrix.exp_avg", torch.zeros(6, 5)), (torch.bfloat16, "vector.exp_avg_sq", torch.zeros(1)),
+    (torch.float32, "vector.master", torch.zeros(7)), (torch.bfloat16, "matrix.master", torch.zeros(5, 6).bfloat16()),
+])  # fmt: skip
+def test_an_optimizers_state_that_does_not_fit_is_refused_by_file_and_name(tmp_path, dtype, name, tensor):
+    parameters = parameters_of(dtype)
+    optimizer = adamw(parameters, **OPTIONS)
+    walk(optimizer, parameters, range(1))
+    tensors = optimizer_tensors(optimizer, parameters)
+    tensors.pop(name, None)
+    if tensor is not None:
+        tensors[name] = tensor
+    write_safetensors(tmp_path / "o.safetensors", tensors)
+    with pytest.raises(ValueError, match=f"o.safetensors: not a state of this model: .*{name}"):
+        restore_optimizer(adamw(parameters, **OPTIONS), parameters, tmp_path / "o.safetensors")
 
 
 def test_a_parameter_without_a_gradient_is_left_alone():

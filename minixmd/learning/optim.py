@@ -3,6 +3,8 @@ import math
 
 import torch
 
+from minixmd.runs.training_state import fill, open_tensors
+
 
 def learning_rate(step, steps, peak, warmup_ratio):
     """Linear warm-up over the first `warmup_ratio` of the steps, then a cosine to zero. step: updates made before."""
@@ -61,13 +63,21 @@ def optimizer_tensors(optimizer, parameters):
     return tensors
 
 
-def restore_optimizer(optimizer, parameters, tensors):
-    """Puts back what optimizer_tensors gave, on each parameter's device (AdamW's step count stays on the CPU)."""
+def restore_optimizer(optimizer, parameters, path):
+    """Puts back what optimizer_tensors gave and `path` holds, tensor by tensor, on each parameter's device. (AdamW's
+    step count stays on the CPU.) Raises ValueError where the file does not fit the parameters."""
+    keys = ["exp_avg", "exp_avg_sq"]
+    dtype = None  # the parameter's
+    if isinstance(optimizer, MasterAdamW):
+        keys.append("master")
+        dtype = torch.float32
+    with open_tensors(path) as file:
+        saved = set(file.keys())
     for name, p in parameters.items():
-        if f"{name}.step" not in tensors:
+        if f"{name}.step" not in saved:
             continue  # it has had no gradient yet, as an encoder that no clip went through
-        state = {}
-        for key in ("step", "exp_avg", "exp_avg_sq", "master"):
-            if f"{name}.{key}" in tensors:
-                state[key] = tensors[f"{name}.{key}"].to("cpu" if key == "step" else p.device)
+        state = {"step": torch.tensor(0.0)}
+        for key in keys:
+            state[key] = torch.empty_like(p, dtype=dtype)
         optimizer.state[p] = state
+    fill(optimizer_tensors(optimizer, parameters), path)
