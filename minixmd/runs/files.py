@@ -69,15 +69,16 @@ def write_json(path, value):
 def write_safetensors(path, tensors, metadata=None):
     """Replace `path` by a safetensors file of {name: tensor} with string metadata, atomically. One tensor after the
     other is written, from its own memory or, if that is on a GPU or not contiguous, from a copy, all in the same place.
-    Raises ValueError for one tensor under two names."""
+    Raises ValueError for memory of the CPU under two names, as safetensors' own writer does."""
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # so that each is aligned
     header = {"__metadata__": metadata} if metadata else {}
     owners, end = {}, 0
     for name in order:
         tensor = tensors[name]
-        owner = owners.setdefault((tensor.device, tensor.data_ptr()), name) if tensor.nbytes else name
-        if owner != name:
-            raise ValueError(f"{path}: {owner} and {name} share their memory; one name must do for both")
+        if tensor.device.type == "cpu" and tensor.nbytes:
+            owner = owners.setdefault(tensor.data_ptr(), name)
+            if owner != name:
+                raise ValueError(f"{path}: {owner} and {name} share their memory; one name must do for both")
         start, end = end, end + tensor.nbytes
         header[name] = dict(dtype=DTYPE_NAMES[tensor.dtype], shape=list(tensor.shape), data_offsets=[start, end])
     text = json.dumps(header).encode()
