@@ -45,13 +45,13 @@ def state_layout(p, moments):
     return layout
 
 
-def check_state(state, p, moments, name="the parameter"):
+def check_state(state, p, moments):
     """Raises ValueError: a tensor of the state is missing, or does not fit."""
     for key, (shape, dtype) in state_layout(p, moments).items():
         x = state.get(key)
         if x is None or x.shape != shape or x.dtype != dtype or not x.is_contiguous():
             found = "none" if x is None else f"{tuple(x.shape)} of {x.dtype}"
-            raise ValueError(f"{name}'s {key} must be {tuple(shape)} of {dtype}, contiguous, got {found}")
+            raise ValueError(f"{key} must be {tuple(shape)} of {dtype}, contiguous, got {found}")
 
 
 def join(p, residual):

@@ -90,6 +90,7 @@ class Trainer:
         self.max_reads = min(stage.epochs * num_items, self.steps * stage.batch_size)
         self.step = 0  # finished ones
         self.best_accuracy = -1.0  # in validation
+        self.best_step = 0  # after which it was reached; 0 = never
         self.validated_step = 0  # the last one after which validation was finished
         self.num_bad = 0  # clips that could not be read, over all epochs so far
         self.samples = None  # of `fit`: what prefetch gives
@@ -481,14 +482,14 @@ class Trainer:
         accuracy, bad = validation_accuracy(self.model, self.processor, examples, stage)
         if accuracy > self.best_accuracy:
             self.best_accuracy = accuracy
-            checkpoint.save_best(self.folder, self.parameters)
-            self.save()
+            self.best_step = self.step
+            self.save()  # no tensor is written again: the state of this step is on disk
         self.log({"step": self.step, "val_accuracy": accuracy, "val_bad": bad})  # last: it marks the validation as done
         self.validated_step = self.step
         tqdm.write(f"{stage.name}: step {self.step}, validation accuracy {100 * accuracy:.1f} %")
 
     def save(self):
-        progress = {"step": self.step, "best": self.best_accuracy, "bad": self.num_bad}
+        progress = {"step": self.step, "best": self.best_accuracy, "best_step": self.best_step, "bad": self.num_bad}
         checkpoint.save(self.folder, self.parameters, self.optimizer, progress)
 
     def resume(self):
@@ -497,6 +498,7 @@ class Trainer:
         if progress is not None:
             self.step = progress["step"]
             self.best_accuracy = progress["best"]
+            self.best_step = progress["best_step"]
             self.num_bad = progress["bad"]
         for line in log_lines:
             if "val_accuracy" in line:

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load, load_file, save_file
 
 from minixmd.config import SFT, Evaluate, Traces
 from minixmd.runs import stage_directory as directory
-from minixmd.runs.files import write_json, write_safetensors, write_text
+from minixmd.runs.files import DTYPE_NAMES, write_json, write_safetensors, write_text
 from minixmd.runs.records import append_jsonl
 from minixmd.runs.stage_directory import begin, fingerprint, finish, versions
-from minixmd.runs.training_state import load_state, save_state
+from minixmd.runs.training_state import fill, load_state, remove_leftovers, save_state, tensor_file
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITERS = [(write_text, "new"), (write_json, {"new": 1}), (write_safetensors, {"new": torch.ones(3)})]
@@ -110,72 +111,288 @@ def test_a_kill_between_write_and_rename_leaves_the_old_file(tmp_path):
     assert torch.equal(load_file(path)["w"], torch.zeros(3))
 
 
+# safetensors
+
+
+def bits(tensor):
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def assert_same(found, expected):
+    """To the bit, in the names, dtypes and shapes too."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(bits(found[name]), bits(tensor)), name
+
+
+def odd_tensors():
+    """One of every dtype, of odd sizes, without elements or dimensions, views, and a NaN with a payload."""
+    tensors = {str(dtype): (100 * torch.randn(3, 5)).to(dtype) for dtype in DTYPE_NAMES}
+    base = torch.randn(6, 4, 3)
+    return tensors | {
+        "scalar": torch.tensor(7), "none": torch.zeros(0, 3), "no bytes": torch.zeros(0, dtype=torch.bool),
+        "transposed": base.transpose(0, 2), "rows": base[2:4], "strided": torch.randn(9)[::2],
+        "expanded": torch.randn(1, 3).expand(4, 3), "é/ name": torch.randn(2).bfloat16(),
+        "trains": torch.nn.Parameter(torch.randn(3)), "byte": torch.tensor([200, 3, 4], dtype=torch.uint8),
+        "nan": torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32),
+    }  # fmt: skip
+
+
+def test_safetensors_reads_every_dtype_and_every_view_to_the_bit(tmp_path, device):
+    tensors = odd_tensors()
+    path = tmp_path / "w.safetensors"
+    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+    write_safetensors(path, moved, {"format": "pt", "note": "é"})
+    assert_same(load_file(path), tensors)
+    assert_same(load(path.read_bytes()), tensors)  # which looks at every offset
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "note": "é"}
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    assert length % 8 == 0
+    for name, entry in json.loads(raw[8:8 + length]).items():
+        if name != "__metadata__":
+            assert entry["data_offsets"][0] % tensors[name].itemsize == 0, name
+
+
+def test_a_file_is_the_one_that_safetensors_writes(tmp_path):
+    tensors = {name: torch.randn(5, 3) for name in "ba"} | {"small": torch.randn(3).half(), "one": torch.tensor(2.5)}
+    write_safetensors(tmp_path / "ours", tensors, {"format": "pt"})
+    save_file(tensors, tmp_path / "theirs", {"format": "pt"})
+    raw = [(tmp_path / side).read_bytes() for side in ("ours", "theirs")]
+    ends = [8 + int.from_bytes(data[:8], "little") for data in raw]
+    headers = [json.loads(data[8:end]) for data, end in zip(raw, ends, strict=True)]
+    assert headers[0] == headers[1] and raw[0][ends[0]:] == raw[1][ends[1]:]
+    write_safetensors(tmp_path / "empty", {})
+    assert load_file(tmp_path / "empty") == {}
+
+
+def test_one_tensor_under_two_names_is_refused(tmp_path):
+    weight = torch.randn(4, 3)
+    for other in (weight, weight.view(12), torch.nn.Parameter(weight)):
+        with pytest.raises(ValueError, match="w.safetensors: a and b share their memory"):
+            write_safetensors(tmp_path / "w.safetensors", {"b": other, "a": weight})
+    assert files(tmp_path) == []
+    write_safetensors(tmp_path / "w.safetensors", {"rest": weight[1:], "first": weight[:1], "an empty one": weight[:0]})
+
+
 # training state
 
 
-def test_a_state_comes_back_bit_for_bit(tmp_path):
+def test_a_state_comes_back_bit_for_bit(tmp_path, device):
     assert load_state(tmp_path) is None
-    nan = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)  # a NaN with a payload
-    tensors = {"w": torch.randn(3, 5).T, "step": torch.tensor(7), "half": torch.randn(4).bfloat16(), "nan": nan,
-               "none": torch.zeros(0, 3), "f64": torch.randn(2, dtype=torch.float64)}
-    save_state(tmp_path, tensors, {"step": 7, "best": 0.1 + 0.2, "inf": math.inf, "order": ["a", "é"]})
-    loaded, meta = load_state(tmp_path)
-    assert loaded.keys() == tensors.keys() and meta == {"step": 7, "best": 0.1 + 0.2, "inf": math.inf,
-                                                        "order": ["a", "é"]}
-    for name, tensor in tensors.items():
-        assert loaded[name].dtype == tensor.dtype and loaded[name].shape == tensor.shape
-        bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (loaded[name], tensor)]
-        assert torch.equal(*bits), name
+    weights, optimizer = odd_tensors(), {"w.step": torch.tensor(7.0), "w.exp_avg": torch.randn(5)}
+    progress = {"step": 7, "best": 0.1 + 0.2, "inf": math.inf, "order": ["a", "é"]}
+    save_state(tmp_path, weights, optimizer, progress)
+    assert files(tmp_path) == ["optimizer-000007.safetensors", "state.json", "weights-000007.safetensors"]
+    assert load_state(tmp_path) == progress
+    for kind, saved in (("weights", weights), ("optimizer", optimizer)):
+        found = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for name, tensor in saved.items()}
+        fill(found, tensor_file(tmp_path, kind, 7))
+        assert_same({name: tensor.cpu() for name, tensor in found.items()}, saved)
 
 
-def test_a_loaded_state_outlives_its_replacement(tmp_path):
-    save_state(tmp_path, {"w": torch.zeros(100_000)}, {"step": 1})
-    loaded, _ = load_state(tmp_path)
-    save_state(tmp_path, {"w": torch.ones(100_000)}, {"step": 2})
-    assert loaded["w"].sum() == 0 and load_state(tmp_path)[0]["w"].sum() == 100_000
+def save(folder, step, best_step=0):
+    weights = {"w": torch.full((3,), float(step))}
+    save_state(folder, weights, {"w.step": torch.tensor(float(step))}, {"step": step, "best_step": best_step})
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-10], lambda b: b[:4], lambda b: b"", lambda b: b"\xff" * len(b)])
-def test_a_damaged_state_is_one_line_that_names_it(tmp_path, damage):
-    save_state(tmp_path, {"w": torch.ones(9)}, {})
-    path = tmp_path / "state.safetensors"
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match="not a training state") as caught:
+def steps_on_disk(folder, kind):
+    return sorted(int(path.stem.split("-")[1]) for path in folder.glob(f"{kind}-*"))
+
+
+def test_the_best_weights_are_kept_as_long_as_they_are_the_best_and_nothing_older_is(tmp_path):
+    for step, best_step, weights in ((2, 0, [2]), (4, 0, [4]), (4, 4, [4]), (6, 4, [4, 6]), (8, 4, [4, 8]), (8, 8, [8]),
+                                     (10, 8, [8, 10])):
+        save(tmp_path, step, best_step)
+        assert (steps_on_disk(tmp_path, "weights"), steps_on_disk(tmp_path, "optimizer")) == (weights, [step])
+        assert all((load_file(tensor_file(tmp_path, "weights", n))["w"] == n).all() for n in weights)
+
+
+def test_a_step_that_is_saved_is_not_written_again(tmp_path):
+    save(tmp_path, 5)
+    before = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*.safetensors"))]
+    save(tmp_path, 5, best_step=5)
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*.safetensors"))] == before
+    assert load_state(tmp_path) == {"step": 5, "best_step": 5}
+    write_safetensors(tensor_file(tmp_path, "weights", 6), {"w": torch.zeros(3)})  # a kill came before state.json
+    save(tmp_path, 6)
+    assert (load_file(tensor_file(tmp_path, "weights", 6))["w"] == 6).all()
+
+
+@pytest.mark.parametrize("kept", range(3))
+def test_a_save_that_is_cut_short_leaves_the_old_state_whole(tmp_path, monkeypatch, kept):
+    """A save renames three files into place. After a kill before any of them the old state is there."""
+    replace_file, left = os.replace, [kept]
+
+    def replace_until_killed(*paths):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        replace_file(*paths)
+
+    save(tmp_path, 2)
+    save(tmp_path, 4, best_step=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 6, best_step=2)
+    assert load_state(tmp_path) == {"step": 4, "best_step": 2}
+    assert {2, 4} <= set(steps_on_disk(tmp_path, "weights")) and 4 in steps_on_disk(tmp_path, "optimizer")
+    remove_leftovers(tmp_path, load_state(tmp_path))  # as at the next start
+    assert (steps_on_disk(tmp_path, "weights"), steps_on_disk(tmp_path, "optimizer")) == ([2, 4], [4])
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-10], lambda b: b[:4], lambda b: b"", lambda b: b"\xff" * len(b),
+                                    None])  # fmt: skip
+@pytest.mark.parametrize("name", ["state.json", "weights-000001.safetensors"])
+def test_a_damaged_state_is_one_line_that_names_it(tmp_path, name, damage):
+    save(tmp_path, 1)
+    path = tmp_path / name
+    if damage is None and name != "state.json":
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()) if damage else b'{"w": 1}')
+    with pytest.raises(ValueError, match="not (of )?a training state .*; delete .* to start the stage anew") as caught:
         load_state(tmp_path)
+        fill({"w": torch.ones(3)}, tensor_file(tmp_path, "weights", 1))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_file_of_another_origin_is_no_state(tmp_path):
-    write_safetensors(tmp_path / "state.safetensors", {"w": torch.ones(9)})
-    with pytest.raises(ValueError, match="not a training state"):
-        load_state(tmp_path)
+@pytest.mark.parametrize("tensors, fault", [
+    ({"w": torch.ones(3), "v": torch.ones(1)}, "only one of the two has v"), ({}, "only one of the two has w"),
+    ({"w": torch.ones(3, 1)}, r"w is torch.float32 \[3\], expected torch.float32 \[3, 1\]"),
+    ({"w": torch.ones(1, 3)}, r"\[3\], expected torch.float32 \[1, 3\]"),  # which copy_ would broadcast to
+    ({"w": torch.ones(3).half()}, r"w is torch.float32 \[3\], expected torch.float16"),
+])  # fmt: skip
+def test_a_state_of_another_model_is_one_line_that_names_it(tmp_path, tensors, fault):
+    save(tmp_path, 1)
+    with pytest.raises(ValueError, match=fault) as caught:
+        fill(tensors, tensor_file(tmp_path, "weights", 1))
+    assert str(caught.value).startswith(f"{tmp_path}/weights-000001.safetensors: not a state of this model: ")
 
 
 SAVING = """
 import sys, torch
 from minixmd.runs.training_state import save_state
-step = 0
+step, size = 0, int(sys.argv[2])
 while True:
     step += 1
-    save_state(sys.argv[1], {name: torch.full((200_000,), float(step)) for name in "ab"}, {"step": step})
+    both = [{name: torch.empty(size, 2).fill_(step).T for name in "ab"} for _ in range(2)]
+    save_state(sys.argv[1], *both, {"step": step, "best_step": step // 2})
     print(step, flush=True)
 """
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_moment_leaves_a_whole_state(tmp_path):
+@pytest.mark.parametrize("size, rounds, saves, longest_s", [(100_000, 3, 2, 0.05), (64 << 20, 1, 1, 4.0)],
+                         ids=["3 MB", "2 GB"])
+def test_a_kill_at_any_moment_leaves_a_whole_state(tmp_path, size, rounds, saves, longest_s):
     moments = random.Random(0)
-    for _ in range(3):
-        saving = subprocess.Popen([sys.executable, "-c", SAVING, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for _ in range(2):
+    command = [sys.executable, "-c", SAVING, tmp_path, str(size)]
+    for _ in range(rounds):
+        saving = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(saves):
             said = int(saving.stdout.readline())
-        time.sleep(moments.uniform(0, 0.05))
+        time.sleep(moments.uniform(0, longest_s))
         saving.kill()
         rest, _ = saving.communicate()
         said = int((rest.splitlines() or [said])[-1])
-        tensors, meta = load_state(tmp_path)
-        assert meta["step"] in (said, said + 1)  # a kill may fall between a save and its line
-        assert all((tensor == meta["step"]).all() and len(tensor) == 200_000 for tensor in tensors.values())
+        state = load_state(tmp_path)
+        assert state["step"] in (said, said + 1)  # a kill may fall between a save and its line
+        for kind, step in (("weights", state["step"]), ("optimizer", state["step"]), ("weights", state["best_step"])):
+            if step:
+                tensors = load_file(tensor_file(tmp_path, kind, step))
+                assert tensors.keys() == {"a", "b"}
+                assert all((tensor == step).all() and tensor.shape == (2, size) for tensor in tensors.values())
+        for leftover in tmp_path.iterdir():
+            leftover.unlink()
+
+
+MEMORY = """
+import gc, sys, threading, torch
+from contextlib import contextmanager
+from pathlib import Path
+from minixmd.learning.checkpoint import restore, save
+from minixmd.learning.optim import adamw
+
+folder, count, rows = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+
+
+def anonymous():
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) << 10
+
+
+@contextmanager
+def rise(what):
+    gc.collect()
+    samples, done = [anonymous()], threading.Event()
+
+    def sample():
+        while not done.wait(0.001):
+            samples.append(anonymous())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+    print(what, max(samples) - samples[0], anonymous() - samples[0], len(samples), flush=True)
+
+
+def make(count, rows, transposed):
+    made = {}
+    for i in range(count):
+        w = torch.empty(rows, 1024).fill_(i + 1)
+        made[f"p{i}"] = torch.nn.Parameter(w.T if transposed else w)
+    optimizer = adamw(made, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    for i, p in enumerate(made.values()):
+        moments = {key: torch.full_like(p, -1 - i, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.tensor(1.0), **moments}
+    return made, optimizer
+
+
+def cycle(step, count, rows, transposed):
+    made, optimizer = make(count, rows, transposed)
+    kind = "transposed" if transposed else "contiguous"
+    with rise(f"save-{kind}"):
+        save(folder, made, optimizer, {"step": step})
+    for p in made.values():
+        p.data.zero_()
+    optimizer.state.clear()
+    with rise(f"resume-{kind}"):
+        restore(folder, made, optimizer)
+    for i, p in enumerate(made.values()):
+        assert (p == i + 1).all() and (optimizer.state[p]["exp_avg_sq"] == -1 - i).all()
+
+
+for kind in (False, True):
+    cycle(1 + kind, 2, 1, kind)  # what is imported and started at the first use
+for kind in (False, True):
+    cycle(3 + kind, count, rows, kind)
+"""
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("count, largest_mib", [
+    (6, 16),
+    pytest.param(10, 64, marks=pytest.mark.slow),  # 1.9 GB: weights and two moments
+])  # fmt: skip
+def test_saving_and_resuming_take_the_memory_of_one_tensor(tmp_path, count, largest_mib):
+    command = [sys.executable, "-c", MEMORY, tmp_path, str(count), str(largest_mib * 256)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = [line.split() for line in done.stdout.splitlines()]
+    peaks = {what: (int(peak), int(end), int(samples)) for what, peak, end, samples in seen}  # the last of each
+    assert len(seen) == 8 and all(samples > 5 for _, _, samples in peaks.values())
+    state = 2 * count * largest_mib * MIB  # the optimizer's, which resuming makes
+    for kind, copies in (("contiguous", 0), ("transposed", 1)):
+        peak, end, _ = peaks[f"save-{kind}"]
+        assert peak <= copies * largest_mib * MIB + 40 * MIB and end <= 40 * MIB, (kind, peak / MIB, end / MIB)
+        peak, _, _ = peaks[f"resume-{kind}"]
+        assert peak <= state + 40 * MIB, (kind, peak / MIB)
 
 
 # stage directories
@@ -231,11 +448,34 @@ def test_a_finished_stage_is_skipped(world):
 def test_an_unfinished_stage_goes_on_with_what_it_wrote(world):
     folder = begin(*world)
     append_jsonl(folder / "log.jsonl", {"step": 1})
-    save_state(folder, {"w": torch.ones(2)}, {"step": 1})
+    save(folder, 1)
     assert begin(*world) == folder
     append_jsonl(folder / "log.jsonl", {"step": 2})
     assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [1, 2]
-    assert load_state(folder)[1] == {"step": 1}
+    assert load_state(folder)["step"] == 1
+
+
+def test_a_finished_stage_keeps_no_training_state(world, monkeypatch):
+    folder = begin(*world)
+    save(folder, 3)
+    save(folder, 4, best_step=3)
+    made = [path.name for path in folder.iterdir()]
+    with monkeypatch.context() as patch:
+        patch.setattr(directory, "write_json", lambda *given: pytest.fail("a full disk"))
+        with pytest.raises(pytest.fail.Exception):
+            finish(folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(made)  # it is not finished yet
+    with monkeypatch.context() as patch:
+        patch.setattr(directory, "remove_leftovers", lambda *given: pytest.fail("a kill"))
+        with pytest.raises(pytest.fail.Exception):
+            finish(folder)
+    assert steps_on_disk(folder, "weights") == [3, 4] and (folder / "done.json").exists()
+    expected = ["config.json", "config.py", "done.json", "inputs.json", "versions.json"]
+    assert begin(*world) is None
+    assert files(folder) == expected
+    save(folder, 4)
+    finish(folder)
+    assert files(folder) == expected
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -283,7 +523,7 @@ def test_a_stage_that_has_made_nothing_yet_takes_a_corrected_config_and_correcte
     assert json.loads((folder / "config.json").read_text())["lr"] == 2e-4
     assert json.loads((folder / "inputs.json").read_text())["manifest"] == fingerprint(inputs["manifest"])
     assert not (folder / "log.jsonl").exists()
-    save_state(folder, {"w": torch.ones(2)}, {"step": 1})
+    save(folder, 1)
     assert "made by another config" in refusal(*world)
 
 
@@ -377,6 +617,9 @@ def test_what_a_kill_left_behind_is_cleared_away(world, capsys):
         file.write('{"step": ')  # a line that a kill cut short
     (folder / "best").mkdir()
     (folder / "best" / ".model.safetensors.123.tmp").write_text("half")
+    save(folder, 1)
+    for kind in ("weights", "optimizer"):
+        write_safetensors(tensor_file(folder, kind, 2), {"w": torch.ones(2)})  # whole, but state.json was not replaced
     capsys.readouterr()
     begin(*world)
     assert capsys.readouterr().err == f"{folder / 'log.jsonl'}: dropped the last line, cut short after 9 bytes\n"
@@ -385,6 +628,7 @@ def test_what_a_kill_left_behind_is_cleared_away(world, capsys):
     begin(*world)
     assert capsys.readouterr().err == ""
     assert files(folder / "best") == []
+    assert steps_on_disk(folder, "weights") == steps_on_disk(folder, "optimizer") == [1]
 
 
 @pytest.mark.parametrize("name", ["config.json", "inputs.json"])

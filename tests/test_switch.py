@@ -25,6 +25,7 @@ from minixmd.inputs.examples import read_manifest
 from minixmd.models.cnn14 import make_cnn14
 from minixmd.runs import distributed
 from minixmd.runs.records import append_jsonl
+from minixmd.runs.training_state import tensor_file
 from minixmd.stages import switch
 from minixmd.stages.cnn14_training import load_logmel, load_logmels, train_epochs
 from minixmd.tasks import yes_no
@@ -85,7 +86,8 @@ def run(world, folder, **more):
 def go_on(folder, other):
     """A folder that holds what a run stopped after its last epoch leaves."""
     other.mkdir(parents=True)
-    shutil.copy(folder / "state.safetensors", other)
+    for path in (folder / "state.json", *folder.glob("weights-*"), *folder.glob("optimizer-*")):
+        shutil.copy(path, other)
 
 
 def log_of(folder):
@@ -336,9 +338,10 @@ def test_a_stage_stopped_after_an_epoch_ends_bit_equal(world, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         switch.run(Switch(**fields(world, **how)), tmp_path / "stopped", stop)
     run(world, tmp_path / "stopped", **how)
-    whole, again = (load_file(tmp_path / side / "state.safetensors") for side in ("whole", "stopped"))
-    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
-    for name in ("switch.jsonl", "results.json", "log.jsonl"):
+    for kind in ("weights", "optimizer"):
+        whole, again = (load_file(tensor_file(tmp_path / side, kind, 2)) for side in ("whole", "stopped"))
+        assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    for name in ("switch.jsonl", "results.json", "log.jsonl", "state.json"):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "stopped" / name).read_text(), name
 
 
@@ -353,8 +356,8 @@ def test_a_killed_stage_ends_bit_equal(world, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
     assert start(config, tmp_path / "killed").wait() == 0
-    whole, again = (load_file(tmp_path / side / "switch" / "state.safetensors") for side in ("whole", "killed"))
-    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    names = [sorted(path.name for path in (tmp_path / side / "switch").iterdir()) for side in ("whole", "killed")]
+    assert names[0] == names[1] and not [name for name in names[0] if name.startswith(("state", "weights", "optim"))]
     for name in ("switch.jsonl", "results.json", "log.jsonl"):
         assert (tmp_path / "whole/switch" / name).read_text() == (tmp_path / "killed/switch" / name).read_text(), name
 
@@ -393,7 +396,7 @@ def test_it_starts_from_a_checkpoint_with_a_head_of_its_own(world, tmp_path):
     _, scratch = run(world, tmp_path / "scratch", epochs=1)
     _, tuned = run(world, tmp_path / "tuned", epochs=1, weights=f"{tmp_path}/c.pth", lr=1e-9, warmup_ratio=0.0)
     assert scratch[1]["loss"] != tuned[1]["loss"]
-    state = load_file(tmp_path / "tuned" / "state.safetensors")
+    state = load_file(tensor_file(tmp_path / "tuned", "weights", 1))
     assert state["fc_audioset.weight"].shape == (2, 128)
     torch.testing.assert_close(state["conv_block3.conv1.weight"], theirs.conv_block3.conv1.weight, rtol=0, atol=1e-7)
     with pytest.raises(ValueError, match="c.pth: not this Cnn14_16k, .* tensors do not fit: bn0.*|conv_block1"):
@@ -438,7 +441,7 @@ def test_clips_without_sound_or_too_few_of_them_are_refused(world, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_stage(world, tmp_path):
     with pytest.raises(ValueError, match="the loss of epoch 1 is (nan|inf); stopped"):
         run(world, tmp_path / "run", lr=1e30)
-    assert not (tmp_path / "run" / "state.safetensors").exists()
+    assert not (tmp_path / "run" / "state.json").exists()
 
 
 @pytest.mark.parametrize("field, value, says", [

@@ -1,5 +1,6 @@
 """The loop and the runner: what is learnt, exact resume after SIGKILL, and one clear line for every wrong input."""
 import json
+import os
 import random
 import re
 import shutil
@@ -19,6 +20,7 @@ from tiny import tiny_model, trainer_of
 
 import minixmd
 import minixmd.models.lora
+from minixmd import runner
 from minixmd.config import GRPO, SFT, Distill, FactCheck, Label, Traces
 from minixmd.inputs.examples import Example, read_manifest
 from minixmd.inputs.prompts import build_prompt
@@ -27,8 +29,9 @@ from minixmd.learning.optim import adamw, optimizer_tensors, restore_optimizer
 from minixmd.learning.targets import Item, resolve_targets
 from minixmd.runner import main
 from minixmd.runs.device import describe_device
-from minixmd.runs.files import UMASK
+from minixmd.runs.files import write_safetensors
 from minixmd.runs.records import write_jsonl
+from minixmd.runs.training_state import load_state, tensor_file
 from minixmd.stages import multiple_choice
 from minixmd.train import Trainer
 
@@ -288,6 +291,14 @@ def test_a_device_is_named_and_looked_for_only_where_a_model_runs_here(monkeypat
 # ---- exact resume ----
 
 
+ADAPTER = "student/best/adapter_model.safetensors"
+
+
+def state_files(folder):
+    names = [path.name for path in folder.iterdir()]
+    return sorted(name for name in names if name.startswith(("state", "weights", "optimizer", ".")))
+
+
 def start(config, run_dir):
     command = [sys.executable, "-m", "minixmd.train", str(config), f"run_dir={run_dir}"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -310,10 +321,10 @@ def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_uninterrupted_
         killed.append(process.wait())
     assert -signal.SIGKILL in killed, f"seed {seed}: the runs ended before they were killed"
     assert start(config, tmp_path / "killed").wait() == 0
-    for name in ("best/adapter_model.safetensors", "state.safetensors", "best.safetensors"):
-        whole, again = (load_file(tmp_path / side / "student" / name) for side in ("whole", "killed"))
-        assert whole.keys() == again.keys(), f"seed {seed}: {name}"
-        assert all(torch.equal(whole[key], again[key]) for key in whole), f"seed {seed}: {name}"
+    whole, again = (load_file(tmp_path / side / ADAPTER) for side in ("whole", "killed"))
+    assert whole.keys() == again.keys(), f"seed {seed}"
+    assert all(torch.equal(whole[key], again[key]) for key in whole), f"seed {seed}"
+    assert state_files(tmp_path / "killed" / "student") == [], f"seed {seed}"
     steps = [[(line["step"], line.get("loss"), line.get("val_accuracy")) for line in log_of(folder / "student")]
              for folder in (tmp_path / "whole", tmp_path / "killed")]
     assert steps[0] == steps[1], f"seed {seed}"
@@ -321,6 +332,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_weights_of_an_uninterrupted_
 
 def test_a_validation_that_fails_costs_no_step_and_is_done_by_the_next_run_once(world, tmp_path, monkeypatch):
     stages = train(world, epochs=2, max_steps=5, eval_every=2, val_manifest=f"{world}/clips/manifest.jsonl")
+    monkeypatch.setattr(runner, "finish", lambda folder: None)  # which deletes the states that are compared
     (tmp_path / "whole").mkdir()
     assert run(tmp_path / "whole", stages) == 0
     seen, step, score = [], Trainer.sft_step, multiple_choice.score_letters
@@ -343,12 +355,83 @@ def test_a_validation_that_fails_costs_no_step_and_is_done_by_the_next_run_once(
     twice = ["validation"] * 2
     assert seen == [1, 2, *twice, 3, 3, 4, *twice, 5, *twice]
     whole, again = tmp_path / "whole/run/student", tmp_path / "run/student"
-    for name in ("state.safetensors", "best.safetensors"):
-        a, b = load_file(whole / name), load_file(again / name)
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert state_files(whole) == state_files(again) and load_state(whole) == load_state(again)
+    for name in ("best/adapter_model.safetensors", *state_files(whole)):
+        if name.endswith("safetensors"):
+            a, b = load_file(whole / name), load_file(again / name)
+            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     steps = [[(line["step"], line.get("loss"), line.get("val_accuracy")) for line in log_of(folder)]
              for folder in (whole, again)]
     assert steps[0] == steps[1] and sum(accuracy is not None for *_, accuracy in steps[0]) == 3
+
+
+def test_a_new_best_writes_no_tensor_and_its_weights_are_published(world, tmp_path, monkeypatch):
+    written, seen, accuracies = [], {}, [0.25, 0.75, 0.5, 0.75]
+
+    def writing(path, tensors):
+        written.append(path.name)
+        write_safetensors(path, tensors)
+
+    def validating(model, *given):
+        seen[len(seen)] = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        return accuracies[len(seen) - 1], {}
+
+    monkeypatch.setattr("minixmd.runs.training_state.write_safetensors", writing)
+    monkeypatch.setattr("minixmd.train.validation_accuracy", validating)
+    monkeypatch.setattr(runner, "finish", lambda folder: None)
+    assert run(tmp_path, train(world, epochs=4, max_steps=8, eval_every=2, save_every=3,
+                               val_manifest=f"{world}/clips/manifest.jsonl")) == 0
+    saved = [2, 3, 4, 6, 8]
+    assert written == [f"{kind}-{step:06d}.safetensors" for step in saved for kind in ("weights", "optimizer")]
+    folder = tmp_path / "run" / "student"
+    assert load_state(folder) == {"step": 8, "best": 0.75, "best_step": 4, "bad": 0}  # the earliest of two
+    assert state_files(folder) == ["optimizer-000008.safetensors", "state.json", "weights-000004.safetensors",
+                                   "weights-000008.safetensors"]
+    model, _ = minixmd.load(folder / "best")
+    kept = load_file(tensor_file(folder, "weights", 4))
+    assert kept.keys() == seen[1].keys()
+    for name, tensor in kept.items():
+        assert torch.equal(tensor, seen[1][name]) and torch.equal(tensor, model.get_parameter(name))
+    assert any(not torch.equal(tensor, seen[3][name]) for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_kill_between_the_weights_and_the_mark_is_made_good(world, tmp_path, monkeypatch, validated):
+    more = dict(max_steps=4, eval_every=2, val_manifest=f"{world}/clips/manifest.jsonl") if validated else {}
+    stages = train(world, **more)
+    (tmp_path / "whole").mkdir()
+    assert run(tmp_path / "whole", stages) == 0
+    folder = tmp_path / "run" / "student"
+
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "finish", killed)
+        assert run(tmp_path, stages) == 130
+        assert (folder / "best").exists() and "state.json" in state_files(folder)
+        shutil.rmtree(folder / "best")
+        patch.setattr(Trainer, "sft_step", lambda *given: pytest.fail("a step was taken again"))
+        assert run(tmp_path, stages) == 130
+    assert run(tmp_path, stages) == 0
+    names = [sorted(path.relative_to(side).as_posix() for path in side.rglob("*"))
+             for side in (tmp_path / "whole/run/student", folder)]
+    assert names[0] == names[1] and "done.json" in names[0] and state_files(folder) == []
+    adapters = [(tmp_path / side / ADAPTER).read_bytes() for side in ("whole/run", "run")]
+    assert adapters[0] == adapters[1]
+
+
+def test_a_state_that_does_not_fit_the_model_is_refused(world, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "finish", lambda folder: None)
+        assert run(tmp_path, train(world, max_steps=1)) == 0
+    path = tensor_file(tmp_path / "run" / "student", "weights", 1)
+    tensors = load_file(path)
+    name = min(tensors)
+    save_file(tensors | {name: tensors[name][1:].clone()}, path)
+    shutil.rmtree(tmp_path / "run" / "student" / "best")
+    line = refused(tmp_path, capsys, train(world, max_steps=1))
+    assert line.startswith(f"minixmd: {path}: not a state of this model: {name} is torch.float32 [")
 
 
 # ---- wrong input: one line, exit status 1, nothing half-written ----
@@ -487,21 +570,20 @@ def test_an_unwritable_run_directory_is_named(world, tmp_path, capsys):
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_state_whole(world, tmp_path, capsys, monkeypatch):
-    import minixmd.runs.files
+    real = os.fsync
 
-    real, states = minixmd.runs.files.save_file, []
-
-    def full(tensors, path, metadata=None):
-        if "state" in path.name and states:
-            path.write_bytes(b"half")
+    def full(number):
+        if "optimizer-000002" in os.readlink(f"/proc/self/fd/{number}"):
             raise OSError(28, "No space left on device")
-        states.append(path.name)
-        real(tensors, path, metadata)
+        real(number)
 
-    monkeypatch.setattr(minixmd.runs.files, "save_file", full)
-    assert "No space left on device" in refused(tmp_path, capsys, train(world, save_every=1))
-    left = [path.name for path in (tmp_path / "run" / "student").iterdir()]
-    assert "state.safetensors" in left and not [name for name in left if "tmp" in name]
+    monkeypatch.setattr(os, "fsync", full)
+    line = refused(tmp_path, capsys, train(world, save_every=1))
+    assert "optimizer-000002.safetensors" in line and "No space left on device" in line
+    folder = tmp_path / "run" / "student"
+    assert load_state(folder)["step"] == 1
+    assert state_files(folder) == ["optimizer-000001.safetensors", "state.json", "weights-000001.safetensors",
+                                   "weights-000002.safetensors"]  # the last goes at the next start
     monkeypatch.undo()
     assert run(tmp_path, train(world, save_every=1)) == 0
 
@@ -592,7 +674,7 @@ def test_a_switch_that_could_decide_nothing_is_refused(world, tmp_path, capsys, 
     assert says in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_parameter_that_has_had_no_gradient_yet_is_restored_as_such():
+def test_a_parameter_that_has_had_no_gradient_yet_is_restored_as_such(tmp_path):
     options = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in ("heard", "seen")}
     optimizer = adamw(parameters, **options)
@@ -600,7 +682,8 @@ def test_a_parameter_that_has_had_no_gradient_yet_is_restored_as_such():
     optimizer.step()
     tensors = optimizer_tensors(optimizer, parameters)
     restored = adamw(parameters, **options)
-    restore_optimizer(restored, parameters, tensors)
+    write_safetensors(tmp_path / "o.safetensors", tensors)
+    restore_optimizer(restored, parameters, tmp_path / "o.safetensors")
     assert set(tensors) == {"heard.step", "heard.exp_avg", "heard.exp_avg_sq"}
     parameters["seen"].grad = torch.ones(2)
     restored.step()  # both
@@ -608,6 +691,10 @@ def test_a_parameter_that_has_had_no_gradient_yet_is_restored_as_such():
 
 
 def test_written_weights_can_be_read_by_others(world, tmp_path):
-    assert run(tmp_path, train(world, max_steps=1)) == 0
+    before = os.umask(0o022)
+    try:
+        assert run(tmp_path, train(world, max_steps=1)) == 0
+    finally:
+        os.umask(before)
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "run" / "student" / "best").iterdir()}
-    assert len(modes) == 1 and modes == {0o666 & ~UMASK}
+    assert modes == {0o644}

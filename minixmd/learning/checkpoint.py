@@ -1,23 +1,14 @@
-"""What training writes: the state a stopped run resumes from, the best weights so far, and the finished model."""
-import torch
-from safetensors.torch import load_file
-
+"""What training writes: the state that a stopped run resumes from, and the finished model."""
 from minixmd.learning.optim import optimizer_tensors, restore_optimizer
 from minixmd.models.hub import pinned
 from minixmd.models.lora import adapted
 from minixmd.models.weights import save_adapter, save_model
-from minixmd.runs.files import write_safetensors
-from minixmd.runs.training_state import load_state, rewind_logs, save_state
-
-BEST = "best.safetensors"  # the parameters that train, at their best validation
+from minixmd.runs.training_state import fill, load_state, rewind_logs, save_state, tensor_file
 
 
 def save(folder, parameters, optimizer, progress):
-    """Replaces the resumable state. progress: {"step", …}, JSON-able."""
-    tensors = optimizer_tensors(optimizer, parameters)
-    for name, p in parameters.items():
-        tensors[f"{name}.weight"] = p
-    save_state(folder, tensors, progress)
+    """Replaces the resumable state. progress: as save_state takes it."""
+    save_state(folder, parameters, optimizer_tensors(optimizer, parameters), progress)
 
 
 def restore(folder, parameters, optimizer):
@@ -26,25 +17,17 @@ def restore(folder, parameters, optimizer):
     state = load_state(folder)
     if state is None:
         return None, rewind_logs(folder, 0)
-    tensors, progress = state
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(tensors[f"{name}.weight"])
-    restore_optimizer(optimizer, parameters, tensors)
-    return progress, rewind_logs(folder, progress["step"])
-
-
-def save_best(folder, parameters):
-    write_safetensors(folder / BEST, parameters)
+    fill(parameters, tensor_file(folder, "weights", state["step"]))
+    restore_optimizer(optimizer, parameters, tensor_file(folder, "optimizer", state["step"]))
+    return state, rewind_logs(folder, state["step"])
 
 
 def publish(folder, model, processor, parameters, base):
     """Writes best/, an adapter or a whole model: the best weights in validation, or the last ones without it. base: the
     model that training started from, which an adapter names."""
-    if (folder / BEST).exists():
-        with torch.no_grad():
-            for name, tensor in load_file(folder / BEST).items():
-                parameters[name].copy_(tensor)
+    state = load_state(folder)
+    if state is not None and state["best_step"]:
+        fill(parameters, tensor_file(folder, "weights", state["best_step"]))
     if adapted(model):
         save_adapter(model, pinned(base), folder / "best")
     else:

@@ -3,7 +3,8 @@ import math
 
 import torch
 
-from minixmd.kernels.adamw import adamw_update, check_state, state_layout
+from minixmd.kernels.adamw import adamw_update, state_layout
+from minixmd.runs.training_state import fill, open_tensors
 
 
 def learning_rate(step, steps, peak, warmup_ratio):
@@ -61,18 +62,17 @@ def optimizer_tensors(optimizer, parameters):
     return tensors
 
 
-def restore_optimizer(optimizer, parameters, tensors):
-    """Puts back what optimizer_tensors gave, on each parameter's device (the step count stays on the CPU). Raises
-    ValueError: a tensor that the optimizer needs is missing, or does not fit."""
-    moments = getattr(optimizer, "moments", "float32")  # PyTorch's Adam and AdamW hold the same names
+def restore_optimizer(optimizer, parameters, path):
+    """Puts back what optimizer_tensors gave and `path` holds, tensor by tensor, on each parameter's device (the step
+    count stays on the CPU). Raises ValueError where the file does not fit the parameters."""
+    moments = getattr(optimizer, "moments", "float32")  # PyTorch's AdamW holds the same names
+    with open_tensors(path) as file:
+        saved = set(file.keys())
     for name, p in parameters.items():
-        state = {}
-        for key in ("step", *state_layout(p, moments)):
-            if f"{name}.{key}" in tensors:
-                state[key] = tensors[f"{name}.{key}"].to("cpu" if key == "step" else p.device)
-        if not state:
+        if f"{name}.step" not in saved:
             continue  # it has had no gradient yet, as an encoder that no clip went through
-        if "step" not in state:
-            raise ValueError(f"{name}'s step is missing in the optimizer's state")
-        check_state(state, p, moments, name)
+        state = {"step": torch.tensor(0.0)}
+        for key, (shape, dtype) in state_layout(p, moments).items():
+            state[key] = torch.empty(shape, dtype=dtype, device=p.device)
         optimizer.state[p] = state
+    fill(optimizer_tensors(optimizer, parameters), path)

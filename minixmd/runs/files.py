@@ -4,11 +4,11 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 
-UMASK = os.umask(0)
-os.umask(UMASK)  # it can only be read by setting it
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+               torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+               torch.bool: "BOOL"}  # in a safetensors file
 
 
 def _publish(path, write, sync=True):
@@ -20,14 +20,12 @@ def _publish(path, write, sync=True):
         if sync:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~UMASK)  # safetensors makes files that nobody else can read
         os.replace(temporary, target)
     except BaseException as error:
         with suppress(OSError):  # the folder itself may be the trouble; the first error says so
             temporary.unlink(missing_ok=True)
-        if isinstance(error, (OSError, SafetensorError)):  # safetensors reports a full disk as its own error
-            said = getattr(error, "strerror", error)
-            raise OSError(getattr(error, "errno", None) or 5, f"cannot write: {said}", str(path)) from error
+        if isinstance(error, OSError):
+            raise OSError(error.errno or 5, f"cannot write: {error.strerror or error}", str(path)) from error
         raise
 
 
@@ -69,6 +67,33 @@ def write_json(path, value):
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """Replace `path` by a safetensors file of {name: tensor} with string metadata, atomically."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _publish(path, lambda temporary: save_file(tensors, temporary, metadata))
+    """Replace `path` by a safetensors file of {name: tensor} with string metadata, atomically. One tensor after the
+    other is written, from its own memory or, if that is on a GPU or not contiguous, from a copy, all in the same place.
+    Raises ValueError for memory of the CPU under two names, as safetensors' own writer does."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # so that each is aligned
+    header = {"__metadata__": metadata} if metadata else {}
+    owners, end = {}, 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.device.type == "cpu" and tensor.nbytes:
+            owner = owners.setdefault(tensor.data_ptr(), name)
+            if owner != name:
+                raise ValueError(f"{path}: {owner} and {name} share their memory; one name must do for both")
+        start, end = end, end + tensor.nbytes
+        header[name] = dict(dtype=DTYPE_NAMES[tensor.dtype], shape=list(tensor.shape), data_offsets=[start, end])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(temporary):
+        largest = max((tensor.nbytes for tensor in tensors.values()), default=0)
+        room = torch.empty(largest, dtype=torch.uint8)
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                tensor = tensors[name].detach()
+                if tensor.device.type != "cpu" or not tensor.is_contiguous():
+                    copy = room[:tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                    tensor = copy.copy_(tensor)
+                file.write(tensor.view(-1).view(torch.uint8).numpy())
+
+    _publish(path, write)

@@ -1,9 +1,10 @@
 """A stage's directory: what is in it, how a finished stage is recognised, and when a directory is refused.
 
     config.json    the stage as resolved           inputs.json        a fingerprint of each file that it reads
-    config.py      the config file as given        state.safetensors  training: where to resume (training_state.py)
-    versions.json  what it last ran with           done.json          written last: the stage is finished
+    config.py      the config file as given        versions.json      what it last ran with
     log.jsonl      one line a step or event        completions.jsonl  GRPO: some completions as text
+    state.json     training: where to resume, with the weights and the optimizer (training_state.py), until it is done
+    done.json      written last: the stage is finished
 
 A file's fingerprint is the SHA-256 of its content; above 64 MiB that of its size and of 256 blocks spread evenly over
 it, for the whole of a 15 GB checkpoint would take a minute on every start. A folder's is that of its files' names and
@@ -23,7 +24,7 @@ import torch
 
 from minixmd.runs.files import write_bytes, write_json
 from minixmd.runs.records import drop_torn_line
-from minixmd.runs.training_state import LOGS
+from minixmd.runs.training_state import LOGS, load_state, remove_leftovers
 
 WHOLE_BYTES = 64 << 20  # up to here a file is read whole
 SAMPLES, SAMPLE_BYTES = 256, 64 << 10  # beyond it, so many blocks of so many bytes
@@ -56,10 +57,12 @@ def begin(run_dir, stage, inputs, source, hub_names=None):
                 path.unlink(missing_ok=True)
             print(f"minixmd: {folder}: begun anew, for nothing was made of its older config or inputs", file=sys.stderr)
         if (folder / "done.json").exists():
+            remove_leftovers(folder)  # a kill may have come before `finish` did
             return None
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.rglob(".*.tmp"):  # of a write that a kill cut short
         leftover.unlink()
+    remove_leftovers(folder, load_state(folder))
     for name in LOGS:
         drop_torn_line(folder / name)
     write_json(folder / "versions.json", versions())
@@ -71,9 +74,10 @@ def begin(run_dir, stage, inputs, source, hub_names=None):
 
 
 def finish(folder):
-    """Marks a stage as finished. What it wrote must be on disk by now."""
+    """Marks a stage as finished, which then needs no training state. What it wrote must be on disk by now."""
     marks = {name: fingerprint(Path(folder) / f"{name}.json") for name in ("config", "inputs")}
     write_json(Path(folder) / "done.json", marks)
+    remove_leftovers(folder)
 
 
 def _check_same(folder, config, inputs, fingerprints):

@@ -1,31 +1,85 @@
-"""The resumable state of a training stage: named tensors and a few numbers in state.safetensors, and its logs."""
+"""The resumable state of a training stage, and its logs.
+
+    state.json                      the last step saved, and the one that was best in validation; written last
+    weights-000012.safetensors      what trains, after step 12: kept for both
+    optimizer-000012.safetensors    the optimizer's tensors
+"""
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
-from minixmd.runs.files import write_safetensors, write_text
+from minixmd.runs.files import parse_json, write_json, write_safetensors, write_text
 from minixmd.runs.records import read_jsonl
 
-STATE = "state.safetensors"
+STATE = "state.json"
 LOGS = ("log.jsonl", "completions.jsonl")  # they grow line by line
 
 
-def save_state(folder, tensors, meta):
-    """Replaces the training state, named tensors and a JSON-able `meta`. A kill leaves the old one or the new one."""
-    write_safetensors(Path(folder) / STATE, tensors, {"meta": json.dumps(meta)})
+def tensor_file(folder, kind, step):
+    return Path(folder) / f"{kind}-{step:06d}.safetensors"
+
+
+def save_state(folder, weights, optimizer, progress):
+    """Replaces the training state: {name: tensor} twice, not written again if the state on disk is of the same step,
+    and a JSON-able `progress` with "step" and, where one is to be kept, "best_step". A kill leaves the old state or the
+    new one."""
+    old, step = load_state(folder), progress["step"]
+    if old is None or old["step"] != step:
+        write_safetensors(tensor_file(folder, "weights", step), weights)
+        write_safetensors(tensor_file(folder, "optimizer", step), optimizer)
+    write_json(Path(folder) / STATE, progress)
+    remove_leftovers(folder, progress)
 
 
 def load_state(folder):
-    """(tensors on the CPU, meta) as last saved, bit for bit; None before the first save."""
+    """The progress last saved; None before the first save."""
     path = Path(folder) / STATE
     if not path.exists():
         return None
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["meta"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        state = parse_json(path.read_bytes())
+        int(state["step"])
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a training state ({error}); delete it to start the stage anew") from error
+    return state
+
+
+def remove_leftovers(folder, state=None):
+    """Deletes the files of steps that the state does not name; without a state all of them, and state.json."""
+    kept = []
+    if state is not None:
+        kept = [Path(folder) / STATE, tensor_file(folder, "optimizer", state["step"])]
+        kept += [tensor_file(folder, "weights", step) for step in (state["step"], state.get("best_step", 0))]
+    for pattern in (STATE, "weights-*.safetensors", "optimizer-*.safetensors"):
+        for path in Path(folder).glob(pattern):
+            if path not in kept:
+                path.unlink()
+
+
+def open_tensors(path):
+    """safetensors' safe_open, which maps a file's tensors. Raises ValueError for one that is damaged or missing."""
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not of a training state ({error}); delete {path.parent / STATE} to start the stage "
+                         "anew") from error
+
+
+def fill(tensors, path):
+    """Copies a file's tensors into {name: tensor}, one after the other. Raises ValueError, which names the file, where
+    the two differ in a name, a shape or a dtype."""
+    with open_tensors(path) as file, torch.no_grad():
+        if tensors.keys() != set(file.keys()):
+            name = min(tensors.keys() ^ file.keys())
+            raise ValueError(f"{path}: not a state of this model: only one of the two has {name}")
+        for name, tensor in tensors.items():
+            saved = file.get_tensor(name)
+            if (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
+                raise ValueError(f"{path}: not a state of this model: {name} is {saved.dtype} {list(saved.shape)}, "
+                                 f"expected {tensor.dtype} {list(tensor.shape)}")
+            tensor.copy_(saved)
 
 
 def rewind_logs(folder, step):

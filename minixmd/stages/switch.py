@@ -20,7 +20,7 @@ from minixmd.runs.device import resolve_device
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
 from minixmd.runs.records import answers_beside, count_bad, write_jsonl
-from minixmd.runs.training_state import load_state, save_state
+from minixmd.runs.training_state import fill, load_state, save_state, tensor_file
 from minixmd.stages.cnn14_training import load_logmels, shuffled, train_epochs
 from minixmd.tasks.statistics import digest, leads, pairs, tabulate
 from minixmd.tasks.yes_no import tally
@@ -152,9 +152,9 @@ def fit(stage, folder, log, examples, gain):
     optimizer = torch.optim.Adam(parameters.values(), lr=stage.lr)
     lines = []
     if state := load_state(folder):  # of the last whole epoch
-        tensors, lines = state[0], state[1]["log"]
-        model.load_state_dict({name: tensors[name] for name in model.state_dict()})
-        restore_optimizer(optimizer, parameters, tensors)
+        lines = state["log"]
+        fill(model.state_dict(), tensor_file(folder, "weights", state["step"]))
+        restore_optimizer(optimizer, parameters, tensor_file(folder, "optimizer", state["step"]))
     write_jsonl(folder / "log.jsonl", lines)  # rewinds the log to it
     if not lines:
         lines.append({"epoch": 0, "train_clips": len(train), "validation_clips": len(val), "bad": len(bad),
@@ -173,8 +173,8 @@ def fit(stage, folder, log, examples, gain):
     for epoch, loss_S in train_epochs(stage, model, optimizer, compute_loss, train, batch_size, len(lines) - 1):
         lines.append({"epoch": epoch, "loss": loss_S.mean().item(), "val_accuracy": validate()["accuracy"]})
         log(lines[-1])
-        tensors = {**model.state_dict(), **optimizer_tensors(optimizer, parameters)}
-        save_state(folder, tensors, {"log": lines})
+        progress = {"step": epoch, "log": lines}
+        save_state(folder, model.state_dict(), optimizer_tensors(optimizer, parameters), progress)
     return model, validate()
 
 
