@@ -26,10 +26,10 @@ from minixmd.inputs.tokenizer import common_vocab_size
 from minixmd.kernels.grpo import ClipConfig
 from minixmd.learning import checkpoint, logprobs, optim, policy, targets
 from minixmd.learning.micro_batches import BadClip, check_length, count_targets, count_tokens, make_micro_batches
+from minixmd.learning.reference import Reference
 from minixmd.models.checkpointing import set_checkpointing
 from minixmd.models.head import CrossEntropy, DistillTopK, PolicyLoss
 from minixmd.models.lora import make_trainable
-from minixmd.models.multimodal import frozen_copy
 from minixmd.runs.device import runtime_of
 from minixmd.runs.records import append_jsonl
 from minixmd.runs.seeds import hash_seed
@@ -100,7 +100,7 @@ class Trainer:
             self.suppressed_Z = self.suppressed_ids.to(self.model.device)
         if isinstance(stage, GRPO):
             self.vocabulary = logprobs.SampledVocabulary.of(self.model, self.processor, stage.temperature)
-            self.reference = frozen_copy(self.model) if stage.beta else None
+            self.reference = Reference(self.model, stage.reference) if stage.beta else None
 
     def on_gpu(self):
         return self.model.device.type == "cuda"
@@ -363,7 +363,7 @@ class Trainer:
         scored_T = None  # what the policy says without gradients, before its first update
         if rollout and self.reference is not None:
             options = rollout.micro_batches, self.vocabulary
-            rollout.ref_T = logprobs.reference_logprobs(self.reference, *options)
+            rollout.ref_T = logprobs.reference_logprobs(self.reference.model(), *options)
             if not any(self.optimizer.state.values()):  # in this process or an earlier one
                 scored_T = logprobs.reference_logprobs(self.model, *options)
                 self.check_reference(rollout.ref_T, scored_T)

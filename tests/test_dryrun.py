@@ -28,7 +28,6 @@ from minixmd.dryrun.settings import FIELDS, settings_to_lower
 from minixmd.inputs.batch import Prompt, pack
 from minixmd.inputs.examples import manifest_text
 from minixmd.inputs.positions import positions_of
-from minixmd.learning import checkpoint
 from minixmd.learning.kv_cache import pool_bytes
 from minixmd.learning.targets import Item
 from minixmd.models.cnn14 import make_cnn14, mixup, spec_augment
@@ -438,7 +437,8 @@ def test_a_card_has_room_beside_its_driver_and_what_the_allocator_wastes():
 def test_the_setting_to_lower_is_named_where_it_would_help():
     sft = SFT(name="a", model="m", manifest="x", micro_batch_tokens=4096, checkpointing="on")
     assert settings_to_lower(sft, "update", 330) == {"micro_batch_tokens": 330}
-    assert settings_to_lower(replace(sft, checkpointing="auto"), "update", 4096) == {"checkpointing": "on"}
+    assert settings_to_lower(replace(sft, checkpointing="off"), "update", 4096) == {"checkpointing": "on"}
+    assert settings_to_lower(replace(sft, checkpointing="auto"), "update", 4096) == {}  # on a GPU it is on
     assert settings_to_lower(sft, "update", 4096) == {} == settings_to_lower(sft, "optimizer")
     grpo = GRPO(name="a", model="m", manifest="x")
     assert settings_to_lower(grpo, "rollout") == {"decode_slots": 8}
@@ -449,7 +449,7 @@ def test_the_setting_to_lower_is_named_where_it_would_help():
     assert settings_to_lower(traces, "generate") == {"decode_slots": 3}
     switch = Switch(name="s", teacher="x", student="x", manifest="x", train_manifest="x")
     assert settings_to_lower(switch, "training") == {"batch_size": 2}
-    new = SimpleNamespace(trainable="decoder", micro_batch_tokens=8192, checkpointing="auto", moments="float32",
+    new = SimpleNamespace(trainable="decoder", micro_batch_tokens=8192, checkpointing="off", moments="float32",
                           reference="device", beta=0.04, group_size=8, decode_slots=None)
     wanted = {"micro_batch_tokens": 1, "checkpointing": "on", "moments": "8bit", "reference": "host"}
     assert settings_to_lower(new, "update") == wanted
@@ -468,7 +468,8 @@ def test_the_setting_to_lower_is_named_where_it_would_help():
 
 def test_the_table_has_a_column_a_card_and_the_settings_once(models, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(costs, "DRIVER_GIB", 0.0)
-    stage = case(models, SFT, device="cuda", micro_batch_tokens=4096, val_manifest="val.jsonl")
+    stage = case(models, SFT, device="cuda", micro_batch_tokens=4096, val_manifest="val.jsonl",
+                 checkpointing="off")
     longest = len(plan_of(stage, tmp_path).prompt)
     total = phases_of(stage, tmp_path)["update"].total
     monkeypatch.setattr(costs, "CARDS", {"1": total / 2**30, "2": 2 * total / 2**30})
@@ -490,13 +491,17 @@ def test_a_stages_disk_is_what_it_writes(cls, more, models, tmp_path):
     folder = tmp_path / "stage"
     trainer = Trainer(stage, len(samples), folder)
     trainer.sft_step(trainer.micro_batches(samples))
+    trainer.step = 1
     if stage.val_manifest:
-        checkpoint.save_best(folder, trainer.parameters)
+        trainer.best_step = 1
+    trainer.save()
+    trainer.step = 2
     trainer.save()
     trainer.publish()
-    written = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    estimated = costs.disk_bytes(stage, estimate(stage, plan.model, plan.prompt))
-    assert estimated == pytest.approx(written, rel=0.05, abs=20_000)  # their headers
+    disk = costs.disk_of(stage, estimate(stage, plan.model, plan.prompt))
+    for estimated, pattern in ((disk.state, "*.safetensors"), (disk.stays, "best/*.safetensors")):
+        written = sum(file.stat().st_size for file in folder.glob(pattern))
+        assert estimated == pytest.approx(written, rel=0.05, abs=20_000)  # their headers
 
 
 # ---- models without their weights ----

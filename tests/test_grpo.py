@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,10 @@ import minixmd.train as training
 from minixmd import Completion, Prompt, pack
 from minixmd.config import GRPO, SFT
 from minixmd.inputs.examples import Example, read_manifest
-from minixmd.learning import optim, policy
+from minixmd.learning import logprobs, optim, policy
 from minixmd.learning.logprobs import reference_logprobs
 from minixmd.learning.policy import make_rollout, rollout_metrics
+from minixmd.learning.reference import Reference
 from minixmd.learning.rollout import Decoder
 from minixmd.learning.targets import Item, resolve_targets
 from minixmd.models import multimodal
@@ -34,6 +36,7 @@ from minixmd.models.multimodal import frozen_copy
 from minixmd.runner import main
 from minixmd.stages import multiple_choice
 from minixmd.stages.multiple_choice import Writing
+from minixmd.train import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SUPPRESSED = [3, 50, *range(90, 97)]  # ids that no completion has; the vocabulary has 97
@@ -55,7 +58,7 @@ def problem(**switches):
     torch.manual_seed(1)
     trainer = trainer_of(stage_of(**switches), tiny_model("audio"), SUPPRESSED)
     with torch.no_grad():
-        for p in trainer.reference.parameters() if trainer.reference is not None else ():
+        for p in trainer.reference.model().parameters() if trainer.reference is not None else ():
             p.add_(0.02 * torch.randn(p.shape))
     prompts = [prompt([3, audio_media(11 + 4 * i, 0, i)[0], 2], seed=i) for i in range(3)]
     answers = [[Completion("", tuple(torch.randint(51, 89, (n,)).tolist()), (-1.0,) * n, i not in (1, 2))
@@ -96,7 +99,7 @@ def oracle(trainer, prompts, answers, rewards, apart):
             bounded = ratio.clamp(1 - stage.clip_low, 1 + stage.clip_high)
             losses.append(-torch.min(ratio * A, bounded * A))
             if stage.beta:
-                d = logp_of(trainer.reference, stage, p, completion).detach() - logp
+                d = logp_of(trainer.reference.model(), stage, p, completion).detach() - logp
                 losses[-1] = losses[-1] + stage.beta * (d.exp() - d - 1 if stage.kl == "k3" else -d)
     count, tokens = len(losses), sum(map(len, losses))
     over = {"sequence": lambda n: count * n, "token": lambda n: tokens, "constant": lambda n: count * 7}
@@ -113,7 +116,7 @@ def gradients(trainer, loss=None):
 
 def reference_of(trainer, rollout):
     """log pi_ref of a rollout's tokens, as a step scores them."""
-    return reference_logprobs(trainer.reference, rollout.micro_batches, trainer.vocabulary)
+    return reference_logprobs(trainer.reference.model(), rollout.micro_batches, trainer.vocabulary)
 
 
 def ours(trainer, prompts, answers, rewards, apart=None):
@@ -162,7 +165,7 @@ def test_loss_and_gradients_are_the_oracles(switches, later):
 def test_the_first_loss_is_as_the_note_says(switches):
     """The mean of the advantages as the completions weigh, whatever the policy: 0 where all weigh the same."""
     trainer, prompts, answers = problem(**switches)
-    trainer.reference, stage = frozen_copy(trainer.model), trainer.stage
+    trainer.reference, stage = Reference(trainer.model, "device"), trainer.stage
     rollout = make_rollout(stage, prompts, answers, REWARDS)
     loss, _, _ = ours(trainer, prompts, answers, REWARDS)
     assert loss == pytest.approx(-(rollout.weight_T * rollout.advantage_T).sum().item(), abs=1e-6)
@@ -254,7 +257,7 @@ def test_the_update_never_has_more_than_a_chunk_of_logits(monkeypatch):
     trainer.stage = stage_of(beta=0.0)  # no log-probability of the reference yet
     with Rows() as rows:
         trainer.policy_gradient(rollout)
-    head = trainer.reference.lm_head.weight
+    head = trainer.reference.model().lm_head.weight
     with rows:
         reference_of(trainer, rollout)
     assert len(rollout.sampled_T) == 33 and rows.most == 8
@@ -266,10 +269,10 @@ def test_the_update_never_has_more_than_a_chunk_of_logits(monkeypatch):
 def test_a_reference_that_is_not_the_policy_is_refused():
     trainer, prompts, answers = problem()
     rollout = make_rollout(trainer.stage, prompts, answers, REWARDS)
-    for reference, right in ((frozen_copy(trainer.model), True), (trainer.reference, False)):
+    for reference, right in ((Reference(trainer.model, "device"), True), (trainer.reference, False)):
         trainer.reference = reference
         ref_T = reference_of(trainer, rollout)
-        trainer.reference = trainer.model
+        trainer.reference.resident = trainer.model
         scored_T = reference_of(trainer, rollout)
         if right:
             assert torch.equal(ref_T, scored_T)
@@ -281,7 +284,7 @@ def test_a_reference_that_is_not_the_policy_is_refused():
 
 def check_copy(model, copies):
     """A frozen copy has the model's values: it shares the storage of all its tensors but those that are named."""
-    reference = frozen_copy(model)
+    reference = Reference(model, "device").model()
     assert set(dict(reference.named_parameters())) == set(dict(model.named_parameters()))
     for name, p in model.named_parameters():
         theirs = reference.get_parameter(name)
@@ -316,7 +319,8 @@ def test_the_reference_of_an_adapter_has_its_own_and_shares_the_weights(tie):
     reference = check_copy(model, copies=lambda name: "lora_" in name)
     assert reference.get_submodule("model.layers.0.self_attn.q_proj").scale == 4.0
     set_backend(model, "triton")
-    backends = [module.backend for module in frozen_copy(model).modules() if hasattr(module, "backend")]
+    reference = Reference(model, "device").model()
+    backends = [module.backend for module in reference.modules() if hasattr(module, "backend")]
     assert len(backends) > 14 and set(backends) == {"triton"}
 
 
@@ -524,17 +528,44 @@ def test_with_a_learning_rate_of_0_nothing_drifts_in_50_steps(world, tmp_path, e
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_planted_reference_stops_the_run_before_any_update(world, tmp_path, earns, capsys, monkeypatch):
-    def wrong(model):
-        reference = frozen_copy(model)
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_a_planted_reference_stops_the_run_before_any_update(place, world, tmp_path, earns, capsys, monkeypatch):
+    def wrong(model, values):
+        reference = frozen_copy(model, values)
         reference.model.norm.weight.data += 0.1  # shared with no one: the decoder trains
         return reference
 
-    monkeypatch.setattr(training, "frozen_copy", wrong)
-    assert run(tmp_path, train(world, trainable="decoder")) == 1
+    monkeypatch.setattr("minixmd.learning.reference.frozen_copy", wrong)
+    assert run(tmp_path, train(world, trainable="decoder", reference=place)) == 1
     error = capsys.readouterr().err
     assert "g: before the first update the KL to the reference is" in error and "stopped" in error
     assert [line["step"] for line in lines_of(tmp_path / "run/g")] == [0]
+
+
+@pytest.mark.parametrize("trainable", ["lora", "decoder"])
+def test_a_reference_on_the_host_changes_nothing_and_is_gone_after_scoring(trainable, world, tmp_path, earns,
+                                                                           monkeypatch):
+    alive, score, update = [], logprobs.reference_logprobs, Trainer.policy_gradient
+
+    def scoring(reference, *options):
+        alive.append(weakref.ref(reference))
+        return score(reference, *options)
+
+    def updating(trainer, rollout):
+        policy_too = trainer.step == 0  # which is scored as well before the first update
+        assert sum(model() is not None for model in alive[-1 - policy_too:]) == policy_too + (place == "device")
+        assert all(p.grad is None for p in trainer.parameters.values())
+        return update(trainer, rollout)
+
+    monkeypatch.setattr(logprobs, "reference_logprobs", scoring)
+    monkeypatch.setattr(Trainer, "policy_gradient", updating)
+    found = {}
+    for place in ("device", "host"):
+        (tmp_path / place).mkdir()
+        assert run(tmp_path / place, train(world, max_steps=3, trainable=trainable, reference=place)) == 0
+        lines = lines_of(tmp_path / place / "run/g")[1:]
+        found[place] = [{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines]
+    assert found["host"] == found["device"] and found["host"][-1]["kl"] > 0
 
 
 def test_an_adapter_from_sft_is_merged_and_is_the_reference(world, tmp_path, earns):
@@ -646,7 +677,7 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 import minixmd.train as training
-from minixmd.learning import optim, policy
+from minixmd.learning import policy
 from minixmd.runner import main
 from test_grpo import lowercase
 policy.REWARDS = {"letters": lowercase}

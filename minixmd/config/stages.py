@@ -331,6 +331,8 @@ class GRPO(_Training):
     stop: tuple[str, ...] = ()  # strings that end a completion, beside the end of turn
     # objective
     beta: NonNegative = 0.04  # weight of the KL to the policy that training starts from; 0 = off
+    reference: Literal["device", "host"] = "device"  # where that policy's weights are; from the host they are copied to
+    # the GPU for each scoring, while there are no gradients, and dropped
     kl: Literal["k3", "k1"] = "k3"  # its estimator
     clip_low: Share = 0.2  # the ratio's lower bound is 1 - clip_low
     clip_high: NonNegative = 0.2  # its upper bound is 1 + clip_high
@@ -349,7 +351,7 @@ class GRPO(_Training):
         if self.decode_slots is not None and self.decode_slots < self.group_size:
             raise ConfigError(f"config: decode_slots {self.decode_slots} is below group_size {self.group_size}")
         if self.beta == 0:
-            check_unused(self, "beta 0.0", "kl")
+            check_unused(self, "beta 0.0", "kl reference")
         if self.dtype == "float16":  # see _Training.check
             raise ConfigError("config: grpo needs dtype 'float32' or 'bfloat16', got 'float16'")
 

@@ -1,4 +1,5 @@
 """Which cards have room for a stage, how many hours it takes and what it leaves on the disk, from its Phases."""
+from dataclasses import dataclass
 from math import ceil
 
 from minixmd.config import GRPO, TRAINING
@@ -88,15 +89,21 @@ def stage_hours(stage, phases, clips, others):
     return seconds / 3600
 
 
-def disk_bytes(stage, phases):
-    """What a stage that trains leaves: its state to resume from, the best weights in validation, and best/."""
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of a stage that trains."""
+
+    stays: int = 0  # best/
+    state: int = 0  # what it resumes from, which goes when it is finished; twice that while it saves
+
+
+def disk_of(stage, phases):
     size = {phase.name: phase.bytes for phase in phases}
     if "training" in size:
-        return size["training"]["weights"] + size["training"]["optimizer"]
+        return Disk(state=size["training"]["weights"] + size["training"]["optimizer"])
     if "update" not in size:
-        return 0
+        return Disk()
     trained = size["optimizer"]["gradients"]  # as many bytes as the weights that train
-    state = trained + size["update"]["optimizer"]
-    published = trained if stage.trainable == "lora" else size["update"]["weights"]
-    best = trained if stage.val_manifest else 0
-    return state + best + published
+    best = trained if stage.val_manifest else 0  # of an earlier step
+    return Disk(trained if stage.trainable == "lora" else size["update"]["weights"],
+                trained + size["update"]["optimizer"] + best)

@@ -116,9 +116,8 @@ def trace_training(tracer, trainer, prompt):
     if longest > stage.micro_batch_tokens:
         raise ValueError(f"{stage.name}: micro_batch_tokens {stage.micro_batch_tokens} is less than the {longest} of a "
                          "clip like the one shown")
-    if isinstance(stage, GRPO) and trainer.reference is not None:
-        named = trainer.reference.named_parameters()
-        tracer.recategorize([p for name, p in named if name in trainer.parameters], "reference")
+    if isinstance(stage, GRPO) and stage.beta:
+        tracer.recategorize([value for value in trainer.reference.values.values() if value.is_meta], "reference")
     tracer.count_gradients(trainer.parameters.values())
     add_gradients(tracer, trainer)
     tracer.flops = 0  # of an adapter that was merged
@@ -162,7 +161,7 @@ def trace_update(tracer, trainer, sequences, tokens, compute_gradients, several)
 
 def trace_grpo(tracer, trainer, prompt):
     """A step's rollout, and of its last micro-batch the reference's log-probs and the gradients."""
-    stage, model, reference = trainer.stage, trainer.model, trainer.reference
+    stage, model = trainer.stage, trainer.model
     G = stage.group_size
     T = stage.max_new_tokens
     tracer.category = "activations"
@@ -179,9 +178,12 @@ def trace_grpo(tracer, trainer, prompt):
     del rollout.micro_batches[1:]
     tokens = sum(len(group.prompt) + sum(map(len, group.completions)) for group in rollout.micro_batches[0])
     share = sum(len(group.completions) for group in rollout.micro_batches[0]) / G  # prompts with all G completions
-    if reference is not None:
-        with tracer.phase("scoring", tokens, sequences=share):
+    if stage.beta:
+        with tracer.phase("scoring", tokens, "reference", sequences=share):
+            reference = trainer.reference.model()
+            tracer.category = "activations"
             rollout.ref_T = reference_logprobs(reference, rollout.micro_batches, trainer.vocabulary)
+            del reference
     trace_update(tracer, trainer, share, tokens, partial(trainer.policy_gradient, rollout), several)
 
 

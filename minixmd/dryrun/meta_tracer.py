@@ -106,7 +106,8 @@ class MemoryTracer(TorchDispatchMode):
             if func is aten._to_copy.default and (kwargs.get("device") or x.device).type == "cpu":
                 values = self.values.get(x.untyped_storage()._cdata)
                 known = values is not None and values.shape == x.shape
-                return (values if known else torch.zeros(x.shape)).to(kwargs.get("dtype") or x.dtype)
+                dtype = kwargs.get("dtype") or x.dtype
+                return values.to(dtype) if known else torch.zeros((), dtype=dtype).expand(x.shape)  # without memory
         out = func(*args, **kwargs)
         self.flops += count_flops(func, args, kwargs, out)
         for tensor in tree_leaves(out):

@@ -29,7 +29,7 @@ def settings_to_lower(stage, phase_name, longest=1):
     for name in FIELDS[phase_name].split():
         least = smallest[name]
         value = getattr(stage, name, least)
-        can_fall = value > least if isinstance(value, int) else value != least
+        can_fall = value > least if isinstance(value, int) else value not in (least, "auto")  # which is on, on a GPU
         if can_fall and name not in needless:
             found[name] = least
     return found

@@ -108,9 +108,9 @@ class MultimodalLM(nn.Module):
         return all(name.startswith(DECODER) for name, p in self.named_parameters() if p.requires_grad)
 
 
-def frozen_copy(model):
-    """A frozen reference policy: it shares the parameters that do not train and copies those that do. It runs the same
-    kernels, so the KL between the two is exactly 0 until the first update."""
+def frozen_copy(model, values):
+    """A frozen reference policy: it shares the parameters that do not train, and has the `values`, {name: tensor}, of
+    those that do. It runs the same kernels, so the KL between the two is exactly 0 until the first update."""
     with torch.device("meta"):
         copy = MultimodalLM(model.config)
     layers = dict(copy.named_modules())
@@ -118,8 +118,8 @@ def frozen_copy(model):
         if isinstance(module, Linear):
             layers[name].scale = module.scale
         for leaf, p in module.named_parameters(recurse=False):
-            values = p.detach().clone() if p.requires_grad else p
-            layers[name].register_parameter(leaf, nn.Parameter(values, requires_grad=False))
+            value = values.get(f"{name}.{leaf}", p.detach())
+            layers[name].register_parameter(leaf, nn.Parameter(value, requires_grad=False))
     copy.tie()
     set_backend(copy, model.backend)
     return copy
