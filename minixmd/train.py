@@ -74,9 +74,9 @@ class Trainer:
         self.folder = folder
         self.log = log
         self.model, self.processor = self.load_model(load)
-        make_trainable(
-            self.model, stage.trainable, name=f"{stage.name}: {stage.model}", rank=stage.lora_rank,
-            alpha=stage.lora_alpha, targets=stage.lora_targets, seed=stage.seed)
+        self.merged = make_trainable(
+            self.model, stage.trainable, rank=stage.lora_rank, alpha=stage.lora_alpha, targets=stage.lora_targets,
+            seed=stage.seed)
         self.checkpointing = stage.checkpointing == "on" or stage.checkpointing == "auto" and self.on_gpu()
         set_checkpointing(self.model, self.checkpointing)
         named = self.model.named_parameters()
@@ -191,6 +191,8 @@ class Trainer:
         if isinstance(stage, GRPO):
             line["note"] = GRPO_NOTE
             text += f"\n{stage.name}: {GRPO_NOTE}"
+        if self.merged:
+            text += f"\n{stage.name}: the adapter of {stage.model} is merged into its base: training starts from both"
         if self.step == 0:
             self.log(line)
         tqdm.write(text)
@@ -506,7 +508,7 @@ class Trainer:
 
     def publish(self):
         """Writes best/: the best weights in validation (the last ones without it), as `load` and others read them."""
-        checkpoint.publish(self.folder, self.model, self.processor, self.parameters, self.stage.model)
+        checkpoint.publish(self.folder, self.model, self.processor, self.parameters, self.stage.model, self.merged)
 
 
 if __name__ == "__main__":  # the command line is the runner's, which imports this module

@@ -675,14 +675,14 @@ def test_what_cannot_run_is_told_in_a_line_and_the_rest_is_shown(models, tmp_pat
     ears, common = str(models / "ears"), dict(manifest="x.jsonl", device="cpu")
     stages = [Evaluate(name="blind", model=ears, media="video", **common),
               Evaluate(name="unknown", model="somebody/else", **common),
-              case(models, SFT), replace(case(models, SFT), name="twice", model="@case"),
+              case(models, SFT), replace(case(models, SFT), name="twice", model="@case", lora_targets="nothing"),
               Evaluate(name="long", model=ears, answer="generate", max_new_tokens=2000, **common),
               Evaluate(name="good", model=ears, **common)]
     status, out, err = dry(tmp_path, capsys, stages)
     assert status == 1 and "\ngood" in out.split("memory, MiB\n")[1]
     for line, said in zip(err, ("blind: turn 0: a qwen2_audio model cannot take a part of type",
                                 "unknown: model 'somebody/else' is neither here",
-                                "twice: @case carries an adapter already", "long: clip: too long (the prompt has"),
+                                "lora_targets 'nothing' matches no linear", "long: clip: too long (the prompt has"),
                           strict=True):
         assert said in line
     assert main([str(write_config(tmp_path / "c.py", "[Evaluate(name='a', modell='b')]")), "--dry-run"]) == 1

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny import REFERENCES, published_config, tiny_model
 
 from minixmd.models import shards, weights
-from minixmd.models.lora import merge_lora
+from minixmd.models.lora import add_lora, merge_lora
 from minixmd.models.weights import adapted, load_adapter, load_model, save_adapter, save_model
 
 transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
@@ -244,6 +244,22 @@ def test_an_adapter_of_ours_gives_the_same_logits_in_peft(base, tmp_path, where)
     again = load_model(folder)
     load_adapter(again, tmp_path)
     assert_same_weights(again, model)
+
+
+def test_an_adapter_on_a_merged_one_is_written_as_one_adapter_of_the_base(base, tmp_path):
+    kind, folder = base
+    model = with_adapter(folder, TARGETS["decoder"])  # of other layers, and another rank and scale
+    merged = merge_lora(model)
+    add_lora(model, rank=5, alpha=2.0, targets=LINEARS, seed=3)
+    fill((name, p) for name, p in model.named_parameters() if "lora_" in name)
+    save_adapter(model, folder, tmp_path, merged)
+    ours = logits_of(model, kind)
+    reference = peft.PeftModel.from_pretrained(in_transformers(folder, kind), tmp_path)
+    assert_close(reference_logits(reference, kind), ours)
+    again = load_model(folder)
+    load_adapter(again, tmp_path)
+    assert_close(logits_of(again, kind), ours)
+    assert len(adapted(again)) == len(adapted(model)) > len(merged)
 
 
 def peft_adapter(model, kind, out):

@@ -579,6 +579,28 @@ def test_an_adapter_from_sft_is_merged_and_is_the_reference(world, tmp_path, ear
     assert (before.get_parameter(q) - after.get_parameter(q)).abs().max() > 1e-3
 
 
+def test_an_adapter_on_an_adapter_ends_as_merging_and_training_in_two_runs(world, tmp_path, earns, capsys):
+    sft = f"SFT(name='sft', model='{world}/ears', manifest='{world}/clips/manifest.jsonl', lr=1e-2)"
+    fields = dict(max_steps=3, lora_rank=4, lora_targets=r"model\.layers\..*(q|v|down)_proj")
+    assert run(tmp_path, sft + "," + train(world, model="@sft", **fields)) == 0
+    said = f"g: the adapter of {tmp_path / 'run/sft/best'} is merged into its base"
+    assert said in capsys.readouterr().out
+    assert lines_of(tmp_path / "run/g")[1]["kl"] <= 1e-6  # the merged model is the reference
+    merge = [sys.executable, ROOT / "tools/merge_adapter.py", tmp_path / "run/sft/best", tmp_path / "merged"]
+    subprocess.run(merge, check=True, stdout=subprocess.DEVNULL)
+    assert run(tmp_path / "two", train(world, model=str(tmp_path / "merged"), **fields)) == 0
+    batch = pack([prompt([5, audio_media(30, 0, 1)[0], 4], seed=1)])
+    found = {}
+    for name, folder in (("one", tmp_path / "run"), ("two", tmp_path / "two/run")):
+        model, _ = minixmd.load(folder / "g/best")
+        found[name] = model.logits(model(batch))
+    before, _ = minixmd.load(tmp_path / "merged")
+    torch.testing.assert_close(found["one"], found["two"], rtol=1e-5, atol=1e-5)
+    assert (found["one"] - before.logits(before(batch))).abs().max() > 1e-3
+    config = json.loads((tmp_path / "run/g/best/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"]) == (str(world / "ears"), 16 + 4)
+
+
 def test_what_is_rewarded_is_the_manifests_answer_or_the_teachers(world, tmp_path):
     examples = read_manifest(world / "clips/manifest.jsonl")
     labels = tmp_path / "labels.jsonl"

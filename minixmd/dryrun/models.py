@@ -11,7 +11,7 @@ from minixmd.inputs.clips import load_clip
 from minixmd.inputs.image import sample_frames, smart_resize
 from minixmd.inputs.tokenizer import Processor
 from minixmd.models.families import ModelConfig, read_config
-from minixmd.models.lora import add_lora
+from minixmd.models.lora import add_lora, merge_lora
 from minixmd.models.weights import BASE_FILE, build, config_of, load_adapter
 from minixmd.runs.files import read_json
 from minixmd.runs.hub_names import parse_hub_name
@@ -37,6 +37,7 @@ class ModelInfo:
         """The frozen model on `meta`, with its adapters."""
         model = build(self.config).to(dtype)
         for adapter in self.adapters:
+            merge_lora(model)
             if isinstance(adapter, Path):
                 load_adapter(model, adapter)
             else:

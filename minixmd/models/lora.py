@@ -83,23 +83,47 @@ def add_lora(model, *, rank, alpha, targets, seed):
         layer.scale = alpha / rank
 
 
-def make_trainable(model, what, *, name, **adapter):
-    """Chooses what trains: "lora", a new adapter, of add_lora's options; ValueError, naming the model, if it carries
-    one; "decoder" | "full", the weights themselves, into which an adapter that the model carries is merged."""
-    if what != "lora":
-        merge_lora(model)
-        model.set_trainable(what)
-    elif adapted(model):
-        raise ValueError(f"{name} carries an adapter already; merge it first")
-    else:
+def make_trainable(model, what, **adapter):
+    """Chooses what trains: "lora", a new adapter, of add_lora's options; "decoder" | "full", the weights themselves. An
+    adapter that the model carries is merged into its weights first; returns it, as merge_lora does."""
+    merged = merge_lora(model)
+    if what == "lora":
         add_lora(model, **adapter)
+    else:
+        model.set_trainable(what)
+    return merged
 
 
 @torch.no_grad()
 def merge_lora(model):
-    """Fold every adapter into its weight (in fp32, then rounded to the storage dtype) and drop it."""
-    for layer in adapted(model).values():
-        layer.weight.copy_(layer.weight.float() + layer.scale * (layer.lora_B @ layer.lora_A))
+    """Fold every adapter into its weight (in fp32, then rounded to the storage dtype) and drop it. Returns what was
+    folded in, {module name: {"lora_A": (R, in), "lora_B": (out, R), scaled}}."""
+    merged = {}
+    for name, layer in adapted(model).items():
+        merged[name] = {"lora_A": layer.lora_A.detach(), "lora_B": layer.scale * layer.lora_B}
+        layer.weight.copy_(layer.weight.float() + merged[name]["lora_B"] @ layer.lora_A)
         layer.lora_A = layer.lora_B = layer.casts = None
         layer.casts_of = []
         layer.scale = 0.0
+    return merged
+
+
+def stacked_adapters(model, merged):
+    """{module name: {"lora_A", "lora_B"}} of one adapter, with a scale of 1, that does what two do: `merged`, which
+    merge_lora gave, and the one that the model carries. Its rank is the sum of theirs."""
+    layers = adapted(model)
+    rank = len(next(iter(layers.values())).lora_A)
+    merged_rank = len(next(iter(merged.values()))["lora_A"])
+    pairs = {}
+    for name in layers.keys() | merged.keys():
+        layer = model.get_submodule(name)
+        out_features, in_features = layer.weight.shape
+        none = {"lora_A": layer.weight.new_zeros(merged_rank, in_features, dtype=torch.float32),
+                "lora_B": layer.weight.new_zeros(out_features, merged_rank, dtype=torch.float32)}  # of a layer without
+        first = merged.get(name, none)
+        a_RD = layer.weight.new_zeros(rank, in_features, dtype=torch.float32)
+        b_FR = layer.weight.new_zeros(out_features, rank, dtype=torch.float32)
+        if name in layers:
+            a_RD, b_FR = layer.lora_A.detach(), layer.scale * layer.lora_B.detach()
+        pairs[name] = {"lora_A": torch.cat([first["lora_A"], a_RD]), "lora_B": torch.cat([first["lora_B"], b_FR], 1)}
+    return pairs

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from minixmd.models.families import CONFIG_FIELDS, read_config
-from minixmd.models.lora import adapted, named_linears
+from minixmd.models.lora import adapted, named_linears, stacked_adapters
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.shards import (
     DTYPES,
@@ -134,18 +134,22 @@ def _with_dtype(section, dtype):
     return {name: dtype if name in DTYPE_FIELDS else _with_dtype(value, dtype) for name, value in section.items()}
 
 
-def save_adapter(model, base, folder):
+def save_adapter(model, base, folder, merged=None):
     """Write the model's adapter in PEFT's format, with transformers 5 module paths (of Omni: the thinker class's).
-    base: the model it belongs to, recorded for `load` and PEFT: a path, or "owner/name@revision" on the hub."""
+    base: the model it belongs to, recorded for `load` and PEFT: a path, or "owner/name@revision" on the hub. merged: an
+    adapter that was merged into that model before this one was added (merge_lora); the two are written as one."""
     layers = adapted(model)
-    pairs = {name: {"lora_A": layer.lora_A, "lora_B": layer.lora_B} for name, layer in layers.items()}
-    first = next(iter(layers.values()))
-    rank = len(first.lora_A)
+    if merged:
+        pairs, scale = stacked_adapters(model, merged), 1.0
+    else:
+        pairs = {name: {"lora_A": layer.lora_A, "lora_B": layer.lora_B} for name, layer in layers.items()}
+        scale = next(iter(layers.values())).scale
+    rank = len(next(iter(pairs.values()))["lora_A"])
     hub_name = None if Path(base).is_dir() else parse_hub_name(base)
     name, revision = hub_name or (str(base), None)
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision,
-        "r": rank, "lora_alpha": first.scale * rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+        "r": rank, "lora_alpha": scale * rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
         "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
     }  # fmt: skip
     write_adapter(folder, config, pairs, model.config.family.transformers_path)
