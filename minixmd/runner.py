@@ -14,6 +14,7 @@ from minixmd.config import GRPO, SFT, Distill, Evaluate, FactCheck, Label, Repor
 from minixmd.config.load import load_config
 from minixmd.config.references import check_files, input_paths, resolve
 from minixmd.dryrun.plan import dry_run
+from minixmd.dryrun.shortage import describe_shortage, is_shortage
 from minixmd.models.attention import describe_attention
 from minixmd.models.hub import pinned
 from minixmd.report import gather as report
@@ -58,7 +59,7 @@ def main(argv=None):
         for stage in config.stages:
             run_stage(stage, config, rank)
         destroy()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError) as error:
         if args.traceback:
             raise
         print(f"minixmd: {shortened(str(error))}", file=sys.stderr)
@@ -91,7 +92,12 @@ def run_stage(stage, config, rank):
     elif folder is not None and (rank == 0 or shared):
         where = describe_device(stage)
         print(f"{stage.name}: runs in {folder}{where}{where and describe_attention(stage)}", flush=True)
-        RUN[type(stage)](with_paths(stage, config), folder, partial(append_jsonl, folder / "log.jsonl"))
+        try:
+            RUN[type(stage)](with_paths(stage, config), folder, partial(append_jsonl, folder / "log.jsonl"))
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            raise ValueError(describe_shortage(error, stage, config.stages)) from error
         if rank == 0:
             finish(folder)
     barrier()

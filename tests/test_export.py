@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import (
+    LINEARS,
     TARGETS,
     assert_close,
     assert_same_weights,

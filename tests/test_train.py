@@ -25,8 +25,10 @@ from minixmd.config import GRPO, SFT, Distill, FactCheck, Label, Traces
 from minixmd.inputs.examples import Example, read_manifest
 from minixmd.inputs.prompts import build_prompt
 from minixmd.kernels import logprob
+from minixmd.learning import rollout
 from minixmd.learning.optim import adamw, optimizer_tensors, restore_optimizer
 from minixmd.learning.targets import Item, resolve_targets
+from minixmd.models import head, weights
 from minixmd.runner import main
 from minixmd.runs.device import describe_device
 from minixmd.runs.files import write_safetensors
@@ -62,6 +64,59 @@ def run(tmp_path, stages, *overrides):
 
 def log_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# ---- memory that runs out ----
+
+
+def gpu(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
+
+
+def host(*_):
+    torch.empty(2**50)
+
+
+def python(*_):
+    raise MemoryError
+
+
+@pytest.mark.parametrize("name, ran_out, said", [
+    ("backward of SFT", gpu, "student: the GPU ran out of memory in phase 'update', for which --dry-run expects 1.0 GiB "
+     "with the driver and what the allocator cannot use; to lower: micro_batch_tokens [(]now 8192, at least [0-9]+[)], "
+     "checkpointing=on"),
+    ("backward of SFT", host, "student: this machine ran out of memory in phase 'update', .*; to lower: micro_batch.*"),
+    ("optimizer", gpu, r"student: the GPU ran out of memory in phase 'optimizer', for which --dry-run expects .* use"),
+    ("rollout", python, r"student: this machine ran out of memory in phase 'rollout', .*; to lower: decode_slots.*"),
+    ("scoring", gpu, r"student: the GPU ran out of memory in phase 'scoring', .*; to lower: micro_batch_tokens.*"),
+    ("validation", gpu, r"student: the GPU ran out of memory in phase 'validation', .*"),
+    ("loading", host, r"student: this machine ran out of memory while the model was loaded or clips were read: .*"),
+])
+def test_memory_that_runs_out_is_a_line_with_the_phase_the_estimate_and_what_to_lower(
+        world, tmp_path, capsys, monkeypatch, name, ran_out, said):
+    holder, function = {
+        "backward of SFT": (head, "raw_logits"), "optimizer": (torch.optim.AdamW, "step"),
+        "rollout": (rollout, "KVCache"), "scoring": (head.TokenLogprob, "loss_and_grad"),
+        "validation": (multiple_choice, "pack"), "loading": (weights, "build")}[name]  # fmt: skip
+    works, calls = getattr(holder, function), []
+
+    def fails_once(*args, **options):
+        calls.append(name)
+        return works(*args, **options) if len(calls) > 1 else ran_out()
+
+    monkeypatch.setattr(holder, function, fails_once)
+    fields = dict(kind="GRPO", group_size=2, max_new_tokens=4) if name in ("rollout", "scoring") else {}
+    stage = train(world, max_steps=1, val_manifest=f"{world}/clips/manifest.jsonl", **fields)
+    assert run(tmp_path, stage) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minixmd: student")]
+    assert re.fullmatch(f"minixmd: {said}", line), line
+    assert run(tmp_path, stage) == 0  # from where it stopped
+
+
+def test_another_runtime_error_is_not_taken_for_a_shortage(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "sft_step", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        run(tmp_path, train(world))
 
 
 # ---- what it does ----

@@ -23,8 +23,12 @@ ANSWER_TOKENS = 200
 CLIPS = 10_000  # of a manifest
 
 
+def needed_gib(size):
+    return size * (1 + OVERHEAD) / 2**30 + DRIVER_GIB
+
+
 def has_room(size, gib):
-    return size * (1 + OVERHEAD) / 2**30 + DRIVER_GIB <= gib
+    return needed_gib(size) <= gib
 
 
 def to_lower(stage, phases, longest=1):

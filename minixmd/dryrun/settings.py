@@ -29,7 +29,9 @@ def settings_to_lower(stage, phase_name, longest=1):
     for name in FIELDS[phase_name].split():
         least = smallest[name]
         value = getattr(stage, name, least)
-        can_fall = value > least if isinstance(value, int) else value not in (least, "auto")  # which is on, on a GPU
+        if value == "auto" and getattr(stage, "device", "auto") != "cpu":
+            value = "on"  # of checkpointing
+        can_fall = value > least if isinstance(value, int) else value != least
         if can_fall and name not in needless:
             found[name] = least
     return found

@@ -1,0 +1,62 @@
+"""The line in which a stage ends when memory runs out: where, what --dry-run expects there, and what to lower."""
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+
+from minixmd.config import GRPO
+from minixmd.dryrun import costs
+from minixmd.dryrun.memory_estimate import estimate
+from minixmd.dryrun.plan import plan_stage, write_stand_in_tokenizer
+from minixmd.dryrun.settings import settings_to_lower
+
+PHASES = {  # functions that memory runs out in, outermost first -> their phase
+    "validate": "validation",
+    "policy_gradient": "update",
+    "sft_gradients": "update",
+    "distill_gradients": "update",
+    "reference_logprobs": "scoring",
+    "train_epochs": "training",
+    "decode": "generate",
+    "next_token_logits": "forward",
+    "update": "optimizer",
+}
+
+
+def is_shortage(error):
+    """Whether an error says that the GPU's or the machine's memory ran out."""
+    by_the_allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return by_the_allocator or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def describe_shortage(error, stage, stages):
+    """error: is_shortage. stages: those of the config."""
+    inside = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+    phase_name = next((phase for name, phase in PHASES.items() if name in inside), None)
+    if phase_name == "generate" and isinstance(stage, GRPO):
+        phase_name = "rollout"
+    where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "this machine"
+    text = f"{stage.name}: {where} ran out of memory"
+    if phase_name is None:
+        return f"{text} while the model was loaded or clips were read: {error}"
+    text += f" in phase {phase_name!r}"
+    longest = 1
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            write_stand_in_tokenizer(Path(scratch), stages)
+            plan = plan_stage(stage, stages, Path(scratch))
+        if plan.fault:
+            raise ValueError(plan.fault)
+        if plan.prompt is not None:
+            longest = len(plan.prompt)
+        phases = {phase.name: phase for phase in estimate(stage, plan.model, plan.prompt)}
+        gib = costs.needed_gib(phases[phase_name].total)
+        text += f", for which --dry-run expects {gib:.1f} GiB with the driver and what the allocator cannot use"
+        if torch.cuda.is_available():
+            text += f"; the card has {torch.cuda.get_device_properties(0).total_memory / 2**30:.1f}"
+    except (ValueError, KeyError, OSError, RuntimeError, MemoryError):  # for which there may be no room either
+        text += " (not estimated)"
+    lower = [f"{name} (now {getattr(stage, name)}, at least {least})" if isinstance(least, int) else f"{name}={least}"
+             for name, least in settings_to_lower(stage, phase_name, longest).items()]
+    return f"{text}; to lower: {', '.join(lower)}" if lower else text
