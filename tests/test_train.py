@@ -82,9 +82,9 @@ def python(*_):
 
 
 @pytest.mark.parametrize("name, ran_out, said", [
-    ("backward of SFT", gpu, "student: the GPU ran out of memory in phase 'update', for which --dry-run expects 1.0 GiB "
-     "with the driver and what the allocator cannot use; to lower: micro_batch_tokens [(]now 8192, at least [0-9]+[)], "
-     "checkpointing=on"),
+    ("backward of SFT", gpu, "student: the GPU ran out of memory in phase 'update', for which --dry-run expects 1.0 "
+     "GiB with the driver and what the allocator cannot use; to lower: micro_batch_tokens [(]now 8192, at least [0-9]+"
+     "[)], checkpointing=on"),
     ("backward of SFT", host, "student: this machine ran out of memory in phase 'update', .*; to lower: micro_batch.*"),
     ("optimizer", gpu, r"student: the GPU ran out of memory in phase 'optimizer', for which --dry-run expects .* use"),
     ("rollout", python, r"student: this machine ran out of memory in phase 'rollout', .*; to lower: decode_slots.*"),

@@ -179,11 +179,11 @@ def trace_grpo(tracer, trainer, prompt):
     tokens = sum(len(group.prompt) + sum(map(len, group.completions)) for group in rollout.micro_batches[0])
     share = sum(len(group.completions) for group in rollout.micro_batches[0]) / G  # prompts with all G completions
     if stage.beta:
-        with tracer.phase("scoring", tokens, "reference", sequences=share):
-            reference = trainer.reference.model()
-            tracer.category = "activations"
+        tracer.category = "reference"
+        reference = trainer.reference.model()
+        with tracer.phase("scoring", tokens, sequences=share):
             rollout.ref_T = reference_logprobs(reference, rollout.micro_batches, trainer.vocabulary)
-            del reference
+        del reference
     trace_update(tracer, trainer, share, tokens, partial(trainer.policy_gradient, rollout), several)
 
 

@@ -210,6 +210,7 @@ def avqa(*, data="data", **changes):
                eval_every=250)
     # "full-parameter": here the decoder; the clipping of the ratio, 0.2, is not stated either
     grpo = dict(trainable="decoder", lr=1e-6, batch_size=24, micro_batch_tokens=6144, max_steps=1000, eval_every=100)
+    grpo |= dict(moments="8bit", reference="host")  # so that it fits 80 GB
     return replace(SightSound(
         student="Qwen/Qwen2-Audio-7B-Instruct",
         teacher=TEACHER,

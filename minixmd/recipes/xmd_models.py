@@ -2,8 +2,8 @@
 
     python -m minixmd.train xmd_models run_dir=runs/xmd_audio      (after xmd_audio, whose finished stages it reuses)
 
-Data and checkpoints as in xmd_audio. One CUDA GPU of 48 GB or more. Not measured by anybody yet. By arithmetic, on an
-H100 at 40 % of its peak: 3 hours beside xmd_audio's; 17 and 22 GB of weights, a model at a time; figures in the report.
+Data and checkpoints as in xmd_audio. One CUDA GPU of 24 GB or more. Not measured by anybody yet. By --dry-run, on an
+H200 at 40 % of its peak: 3 hours beside xmd_audio's; at most 21 GiB, a model at a time; figures in the report.
 """
 from dataclasses import replace
 

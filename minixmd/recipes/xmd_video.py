@@ -3,9 +3,9 @@
     python -m minixmd.train xmd_video                              (alone)
     python -m minixmd.train xmd_video run_dir=runs/xmd_audio       (after xmd_audio, whose finished stages it reuses)
 
-Data and checkpoints as in xmd_audio. One CUDA GPU of 48 GB or more. Not measured by anybody yet. By arithmetic, on an
-H100 at 40 % of its peak: 9 hours for the stages that xmd_audio has too, 12 for distillation on 1,700 tokens a clip;
-17 GB of weights and about 25 GB beside them. The report has the paper's figures.
+Data and checkpoints as in xmd_audio. One CUDA GPU of 24 GB or more. Not measured by anybody yet. By --dry-run, on an
+H200 at 40 % of its peak: 7 hours for the stages that xmd_audio has too, 11 for distillation on 1,660 tokens a clip; at
+most 21 GiB. The report has the paper's figures.
 """
 from minixmd.recipe_parts.xmd import TITLES, vggsound
 
