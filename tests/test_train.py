@@ -11,9 +11,11 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
+from media_files import write_mp4
 from mini import CLASSES, write_clips, write_config, write_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, trainer_of
@@ -318,6 +320,25 @@ def test_a_clip_over_the_token_budget_is_counted_and_the_run_goes_on(world, tmp_
     bad = [line for line in log if "bad" in line]
     assert [line["bad"] for line in bad] == ["too long"] * 2  # once an epoch
     assert re.fullmatch(r"long: too long \(the prompt has \d+ tokens, over micro_batch_tokens 600\)", bad[0]["detail"])
+    assert [line["step"] for line in log if "loss" in line] == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_a_video_of_five_minutes_among_the_clips_is_counted_and_the_run_goes_on(world, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (300, 240, 320, 3), dtype=np.uint8)
+    write_mp4(tmp_path / "film.mp4", frames, fps=1)
+    lines = [json.loads(line) for line in (world / "clips" / "manifest.jsonl").read_text().splitlines()]
+    clips = [{**line, "video": str(world / "clips" / line["video"])} for line in lines]
+    write_jsonl(tmp_path / "manifest.jsonl", [*clips, {**lines[0], "id": "film", "video": "film.mp4"}])
+    shutil.copytree(world / "eyes", tmp_path / "eyes")  # with the positions of the published model
+    raw = json.loads((tmp_path / "eyes" / "config.json").read_text())
+    (tmp_path / "eyes" / "config.json").write_text(json.dumps({**raw, "max_position_embeddings": 32_768}))
+    stage = train(world, model=str(tmp_path / "eyes"), media="video", manifest=str(tmp_path / "manifest.jsonl"),
+                  epochs=2, max_bad=0.2, min_pixels=3136, max_pixels=262_144)
+    assert run(tmp_path, stage) == 0
+    log = log_of(tmp_path / "run" / "student")
+    bad = [line["detail"] for line in log if "bad" in line]
+    assert len(bad) == 2 and all("over micro_batch_tokens 8192" in detail for detail in bad)
     assert [line["step"] for line in log if "loss" in line] == list(range(1, 9))
 
 

@@ -117,13 +117,17 @@ def make_rollout(stage, prompts, completions, reward_PG):
             groups.append(Group(piece.prompt, tuple(torch.tensor(sampled[i].ids) for i in piece.numbers)))
         micro_batches.append(groups)
     weights = token_weights(lengths, stage.aggregation, stage.max_new_tokens).split(lengths)
-    count = torch.tensor([lengths[i] for i in order])
+    advantage_of_token, weight_of_token, logprob_of_token = [], [], []
+    for i in order:
+        advantage_of_token += [advantage[i]] * lengths[i]
+        weight_of_token += weights[i].tolist()
+        logprob_of_token += sampled[i].logprobs
     return Rollout(
         micro_batches,
         learned,
-        torch.tensor([advantage[i] for i in order]).repeat_interleave(count),
-        torch.cat([weights[i] for i in order]),
-        torch.tensor([logprob for i in order for logprob in sampled[i].logprobs]),
+        advantage_T=torch.tensor(advantage_of_token),
+        weight_T=torch.tensor(weight_of_token),
+        sampled_T=torch.tensor(logprob_of_token),
     )
 
 

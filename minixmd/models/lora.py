@@ -111,19 +111,20 @@ def merge_lora(model):
 def stacked_adapters(model, merged):
     """{module name: {"lora_A", "lora_B"}} of one adapter, with a scale of 1, that does what two do: `merged`, which
     merge_lora gave, and the one that the model carries. Its rank is the sum of theirs."""
-    layers = adapted(model)
-    rank = len(next(iter(layers.values())).lora_A)
-    merged_rank = len(next(iter(merged.values()))["lora_A"])
+    carried = {}
+    for name, layer in adapted(model).items():
+        carried[name] = {"lora_A": layer.lora_A.detach(), "lora_B": layer.scale * layer.lora_B.detach()}
     pairs = {}
-    for name in layers.keys() | merged.keys():
-        layer = model.get_submodule(name)
-        out_features, in_features = layer.weight.shape
-        none = {"lora_A": layer.weight.new_zeros(merged_rank, in_features, dtype=torch.float32),
-                "lora_B": layer.weight.new_zeros(out_features, merged_rank, dtype=torch.float32)}  # of a layer without
-        first = merged.get(name, none)
-        a_RD = layer.weight.new_zeros(rank, in_features, dtype=torch.float32)
-        b_FR = layer.weight.new_zeros(out_features, rank, dtype=torch.float32)
-        if name in layers:
-            a_RD, b_FR = layer.lora_A.detach(), layer.scale * layer.lora_B.detach()
-        pairs[name] = {"lora_A": torch.cat([first["lora_A"], a_RD]), "lora_B": torch.cat([first["lora_B"], b_FR], 1)}
+    for name in merged.keys() | carried.keys():
+        weight_FD = model.get_submodule(name).weight
+        halves_A, halves_B = [], []
+        for adapter in (merged, carried):
+            rank = len(next(iter(adapter.values()))["lora_A"])
+            pair = adapter.get(name)
+            if pair is None:  # it leaves this layer alone
+                pair = {"lora_A": torch.zeros(rank, weight_FD.shape[1], device=weight_FD.device),
+                        "lora_B": torch.zeros(weight_FD.shape[0], rank, device=weight_FD.device)}
+            halves_A.append(pair["lora_A"])
+            halves_B.append(pair["lora_B"])
+        pairs[name] = {"lora_A": torch.cat(halves_A), "lora_B": torch.cat(halves_B, dim=1)}
     return pairs
