@@ -131,7 +131,7 @@ class Sides:
 
     def our_scores(self, groups):
         """(n C,) log-probabilities of the completions under the reference."""
-        return reference_logprobs(self.trainer.reference.model(), [groups], self.trainer.vocabulary)
+        return reference_logprobs(self.trainer.reference.frozen_model(), [groups], self.trainer.vocabulary)
 
     def our_gradients(self, groups, old_T, ref_T):
         """Gradients of an update on completions that are given; returns the loss. old_T None: the policy's own."""
@@ -299,7 +299,7 @@ def memory(N, D, V):
 
 def encoders(sides):
     """The row "encoders"; by a step of short completions, in which AdamW makes its moments."""
-    models = {"minixmd": (sides.trainer.model, sides.trainer.reference.model()),
+    models = {"minixmd": (sides.trainer.model, sides.trainer.reference.frozen_model()),
               "transformers": (sides.theirs.model, sides.their_reference.model)}
     clips = {}
     for name, step in (("minixmd", sides.our_step), ("transformers", sides.their_step)):

@@ -215,3 +215,4 @@ def adamw_update(p, grad, state, t, *, lr, betas, eps, weight_decay, backend="tr
             p.view(torch.int16) if half else p, grad, state["residual"] if half else grad, state["exp_avg"],
             state["exp_avg_sq"], *scales, size, seed, *numbers, HAS_RESIDUAL=half, HAS_SCALES=scaled, ROWS=ROWS,
             BLOCK=BLOCK, num_warps=NUM_WARPS)
+        torch.autograd.graph.increment_version(p)  # of which a kernel's writing tells nobody: kept casts of p go by it

@@ -11,8 +11,8 @@ import torch
 from minixmd.inputs.batch import Batch, Group, Prompt, pack
 from minixmd.inputs.tokenizer import Processor
 from minixmd.learning.rollout import Completion, generate
-from minixmd.models.hub import base_folder, model_folder
-from minixmd.models.lora import set_backend
+from minixmd.models.hub import base_and_adapters, model_folder
+from minixmd.models.lora import merge_lora, set_backend
 from minixmd.models.shards import listed, skipped_parts
 from minixmd.models.weights import load_adapter, load_model
 
@@ -36,12 +36,11 @@ def load(path, *, device="cpu", dtype=torch.float32, backend="torch"):
         ValueError: no such folder or repository, an unsupported or misfitting checkpoint, or a tokenizer of another
             model.
     """
-    folder = base = model_folder(path)
-    if (folder / "adapter_config.json").is_file():
-        base = base_folder(folder)
+    base, adapters = base_and_adapters(model_folder(path))
     model = load_model(base, device=device, dtype=dtype)
-    if base != folder:
-        load_adapter(model, folder)
+    for adapter in adapters:
+        merge_lora(model)  # the one that this one stands on
+        load_adapter(model, adapter)
     if skipped := skipped_parts(base, model.config.family):
         parts = ", ".join(f"{part} ({count} tensors)" for part, count in skipped.items())
         print(f"minixmd: {path}: not built: {parts}", file=sys.stderr)

@@ -8,8 +8,6 @@ import sys
 from dataclasses import replace
 from functools import partial
 
-import torch
-
 from minixmd.config import GRPO, SFT, Distill, Evaluate, FactCheck, Label, Report, Switch, Toy, Traces
 from minixmd.config.load import load_config
 from minixmd.config.references import check_files, input_paths, resolve
@@ -18,7 +16,7 @@ from minixmd.dryrun.shortage import describe_shortage, is_shortage
 from minixmd.models.attention import describe_attention
 from minixmd.models.hub import pinned
 from minixmd.report import gather as report
-from minixmd.runs.device import describe_device
+from minixmd.runs.device import describe_device, prepare_backends
 from minixmd.runs.distributed import barrier, broadcast, destroy, init
 from minixmd.runs.records import append_jsonl
 from minixmd.runs.stage_directory import begin, finish
@@ -42,8 +40,7 @@ def main(argv=None):
                         help="only check the config and print its prompts, memory and hours; needs no weights or data")
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     args = parser.parse_intermixed_args(argv)  # overrides may follow a flag
-    torch.backends.cudnn.allow_tf32 = False  # float32 convolutions would multiply with 10 bits
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and shapes hardly repeat
+    prepare_backends()
     try:
         rank = init(os.environ)
         config = load_config(args.config, args.overrides)

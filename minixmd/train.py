@@ -144,7 +144,9 @@ class Trainer:
                 self.drawn = None
                 for clip in bad_clips:
                     self.count_bad_clip(clip.item, clip.error)
-                metrics = take_step(learnt_from)
+                metrics = {"loss": 0.0, "tokens": 0}  # of a step whose clips were all bad
+                if learnt_from:
+                    metrics = take_step(learnt_from)
                 self.step += 1
                 tokens_per_s = metrics["tokens"] / (time.perf_counter() - began)
                 self.log({"step": self.step, **metrics, "tokens_per_s": round(tokens_per_s)})
@@ -281,7 +283,7 @@ class Trainer:
             "student"   -log p(the letter that the student gave before): the anti-forgetting loss
         """
         metrics = self.update(self.distill_gradients(micro_batches))
-        items = [item for micro_batch in micro_batches for _, item in micro_batch.samples]
+        items = [item for micro_batch in micro_batches for item in micro_batch.items]
         from_teacher = sum(item.source == "teacher" for item in items)
         return {**metrics, "to_teacher": from_teacher, "tokens": count_tokens(micro_batches)}
 
@@ -289,13 +291,13 @@ class Trainer:
         """Gradients of a step: cross-entropy is a mean over its target tokens, the KL one over its clips. Returns
         {"loss", …} on the model's device."""
         denominator = count_targets(micro_batches)
-        num_clips = sum(len(micro_batch.samples) for micro_batch in micro_batches)
+        num_clips = sum(len(micro_batch.items) for micro_batch in micro_batches)
         metrics = defaultdict(self.zero)
         for micro_batch in micro_batches:
             batch = micro_batch.batch.to(self.model.device)
             hidden_ND = self.model(batch)
             topk = {}  # number of a clip in the micro-batch, which is its segment's -> the teacher's best ids
-            for i, (_, item) in enumerate(micro_batch.samples):
+            for i, item in enumerate(micro_batch.items):
                 if item.source == "teacher" and self.stage.teacher_loss != "ce":
                     topk[i] = item.teacher_topk
             losses = []
@@ -343,8 +345,6 @@ class Trainer:
 
     def grpo_step(self, samples):
         """One rollout of [(Prompt, Item)] and the optimizer steps on it."""
-        if not samples:
-            return {"loss": 0.0, "tokens": 0}
         stage = self.stage
         prompts = [prompt for prompt, _ in samples]
         items = [item for _, item in samples]
@@ -365,7 +365,7 @@ class Trainer:
         scored_T = None  # what the policy says without gradients, before its first update
         if rollout and self.reference is not None:
             options = rollout.micro_batches, self.vocabulary
-            rollout.ref_T = logprobs.reference_logprobs(self.reference.model(), *options)
+            rollout.ref_T = logprobs.reference_logprobs(self.reference.frozen_model(), *options)
             if not any(self.optimizer.state.values()):  # in this process or an earlier one
                 scored_T = logprobs.reference_logprobs(self.model, *options)
                 self.check_reference(rollout.ref_T, scored_T)
@@ -508,7 +508,7 @@ class Trainer:
 
     def publish(self):
         """Writes best/: the best weights in validation (the last ones without it), as `load` and others read them."""
-        checkpoint.publish(self.folder, self.model, self.processor, self.parameters, self.stage.model, self.merged)
+        checkpoint.publish(self.folder, self.model, self.processor, self.parameters, self.stage.model)
 
 
 if __name__ == "__main__":  # the command line is the runner's, which imports this module

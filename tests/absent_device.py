@@ -16,7 +16,7 @@ Counted are
 
 `capture` stands in for a CUDA graph: a synchronisation or a copy inside raises CaptureError, as does a replay that is
 not the same operations on the same tensors at the same addresses. Not seen: which kernel a library chooses, its
-numbers, memory, streams.
+numbers, memory, streams; a number of the CPU, of no dimension, beside tensors of the device, but in cat and stack.
 """
 import traceback
 from collections import Counter
@@ -116,6 +116,7 @@ class AbsentDevice:
     def __init__(self):
         self.launches, self.syncs, self.copies = Counter(), Counter(), Counter()
         self.taping, self.tape = False, []
+        self.inference = []  # of each inference_mode that is on: whether gradients were before
         self.real_meta = False  # whether what is made now was asked for on "meta"
         self.patches = ExitStack()
 
@@ -123,10 +124,11 @@ class AbsentDevice:
         patch, cuda = self.patches.enter_context, torch.cuda
         patch(mock.patch.object(cuda, "is_available", lambda: True))
         patch(mock.patch.object(cuda, "get_device_name", lambda *_: "absent"))
+        patch(mock.patch.object(cuda, "get_device_capability", lambda *_: (9, 0)))
         patch(mock.patch.object(cuda, "synchronize", lambda *_: self.synchronise("synchronize")))
         # the tensors of inference mode have no version to follow
-        patch(mock.patch.object(torch.inference_mode, "__enter__", enter_without_gradients))
-        patch(mock.patch.object(torch.inference_mode, "__exit__", leave_without_gradients))
+        patch(mock.patch.object(torch.inference_mode, "__enter__", self.enter_inference))
+        patch(mock.patch.object(torch.inference_mode, "__exit__", self.leave_inference))
         patch(mock.patch.object(torch, "Generator", Generator))
         patch(mock.patch.object(rollout, "capture", self.capture))
         patch(mock.patch.object(attention, "varlen_attn", self.varlen_attn))
@@ -142,10 +144,19 @@ class AbsentDevice:
     def __exit__(self, *error):
         self.patches.close()
 
+    def enter_inference(self):
+        self.inference.append(torch.is_grad_enabled())
+        torch.set_grad_enabled(False)
+
+    def leave_inference(self, *error):
+        torch.set_grad_enabled(self.inference.pop())
+
     def varlen_attn(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1),
                     enable_gqa=False):
         if not all(isinstance(x, OnDevice) and x.dtype == torch.int32 for x in (cu_seq_q, cu_seq_k)):
             raise DeviceError(f"varlen_attn at {caller()}: cumulative lengths must be int32 of the device")
+        if query.shape[2] % 8 or query.shape[2] > 256 or not all(x.stride(2) == 1 for x in (query, key, value)):
+            raise DeviceError(f"varlen_attn at {caller()}: a head of {query.shape[2]}, or not contiguous")
 
         def attend(q, k, v):
             return varlen_attn(q, k, v, cu_seq_q.host, cu_seq_k.host, max_q, max_k, window_size=window_size,
@@ -223,7 +234,7 @@ class AbsentDevice:
         others = [x for x in tensors if not isinstance(x, OnDevice)]
         if name in INDEXING:
             self.check_index(name, args, ours)
-        elif any(x.ndim for x in others):
+        elif any(x.ndim or name in ("cat", "stack") for x in others):
             raise DeviceError(f"{name} at {caller()}: of the CPU {[tuple(x.shape) for x in others]}, of the device "
                               f"{[tuple(x.shape) for x in ours]}")
         if name == "_local_scalar_dense":
@@ -286,17 +297,8 @@ class AbsentDevice:
         return _Move.apply(x, to_device, dtype)
 
 
-def enter_without_gradients(self):
-    self.before = torch.is_grad_enabled()
-    torch.set_grad_enabled(False)
-
-
-def leave_without_gradients(self, *error):
-    torch.set_grad_enabled(self.before)
-
-
 def is_pinned(x):
-    return getattr(x, "pinned", False)
+    return getattr(x, "pinned", False) or getattr(x._base, "pinned", False)
 
 
 def with_tensors(index):
@@ -399,6 +401,8 @@ class Functions(TorchFunctionMode):
                 return x
             if name == "is_pinned":
                 return is_pinned(x)
+            if function == torch.Tensor._base.__get__ and device.inference:
+                return None  # a view that is made there knows no base
             if isinstance(x, OnDevice) and name in ("__getitem__", "__setitem__"):
                 args = (x, with_tensors(args[1]), *args[2:])
             if isinstance(x, OnDevice) and name in ("numpy", "data_ptr", "__array__"):
@@ -408,6 +412,10 @@ class Functions(TorchFunctionMode):
                 return x.host.tolist()
         target = kwargs.get("device")
         generator = kwargs.get("generator")
+        if kwargs.pop("pin_memory", False):
+            made = function(*args, **kwargs)
+            made.pinned = True
+            return made
         if isinstance(generator, Generator) and generator.device.type != torch.device(target or "cpu").type:
             raise DeviceError(f"{name} at {caller()}: generator on {generator.device}, tensor on {target}")
         if is_meta(target):

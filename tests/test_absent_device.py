@@ -52,6 +52,7 @@ STAGES = {  # class, whether it sees, and the fields that it has beside a model 
     "sft, decoder": (SFT, False, dict(trainable="decoder", **STEPS)),
     "sft, decoder, 8-bit moments": (SFT, False, dict(trainable="decoder", moments="8bit", **STEPS)),
     "sft, full": (SFT, False, dict(trainable="full", **STEPS)),
+    "sft, adapter in 8 bits": (SFT, False, dict(moments="8bit", **{**STEPS, "lr": 1e-2})),
     "sft on traces": (SFT, False, dict(traces="traces.jsonl", **STEPS)),
     "gate with letters": (Distill, False, dict(**FROM_LABELS, **STEPS)),
     "kl": (Distill, False, dict(teacher_labels="labels.jsonl", teacher_loss="kl", **STEPS)),
@@ -130,9 +131,13 @@ def test_a_stage_runs_on_the_device(world, tmp_path, spread, name, backend, dtyp
     with AbsentDevice() as device:
         found = run(world, tmp_path / "cuda", name, "cuda", backend, dtype)
     assert sum(device.launches.values()) > 50 and not torch.cuda.is_available()
-    same_arithmetic = dtype == "float32" and backend == "torch" and name != "switch"  # its Cnn14 is laid out otherwise
-    if same_arithmetic:
-        assert found == run(world, tmp_path / "cpu", name, "cpu", "torch", dtype)
+    if dtype != "float32" or name == "switch":  # its Cnn14 is laid out otherwise
+        return
+    expected = run(world, tmp_path / "cpu", name, "cpu", "torch", dtype)
+    losses, wanted = ([line["loss"] for line in lines if "loss" in line] for lines in (found, expected))
+    assert losses == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    if backend == "torch":
+        assert found == expected
 
 
 @pytest.mark.slow
@@ -227,9 +232,9 @@ def test_an_optimizer_step_waits_once_and_copies_little(world, tmp_path):
             RUN[SFT](stage, tmp_path / str(steps), lambda line: None)
         found[steps] = sum(device.syncs.values()), sum(device.copies.values())
     syncs, copies = (two - one for one, two in zip(found[1], found[2], strict=True))
-    # losses and norm are read at once; the step's micro-batch goes in four pinned copies: integers, sounds, and what
-    # attention needs in the tower and in the decoder
-    assert (syncs, copies) == (1, 4)
+    # losses and norm are read at once; the step's micro-batch goes in three pinned copies: integers, sounds, and what
+    # attention needs in the decoder (in a tower with heads of 8 k it would be a fourth)
+    assert (syncs, copies) == (1, 3)
 
 
 # ---- planted faults ----

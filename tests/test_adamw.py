@@ -7,6 +7,8 @@ import torch
 from kernel_checks import BACKENDS, assert_as_good_as, assert_compiles, grid
 
 from minixmd.kernels import adamw
+from minixmd.learning import optim
+from minixmd.models.lora import Linear, add_lora
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -335,3 +337,21 @@ def test_a_planted_fault_is_seen(fault, tmp_path):
 @pytest.mark.slow
 def test_the_kernel_compiles_without_spills():
     assert_compiles("adamw")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_an_update_is_seen_by_what_keeps_casts_of_a_parameter(backend):
+    layer = Linear(8, 8)
+    layer.backend = backend
+    add_lora(torch.nn.ModuleDict({"layer": layer}), rank=2, alpha=2.0, targets="layer", seed=0)
+    optimizer = optim.adamw({"A": layer.lora_A, "B": layer.lora_B}, lr=0.1, betas=(0.9, 0.999), eps=1e-8,
+                            weight_decay=0.0, moments="8bit", backend=backend)
+    x_ND, outputs = torch.randn(4, 8, dtype=torch.bfloat16), []
+    layer.weight.data = layer.weight.data.bfloat16()
+    layer.bias.data = layer.bias.data.bfloat16()
+    for _ in range(2):
+        y_ND = layer(x_ND)
+        outputs.append(y_ND.detach())
+        y_ND.float().square().sum().backward()
+        optimizer.step()
+    assert (outputs[1] - outputs[0]).abs().max() > 0.01

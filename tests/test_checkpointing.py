@@ -95,4 +95,4 @@ def test_the_reference_of_a_checkpointed_policy_is_the_policy():
     stage = GRPO(name="s", model="m", manifest="d", checkpointing="on", trainable="full", device="cpu")
     trainer = trainer_of(stage, tiny_model("audio"), suppressed_ids=[1])
     batch = pack(prompts_of("audio"))
-    assert torch.equal(trainer.model(batch), trainer.reference.model()(batch))
+    assert torch.equal(trainer.model(batch), trainer.reference.frozen_model()(batch))

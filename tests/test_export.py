@@ -1,6 +1,7 @@
 """What we write, transformers and PEFT read with the same logits, for every family; an export is whole or absent."""
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mini import write_model
 from safetensors.torch import load_file, save_file
 from tiny import REFERENCES, published_config, tiny_model
 
+import minixmd
 from minixmd.models import shards, weights
 from minixmd.models.lora import add_lora, merge_lora
 from minixmd.models.weights import adapted, load_adapter, load_model, save_adapter, save_model
@@ -247,20 +249,34 @@ def test_an_adapter_of_ours_gives_the_same_logits_in_peft(base, tmp_path, where)
     assert_same_weights(again, model)
 
 
-def test_an_adapter_on_a_merged_one_is_written_as_one_adapter_of_the_base(base, tmp_path):
-    kind, folder = base
-    model = with_adapter(folder, TARGETS["decoder"])  # of other layers, and another rank and scale
-    merged = merge_lora(model)
-    add_lora(model, rank=5, alpha=2.0, targets=LINEARS, seed=3)
-    fill((name, p) for name, p in model.named_parameters() if "lora_" in name)
-    save_adapter(model, folder, tmp_path, merged)
-    ours = logits_of(model, kind)
-    reference = peft.PeftModel.from_pretrained(in_transformers(folder, kind), tmp_path)
-    assert_close(reference_logits(reference, kind), ours)
-    again = load_model(folder)
-    load_adapter(again, tmp_path)
-    assert_close(logits_of(again, kind), ours)
-    assert len(adapted(again)) == len(adapted(model)) > len(merged)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adapter_on_an_adapter_loads_and_merges_to_the_model_that_was_trained(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(minixmd, "Processor", lambda *_: None)  # there is no tokenizer
+    model = tiny_model("audio").to(dtype)
+    save_model(model, tmp_path, tmp_path / "base")
+    trained = model
+    for number, targets in enumerate((TARGETS["decoder"], LINEARS)):  # of other layers, ranks and scales
+        merge_lora(trained)
+        add_lora(trained, rank=2 + number, alpha=3.0, targets=targets, seed=number)
+        fill((name, p) for name, p in trained.named_parameters() if "lora_" in name)
+        save_adapter(trained, tmp_path / ("base" if number == 0 else "a0"), tmp_path / f"a{number}")
+    ours = logits_of(trained, "audio")
+    assert torch.equal(logits_of(minixmd.load(tmp_path / "a1", dtype=dtype)[0], "audio"), ours)
+    os.rename(tmp_path, tmp_path.with_name("moved"))  # all of it together
+    moved = tmp_path.with_name("moved")
+    assert torch.equal(logits_of(minixmd.load(moved / "a1", dtype=dtype)[0], "audio"), ours)
+    assert run(moved / "a1", moved / "out") == 0
+    merge_lora(trained)
+    assert torch.equal(logits_of(load_model(moved / "out", dtype=dtype), "audio"), logits_of(trained, "audio"))
+    assert run(moved / "a0", moved / "first") == 0  # PEFT takes the second on the first's merged model
+    if dtype == torch.float32:
+        reference = peft.PeftModel.from_pretrained(in_transformers(moved / "first", "audio"), moved / "a1")
+        assert_close(reference_logits(reference, "audio"), ours)
+    config = json.loads((moved / "a1" / "adapter_config.json").read_text())
+    (moved / "a1" / "minixmd_base.json").unlink()
+    config["base_model_name_or_path"] = str(moved / "a1")
+    (moved / "a1" / "adapter_config.json").write_text(json.dumps(config))
+    assert "the adapter's base model is the adapter itself" in error_of(lambda: minixmd.load(moved / "a1"))
 
 
 def peft_adapter(model, kind, out):

@@ -58,7 +58,7 @@ def problem(**switches):
     torch.manual_seed(1)
     trainer = trainer_of(stage_of(**switches), tiny_model("audio"), SUPPRESSED)
     with torch.no_grad():
-        for p in trainer.reference.model().parameters() if trainer.reference is not None else ():
+        for p in trainer.reference.frozen_model().parameters() if trainer.reference is not None else ():
             p.add_(0.02 * torch.randn(p.shape))
     prompts = [prompt([3, audio_media(11 + 4 * i, 0, i)[0], 2], seed=i) for i in range(3)]
     answers = [[Completion("", tuple(torch.randint(51, 89, (n,)).tolist()), (-1.0,) * n, i not in (1, 2))
@@ -99,7 +99,7 @@ def oracle(trainer, prompts, answers, rewards, apart):
             bounded = ratio.clamp(1 - stage.clip_low, 1 + stage.clip_high)
             losses.append(-torch.min(ratio * A, bounded * A))
             if stage.beta:
-                d = logp_of(trainer.reference.model(), stage, p, completion).detach() - logp
+                d = logp_of(trainer.reference.frozen_model(), stage, p, completion).detach() - logp
                 losses[-1] = losses[-1] + stage.beta * (d.exp() - d - 1 if stage.kl == "k3" else -d)
     count, tokens = len(losses), sum(map(len, losses))
     over = {"sequence": lambda n: count * n, "token": lambda n: tokens, "constant": lambda n: count * 7}
@@ -116,7 +116,7 @@ def gradients(trainer, loss=None):
 
 def reference_of(trainer, rollout):
     """log pi_ref of a rollout's tokens, as a step scores them."""
-    return reference_logprobs(trainer.reference.model(), rollout.micro_batches, trainer.vocabulary)
+    return reference_logprobs(trainer.reference.frozen_model(), rollout.micro_batches, trainer.vocabulary)
 
 
 def ours(trainer, prompts, answers, rewards, apart=None):
@@ -257,7 +257,7 @@ def test_the_update_never_has_more_than_a_chunk_of_logits(monkeypatch):
     trainer.stage = stage_of(beta=0.0)  # no log-probability of the reference yet
     with Rows() as rows:
         trainer.policy_gradient(rollout)
-    head = trainer.reference.model().lm_head.weight
+    head = trainer.reference.frozen_model().lm_head.weight
     with rows:
         reference_of(trainer, rollout)
     assert len(rollout.sampled_T) == 33 and rows.most == 8
@@ -284,7 +284,7 @@ def test_a_reference_that_is_not_the_policy_is_refused():
 
 def check_copy(model, copies):
     """A frozen copy has the model's values: it shares the storage of all its tensors but those that are named."""
-    reference = Reference(model, "device").model()
+    reference = Reference(model, "device").frozen_model()
     assert set(dict(reference.named_parameters())) == set(dict(model.named_parameters()))
     for name, p in model.named_parameters():
         theirs = reference.get_parameter(name)
@@ -319,7 +319,7 @@ def test_the_reference_of_an_adapter_has_its_own_and_shares_the_weights(tie):
     reference = check_copy(model, copies=lambda name: "lora_" in name)
     assert reference.get_submodule("model.layers.0.self_attn.q_proj").scale == 4.0
     set_backend(model, "triton")
-    reference = Reference(model, "device").model()
+    reference = Reference(model, "device").frozen_model()
     backends = [module.backend for module in reference.modules() if hasattr(module, "backend")]
     assert len(backends) > 14 and set(backends) == {"triton"}
 
@@ -598,7 +598,7 @@ def test_an_adapter_on_an_adapter_ends_as_merging_and_training_in_two_runs(world
     torch.testing.assert_close(found["one"], found["two"], rtol=1e-5, atol=1e-5)
     assert (found["one"] - before.logits(before(batch))).abs().max() > 1e-3
     config = json.loads((tmp_path / "run/g/best/adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["r"]) == (str(world / "ears"), 16 + 4)
+    assert (config["base_model_name_or_path"], config["r"]) == (str(tmp_path / "run/sft/best"), 4)
 
 
 def test_what_is_rewarded_is_the_manifests_answer_or_the_teachers(world, tmp_path):

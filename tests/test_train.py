@@ -342,6 +342,26 @@ def test_a_video_of_five_minutes_among_the_clips_is_counted_and_the_run_goes_on(
     assert [line["step"] for line in log if "loss" in line] == list(range(1, 9))
 
 
+@pytest.mark.parametrize("kind", ["SFT", "Distill", "GRPO"])
+def test_a_step_whose_clips_are_all_bad_changes_nothing_and_the_run_goes_on(world, tmp_path, kind):
+    lines = [json.loads(line) for line in (world / "clips" / "manifest.jsonl").read_text().splitlines()]
+    clips = [{**line, "audio": str(world / "clips" / line["audio"])} for line in lines[:3]]
+    write_jsonl(tmp_path / "manifest.jsonl", [*clips, {**clips[0], "id": "gone", "audio": "gone.wav"}])
+    (tmp_path / "gone.wav").write_bytes(b"no sound")
+    fields = dict(manifest=str(tmp_path / "manifest.jsonl"), batch_size=1, max_bad=0.5)
+    if kind == "Distill":
+        write_jsonl(tmp_path / "labels.jsonl", [{"id": name, "option": CLASSES[0]} for name in
+                                                ("clip0", "clip1", "clip2", "gone")])
+        fields["teacher_labels"] = str(tmp_path / "labels.jsonl")
+    if kind == "GRPO":
+        fields |= dict(group_size=2, max_new_tokens=4)
+    assert run(tmp_path, train(world, kind, **fields)) == 0
+    log = log_of(tmp_path / "run" / "student")
+    steps = [line for line in log if "loss" in line]
+    assert len(steps) == 4 and sum("grad_norm" in line for line in steps) == 3
+    assert [line["bad"] for line in log if "bad" in line] == ["unreadable"]
+
+
 def test_every_epoch_is_a_new_permutation_of_all_examples():
     stage = SFT(name="s", model="m", manifest="m", seed=3, batch_size=4, device="cpu")
     trainer = trainer_of(stage, tiny_model("audio"), num_items=10)

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from minixmd.models.hub import base_folder, model_folder  # noqa: E402
+from minixmd.models.hub import base_and_adapters, model_folder  # noqa: E402
 from minixmd.models.lora import merge_lora  # noqa: E402
 from minixmd.models.shards import DTYPES, read_headers  # noqa: E402
 from minixmd.models.weights import (  # noqa: E402
@@ -38,14 +38,15 @@ def stored_dtype(folder):
     return reduce(torch.promote_types, dtypes) if dtypes else torch.float32  # load_model says what is wrong
 
 
-def merge(adapter, base, out, dtype=None):
-    """Writes the base to `out` with the adapter in its weights. dtype: None = the base's own."""
+def merge(adapters, base, out, dtype=None):
+    """Writes the base to `out` with adapters, each on those before it, in its weights. dtype: None = the base's own."""
     stored = stored_dtype(base)
     if dtype is None:
         dtype = stored
     model = load_model(base, dtype=torch.promote_types(stored, dtype))  # rounded once, at the end
-    load_adapter(model, adapter)
-    merge_lora(model)
+    for adapter in adapters:
+        load_adapter(model, adapter)
+        merge_lora(model)
     save_model(model.to(dtype), base, out)
     count = sum(p.numel() for p in model.parameters())
     return f"{out}: {count:,} parameters in {str(dtype).removeprefix('torch.')}"
@@ -78,11 +79,11 @@ def main(argv=None):
         adapter = model_folder(args.adapter)
         if not (adapter / "adapter_config.json").is_file():
             raise ValueError(f"{args.adapter}: holds no adapter_config.json, so it is no adapter")
-        base = base_folder(adapter)
+        base, adapters = base_and_adapters(adapter)
         if args.layout:
             summary = rewrite(adapter, base, args.out, args.layout)
         else:
-            summary = merge(adapter, base, args.out, DTYPE_OF.get(args.dtype))
+            summary = merge(adapters, base, args.out, DTYPE_OF.get(args.dtype))
     except (ValueError, OSError) as error:
         print(f"merge_adapter: {error}", file=sys.stderr)
         return 1

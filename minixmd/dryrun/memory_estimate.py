@@ -180,7 +180,7 @@ def trace_grpo(tracer, trainer, prompt):
     share = sum(len(group.completions) for group in rollout.micro_batches[0]) / G  # prompts with all G completions
     if stage.beta:
         tracer.category = "reference"
-        reference = trainer.reference.model()
+        reference = trainer.reference.frozen_model()
         with tracer.phase("scoring", tokens, sequences=share):
             rollout.ref_T = reference_logprobs(reference, rollout.micro_batches, trainer.vocabulary)
         del reference

@@ -16,7 +16,9 @@ PHASES = {  # functions that memory runs out in, outermost first -> their phase
     "policy_gradient": "update",
     "sft_gradients": "update",
     "distill_gradients": "update",
+    "frozen_model": "scoring",
     "reference_logprobs": "scoring",
+    "encode_media": "generate",
     "train_epochs": "training",
     "decode": "generate",
     "next_token_logits": "forward",
@@ -24,10 +26,14 @@ PHASES = {  # functions that memory runs out in, outermost first -> their phase
 }
 
 
+SIGNS = "out of memory", "defaultcpuallocator", "alloc_failed"  # of CUDA, the CPU and cuBLAS
+
+
 def is_shortage(error):
     """Whether an error says that the GPU's or the machine's memory ran out."""
-    by_the_allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return by_the_allocator or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    said = str(error).lower()
+    by_its_text = isinstance(error, RuntimeError) and any(sign in said for sign in SIGNS)
+    return by_its_text or isinstance(error, MemoryError)
 
 
 def describe_shortage(error, stage, stages):
@@ -36,7 +42,8 @@ def describe_shortage(error, stage, stages):
     phase_name = next((phase for name, phase in PHASES.items() if name in inside), None)
     if phase_name == "generate" and isinstance(stage, GRPO):
         phase_name = "rollout"
-    where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "this machine"
+    of_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+    where = "this machine" if of_host else "the GPU"
     text = f"{stage.name}: {where} ran out of memory"
     if phase_name is None:
         return f"{text} while the model was loaded or clips were read: {error}"

@@ -141,7 +141,7 @@ def send(tensors, device):
         return tensors
     flat = _pinned_base(here)
     if flat is None:
-        flat = join_pinned(here)[0]._base
+        flat = torch.cat([x.flatten() for x in here]).pin_memory()
     parts = iter(flat.to(device, non_blocking=True).split([x.numel() for x in here]))
     return [next(parts).view(x.shape) if x.device.type == "cpu" else x for x in tensors]
 

@@ -1,6 +1,6 @@
 """What training writes: the state that a stopped run resumes from, and the finished model."""
 from minixmd.learning.optim import optimizer_tensors, restore_optimizer
-from minixmd.models.hub import base_name
+from minixmd.models.hub import pinned
 from minixmd.models.lora import adapted
 from minixmd.models.weights import save_adapter, save_model
 from minixmd.runs.training_state import fill, load_state, rewind_logs, save_state, tensor_file
@@ -22,14 +22,14 @@ def restore(folder, parameters, optimizer):
     return state, rewind_logs(folder, state["step"])
 
 
-def publish(folder, model, processor, parameters, base, merged):
+def publish(folder, model, processor, parameters, base):
     """Writes best/, an adapter or a whole model: the best weights in validation, or the last ones without it.
 
-    base: what training started from, a model or an adapter. merged: that adapter, as lora.merge_lora gave it."""
+    base: what training started from, a model or an adapter, which an adapter names."""
     state = load_state(folder)
     if state is not None and state["best_step"]:
         fill(parameters, tensor_file(folder, "weights", state["best_step"]))
     if adapted(model):
-        save_adapter(model, base_name(base), folder / "best", merged)
+        save_adapter(model, pinned(base), folder / "best")
     else:
         save_model(model, processor.folder, folder / "best")

@@ -19,8 +19,8 @@ class BadClip:
 class MicroBatch:
     """What one forward and backward pass learns from."""
 
-    samples: list  # [(Prompt, Item)]
-    batch: Batch  # of their Prompts, on the CPU; in pinned memory if a GPU learns
+    items: list[Item]
+    batch: Batch  # of their Prompts, in this order, on the CPU; in pinned memory if a GPU learns
 
 
 def check_length(prompt, example, max_new_tokens, most):
@@ -35,9 +35,9 @@ def make_micro_batches(samples, most, device):
     """[(Prompt, Item)] as MicroBatches of at most `most` tokens, for a model on `device`."""
     made = []
     for cut in cut_by_tokens([len(prompt) for prompt, _ in samples], most):
-        chosen = [samples[i] for i in cut]
-        batch = pack([prompt for prompt, _ in chosen])
-        made.append(MicroBatch(chosen, batch.pinned() if device.type == "cuda" else batch))
+        batch = pack([samples[i][0] for i in cut])
+        items = [samples[i][1] for i in cut]
+        made.append(MicroBatch(items, batch.pinned() if device.type == "cuda" else batch))
     return made
 
 

@@ -1,4 +1,6 @@
 """GRPO's reference: the policy that training starts from."""
+import torch
+
 from minixmd.models.multimodal import frozen_copy
 
 
@@ -12,18 +14,30 @@ class Reference:
 
     def __init__(self, policy, place):
         self.policy = policy
-        self.values = {}
-        for name, p in policy.named_parameters():
-            if p.requires_grad:
-                self.values[name] = p.detach().to(p.device if place == "device" else "cpu", copy=True)
-        if place == "host" and policy.device.type == "cuda":
-            self.values = {name: value.pin_memory() for name, value in self.values.items()}
-        self.resident = frozen_copy(policy, self.values) if place == "device" else None
+        trained = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
+        self.resident = None
+        if place == "device":
+            self.values = {name: p.clone() for name, p in trained.items()}
+            self.resident = frozen_copy(policy, self.values)
+        elif policy.device.type == "cuda":
+            self.values = pinned_copies(trained)
+        else:
+            self.values = {name: p.to("cpu", copy=True) for name, p in trained.items()}
 
-    def model(self):
+    def frozen_model(self):
         """The frozen model on the policy's device; from the host it is there for as long as the caller keeps it."""
         if self.resident is not None:
             return self.resident
         device = self.policy.device
         values = {name: value.to(device, non_blocking=True) for name, value in self.values.items()}
         return frozen_copy(self.policy, values)
+
+
+def pinned_copies(tensors):
+    """{name: tensor} of one dtype, copied into one piece of pinned memory, whose size is rounded up to a power of 2."""
+    sizes = [x.numel() for x in tensors.values()]
+    flat = torch.empty(sum(sizes), dtype=next(iter(tensors.values())).dtype, pin_memory=True)
+    copies = {}
+    for (name, x), part in zip(tensors.items(), flat.split(sizes), strict=True):
+        copies[name] = part.view(x.shape).copy_(x)
+    return copies

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minixmd.inputs.batch import Batch, Prompt, pack
+from minixmd.inputs.batch import Batch, Prompt, pack, send
 from minixmd.learning.kv_cache import KVCache, pool_shapes
 
 STEPS_PER_SYNC = 8  # captured steps between two looks at what they sampled
@@ -103,25 +103,25 @@ class Decoder:
             prompts: G Prompts. prompt_slots: their slots. uniform_BT: the uniforms of their G num_samples completions.
         Returns the logits after each prompt (G, V), and lists of the first tokens' ids and log-probabilities.
         """
-        device = self.device
         n = self.num_samples
-        batch = pack(prompts).to(device)
-        lengths_G = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        slot_G = torch.tensor(prompt_slots, device=device)
-        first_B = n * slot_G[:, None]
-        slot_B = (first_B + torch.arange(n, device=device)).flatten()
-        rows = [torch.arange(len(prompt), device=device) for prompt in prompts]
-        row_N = torch.cat(rows)
-        slot_N = slot_G.repeat_interleave(lengths_G, output_size=len(row_N))
+        batch = pack(prompts)
+        lengths_G = torch.tensor([len(prompt) for prompt in prompts])
+        slot_G = torch.tensor(prompt_slots)
+        slot_B = (n * slot_G[:, None] + torch.arange(n)).flatten()
+        row_N = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
+        last_G = torch.tensor([end - 1 for _, end in batch.spans])
+        integers = [lengths_G, slot_G, slot_B, slot_G.repeat_interleave(lengths_G), row_N, last_G]
+        lengths_G, slot_G, slot_B, slot_N, row_N, last_G = send(integers, self.device)
+        [uniform_BT] = send([uniform_BT], self.device)
+        batch = batch.to(self.device)
         self.cache.clear(slot_G, slot_B)
         attend = partial(self.cache.prefill, batch.segments, slot_N, row_N)
         hidden_ND = self.model(batch, attend)
-        last_G = torch.tensor([end - 1 for _, end in batch.spans], device=device)
         logits_GV = self.model.logits(hidden_ND[last_G])
         self.cache.prompt_length_G[slot_G] = lengths_G
         next_position_G = batch.positions_3N[:, last_G].amax(0) + 1
         self.start_B[slot_B] = next_position_G.repeat_interleave(n)
-        self.uniform_BT[slot_B, :uniform_BT.shape[1]] = uniform_BT.to(device)
+        self.uniform_BT[slot_B, :uniform_BT.shape[1]] = uniform_BT
         logits_BV = logits_GV.repeat_interleave(n, 0)
         uniform_B = self.uniform_BT[slot_B, 0]
         ids_B, logp_B = sample(logits_BV, uniform_B, self.temperature, self.suppressed_ids)

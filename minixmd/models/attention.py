@@ -1,6 +1,7 @@
 """Attention over packed rows, without an N x N mask: on a GPU in 16 bits one call a layer, else a few."""
 import inspect
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, groupby
 
 import torch
@@ -24,7 +25,8 @@ def packed_attention(q_NHK, k_NJK, v_NJK, segments, causal=True):
         causal: rows see their own segment up to themselves; False, for encoders, needs parentless segments.
     Returns (N, H, K), of q's dtype.
     """
-    if q_NHK.is_cuda and q_NHK.element_size() == 2 and varlen_options() is not None:
+    at_once = q_NHK.is_cuda and q_NHK.element_size() == 2 and q_NHK.shape[2] % 8 == 0
+    if at_once and varlen_options() is not None and runs_flash(q_NHK.device):
         return attend_at_once(q_NHK, k_NJK, v_NJK, segments, causal)
     return attend_by_runs(q_NHK, k_NJK, v_NJK, segments, causal)
 
@@ -44,6 +46,7 @@ class Plan:
     key_row_S: torch.Tensor | None
 
 
+@cache
 def varlen_options():
     """{causal (bool): the keywords by which varlen_attn is told what rows see}; None where this version of torch has no
     varlen_attn, or one whose arguments are not known here."""
@@ -55,13 +58,19 @@ def varlen_options():
     return None
 
 
+@cache
+def runs_flash(device):
+    """Whether varlen_attn's kernels run there: not on a GPU older than an A100."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def describe_attention(stage):
-    """Such as ", attention in one call a layer", of a stage that runs a model on a GPU; else ""."""
+    """Such as ", attention in one call a layer, without cuDNN", of a stage that runs a model on a GPU; else ""."""
     if not hasattr(stage, "backend") or resolve_device(stage.name, stage.device) != "cuda":
         return ""
-    if stage.dtype != "float32" and varlen_options() is not None:
-        return ", attention in one call a layer"
-    why = "in float32" if stage.dtype == "float32" else f"torch {torch.__version__} has no varlen_attn that fits"
+    if stage.dtype != "float32" and varlen_options() is not None and runs_flash(torch.device("cuda")):
+        return ", attention in one call a layer, without cuDNN"
+    why = "in float32" if stage.dtype == "float32" else f"torch {torch.__version__} has no varlen_attn for this GPU"
     return f", attention in a call for each run of like segments ({why}), without cuDNN"
 
 

@@ -76,16 +76,16 @@ def base_folder(folder):
         raise ValueError(f"{folder}: the adapter's base model: {error}") from error
 
 
-def base_name(name):
-    """`pinned` of a model or, where an adapter has this name, of its base; raises as model_folder."""
-    folder = model_folder(name)
-    if not (folder / "adapter_config.json").is_file():
-        return pinned(name)
-    base, config = base_folder(folder), read_json(folder / "adapter_config.json")
-    name, revision = str(config["base_model_name_or_path"]), config.get("revision")
-    if (folder / BASE_FILE).is_file() or Path(name).is_dir():
-        return str(base)
-    return pinned(f"{name}@{revision}" if revision and "@" not in name else name)
+def base_and_adapters(folder):
+    """(a model's folder, [the adapters' that stand on it, each on the one before]); folder: of a model or an adapter.
+    Raises as model_folder, and ValueError for an adapter that stands on itself."""
+    adapters = []
+    while (folder / "adapter_config.json").is_file():
+        if folder in adapters:
+            raise ValueError(f"{folder}: the adapter's base model is the adapter itself")
+        adapters.insert(0, folder)
+        folder = base_folder(folder)
+    return folder, adapters
 
 
 @cache  # so that every stage of a run sees the same commit

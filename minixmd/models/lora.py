@@ -85,46 +85,21 @@ def add_lora(model, *, rank, alpha, targets, seed):
 
 def make_trainable(model, what, **adapter):
     """Chooses what trains: "lora", a new adapter, of add_lora's options; "decoder" | "full", the weights themselves. An
-    adapter that the model carries is merged into its weights first; returns it, as merge_lora does."""
-    merged = merge_lora(model)
+    adapter that the model carries is merged into its weights first; returns whether it carried one."""
+    carried = bool(adapted(model))
+    merge_lora(model)
     if what == "lora":
         add_lora(model, **adapter)
     else:
         model.set_trainable(what)
-    return merged
+    return carried
 
 
 @torch.no_grad()
 def merge_lora(model):
-    """Fold every adapter into its weight (in fp32, then rounded to the storage dtype) and drop it. Returns what was
-    folded in, {module name: {"lora_A": (R, in), "lora_B": (out, R), scaled}}."""
-    merged = {}
-    for name, layer in adapted(model).items():
-        merged[name] = {"lora_A": layer.lora_A.detach(), "lora_B": layer.scale * layer.lora_B}
-        layer.weight.copy_(layer.weight.float() + merged[name]["lora_B"] @ layer.lora_A)
+    """Fold every adapter into its weight (in fp32, then rounded to the storage dtype) and drop it."""
+    for layer in adapted(model).values():
+        layer.weight.copy_(layer.weight.float() + layer.scale * (layer.lora_B @ layer.lora_A))
         layer.lora_A = layer.lora_B = layer.casts = None
         layer.casts_of = []
         layer.scale = 0.0
-    return merged
-
-
-def stacked_adapters(model, merged):
-    """{module name: {"lora_A", "lora_B"}} of one adapter, with a scale of 1, that does what two do: `merged`, which
-    merge_lora gave, and the one that the model carries. Its rank is the sum of theirs."""
-    carried = {}
-    for name, layer in adapted(model).items():
-        carried[name] = {"lora_A": layer.lora_A.detach(), "lora_B": layer.scale * layer.lora_B.detach()}
-    pairs = {}
-    for name in merged.keys() | carried.keys():
-        weight_FD = model.get_submodule(name).weight
-        halves_A, halves_B = [], []
-        for adapter in (merged, carried):
-            rank = len(next(iter(adapter.values()))["lora_A"])
-            pair = adapter.get(name)
-            if pair is None:  # it leaves this layer alone
-                pair = {"lora_A": torch.zeros(rank, weight_FD.shape[1], device=weight_FD.device),
-                        "lora_B": torch.zeros(weight_FD.shape[0], rank, device=weight_FD.device)}
-            halves_A.append(pair["lora_A"])
-            halves_B.append(pair["lora_B"])
-        pairs[name] = {"lora_A": torch.cat(halves_A), "lora_B": torch.cat(halves_B, dim=1)}
-    return pairs

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from minixmd.inputs.batch import send
 from minixmd.models.attention import packed_attention
 from minixmd.models.head import CHUNK, head_loss, raw_logits
 from minixmd.models.lora import Linear, set_backend
@@ -85,7 +86,10 @@ class MultimodalLM(nn.Module):
     @torch.no_grad()
     def encode_media(self, prompt):
         """The Prompt with its clips replaced by the encoders' output, which later passes reuse; it has no gradient."""
-        media = [replace(m, features=self.encode(m.kind, [m.to(self.device)]), kind="encoded") for m in prompt.media]
+        media = []
+        for m in prompt.media:
+            [features] = send([m.features], self.device)
+            media.append(replace(m, features=self.encode(m.kind, [replace(m, features=features)]), kind="encoded"))
         return replace(prompt, media=tuple(media))
 
     def logits(self, hidden_ND):

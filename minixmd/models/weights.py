@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from minixmd.models.families import CONFIG_FIELDS, read_config
-from minixmd.models.lora import adapted, named_linears, stacked_adapters
+from minixmd.models.lora import adapted, named_linears
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.shards import (
     DTYPES,
@@ -134,33 +134,32 @@ def _with_dtype(section, dtype):
     return {name: dtype if name in DTYPE_FIELDS else _with_dtype(value, dtype) for name, value in section.items()}
 
 
-def save_adapter(model, base, folder, merged=None):
+def save_adapter(model, base, folder):
     """Write the model's adapter in PEFT's format, with transformers 5 module paths (of Omni: the thinker class's).
-    base: the model it belongs to, recorded for `load` and PEFT: a path, or "owner/name@revision" on the hub. merged: an
-    adapter that was merged into that model before this one was added (merge_lora); the two are written as one."""
+    base: what it stands on, recorded for `load` and PEFT: a path, or "owner/name@revision" on the hub; an adapter there
+    stands for its own base with it merged."""
     layers = adapted(model)
-    if merged:
-        pairs, scale = stacked_adapters(model, merged), 1.0
-    else:
-        pairs = {name: {"lora_A": layer.lora_A, "lora_B": layer.lora_B} for name, layer in layers.items()}
-        scale = next(iter(layers.values())).scale
-    rank = len(next(iter(pairs.values()))["lora_A"])
+    pairs = {name: {"lora_A": layer.lora_A, "lora_B": layer.lora_B} for name, layer in layers.items()}
+    first = next(iter(layers.values()))
+    rank = len(first.lora_A)
     hub_name = None if Path(base).is_dir() else parse_hub_name(base)
     name, revision = hub_name or (str(base), None)
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision,
-        "r": rank, "lora_alpha": scale * rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+        "r": rank, "lora_alpha": first.scale * rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
         "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
     }  # fmt: skip
     write_adapter(folder, config, pairs, model.config.family.transformers_path)
-    if hub_name is None and Path(base, "config.json").is_file():
+    if hub_name is None and any(Path(base, name).is_file() for name in ("config.json", "adapter_config.json")):
         path = os.path.relpath(os.path.realpath(base), os.path.realpath(folder))
         write_json(Path(folder) / BASE_FILE, {"path": path, "digest": digest_of(base)})
 
 
 def digest_of(folder):
-    """A digest of a model's config and weights."""
-    files = ["config.json", *tensor_files(folder, config_of(folder).family)]
+    """A digest of a model's or an adapter's config and weights."""
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    if not Path(folder, files[0]).is_file():
+        files = ["config.json", *tensor_files(folder, config_of(folder).family)]
     return hashlib.sha256("".join(fingerprint(Path(folder) / file) for file in files).encode()).hexdigest()
 
 

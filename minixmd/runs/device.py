@@ -12,6 +12,12 @@ class Runtime:
     backend: str  # "triton" | "torch"
 
 
+def prepare_backends():
+    """Settings of PyTorch for all that runs here."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 convolutions would multiply with 10 bits
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and shapes hardly repeat
+
+
 def resolve_device(name, device):
     """"cpu" or "cuda"; "auto" is CUDA where there is one. name: of the stage, for the message."""
     if device == "auto":

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from minixmd import load
+from minixmd.runs.device import prepare_backends
 from minixmd.verify import against_transformers, files, invariances
 from minixmd.verify.subject import Outcome, Subject, choose_clips
 
@@ -80,7 +81,7 @@ def load_subject(args):
     for path in args.audio + args.video:
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file")
-    torch.backends.cudnn.allow_tf32 = False  # float32 convolutions would multiply with 10 bits on a GPU
+    prepare_backends()
     backend = "triton" if device == "cuda" else "torch"  # as stages choose it
     model, processor = load(args.model, device=device, dtype=getattr(torch, args.dtype), backend=backend)
     clips = choose_clips(model.config.family, args.audio, args.video)
