@@ -194,7 +194,8 @@ def test_neither_the_cut_into_micro_batches_nor_the_order_of_groups_or_completio
         trainer.stage = stage_of(**switches, micro_batch_tokens=tokens)
         again = ours(trainer, prompts, answers, REWARDS)
         assert again[0] == pytest.approx(loss, rel=1e-5, abs=1e-6)
-        assert_same(again[1], grads)
+        errors = [(again[1][name] - grad).norm() / grad.norm() for name, grad in grads.items()]
+        assert len(errors) > 20 and max(errors) <= 5e-6
     assert turned[0] == pytest.approx(loss, rel=1e-5, abs=1e-6)
     assert_same(turned[1], grads)
 
