@@ -1,5 +1,4 @@
-"""--dry-run: the prompts that the stages' own code makes of one example, and the memory and hours that the same code
-takes (memory_estimate.py, costs.py). It needs no weights, data or network."""
+"""--dry-run: the prompts, memory and hours of a config's stages, by their own code; needs no weights, data or network."""
 import re
 import sys
 import tempfile
@@ -60,18 +59,15 @@ class StagePlan:
 
 
 def dry_run(config):
-    """Prints what a config would do. Returns the exit status: 1 where a stage cannot run as it is written, or its model
-    is not known."""
+    """Prints what a config would do. Returns the exit status: 1 where a stage cannot run, or its model is unknown."""
     clips = read_manifests(config)
     with tempfile.TemporaryDirectory() as scratch:
         write_stand_in_tokenizer(Path(scratch), config.stages, clips)
         plans = [plan_stage(stage, config.stages, Path(scratch), clips) for stage in config.stages]
     show("stages.txt.j2", config=config, plans=plans, kind=kind)
     estimate_memory(plans)  # takes a while for large models
-    show(
-        "memory.txt.j2", plans=plans, missing=missing_inputs(config), categories=CATEGORIES, costs=costs,
-        clip_s=CLIP_S, fps=VIDEO_FPS, size=VIDEO_SIZE,
-    )  # fmt: skip
+    show("memory.txt.j2", plans=plans, missing=missing_inputs(config), categories=CATEGORIES, costs=costs,
+         clip_s=CLIP_S, fps=VIDEO_FPS, size=VIDEO_SIZE)
     faults = [plan.fault for plan in plans if plan.fault]
     try:
         check_inputs(config, clips=False)
@@ -104,8 +100,7 @@ def first_example(stage, clips):
 
 
 def plan_stage(stage, stages, scratch, clips=NO_CLIPS):
-    """The StagePlan of a stage, still without its memory. scratch: the stand-in tokenizer's folder. clips: what
-    read_manifests gives."""
+    """The StagePlan of a stage, without its memory. scratch: of the stand-in tokenizer. clips: of read_manifests."""
     example = first_example(stage, clips)
     counts = {field_name: len(found) for (name, field_name), found in clips.items() if name == stage.name}
     items = costs.count_items(stage, stages, counts.get("manifest", costs.CLIPS))
@@ -158,8 +153,7 @@ def question_text(stage, example):
 
 
 def write_stand_in_tokenizer(folder, stages, clips=NO_CLIPS):
-    """A tokenizer.json with a token for each word and sign of the stages' prompts, cut as Qwen2 cuts them. clips: as of
-    plan_stage."""
+    """A tokenizer.json with a token for each word and sign of the stages' prompts, cut as Qwen2 cuts them."""
     texts = [f"system\n{SYSTEM}", "user\nAudio 1: ", "assistant\n", TRACE, "\n", *ascii_uppercase]
     texts += [question_text(stage, first_example(stage, clips)) for stage in stages if hasattr(stage, "prompt")]
     tokenizer = Tokenizer(models.WordLevel(unk_token="\ufffd"))
