@@ -20,8 +20,7 @@ class Toy:
 
     name: str = "toy"
     seed: NonNegativeInt = 0  # of the world, the models and their training
-    thinking: bool = False  # also trains the teacher to write chains of thought, about 30 % of which name a sound that
-    # is absent, pretrains the student on such text, and makes a third model, the checker, that hears what is true
+    thinking: bool = False  # also teaches both chains of thought, 30 % of which are false, and makes a checker of them
 
 
 @stage
@@ -96,11 +95,9 @@ class Evaluate(_Prompted):
 
     batch_tokens: Count = 8192  # tokens packed into a forward pass
     # how it answers
-    answer: Literal["letters", "generate"] = "letters"  # "letters": the letter with the largest logit | "generate":
-    # what the model writes, with the letters' accuracy beside it
+    answer: Literal["letters", "generate"] = "letters"  # the letter with the largest logit | what it writes, and that
     max_new_tokens: Annotated[int, ">= 2"] = 32  # tokens of a written answer: at least a letter and the end of turn
-    rule: Literal["option", "mmau"] = "option"  # how it is read: "option", the letter or the most similar option |
-    # "mmau", MMAU's own rule
+    rule: Literal["option", "mmau"] = "option"  # how it is read: letter or most similar option | by MMAU's own rule
     num_samples: Count = 1  # answers sampled, of which the most frequent counts; 1 = one
     temperature: NonNegative = 0.0  # of the sampling; 0 = greedy
     stop: tuple[str, ...] = ()  # strings that end an answer, beside the end of turn
@@ -112,8 +109,7 @@ class Evaluate(_Prompted):
             check_unused(self, "answer 'letters'", "rule num_samples temperature stop")
         check_stop(self.stop)
         if self.num_samples > 1 and self.temperature == 0:
-            raise ConfigError(f"config: num_samples {self.num_samples} at temperature 0.0 would give "
-                              f"{self.num_samples} equal answers")
+            raise ConfigError(f"config: num_samples {self.num_samples} at temperature 0.0 would give equal answers")
 
 
 @stage
@@ -185,11 +181,9 @@ class FactCheck(_LocalModel, _Endpoint, _Cnn14):
     # what is judged
     traces: str  # "@traces"
     manifest: str  # JSONL file of the clips
-    trace_filter: Literal["used", "all", "calibration"] = "used"  # "used", first traces and unanimous ones | "all" |
-    # "calibration", `limit` of them
+    trace_filter: Literal["used", "all", "calibration"] = "used"  # first and unanimous traces | all | `limit` of "used"
     limit: Annotated[int, ">= 2"] | None = None  # traces of "calibration", at most one a clip, drawn by seed
-    checker: Literal["model", "endpoint", "verifier", "verdicts"] = "model"  # "verifier" is a small network trained on
-    # another checker's verdicts; "verdicts" reads verdicts that exist
+    checker: Literal["model", "endpoint", "verifier", "verdicts"] = "model"  # "verifier" is a small network
     threshold: float = 0.0  # a trace is accepted above it; scores are log-odds of yes (endpoints without: +1, -1)
     # who judges
     model: str | None = None  # of "model" the one that hears; of "verifier" the one whose decoder reads the traces
@@ -243,8 +237,7 @@ class _Training(_Prompted):
     max_steps: Count | None = None  # optimizer steps, of GRPO rollouts; None = epochs decide
     batch_size: Count = 8  # sequences an optimizer step; of GRPO prompts
     micro_batch_tokens: Count = 8192  # tokens a forward pass, packed by length; a clip that makes more is bad
-    checkpointing: Literal["auto", "on", "off"] = "auto"  # of blocks: only their inputs are kept, and they are computed
-    # again in the backward pass; "auto" is on a GPU
+    checkpointing: Literal["auto", "on", "off"] = "auto"  # blocks are computed again backward; "auto" is on a GPU
     lr: Positive = 1e-4  # peak
     warmup_ratio: Share = 0.1  # share of the steps; 0 = off
     weight_decay: NonNegative = 0.0  # 0 = off
@@ -279,8 +272,7 @@ class Distill(_Training):
     teacher_labels: str | None = None  # "@label"; needed unless the gate is "never"
     student_labels: str | None = None  # the student's own letters, "@label"; None = no anti-forgetting loss
     switch: str | None = None  # "@switch"; what the gates "learned" and "oracle" look up
-    gate: Literal["always", "never", "learned", "oracle"] = "always"  # which clips follow the teacher; "oracle": by the
-    # true class
+    gate: Literal["always", "never", "learned", "oracle"] = "always"  # follow the teacher? "oracle": by the true class
     teacher_loss: Literal["ce", "kl", "kl+ce"] = "ce"  # on the teacher's letter | to its stored logits | their sum
     temperature: Positive = 2.0  # of the KL
 
@@ -305,8 +297,7 @@ class SFT(_Training):
 
     prompt: str | None = None  # as in Evaluate; None = PROMPT, with traces THINK_PROMPT
     traces: str | None = None  # JSONL of {"id", "text"}: the text to learn for each clip; None = the right letter
-    trace_filter: Literal["all", "first", "unanimous"] = "all"  # "first", the first sample of a clip | "unanimous",
-    # those of clips on which all samples agree
+    trace_filter: Literal["all", "first", "unanimous"] = "all"  # | a clip's first | those of clips where all agree
     max_new_tokens: Count = 512  # with traces: tokens of an answer in validation, the end of turn included
 
     def check(self):
@@ -331,8 +322,7 @@ class GRPO(_Training):
     stop: tuple[str, ...] = ()  # strings that end a completion, beside the end of turn
     # objective
     beta: NonNegative = 0.04  # weight of the KL to the policy that training starts from; 0 = off
-    reference: Literal["device", "host"] = "device"  # where that policy's weights are; from the host they are copied to
-    # the GPU for each scoring, while there are no gradients, and dropped
+    reference: Literal["device", "host"] = "device"  # where its weights are; from the host they are copied in to score
     kl: Literal["k3", "k1"] = "k3"  # its estimator
     clip_low: Share = 0.2  # the ratio's lower bound is 1 - clip_low
     clip_high: NonNegative = 0.2  # its upper bound is 1 + clip_high
@@ -382,8 +372,7 @@ class Report:
     gallery: tuple[str, ...] = ()  # rows whose answers stand beside each clip; () = those of roles
     traces: str | None = None  # "@traces" on these clips, to stand beside them; None = none
     verdicts: str | None = None  # "@factcheck/verdicts.jsonl" on those traces; None = none
-    # how the traces came about: title -> {"traces" | "checked" | "verifier": "@stage/results.json"}
-    funnel: dict[str, dict[str, str]] | None = None  # None = none
+    funnel: dict[str, dict[str, str]] | None = None  # title -> {"traces" | "checked" | "verifier": a results.json}
     # how it was trained
     switch: str | None = None  # "@switch", against the true classes; None = none
     curves: dict[str, dict[str, str]] | None = None  # title -> {line title: "@stage/log.jsonl"}; None = none

@@ -1,4 +1,4 @@
-"""--dry-run: the prompts, memory and hours of a config's stages, by their own code; needs no weights, data or network."""
+"""--dry-run: prompts, memory and hours of a config's stages, by their own code, without weights, data or network."""
 import re
 import sys
 import tempfile
