@@ -13,8 +13,8 @@ slot, kv head) and merges the prompt's parts into its own. A slot's arithmetic d
 the batch: the splits are fixed, and no sum runs over rows that only others need.
 
 Bytes per kv head, elements of i bytes: 2 K i (P + n C) for a prompt of P rows and n suffixes of C, against
-2 K i n (P + C) with a copy of the prompt each; the parts add 8 n H / J ceil(P / SPLIT) (K + 1), written and read. For
-n = 8, P = 850, C = 256 and Qwen2-Audio-7B (H = J = 32, K = 128, bf16) that is 49 MB per layer against 145; counted.
+2 K i n (P + C) with a copy of the prompt each. For n = 8, P = 850, C = 256 and Qwen2-Audio-7B (H = J = 32, K = 128,
+bf16), parts included, that is 49 MB per layer against 145; counted.
 
 Dims: G prompt slots, n completions each, B = G n decode slots; H query heads, J kv heads, R = H / J, K head size; P and
 C rows that the pools of prompts and of completions have room for.
@@ -132,8 +132,7 @@ def decode_attention(q_BHK, prompt_k_GJPK, prompt_v_GJPK, prompt_length_G, k_BJC
         length_B: (B,) int64 in [0, C]. Lengths are not checked: it would synchronise. "triton" reads nothing past a
             length and wants the last two dims packed; "torch" multiplies values there by 0, so they must be finite.
         backend: "triton" | "torch".
-    Returns: (B, H, K) in q's dtype.
-    Raises: ValueError for shapes that do not fit together, strides, or backend.
+    Returns (B, H, K) in q's dtype. Raises ValueError: shapes that do not fit together, strides, or backend.
     """
     (B, H, K), (G, J, P, _), C = q_BHK.shape, prompt_k_GJPK.shape, k_BJCK.shape[2]
     shapes = [tuple(x.shape) for x in (prompt_k_GJPK, prompt_v_GJPK, k_BJCK, v_BJCK, prompt_length_G, length_B)]

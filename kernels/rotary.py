@@ -7,8 +7,7 @@ in fp32, rounded once to x's dtype. The gradient of a rotation is the rotation b
 kept for it. cos and sin have no gradient.
 
 Bytes per row of H query and J key heads of K elements of i bytes: 2 i (H + J) K, and 4 K for the angles, of which one
-half is read. Eager makes a cast to fp32, a product, two half products in place and a cast back of each of the two:
-(i + 4) + 8 + 2 · 8 + (4 + i) = 36 bytes an element at i = 2, against 4. Counted, not measured on a GPU.
+half is read. Eager moves 36 bytes an element at i = 2, against 4. Counted, not measured on a GPU.
 
 Dims: N rows (tokens), H query and J key heads, K head size (even).
 """

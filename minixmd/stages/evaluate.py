@@ -92,8 +92,7 @@ def letters_beside(examples, records, rule="option"):
 
 
 def first_traces(stage, examples):
-    """({id: the first trace in the file}, {id: why there is none}) of the examples; the latter are asked without one.
-    Raises ValueError for a line of the file that is no trace, or no example with one."""
+    """({id: the first trace in the file}, {id: why there is none}). Raises ValueError where there is none at all."""
     if stage.traces is None:
         return {}, {}
     in_file = {}

@@ -1,5 +1,4 @@
-"""Stage FactCheck: does a trace claim only what its clip holds? Audio-grounded fact verification, section 3.2 of
-SightSound-R1.
+"""Stage FactCheck: does a trace claim only what its clip holds? Section 3.2 of SightSound-R1.
 
 A checker judges the thoughts and is not shown the answer after them: whether the two agree can be seen without
 listening. Each verdict keeps its score. A trace that could not be judged is not accepted.
@@ -95,9 +94,9 @@ def collect(stage, folder, log, traces, verdicts, calibration):
 
 
 def select_traces(stage, examples):
-    """The Traces that trace_filter names, in the file's order. examples: {id: Example}. A file that is not Traces' own
-    may leave out "sample" (numbered then, clip by clip) and "unanimous" (true). Raises ValueError for a line that is no
-    trace, of no clip of the manifest, or a duplicate; or for nothing to judge."""
+    """The Traces that trace_filter names, in the file's order. examples: {id: Example}. A file may leave out "sample"
+    (numbered then, clip by clip) and "unanimous" (true). Raises ValueError for a line that is no trace of a clip of the
+    manifest, or a duplicate; or for nothing to judge."""
     traces, counts = {}, Counter()
     for number, record in enumerate(read_records(stage.traces, TRACE), 1):
         clip_id = record["id"]
@@ -159,8 +158,8 @@ def judge_by_model(stage, folder, traces):
 
 
 def usable_prompts(stage, model, processor, traces, verdicts):
-    """Yields (Trace, Prompt) of every trace that can be judged; the verdicts on the others are filled in. A clip is
-    read and encoded once, however many traces in a row are about it."""
+    """Yields (Trace, Prompt) of every trace that can be judged, and fills in the verdicts on the others. A clip is read
+    and encoded once for a run of traces."""
     def build(run, load):
         heard = []  # what was read of the clip
 

@@ -75,8 +75,7 @@ def load_verifier(path, D, width):
 
 @torch.inference_mode()
 def trace_vectors(model, processor, texts, batch_tokens):
-    """The mean hidden state of each text's tokens, with nothing before them: (B, D) fp32 on the CPU. Raises ValueError
-    for a text without a token, or over the model's limit."""
+    """The mean hidden state of each text's tokens: (B, D) fp32 on the CPU. ValueError: no token, or too many."""
     prompts = []
     for text in texts:
         ids = processor.encode(text)
@@ -93,8 +92,8 @@ def trace_vectors(model, processor, texts, batch_tokens):
 
 
 def fit_verifier(stage, verifier, pairs, log):
-    """Trains a Verifier, where it is, on judged Pairs, and calibrates it on those held out. Returns {"verdicts": number
-    of pairs, agreement's fields on those held out}. Raises ValueError for a part with all verdicts alike or none."""
+    """Trains a Verifier on judged Pairs, and calibrates it on those held out. Returns {"verdicts": number of pairs,
+    agreement's fields on those held out}. Raises ValueError for a part with all verdicts alike or none."""
     order = shuffled(pairs, stage.seed, "held")
     held_out = order[:len(pairs) // HELD_OUT]
     train = order[len(pairs) // HELD_OUT:]
