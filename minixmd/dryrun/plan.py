@@ -9,7 +9,6 @@ from pathlib import Path
 from string import ascii_uppercase
 from types import MappingProxyType
 
-import torch
 from jinja2 import Environment, FileSystemLoader
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -23,11 +22,11 @@ from minixmd.dryrun.meta_tracer import CATEGORIES
 from minixmd.dryrun.models import CLIP_S, VIDEO_FPS, VIDEO_SIZE, ModelInfo, blank_clip, find_model
 from minixmd.inputs.batch import Prompt
 from minixmd.inputs.examples import Example, build_conversation, read_manifest
-from minixmd.inputs.positions import positions_of
 from minixmd.models.families import FAMILIES, SYSTEM
 from minixmd.runs.hub_names import parse_hub_name
 from minixmd.stages import factcheck
 from minixmd.stages.input_checks import check_inputs
+from minixmd.stages.verifier import text_prompt
 from minixmd.tasks.answers import thoughts
 from minixmd.toy.models import QWEN2_WORDS
 
@@ -130,10 +129,7 @@ def plan_stage(stage, stages, scratch, clips=NO_CLIPS):
 def example_prompt(stage, example, processor, trace, max_new_tokens=0):
     """The Prompt that a stage makes of an Example and a trace, with the answer where one is learnt."""
     if isinstance(stage, FactCheck) and stage.checker == "verifier":  # the decoder reads nothing but the trace
-        ids = processor.encode(thoughts(trace))
-        if len(ids) > processor.max_positions:
-            raise ValueError(f"a trace of {len(ids)} tokens; the model's limit is {processor.max_positions}")
-        return Prompt(torch.tensor(ids), positions_of(len(ids), []))
+        return text_prompt(processor, thoughts(trace))
     return processor(example_conversation(stage, example, trace), blank_clip, max_new_tokens)
 
 

@@ -2,8 +2,7 @@
 
 A rule says which option an answer means, and how it was read. No answer is a wrong one, read as "none".
 
-option   AVQA, MUSIC-AVQA: by answers.extract, the letter, else the words, else the option that is most similar to them.
-         MUSIC-AVQA has no official rule for text; this is ours.
+option   AVQA, MUSIC-AVQA, which has no official rule for text: answers.extract.
 mmau     The official rule, over the option's text where the answer is a letter: "letter" or "text".
 """
 import re
@@ -46,9 +45,9 @@ def same(options, i, j, rule):
 
 
 def vote(texts, options, rule, letters=True):
-    """What most of a question's completions mean; one that means no option has no vote. A tie goes to the option said
-    first. Options that are the same answer share their votes, under the first's text. Returns (number of the first text
-    that means the winner, or 0; its index and how, as `meant`; {option: votes})."""
+    """What most of a question's completions mean; a tie goes to the option said first. Options that are the same answer
+    share their votes, under the first's text. Returns (number of the first text that means the winner, or 0; its index
+    and how, as `meant`; {option: votes})."""
     read = [meant(text, options, rule, letters) for text in texts]
     voted = []
     for index, _ in read:
@@ -61,7 +60,7 @@ def vote(texts, options, rule, letters=True):
 
 def mmau_rule(text, options, right):
     """MMAU's own rule: every word of the right option is said, in any order and number, and none that only others have.
-    Source: evaluation.py of Sakshi113/MMAU, re-implemented; it knows no letters, and counts no unanswered question."""
+    Source: evaluation.py of Sakshi113/MMAU, re-implemented."""
     said, words = _tokens(text), _tokens(right)
     others = set().union(*map(_tokens, options)) - words
     return words <= said and not said & others
@@ -111,9 +110,8 @@ def mmau_table(metas, rights):
 
 
 def music_table(metas, rights):
-    """MUSIC-AVQA's tables, from the Examples' meta and a boolean each:
-    {"audio": {type: rights, "all": rights}, "every": the same over all modalities, "pair": {"Audio Counting": rights}}.
-    "audio" is of audio and audio-visual questions: the test split's 6,707 of 9,129, as we read the paper's "7k"."""
+    """MUSIC-AVQA's tables: {"audio": {type: rights, "all": rights}, "every": the same over all modalities, "pair":
+    {"Audio Counting": rights}}. "audio" is of audio and audio-visual questions, as we read the paper's "7k"."""
     asked = list(zip(metas, rights, strict=True))
     heard = [pair for pair in asked if pair[0]["modality"] != "Visual"]
     table = {}

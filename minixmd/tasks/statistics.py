@@ -76,7 +76,7 @@ def paired_interval(both, only_a, only_b, neither):
 
 def pairs(a, b):
     """[(record of a, record of b)] clip by clip, in a's order; a record has "id" and "question", the digest. Raises
-    ValueError for the first clip that only one has, or with two questions or a record that does not say which."""
+    ValueError for the first clip that only one has, or that was asked otherwise."""
     rest, matched = {record["id"]: record for record in b}, []
     for record in a:
         clip = f"clip {record['id']!r}"
@@ -94,9 +94,8 @@ def pairs(a, b):
 
 
 def compare(a, b):
-    """{"count", "left_out", "both", "only_a", "only_b", "neither", "difference", "interval"} of the records of two
-    models' answers.jsonl: clips by who is right, a's accuracy less b's, and its 95 % interval (paired_interval). A clip
-    that was bad for either is left out. Raises ValueError as pairs."""
+    """Of two models' answers.jsonl: clips by who is right, a's accuracy less b's, and its 95 % interval. A clip that
+    was bad for either is left out. Raises ValueError as pairs."""
     who = Counter()
     for record, other in pairs(a, b):
         if "bad" in record or "bad" in other:

@@ -1,7 +1,5 @@
-"""Training sequences for the toy models, and the optimizer loop of their phases.
-
-Every clip is decoded and tokenized once: its context, a Prompt up to the question. Each step asks with new options.
-"""
+"""Training sequences for the toy models, and the optimizer loop of their phases. Every clip is decoded and tokenized
+once: its context, a Prompt up to the question. Each step asks with new options."""
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,8 +41,7 @@ class Lesson:
 
 
 def make_lesson(processor, context, options, right, letters, qa_format, thought=None):
-    """A Lesson about a context. options: names; right: index of the right one; letters: of the options. thought: the
-    name in the chain of thought; None = the right one."""
+    """A Lesson about a context. options: names; right: index. thought: a name that it names; None = the right one."""
     text = qa_format.prompt.format(
         question=QUESTION,
         options="\n".join(map("{}. {}".format, letters, options)),

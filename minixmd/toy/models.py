@@ -1,8 +1,6 @@
-"""The toy models before training: tokenizer and processor files, config.json, and random weights.
-
-Both are the published families in small: one decoder, two encoders, and two tokenizers that agree up to <|im_end|> and
-give the ids after it to different tokens. <model_type>.json holds a family's config files.
-"""
+"""The toy models before training: tokenizer and processor files, config.json, and random weights. They are published
+families in small: one decoder, two encoders, and two tokenizers that agree up to <|im_end|>, but not beyond it.
+<model_type>.json holds a family's config files."""
 import json
 import math
 import re

@@ -69,8 +69,7 @@ class Subject:
 
     @cached_property
     def sampled(self):
-        """Two completions of each of P conversations: their ids and log-probs, (P, 2, TOKENS), and the hidden states,
-        (2 P, TOKENS - 1, D), from which all tokens but the first were drawn."""
+        """As `sample`, and the hidden states, (2 P, TOKENS - 1, D), from which all tokens but the first were drawn."""
         hidden = []
         with self.model.register_forward_hook(lambda module, inputs, output: hidden.append(output)):
             ids_P2T, logprobs_P2T = self.sample(captured=False)  # a captured step runs no hooks
@@ -101,8 +100,7 @@ class Subject:
 
 
 def choose_clips(family, audios, videos):
-    """{kind: media parts} of the kinds that a family takes: the given files, and synthetic clips up to two. Raises
-    ValueError for a file of another kind."""
+    """{kind: media parts} of the kinds that a family takes: the given files, and synthetic clips up to two."""
     clips = {}
     for kind, files in (("audio", audios), ("video", videos)):
         if getattr(family, kind) is not None:
