@@ -17,7 +17,6 @@ Media = Literal["audio", "video", "both", "sounded"]
 @stage
 class Toy:
     """Makes a small world of audio and video files, its manifests, and the models that start out in it."""
-
     name: str = "toy"
     seed: NonNegativeInt = 0  # of the world, the models and their training
     thinking: bool = False  # also teaches both chains of thought, 30 % of which are false, and makes a checker of them
@@ -26,7 +25,6 @@ class Toy:
 @stage
 class _Local:
     """Fields of every stage that computes on this machine."""
-
     name: str
     max_bad: Share = 0.01  # share of bad clips (of FactCheck: traces) above which the stage fails; 1 = never
     device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" is CUDA where there is one
@@ -45,7 +43,6 @@ class _Local:
 @stage
 class _LocalModel(_Local):
     """Fields of every stage that runs a model of ours."""
-
     backend: Literal["auto", "triton", "torch"] = "auto"  # of the kernels; "auto" is Triton on a GPU, else PyTorch
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; what trains is kept in float32
 
@@ -53,7 +50,6 @@ class _LocalModel(_Local):
 @stage
 class _Cnn14:
     """Fields of a stage that trains a Cnn14 on sounds."""
-
     weights: str | None = None  # checkpoint to start from, .pth or .safetensors; None = from scratch
     width: Positive = 1.0  # by which its channel counts are multiplied; 1 = as published
     clip_s: Annotated[float, ">= 0.31"] = 10.0  # seconds heard of every clip; a shorter one is followed by silence
@@ -66,7 +62,6 @@ class _Cnn14:
 @stage
 class _Prompted(_LocalModel):
     """Fields of every stage that puts questions about clips to a model."""
-
     # what is asked
     model: str  # folder, hub name or "@stage"
     manifest: str  # JSONL file
@@ -92,7 +87,6 @@ class _Prompted(_LocalModel):
 @stage
 class Evaluate(_Prompted):
     """A model's accuracy on a manifest."""
-
     batch_tokens: Count = 8192  # tokens packed into a forward pass
     # how it answers
     answer: Literal["letters", "generate"] = "letters"  # the letter with the largest logit | what it writes, and that
@@ -115,7 +109,6 @@ class Evaluate(_Prompted):
 @stage
 class Label(_Prompted):
     """A model's predicted letters on a manifest, with the letters' logits."""
-
     batch_tokens: Count = 8192  # tokens packed into a forward pass
     top_k: Annotated[int, ">= 0", "<= 64"] = 0  # best ids of the vocabulary stored with each letter, for KL; 0 = none
     temperature: Positive = 2.0  # of the distillation: the mass of all other ids is stored at this temperature
@@ -124,7 +117,6 @@ class Label(_Prompted):
 @stage
 class _Endpoint:
     """Fields of a stage that may ask an OpenAI-compatible endpoint in place of a local model."""
-
     endpoint: str | None = None  # base URL, such as http://localhost:8000/v1; None = no endpoint
     served: str | None = None  # the model's name there
     api_key_env: str = "OPENAI_API_KEY"  # environment variable with the key, if the endpoint wants one
@@ -153,7 +145,6 @@ class _Endpoint:
 @stage
 class Traces(_Prompted, _Endpoint):
     """A teacher's chains of thought on a manifest, several a clip; clips on which all samples agree are marked."""
-
     model: str | None = None  # folder, hub name or "@stage"; None = an endpoint
     media: Media = "video"  # as in Evaluate; an endpoint is shown "video" or "audio"
     prompt: str = AUDIO_COT_PROMPT  # as in Evaluate
@@ -177,7 +168,6 @@ class Traces(_Prompted, _Endpoint):
 @stage
 class FactCheck(_LocalModel, _Endpoint, _Cnn14):
     """Hears the clip of each trace and accepts or rejects what it says (audio-grounded fact verification)."""
-
     # what is judged
     traces: str  # "@traces"
     manifest: str  # JSONL file of the clips
@@ -213,7 +203,6 @@ class FactCheck(_LocalModel, _Endpoint, _Cnn14):
 @stage
 class Switch(_Local, _Cnn14):
     """A Cnn14 that predicts, per clip, whether the teacher beats the student; it decides for every clip of a split."""
-
     # what it learns from and decides on
     teacher: str  # results on the analysis split, "@evaluate"
     student: str  # results on the same split, "@evaluate"
@@ -225,7 +214,6 @@ class Switch(_Local, _Cnn14):
 @stage
 class _Training(_Prompted):
     """Fields that Distill, SFT and GRPO share."""
-
     val_manifest: str | None = None  # JSONL file; None = no validation
     # what trains
     trainable: Literal["lora", "decoder", "full"] = "lora"  # "decoder": encoders and projector stay frozen
@@ -268,7 +256,6 @@ class _Training(_Prompted):
 @stage
 class Distill(_Training):
     """Trains a model on a teacher's labels where the gate says so, and on its own earlier ones elsewhere (XMD)."""
-
     teacher_labels: str | None = None  # "@label"; needed unless the gate is "never"
     student_labels: str | None = None  # the student's own letters, "@label"; None = no anti-forgetting loss
     switch: str | None = None  # "@switch"; what the gates "learned" and "oracle" look up
@@ -294,7 +281,6 @@ class Distill(_Training):
 @stage
 class SFT(_Training):
     """Trains a model on the right letters of a manifest, or on a teacher's traces."""
-
     prompt: str | None = None  # as in Evaluate; None = PROMPT, with traces THINK_PROMPT
     traces: str | None = None  # JSONL of {"id", "text"}: the text to learn for each clip; None = the right letter
     trace_filter: Literal["all", "first", "unanimous"] = "all"  # | a clip's first | those of clips where all agree
@@ -311,7 +297,6 @@ class SFT(_Training):
 @stage
 class GRPO(_Training):
     """Trains a model by the rewards of what it writes itself; the defaults are SightSound-R1's."""
-
     prompt: str = THINK_PROMPT  # as in Evaluate
     teacher_labels: str | None = None  # "@label" or "@traces/labels.jsonl": what is rewarded; None = the manifest's
     # rollout
@@ -356,7 +341,6 @@ def Train(*, objective=None, **_):
 @stage
 class Report:
     """What a run found, as a page, report.html, and with the same figures as report.json and report.md."""
-
     name: str = "report"
     tables: dict[str, dict[str, str]]  # row title -> {column title: "@evaluate"}
     ablation: dict[str, dict[str, str]] | None = None  # a second table of the same form; None = none

@@ -131,7 +131,6 @@ def stage_hours(stage, phases, clips, others):
 @dataclass(frozen=True)
 class Disk:
     """Bytes of a stage that trains."""
-
     stays: int = 0  # best/
     state: int = 0  # what it resumes from, which goes when it is finished; twice that while it saves
 

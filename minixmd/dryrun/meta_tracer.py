@@ -35,7 +35,6 @@ ATTENTION_FLOPS = {  # of operators that the registry lacks; two products forwar
 @dataclass
 class Phase:
     """A part of a stage's work, what it holds at its fullest moment, and what one pass of it computes."""
-
     name: str
     tokens: int  # packed into a forward pass; 0 = none
     sequences: int  # prompts or clips of a pass

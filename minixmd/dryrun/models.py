@@ -26,7 +26,6 @@ PUBLISHED = read_json(Path(__file__).with_name("published.json"))
 @dataclass(frozen=True)
 class ModelInfo:
     """What is known of a model that is not loaded."""
-
     name: str
     config: ModelConfig = field(compare=False)
     processor: Processor = field(compare=False, repr=False)

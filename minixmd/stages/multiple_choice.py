@@ -48,7 +48,6 @@ def load_model(stage):
 @dataclass
 class Questions:
     """Examples whose questions are put to a model: the Prompts of those that can be used, and a record of each."""
-
     processor: Processor
     examples: list[Example]
     prompt_format: PromptFormat

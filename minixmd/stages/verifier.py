@@ -78,7 +78,8 @@ def text_prompt(processor, text):
     ids = processor.encode(text)
     if not 0 < len(ids) <= processor.max_positions:
         raise ValueError(f"a trace of {len(ids)} tokens: {text[:60]!r}; the model's limit is {processor.max_positions}")
-    return Prompt(torch.tensor(ids), positions_of(len(ids), []))
+    positions_3N = positions_of(len(ids), [])
+    return Prompt(torch.tensor(ids), positions_3N)
 
 
 @torch.inference_mode()
@@ -89,7 +90,8 @@ def trace_vectors(model, processor, texts, batch_tokens):
     for run in batch_by_tokens(prompts, batch_tokens):
         batch = pack([prompt for _, prompt in run]).to(model.device)
         hidden_ND = model(batch).float()
-        means += [hidden_ND[start:end].mean(0, keepdim=True).cpu() for start, end in batch.spans]
+        for start, end in batch.spans:
+            means.append(hidden_ND[start:end].mean(0, keepdim=True).cpu())
     return torch.cat(means)
 
 
