@@ -147,7 +147,8 @@ def decode_attention(q_BHK, prompt_k_GJPK, prompt_v_GJPK, prompt_length_G, k_BJC
         if a.stride() != b.stride() or a.stride()[2:] != (K, 1):
             raise ValueError(f"keys and values need equal strides ending in {(K, 1)}, got {a.stride()}, {b.stride()}")
     n, R, splits = B // G, H // J, triton.cdiv(P, SPLIT)
-    q_BHK, out_BHK = q_BHK.contiguous(), torch.empty_like(q_BHK, memory_format=torch.contiguous_format)
+    q_BHK = q_BHK.contiguous()
+    out_BHK = torch.empty_like(q_BHK)
     part, lse = (torch.empty(B, H, splits, width, dtype=torch.float32, device=q_BHK.device) for width in (K, 1))
     most_r, block_s = (FP32_MOST_R, FP32_BLOCK_S) if q_BHK.dtype == torch.float32 else (MOST_R, BLOCK_S)
     launch = dict(K=K, BLOCK_K=max(16, triton.next_power_of_2(K)), BLOCK_S=block_s, SPLIT=SPLIT, num_warps=NUM_WARPS,

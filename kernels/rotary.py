@@ -19,20 +19,16 @@ BLOCK_H = 8  # heads a program
 NUM_WARPS = 4
 
 
-def _turn(x_NHK, cos_NK, sin_NK):
-    """Rotates vectors of fp32 or fp64."""
-    half = x_NHK.shape[-1] // 2
-    sin = sin_NK[:, None, :half]
-    y_NHK = x_NHK * cos_NK[:, None]
-    y_NHK[..., :half].addcmul_(x_NHK[..., half:], sin, value=-1)
-    y_NHK[..., half:].addcmul_(x_NHK[..., :half], sin)
-    return y_NHK
-
-
 def rotate_ref(x_NHK, cos_NK, sin_NK):
     """A rotation in plain PyTorch, of x's dtype; fp64 for ground truth."""
+    half = x_NHK.shape[-1] // 2
     wide = torch.promote_types(x_NHK.dtype, torch.float32)
-    return _turn(x_NHK.to(wide), cos_NK.to(wide), sin_NK.to(wide)).to(x_NHK.dtype)
+    x = x_NHK.to(wide)
+    sin = sin_NK[:, None, :half].to(wide)
+    y_NHK = x * cos_NK[:, None].to(wide)
+    y_NHK[..., :half].addcmul_(x[..., half:], sin, value=-1)
+    y_NHK[..., half:].addcmul_(x[..., :half], sin)
+    return y_NHK.to(x_NHK.dtype)
 
 
 @triton.jit

@@ -89,7 +89,7 @@ class Evaluate(_Prompted):
     """A model's accuracy on a manifest."""
     batch_tokens: Count = 8192  # tokens packed into a forward pass
     # how it answers
-    answer: Literal["letters", "generate"] = "letters"  # the letter with the largest logit | what it writes, and that
+    answer: Literal["letters", "generate"] = "letters"  # the letter with the largest logit | what the model writes
     max_new_tokens: Annotated[int, ">= 2"] = 32  # tokens of a written answer: at least a letter and the end of turn
     rule: Literal["option", "mmau"] = "option"  # how it is read: letter or most similar option | by MMAU's own rule
     num_samples: Count = 1  # answers sampled, of which the most frequent counts; 1 = one
@@ -225,7 +225,7 @@ class _Training(_Prompted):
     max_steps: Count | None = None  # optimizer steps, of GRPO rollouts; None = epochs decide
     batch_size: Count = 8  # sequences an optimizer step; of GRPO prompts
     micro_batch_tokens: Count = 8192  # tokens a forward pass, packed by length; a clip that makes more is bad
-    checkpointing: Literal["auto", "on", "off"] = "auto"  # blocks are computed again backward; "auto" is on a GPU
+    checkpointing: Literal["auto", "on", "off"] = "auto"  # the backward pass computes blocks again; "auto": on a GPU
     lr: Positive = 1e-4  # peak
     warmup_ratio: Share = 0.1  # share of the steps; 0 = off
     weight_decay: NonNegative = 0.0  # 0 = off
@@ -259,7 +259,7 @@ class Distill(_Training):
     teacher_labels: str | None = None  # "@label"; needed unless the gate is "never"
     student_labels: str | None = None  # the student's own letters, "@label"; None = no anti-forgetting loss
     switch: str | None = None  # "@switch"; what the gates "learned" and "oracle" look up
-    gate: Literal["always", "never", "learned", "oracle"] = "always"  # follow the teacher? "oracle": by the true class
+    gate: Literal["always", "never", "learned", "oracle"] = "always"  # who learns from the teacher (oracle: true class)
     teacher_loss: Literal["ce", "kl", "kl+ce"] = "ce"  # on the teacher's letter | to its stored logits | their sum
     temperature: Positive = 2.0  # of the KL
 
@@ -283,7 +283,7 @@ class SFT(_Training):
     """Trains a model on the right letters of a manifest, or on a teacher's traces."""
     prompt: str | None = None  # as in Evaluate; None = PROMPT, with traces THINK_PROMPT
     traces: str | None = None  # JSONL of {"id", "text"}: the text to learn for each clip; None = the right letter
-    trace_filter: Literal["all", "first", "unanimous"] = "all"  # | a clip's first | those of clips where all agree
+    trace_filter: Literal["all", "first", "unanimous"] = "all"  # all | a clip's first | of clips where all agree
     max_new_tokens: Count = 512  # with traces: tokens of an answer in validation, the end of turn included
 
     def check(self):
