@@ -18,7 +18,6 @@ Then logprob.row_stats, grpo_coefficient on (N,) vectors and logprob.logits_grad
 
 Bytes per row, with V columns of i bytes and a gradient of o bytes: (2i + o)V, as in those three steps; what one kernel
 saves is about 50 launches on (N,) vectors, some 0.1 ms. Counted, not measured on a GPU.
-
 Dims: N rows (tokens), V vocabulary, S sequences, Z listed suppressed ids.
 """
 import torch

@@ -15,7 +15,6 @@ row once (online softmax, logit_rows.py); logits_grad reads it once more and wri
 Bytes per row, with V columns of i bytes and a gradient of o bytes: iV for row_stats, (i + o)V for logits_grad. At
 V = 152,064, fp32 in and bf16 out, that is 0.61 and 0.91 MB, or 0.36 ms for 1024 rows at 4.3 TB/s, eager fp32 at least
 2.4 times as much. Counted, not measured on a GPU.
-
 Dims: N rows (tokens), V vocabulary, Z listed suppressed ids.
 """
 import torch

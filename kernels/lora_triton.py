@@ -13,7 +13,6 @@ both go to fp32 partials that a second kernel adds in a fixed order: no atomics,
 Bytes of dy_pass, elements of i bytes: N F i for g, and 8 R (N ceil(F / DY_BLOCK_F) + F ceil(N / rows)) to write and
 read the partials. The two vendor products that it replaces read 2 N F i. dy_pass_pays asks for 1.2 times fewer: for
 bf16, R = 16, N 4096 and F 18944 they are 201 against 310 MB. Counted, not measured on a GPU.
-
 Dims: N rows (tokens), D inputs, F outputs, R rank; BLOCK_R is R, padded to what a tensor core takes.
 """
 import torch

@@ -9,7 +9,6 @@ ds' is the gradient that reaches s from the residual stream. Statistics and sums
 
 Bytes per row of D elements of i bytes: 4 i D forward (x, added, s, y) and 4 i D backward (dy, ds', s, ds), and 4 bytes
 for r. Eager, in bf16, moves 42 D forward, an operation at a time. Counted, not measured on a GPU.
-
 Dims: N rows (tokens), D width.
 """
 import torch

@@ -8,7 +8,6 @@ kept for it. cos and sin have no gradient.
 
 Bytes per row of H query and J key heads of K elements of i bytes: 2 i (H + J) K, and 4 K for the angles, of which one
 half is read. Eager moves 36 bytes an element at i = 2, against 4. Counted, not measured on a GPU.
-
 Dims: N rows (tokens), H query and J key heads, K head size (even).
 """
 import torch

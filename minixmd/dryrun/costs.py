@@ -46,22 +46,20 @@ def has_room(size, gib):
 def settings_to_lower(stage, phase_name, longest=1):
     """{field: its smallest value} of the stage's fields that can be lowered so that the phase of this name
     (meta_tracer.Phase) takes less; empty if there is none. longest: tokens of a clip, which a pass must take."""
-    smallest = {"checkpointing": "on", "moments": "8bit", "reference": "host", "batch_size": 2,
-                "batch_tokens": longest, "micro_batch_tokens": longest,
-                "decode_slots": getattr(stage, "group_size", None) or getattr(stage, "num_samples", 1)}
-    needless = set()
-    if getattr(stage, "trainable", None) == "lora":
-        needless = {"moments", "reference"}  # an adapter's own are small
-    if not getattr(stage, "beta", 0):
-        needless.add("reference")  # there is none
+    slots = getattr(stage, "group_size", None) or getattr(stage, "num_samples", 1)
+    smallest = {"decode_slots": slots, "batch_tokens": longest, "micro_batch_tokens": longest, "checkpointing": "on",
+                "batch_size": 2}
+    if getattr(stage, "trainable", None) != "lora":  # an adapter's own are small
+        smallest["moments"] = "8bit"
+        if getattr(stage, "beta", 0):
+            smallest["reference"] = "host"
     found = {}
-    for name in LOWERED[phase_name]:
-        least = smallest[name]
+    for name, least in smallest.items():
         value = getattr(stage, name, least)
         if value == "auto" and getattr(stage, "device", "auto") != "cpu":
             value = "on"  # of checkpointing
         can_fall = value > least if isinstance(value, int) else value != least
-        if can_fall and name not in needless:
+        if can_fall and name in LOWERED[phase_name]:
             found[name] = least
     return found
 

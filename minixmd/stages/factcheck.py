@@ -158,8 +158,7 @@ def judge_by_model(stage, folder, traces):
 
 
 def usable_prompts(stage, model, processor, traces, verdicts):
-    """Yields (Trace, Prompt) of every trace that can be judged, and fills in the verdicts on the others. A clip is read
-    and encoded once for a run of traces."""
+    """Yields (Trace, Prompt) of what can be judged; fills in the other verdicts. A run of traces reads a clip once."""
     def build(run, load):
         heard = []  # what was read of the clip
 

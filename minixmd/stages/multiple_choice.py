@@ -1,6 +1,5 @@
 """Puts a manifest's multiple-choice questions to a model: by the letters' logits, or by what the model writes. A clip
-that cannot be used becomes a record with the reason, and a stage fails only when more than its `max_bad` share are bad.
-"""
+that cannot be used becomes a record with the reason."""
 from dataclasses import dataclass, field
 from functools import partial
 

@@ -64,8 +64,7 @@ def write_processor(folder, model_type):
 
 
 def make_model(folder, model_type, seed):
-    """A model for the tokenizer in `folder`, every weight drawn from its own name and `seed`: two families have
-    the same decoder, and the same embeddings of the tokens that they share."""
+    """A model for the tokenizer in `folder`. A weight is drawn from its name and `seed`, so families share decoders."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     config = read_config(family_file(model_type, "config.json", tokenizer))
     model = build(config).to_empty(device="cpu")
