@@ -30,7 +30,8 @@ from minixmd.kernels.logprob import token_logprob_ref
 
 
 class ClipConfig:
-    """The policy loss: clips the ratio to [1 - clip_low, 1 + clip_high]; beta (0 = off) weighs the KL "k3" or "k1"."""
+    """The policy loss: clips the ratio to [1 - clip_low, 1 + clip_high]; beta (0 = off) weighs the KL. ValueError: a
+    `kl` that is not "k3" or "k1"."""
 
     def __init__(self, clip_low, clip_high, beta, kl):
         if kl not in ("k1", "k3"):

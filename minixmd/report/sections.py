@@ -133,9 +133,9 @@ def switch(path, published):
 
 def funnel(paths):
     """{"steps", "verifier"} from clips to accepted traces. paths: {"traces" | "checked" | "verifier": a results.json}.
-    A step is {"step", "count", "of", "left_out": {reason: count}}: `count` of `of` were kept (None: of no step before
-    it), and the reasons add up to the others. "verifier": its "calibration" on held-out verdicts, and "words" on what
-    its use would cost. ValueError: another stage's file, or stages on other traces."""
+    A step is {"step", "count", "of", "left_out": {reason: count}}: `count` of `of` were kept, and the reasons add up to
+    the others; `of` is None where a step starts from nothing before it. "verifier": its "calibration" on held-out
+    verdicts, and "words" on what its use would cost. ValueError: another stage's file, or stages on other traces."""
     results = dict.fromkeys(FUNNEL_SOURCES)
     for source, path in paths.items():
         results[source] = read_json(path)

@@ -57,9 +57,9 @@ def read_jsonl(path):
 
 
 def numbered_records(path, own=False):
-    """Yields (line number, object) of a JSONL file; blank lines are passed over. own: of a file to which this program
-    appends: a blank line is an error, and a last line without its end, which a kill left, is passed over. Raises
-    ValueError, with file and line, for a line that is not a JSON object."""
+    """Yields (line number, object) of a JSONL file, UTF-8 with or without a mark; blank lines are passed over. own: the
+    file is one to which this program appends: a blank line is an error, and a last line without its end, which a kill
+    left behind, is passed over. Raises ValueError, with file and line, for a line that is not a JSON object."""
     data = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
     if own:
         data = data[:data.rfind(b"\n") + 1]
@@ -81,13 +81,13 @@ def drop_torn_line(path, consequence=""):
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         os.truncate(path, whole)
-        text = f"{path}: dropped the last line, cut short after {len(data) - whole} bytes{consequence}"
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(f"{path}: dropped the last line, cut short after {len(data) - whole} bytes{consequence}",
+                   file=sys.stderr)
 
 
 def read_records(path, kind, bad=BAD, own=False, key=None):
-    """The lines of a file, each with the fields of `kind`, such as LABEL, or, where it has "bad", of `bad`. key: fields
-    of which no two records may have the same values, such as "id sample". own: as of numbered_records."""
+    """The lines of a file, each checked to have the fields of a kind, such as LABEL, or, where it has "bad", of that.
+    key: fields of which no two records may have the same values, such as "id sample". own: as of numbered_records."""
     records, line_of = [], {}
     for number, record in numbered_records(path, own):
         check_fields(record, bad if "bad" in record else kind, f"{path}:{number}:")

@@ -62,8 +62,8 @@ def open_tensors(path):
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
-        anew = f"delete {path.parent / STATE} to start the stage anew"
-        raise ValueError(f"{path}: not of a training state ({error}); {anew}") from error
+        raise ValueError(f"{path}: not of a training state ({error}); delete {path.parent / STATE} to start the stage "
+                         "anew") from error
 
 
 def fill(tensors, path):

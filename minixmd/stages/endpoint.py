@@ -52,8 +52,8 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
     """Makes every request that `path` does not answer yet, with a progress bar.
 
     stage: Traces or FactCheck. path: JSONL file that grows by a line an answer: the records below that are not bad.
-    logprobs: ask for the first token's log-probs too. environment: where key_from looks. is_usable: function(text) ->
-    bool; an unusable answer is nonsense. None = any text is usable.
+    OSError: it cannot. logprobs: ask for the first token's log-probs too. environment: where key_from looks.
+    is_usable: function(text) -> bool; an unusable answer is nonsense. None = any text is usable.
     Returns a record a request, in order: {"key", "text", "finished": the model ended its turn}, with log-probs, where
     the server gave any, also "top": {token: logprob}; or {"key", "bad": reason, "detail"}. Raises ValueError: a
     malformed line of `path`; a wrong URL, key or model; more than max_bad failed requests; or an endpoint that is down:
@@ -205,8 +205,8 @@ def clip_part(path, kind):
 
 
 def silent_video_part(path):
-    """The part of a message that shows a video without its sound: the packets of its first video track, in an MP4.
-    Raises MediaError as read_frames, and "unreadable" for a codec that MP4 does not take (VP8, GIF)."""
+    """The part of a message that shows a video without its sound: an MP4 with the packets of its first video track, as
+    they are. Raises MediaError as read_frames, and "unreadable" for a codec that MP4 does not take (VP8, GIF)."""
     read_frames(path)  # refuses a broken clip, which a server's decoder might pass off as a shorter one
     mp4 = io.BytesIO()
     try:

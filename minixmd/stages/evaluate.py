@@ -92,7 +92,7 @@ def letters_beside(examples, records, rule="option"):
 
 
 def first_traces(stage, examples):
-    """({id: the first trace in the file}, {id: why there is none}). Raises ValueError where there is none at all."""
+    """({id: the first trace in the file}, {id: why there is none}). ValueError: none at all, or a line is no trace."""
     if stage.traces is None:
         return {}, {}
     in_file = {}

@@ -94,9 +94,9 @@ def collect(stage, folder, log, traces, verdicts, calibration):
 
 
 def select_traces(stage, examples):
-    """The Traces that trace_filter names, in the file's order. examples: {id: Example}. A file may leave out "sample"
-    (numbered then, clip by clip) and "unanimous" (true). Raises ValueError for a line that is no trace of a clip of the
-    manifest, or a duplicate; or for nothing to judge."""
+    """The Traces that trace_filter names, in the file's order. examples: {id: Example}. A file that is not Traces' own
+    may leave out "sample" (numbered then, clip by clip) and "unanimous" (true). Raises ValueError for a line that is no
+    trace, of no clip of the manifest, or a duplicate; or for nothing to judge."""
     traces, counts = {}, Counter()
     for number, record in enumerate(read_records(stage.traces, TRACE), 1):
         clip_id = record["id"]

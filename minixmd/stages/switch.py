@@ -99,7 +99,8 @@ def check_labels(stage, examples):
 
 
 def gains(stage, examples):
-    """{class: the teacher's accuracy less the student's} on the analysis split, of the classes that both answered."""
+    """{class: the teacher's accuracy less the student's} on the analysis split, of the classes that both answered.
+    Raises ValueError for an example without a class, answers to other questions, or no class that both answered."""
     check_labels(stage, examples)
     questions = [{"id": example.id, "question": digest(example)} for example in examples]
     classes = []

@@ -96,8 +96,8 @@ def trace_vectors(model, processor, texts, batch_tokens):
 
 
 def fit_verifier(stage, verifier, pairs, log):
-    """Trains a Verifier on judged Pairs, and calibrates it on those held out. Returns {"verdicts": number of pairs,
-    agreement's fields on those held out}. Raises ValueError for a part with all verdicts alike or none."""
+    """Trains a Verifier, where it is, on judged Pairs, and calibrates it on those held out. Returns {"verdicts": number
+    of pairs, agreement's fields on those held out}. Raises ValueError for a part with all verdicts alike or none."""
     order = shuffled(pairs, stage.seed, "held")
     held_out = order[:len(pairs) // HELD_OUT]
     train = order[len(pairs) // HELD_OUT:]

@@ -1,7 +1,7 @@
 """Reading a written answer: which option does a text mean?
 
 `extract` is the lenient reader of evaluations. It looks at what the text says after its thinking (final_answer),
-without what that rules out ("not A", "B is wrong"), and takes the first of these ways that tells:
+without what that rules out ("not A", "B is wrong"), and takes the first of these that tells:
 
 stated   What stands in the last \\boxed{…}, else after the last "answer" or a like word, else after the last "so" or
          "I think": a letter or, in the first two, the words of one option in the same sentence.
@@ -51,8 +51,8 @@ def thoughts(text):
 
 
 def final_answer(text):
-    """What stands in a completion's only <answer> after the thinking or, without that tag, all that follows it; None
-    for thinking without an end, several answers, or no words."""
+    """What stands in a completion's only <answer> after the thinking or, without that tag, all that follows it. None
+    for thinking that has no end and no whole <answer>, several answers, or no words."""
     said = (text or "").rpartition("</think>")[2]
     before, opened, inside = said.partition("<answer>")
     answer, closed, _ = inside.partition("</answer>")
@@ -89,7 +89,8 @@ def _exact_answer(said, options, letters):
 
 
 def extract(text, options, letters=True):
-    """(index of the option that a completion means or None, one of WAYS). letters: whether the prompt asked for one."""
+    """(index of the option that a completion means or None, one of WAYS). text: None is no answer. letters: whether the
+    prompt asked for a letter, which decides where options are letters themselves."""
     text = final_answer(text)
     if text is None:
         return None, "none"

@@ -2,7 +2,7 @@
 
 A rule says which option an answer means, and how it was read. No answer is a wrong one, read as "none".
 
-option   AVQA, MUSIC-AVQA, which has no official rule for text: answers.extract.
+option   AVQA, MUSIC-AVQA: answers.extract. MUSIC-AVQA has no official rule for text; this is ours.
 mmau     The official rule, over the option's text where the answer is a letter: "letter" or "text".
 """
 import re
@@ -45,9 +45,9 @@ def same(options, i, j, rule):
 
 
 def vote(texts, options, rule, letters=True):
-    """What most of a question's completions mean; a tie goes to the option said first. Options that are the same answer
-    share their votes, under the first's text. Returns (number of the first text that means the winner, or 0; its index
-    and how, as `meant`; {option: votes})."""
+    """What most of a question's completions mean; one that means no option has no vote. A tie goes to the option said
+    first. Options that are the same answer share their votes, under the first's text. Returns (number of the first text
+    that means the winner, or 0; its index and how, as `meant`; {option: votes})."""
     read = [meant(text, options, rule, letters) for text in texts]
     voted = []
     for index, _ in read:
@@ -60,7 +60,7 @@ def vote(texts, options, rule, letters=True):
 
 def mmau_rule(text, options, right):
     """MMAU's own rule: every word of the right option is said, in any order and number, and none that only others have.
-    Source: evaluation.py of Sakshi113/MMAU, re-implemented."""
+    Source: evaluation.py of Sakshi113/MMAU, re-implemented; it knows no letters, and counts no unanswered question."""
     said, words = _tokens(text), _tokens(right)
     others = set().union(*map(_tokens, options)) - words
     return words <= said and not said & others

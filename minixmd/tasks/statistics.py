@@ -76,7 +76,7 @@ def paired_interval(both, only_a, only_b, neither):
 
 def pairs(a, b):
     """[(record of a, record of b)] clip by clip, in a's order; a record has "id" and "question", the digest. Raises
-    ValueError for the first clip that only one has, or that was asked otherwise."""
+    ValueError for the first clip that only one has, or with two questions or a record that does not say which."""
     rest, matched = {record["id"]: record for record in b}, []
     for record in a:
         clip = f"clip {record['id']!r}"

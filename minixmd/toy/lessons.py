@@ -41,7 +41,8 @@ class Lesson:
 
 
 def make_lesson(processor, context, options, right, letters, qa_format, thought=None):
-    """A Lesson about a context. options: names; right: index. thought: a name that it names; None = the right one."""
+    """A Lesson about a context. options: names; right: index of the right one; letters: of the options. thought: the
+    name in the chain of thought; None = the right one."""
     text = qa_format.prompt.format(
         question=QUESTION,
         options="\n".join(map("{}. {}".format, letters, options)),
