@@ -8,9 +8,9 @@ has an int16 residual, and both together are the fp32 number w, to the last bit:
 
     bits(w) = (bits(bf16) << 16) + residual        bits(bf16) = (bits(w) + 0x8000) >> 16: w rounded, ties from zero
 
-A moment in 8 bits is a code in a block of BLOCK elements. All but 3 bits of the mantissa are rounded away; what is left
-is an integer, close to 8 log2 |x|, and the code is how far it lies above the lowest one of the block. m has a sign and
-127 levels, 16 octaves; v has 255, 32 octaves. The scale is the block's largest element, rounded up.
+In 8 bits all but 3 bits of a moment's mantissa are rounded away, which leaves an integer close to 8 log2 |x|. The code
+is how far it lies above the lowest level of its block of BLOCK elements, whose scale is the largest element, rounded
+up. m has a sign and 127 levels, 16 octaves; v has 255, 32 octaves.
 
     code = max(((bits(|x|) + noise) >> 20) - offset, 0)        offset = max((bits(scale) >> 20) - LEVELS, 0)
 
@@ -18,10 +18,8 @@ A small m becomes 0, but only 0 is code 0 of v: m over the root of nothing would
 makes the rounding right on average; to the nearest, v would never fall, as beta2 = 0.999 changes it by far less than
 half a level. It is a hash of the update's and the element's number: the same on both backends and after a stop.
 
-Bytes a parameter, bf16 with bf16 gradients: 26, with 8-bit moments 14; eager, with an fp32 copy of the weights, moves
-98. The state takes 10 and 4 bytes a parameter, eager's 12. Counted, not measured on a GPU.
-
-Dims: C blocks, B elements of a block.
+Bytes a parameter, bf16 with bf16 gradients: 26, with 8-bit moments 14, eager 98; of state 10, 4 and 12. Counted, not
+measured on a GPU. Dims: C blocks, B elements of a block.
 """
 import torch
 import triton
@@ -43,15 +41,6 @@ def state_layout(p, moments):
     if p.dtype == torch.bfloat16:
         layout["residual"] = p.shape, torch.int16
     return layout
-
-
-def check_state(state, p, moments):
-    """Raises ValueError: a tensor of the state is missing, or does not fit."""
-    for key, (shape, dtype) in state_layout(p, moments).items():
-        x = state.get(key)
-        if x is None or x.shape != shape or x.dtype != dtype or not x.is_contiguous():
-            found = "none" if x is None else f"{tuple(x.shape)} of {x.dtype}"
-            raise ValueError(f"{key} must be {tuple(shape)} of {dtype}, contiguous, got {found}")
 
 
 def join(p, residual):
@@ -189,9 +178,8 @@ def adamw_update(p, grad, state, t, *, lr, betas, eps, weight_decay, backend="tr
 
     Args:
         p: fp32 | bf16, contiguous. grad: fp32 | bf16, of its shape; not written to.
-        state: tensors as in state_layout; other keys are left alone.
-        t: number of the update, 1 of the first. lr, betas, eps, weight_decay: Python floats.
-        backend: "triton" | "torch".
+        state: tensors as in state_layout; other keys are left alone. t: number of the update, 1 of the first.
+        lr, betas, eps, weight_decay: Python floats. backend: "triton" | "torch".
     Raises ValueError: tensors that do not fit, or another backend.
     Source: torch.optim.AdamW; tests/test_adamw.py compares both backends with fp64.
     """
@@ -201,7 +189,13 @@ def adamw_update(p, grad, state, t, *, lr, betas, eps, weight_decay, backend="tr
                          f"{tuple(p.shape)} of {p.dtype} and {tuple(grad.shape)} of {grad.dtype}")
     if backend not in ("triton", "torch"):
         raise ValueError(f"backend must be 'triton' or 'torch', got {backend!r}")
-    check_state(state, p, "8bit" if "exp_avg_scale" in state else "float32")
+    half = "residual" in state
+    scaled = "exp_avg_scale" in state
+    for key, (shape, dtype) in state_layout(p, "8bit" if scaled else "float32").items():
+        x = state.get(key)
+        if x is None or x.shape != shape or x.dtype != dtype or not x.is_contiguous():
+            found = "none" if x is None else f"{tuple(x.shape)} of {x.dtype}"
+            raise ValueError(f"{key} must be {tuple(shape)} of {dtype}, contiguous, got {found}")
     beta1, beta2 = betas
     numbers = (1 - beta1, beta2, 1 - beta2, (1 - beta2**t) ** 0.5, eps, 1 - lr * weight_decay, -lr / (1 - beta1**t))
     seed, size = t * 0x9E3779B1 % 2**31, p.numel()
@@ -209,7 +203,6 @@ def adamw_update(p, grad, state, t, *, lr, betas, eps, weight_decay, backend="tr
     if backend == "torch":
         adamw_ref(p, grad, state, seed, numbers)
     elif size:
-        half, scaled = "residual" in state, "exp_avg_scale" in state
         scales = (state["exp_avg_scale"], state["exp_avg_sq_scale"]) if scaled else (grad, grad)
         _adamw_kernel[(triton.cdiv(size, ROWS * BLOCK),)](
             p.view(torch.int16) if half else p, grad, state["residual"] if half else grad, state["exp_avg"],

@@ -13,9 +13,8 @@ slot, kv head) and merges the prompt's parts into its own. A slot's arithmetic d
 the batch: the splits are fixed, and no sum runs over rows that only others need.
 
 Bytes per kv head, elements of i bytes: 2 K i (P + n C) for a prompt of P rows and n suffixes of C, against
-2 K i n (P + C) with a copy of the prompt each; the parts add 8 n H / J ceil(P / SPLIT) (K + 1), written and read. For
-n = 8, P = 850, C = 256 and Qwen2-Audio-7B (H = J = 32, K = 128, bf16) that is 49 MB per layer against 145; counted.
-
+2 K i n (P + C) with a copy of the prompt each. For n = 8, P = 850, C = 256 and Qwen2-Audio-7B (H = J = 32, K = 128,
+bf16), parts included, that is 49 MB per layer against 145; counted.
 Dims: G prompt slots, n completions each, B = G n decode slots; H query heads, J kv heads, R = H / J, K head size; P and
 C rows that the pools of prompts and of completions have room for.
 """
@@ -132,8 +131,7 @@ def decode_attention(q_BHK, prompt_k_GJPK, prompt_v_GJPK, prompt_length_G, k_BJC
         length_B: (B,) int64 in [0, C]. Lengths are not checked: it would synchronise. "triton" reads nothing past a
             length and wants the last two dims packed; "torch" multiplies values there by 0, so they must be finite.
         backend: "triton" | "torch".
-    Returns: (B, H, K) in q's dtype.
-    Raises: ValueError for shapes that do not fit together, strides, or backend.
+    Returns (B, H, K) in q's dtype. Raises ValueError: shapes that do not fit together, strides, or backend.
     """
     (B, H, K), (G, J, P, _), C = q_BHK.shape, prompt_k_GJPK.shape, k_BJCK.shape[2]
     shapes = [tuple(x.shape) for x in (prompt_k_GJPK, prompt_v_GJPK, k_BJCK, v_BJCK, prompt_length_G, length_B)]
@@ -148,7 +146,8 @@ def decode_attention(q_BHK, prompt_k_GJPK, prompt_v_GJPK, prompt_length_G, k_BJC
         if a.stride() != b.stride() or a.stride()[2:] != (K, 1):
             raise ValueError(f"keys and values need equal strides ending in {(K, 1)}, got {a.stride()}, {b.stride()}")
     n, R, splits = B // G, H // J, triton.cdiv(P, SPLIT)
-    q_BHK, out_BHK = q_BHK.contiguous(), torch.empty_like(q_BHK, memory_format=torch.contiguous_format)
+    q_BHK = q_BHK.contiguous()
+    out_BHK = torch.empty_like(q_BHK)
     part, lse = (torch.empty(B, H, splits, width, dtype=torch.float32, device=q_BHK.device) for width in (K, 1))
     most_r, block_s = (FP32_MOST_R, FP32_BLOCK_S) if q_BHK.dtype == torch.float32 else (MOST_R, BLOCK_S)
     launch = dict(K=K, BLOCK_K=max(16, triton.next_power_of_2(K)), BLOCK_S=block_s, SPLIT=SPLIT, num_warps=NUM_WARPS,

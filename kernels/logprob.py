@@ -13,9 +13,8 @@ m and logsum are kept apart: their sum would be rounded to the size of the logit
 row once (online softmax, logit_rows.py); logits_grad reads it once more and writes the gradient.
 
 Bytes per row, with V columns of i bytes and a gradient of o bytes: iV for row_stats, (i + o)V for logits_grad. At
-V = 152,064, fp32 in and bf16 out, that is 0.61 and 0.91 MB, or 0.36 ms for 1024 rows at 4.3 TB/s. log_softmax and its
-backward in eager fp32 move at least 6 times 0.61 MB, more with suppressed ids. Counted, not measured on a GPU.
-
+V = 152,064, fp32 in and bf16 out, that is 0.61 and 0.91 MB, or 0.36 ms for 1024 rows at 4.3 TB/s, eager fp32 at least
+2.4 times as much. Counted, not measured on a GPU.
 Dims: N rows (tokens), V vocabulary, Z listed suppressed ids.
 """
 import torch
@@ -108,11 +107,10 @@ def row_stats(logits_NV, index_N, temperature=1.0, suppressed_Z=None, vocab_limi
         suppressed_Z: (Z,) int64, sorted (not checked: it would synchronise), or None. vocab_limit: ids from here on are
             suppressed too; None = V. split_suppressed makes both from one list.
         backend: "triton" | "torch".
-    Returns:
-        (logp_N, entropy_N, max_N, logsum_N), each (N,) fp32 and not differentiable (see logits_grad). logp_N <= 0 and
-        entropy_N >= 0 are in nats; max_N is the largest allowed logit, and max_N / temperature + logsum_N the row's
+    Returns (logp_N, entropy_N, max_N, logsum_N), each (N,) fp32 and not differentiable (see logits_grad). logp_N <= 0
+        and entropy_N >= 0 are in nats; max_N is the largest allowed logit, and max_N / temperature + logsum_N the row's
         log-sum-exp. Where every allowed logit is -inf, logp_N is -inf and the entropy is meaningless.
-    Raises: ValueError for a wrong shape, stride, temperature, vocab_limit or backend.
+    Raises ValueError for a wrong shape, stride, temperature, vocab_limit or backend.
     """
     vocab_limit = logit_rows.check(logits_NV, vocab_limit, temperature, backend, index_N)
     N, V = logits_NV.shape
@@ -154,11 +152,10 @@ def logits_grad(logits_NV, index_N, stats, coef_N, temperature=1.0, suppressed_Z
                 backend="triton", out=None):
     """The gradient of sum_n coef_N[n] logp_N[n] with respect to the logits, written to `out`, which is returned.
 
-    Args: as row_stats, whose result for them is `stats`, and
+    Args and errors as row_stats, whose result for them is `stats`, and
         coef_N: (N,) fp32; a row whose coefficient is 0 gets exact zeros.
         out: (N, V) of any float dtype, unit stride in V; None = a new tensor in the logits' dtype. It may be logits_NV
             itself, which is then overwritten, but must not share memory with it otherwise.
-    Raises: as row_stats.
     """
     vocab_limit = logit_rows.check(logits_NV, vocab_limit, temperature, backend, index_N, coef_N, out_NV=out)
     (N, V), (_, _, max_N, logsum_N) = logits_NV.shape, stats

@@ -8,9 +8,8 @@
 backend="torch" leaves every product to the vendor's library and adds the updates in place. backend="triton" uses
 lora_triton.py for two of them, in 16 bits (in fp32 its tiles would spill), where counted bytes and published speeds,
 not measurements, favour it:
-    y, if D <= FUSED_D and R <= 64: one kernel. It saves a read and a write of y, 367 / D of the product's time on an
-        H200, but Triton products of this kind ran at 76 to 86 % of the vendor's (triton #5726, fb-triton #1038), which
-        breaks even at D = 1162 to 2254. So the towers' layers can use it; a 7B decoder's are too wide.
+    y, if D <= FUSED_D and R <= 64: one kernel saves a read and a write of y, 367 / D of the product's time on an H200,
+        but ran at 76 to 86 % of the vendor's (triton #5726, fb-triton #1038): it breaks even at D = 1162 to 2254.
     scale g B and dB, if reading g once instead of twice moves 1.2 times fewer bytes (lora_triton.dy_pass_pays).
 
 Dims: N rows (tokens), D inputs, F outputs, R rank. Weights are (out, in), as in torch's Linear.
@@ -91,14 +90,10 @@ def cast_adapters(As, Bs, dtype):
 
 
 def lora_linears(x_ND, layers, backend="torch", casts=None):
-    """lora_linear of several layers on the same x, whose adapters share the reads of x: q, k and v, or gate and up.
-
-    The base products stay separate because their weights are: one product over all of them would need a copy of the
-    weights to save a read of x, which takes 184 / F of a product's time on an H200 (36 % at F = 512, 1 % at 18944).
-    layers: [(w_FD, bias_F, a_RD, b_FR, scale)]; F and R may differ. casts: cast_adapters of theirs in x's dtype, kept
-    between calls; None = made here. Returns a tuple of (N, F) in x's dtype. Raises ValueError if x_ND is not
-    two-dimensional or there is no such backend.
-    """
+    """lora_linear of several layers on the same x, whose adapters share the reads of x: q, k and v, or gate and up. The
+    base products stay separate: one over all of them would need a copy of the weights. layers: [(w_FD, bias_F, a_RD,
+    b_FR, scale)]; F and R may differ. casts: cast_adapters of theirs in x's dtype, kept between calls; None = made
+    here. Returns a tuple of (N, F) in x's dtype. Raises ValueError for an x not two-dimensional, or another backend."""
     if x_ND.ndim != 2:
         raise ValueError(f"lora_linear needs a two-dimensional x, got {tuple(x_ND.shape)}")
     if backend not in ("torch", "triton"):

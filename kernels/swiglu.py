@@ -4,7 +4,6 @@
 
 in fp32, rounded once to the dtype. Bytes an element of i bytes: 3 i forward, 5 i backward. Eager moves 5 i and 8 i, and
 keeps silu(g), i bytes more, until the backward pass. Counted, not measured on a GPU.
-
 Dims: N rows (tokens), F hidden width.
 """
 import torch

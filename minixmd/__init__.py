@@ -29,12 +29,8 @@ def load(path, *, device="cpu", dtype=torch.float32, backend="torch"):
             hub (models/hub.py).
         device: "cpu", "cuda", … dtype: storage and matmul dtype; adapters stay fp32.
         backend: of the kernels, "torch" | "triton".
-    Returns:
-        (MultimodalLM, Processor). Every parameter is frozen. Parts of the checkpoint that are not built are named on
-        stderr.
-    Raises:
-        ValueError: no such folder or repository, an unsupported or misfitting checkpoint, or a tokenizer of another
-            model.
+    Returns (MultimodalLM, Processor). Every parameter is frozen; parts of the checkpoint not built are named on stderr.
+    Raises ValueError: no such folder or repository, an unsupported or misfitting checkpoint, or another's tokenizer.
     """
     base, adapters = base_and_adapters(model_folder(path))
     model = load_model(base, device=device, dtype=dtype)

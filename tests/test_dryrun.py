@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves
 import minixmd
 from minixmd.config import GRPO, SFT, Distill, Evaluate, FactCheck, Label, Switch, Traces
 from minixmd.dryrun import costs
+from minixmd.dryrun.costs import LOWERED, settings_to_lower
 from minixmd.dryrun.memory_estimate import estimate
 from minixmd.dryrun.meta_tracer import CATEGORIES, Phase, trace_memory
 from minixmd.dryrun.models import PUBLISHED, ModelInfo, blank_clip, find_model
 from minixmd.dryrun.plan import EXAMPLE, plan_stage, write_stand_in_tokenizer
-from minixmd.dryrun.settings import FIELDS, settings_to_lower
 from minixmd.inputs.batch import Prompt, pack
 from minixmd.inputs.examples import manifest_text
 from minixmd.inputs.positions import positions_of
@@ -455,7 +455,7 @@ def test_the_setting_to_lower_is_named_where_it_would_help():
     assert settings_to_lower(new, "update") == wanted
     assert "reference" not in settings_to_lower(SimpleNamespace(**vars(new) | {"beta": 0.0}), "scoring")
     lowered = SimpleNamespace(**vars(new) | wanted)
-    assert all(settings_to_lower(lowered, name) in ({}, {"decode_slots": 8}) for name in FIELDS)
+    assert all(settings_to_lower(lowered, name) in ({}, {"decode_slots": 8}) for name in LOWERED)
     adapter = SimpleNamespace(**vars(new) | {"trainable": "lora"})
     assert settings_to_lower(adapter, "update") == {"micro_batch_tokens": 1, "checkpointing": "on"}
 

@@ -1,6 +1,5 @@
-"""`@stage`, dataclasses that check what they are given: each field by its annotation, such as `Literal[…]` for a choice
-or `Annotated[float, "> 0"]` for bounds; then, in the class's `check`, what concerns two fields. Every message is one
-line that names the field and the value."""
+"""`@stage`, dataclasses that check what they are given: each field by its annotation (runs/value_checks.py), then, in
+the class's `check`, what concerns two fields. Every message is one line that names the field and the value."""
 import re
 import string
 from dataclasses import MISSING, dataclass, fields
@@ -98,8 +97,7 @@ def parse_field(item, name, text):
 
 
 def check_unused(item, because, names):
-    """Raises ConfigError for a field that has no effect and is not at its default. because: such as "gate 'never'".
-    names: of fields, with spaces between them."""
+    """Raises ConfigError for one of the fields in `names`, all without effect, that is not at its default."""
     for name in names.split():
         if getattr(item, name) != item.__dataclass_fields__[name].default:
             raise ConfigError(f"config: {because} does not use {name}, got {getattr(item, name)!r}")

@@ -12,6 +12,7 @@ from minixmd.config.references import check_references
 MOVED = {"minixmd.prompts": "minixmd.config", "minixmd.xmd": "minixmd.recipe_parts.xmd",
          "minixmd.sightsound": "minixmd.recipe_parts.sightsound"}
 
+
 @dataclass(frozen=True)
 class Config:
     run_dir: Path  # holds one directory a stage
@@ -20,13 +21,9 @@ class Config:
 
 
 def load_config(source, overrides=()):
-    """Runs a config file, applies the overrides in order (the last wins) and checks the whole.
-
-    source: path of a Python file, or the bare name of a bundled recipe. overrides: "stage.field=value", "field=value"
-    (every stage that has the field) or "run_dir=path". The Config's run_dir is `runs/<file stem>` unless the file or an
-    override says otherwise. Raises ConfigError, in one line, for anything wrong in the file, its stages, their
-    references or the overrides.
-    """
+    """Runs a config file, applies the overrides in order (the last wins) and checks the whole. source: path of a Python
+    file, or the bare name of a bundled recipe. overrides: "stage.field=value", "field=value" (every stage that has the
+    field) or "run_dir=path"; the default is `runs/<file stem>`. Raises ConfigError for anything wrong in them."""
     source = _find(source)
     given = _run(source)
     run_dir, stages = given.get("run_dir", Path("runs") / source.stem), given.get("stages")

@@ -28,7 +28,6 @@ TRACE_PROMPT = ("{question}\n{options}\nSomebody who saw the scene, but could no
 @dataclass(frozen=True)
 class ClipReading:
     """How the clips of a stage are read; inputs/prompts.prefetch reads them so."""
-
     limit_s: float = 60.0  # seconds that one file may take
     cache: str | None = None  # folder, as inputs/clips.py keeps it
     cache_gib: float = 100.0
@@ -37,7 +36,6 @@ class ClipReading:
 @dataclass(frozen=True)
 class PromptFormat:
     """What a stage shows of a clip and how it asks; inputs/prompts.build_prompt makes a Prompt of it."""
-
     media: str  # "audio" | "video" | "both" | "sounded", a video with its sound track
     template: str  # one of the format strings above
     fps: float = 1.0  # of the video; the other three likewise

@@ -17,17 +17,14 @@ Media = Literal["audio", "video", "both", "sounded"]
 @stage
 class Toy:
     """Makes a small world of audio and video files, its manifests, and the models that start out in it."""
-
     name: str = "toy"
     seed: NonNegativeInt = 0  # of the world, the models and their training
-    thinking: bool = False  # also trains the teacher to write chains of thought, about 30 % of which name a sound that
-    # is absent, pretrains the student on such text, and makes a third model, the checker, that hears what is true
+    thinking: bool = False  # also teaches both chains of thought, 30 % of which are false, and makes a checker of them
 
 
 @stage
 class _Local:
     """Fields of every stage that computes on this machine."""
-
     name: str
     max_bad: Share = 0.01  # share of bad clips (of FactCheck: traces) above which the stage fails; 1 = never
     device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" is CUDA where there is one
@@ -46,7 +43,6 @@ class _Local:
 @stage
 class _LocalModel(_Local):
     """Fields of every stage that runs a model of ours."""
-
     backend: Literal["auto", "triton", "torch"] = "auto"  # of the kernels; "auto" is Triton on a GPU, else PyTorch
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; what trains is kept in float32
 
@@ -54,7 +50,6 @@ class _LocalModel(_Local):
 @stage
 class _Cnn14:
     """Fields of a stage that trains a Cnn14 on sounds."""
-
     weights: str | None = None  # checkpoint to start from, .pth or .safetensors; None = from scratch
     width: Positive = 1.0  # by which its channel counts are multiplied; 1 = as published
     clip_s: Annotated[float, ">= 0.31"] = 10.0  # seconds heard of every clip; a shorter one is followed by silence
@@ -67,7 +62,6 @@ class _Cnn14:
 @stage
 class _Prompted(_LocalModel):
     """Fields of every stage that puts questions about clips to a model."""
-
     # what is asked
     model: str  # folder, hub name or "@stage"
     manifest: str  # JSONL file
@@ -93,14 +87,11 @@ class _Prompted(_LocalModel):
 @stage
 class Evaluate(_Prompted):
     """A model's accuracy on a manifest."""
-
     batch_tokens: Count = 8192  # tokens packed into a forward pass
     # how it answers
-    answer: Literal["letters", "generate"] = "letters"  # "letters": the letter with the largest logit | "generate":
-    # what the model writes, with the letters' accuracy beside it
+    answer: Literal["letters", "generate"] = "letters"  # the letter with the largest logit | what the model writes
     max_new_tokens: Annotated[int, ">= 2"] = 32  # tokens of a written answer: at least a letter and the end of turn
-    rule: Literal["option", "mmau"] = "option"  # how it is read: "option", the letter or the most similar option |
-    # "mmau", MMAU's own rule
+    rule: Literal["option", "mmau"] = "option"  # how it is read: letter or most similar option | by MMAU's own rule
     num_samples: Count = 1  # answers sampled, of which the most frequent counts; 1 = one
     temperature: NonNegative = 0.0  # of the sampling; 0 = greedy
     stop: tuple[str, ...] = ()  # strings that end an answer, beside the end of turn
@@ -112,14 +103,12 @@ class Evaluate(_Prompted):
             check_unused(self, "answer 'letters'", "rule num_samples temperature stop")
         check_stop(self.stop)
         if self.num_samples > 1 and self.temperature == 0:
-            raise ConfigError(f"config: num_samples {self.num_samples} at temperature 0.0 would give "
-                              f"{self.num_samples} equal answers")
+            raise ConfigError(f"config: num_samples {self.num_samples} at temperature 0.0 would give equal answers")
 
 
 @stage
 class Label(_Prompted):
     """A model's predicted letters on a manifest, with the letters' logits."""
-
     batch_tokens: Count = 8192  # tokens packed into a forward pass
     top_k: Annotated[int, ">= 0", "<= 64"] = 0  # best ids of the vocabulary stored with each letter, for KL; 0 = none
     temperature: Positive = 2.0  # of the distillation: the mass of all other ids is stored at this temperature
@@ -128,7 +117,6 @@ class Label(_Prompted):
 @stage
 class _Endpoint:
     """Fields of a stage that may ask an OpenAI-compatible endpoint in place of a local model."""
-
     endpoint: str | None = None  # base URL, such as http://localhost:8000/v1; None = no endpoint
     served: str | None = None  # the model's name there
     api_key_env: str = "OPENAI_API_KEY"  # environment variable with the key, if the endpoint wants one
@@ -157,7 +145,6 @@ class _Endpoint:
 @stage
 class Traces(_Prompted, _Endpoint):
     """A teacher's chains of thought on a manifest, several a clip; clips on which all samples agree are marked."""
-
     model: str | None = None  # folder, hub name or "@stage"; None = an endpoint
     media: Media = "video"  # as in Evaluate; an endpoint is shown "video" or "audio"
     prompt: str = AUDIO_COT_PROMPT  # as in Evaluate
@@ -181,15 +168,12 @@ class Traces(_Prompted, _Endpoint):
 @stage
 class FactCheck(_LocalModel, _Endpoint, _Cnn14):
     """Hears the clip of each trace and accepts or rejects what it says (audio-grounded fact verification)."""
-
     # what is judged
     traces: str  # "@traces"
     manifest: str  # JSONL file of the clips
-    trace_filter: Literal["used", "all", "calibration"] = "used"  # "used", first traces and unanimous ones | "all" |
-    # "calibration", `limit` of them
+    trace_filter: Literal["used", "all", "calibration"] = "used"  # first and unanimous traces | all | `limit` of "used"
     limit: Annotated[int, ">= 2"] | None = None  # traces of "calibration", at most one a clip, drawn by seed
-    checker: Literal["model", "endpoint", "verifier", "verdicts"] = "model"  # "verifier" is a small network trained on
-    # another checker's verdicts; "verdicts" reads verdicts that exist
+    checker: Literal["model", "endpoint", "verifier", "verdicts"] = "model"  # "verifier" is a small network
     threshold: float = 0.0  # a trace is accepted above it; scores are log-odds of yes (endpoints without: +1, -1)
     # who judges
     model: str | None = None  # of "model" the one that hears; of "verifier" the one whose decoder reads the traces
@@ -219,7 +203,6 @@ class FactCheck(_LocalModel, _Endpoint, _Cnn14):
 @stage
 class Switch(_Local, _Cnn14):
     """A Cnn14 that predicts, per clip, whether the teacher beats the student; it decides for every clip of a split."""
-
     # what it learns from and decides on
     teacher: str  # results on the analysis split, "@evaluate"
     student: str  # results on the same split, "@evaluate"
@@ -231,7 +214,6 @@ class Switch(_Local, _Cnn14):
 @stage
 class _Training(_Prompted):
     """Fields that Distill, SFT and GRPO share."""
-
     val_manifest: str | None = None  # JSONL file; None = no validation
     # what trains
     trainable: Literal["lora", "decoder", "full"] = "lora"  # "decoder": encoders and projector stay frozen
@@ -243,8 +225,7 @@ class _Training(_Prompted):
     max_steps: Count | None = None  # optimizer steps, of GRPO rollouts; None = epochs decide
     batch_size: Count = 8  # sequences an optimizer step; of GRPO prompts
     micro_batch_tokens: Count = 8192  # tokens a forward pass, packed by length; a clip that makes more is bad
-    checkpointing: Literal["auto", "on", "off"] = "auto"  # of blocks: only their inputs are kept, and they are computed
-    # again in the backward pass; "auto" is on a GPU
+    checkpointing: Literal["auto", "on", "off"] = "auto"  # the backward pass computes blocks again; "auto": on a GPU
     lr: Positive = 1e-4  # peak
     warmup_ratio: Share = 0.1  # share of the steps; 0 = off
     weight_decay: NonNegative = 0.0  # 0 = off
@@ -275,12 +256,10 @@ class _Training(_Prompted):
 @stage
 class Distill(_Training):
     """Trains a model on a teacher's labels where the gate says so, and on its own earlier ones elsewhere (XMD)."""
-
     teacher_labels: str | None = None  # "@label"; needed unless the gate is "never"
     student_labels: str | None = None  # the student's own letters, "@label"; None = no anti-forgetting loss
     switch: str | None = None  # "@switch"; what the gates "learned" and "oracle" look up
-    gate: Literal["always", "never", "learned", "oracle"] = "always"  # which clips follow the teacher; "oracle": by the
-    # true class
+    gate: Literal["always", "never", "learned", "oracle"] = "always"  # who learns from the teacher (oracle: true class)
     teacher_loss: Literal["ce", "kl", "kl+ce"] = "ce"  # on the teacher's letter | to its stored logits | their sum
     temperature: Positive = 2.0  # of the KL
 
@@ -302,11 +281,9 @@ class Distill(_Training):
 @stage
 class SFT(_Training):
     """Trains a model on the right letters of a manifest, or on a teacher's traces."""
-
     prompt: str | None = None  # as in Evaluate; None = PROMPT, with traces THINK_PROMPT
     traces: str | None = None  # JSONL of {"id", "text"}: the text to learn for each clip; None = the right letter
-    trace_filter: Literal["all", "first", "unanimous"] = "all"  # "first", the first sample of a clip | "unanimous",
-    # those of clips on which all samples agree
+    trace_filter: Literal["all", "first", "unanimous"] = "all"  # all | a clip's first | of clips where all agree
     max_new_tokens: Count = 512  # with traces: tokens of an answer in validation, the end of turn included
 
     def check(self):
@@ -320,7 +297,6 @@ class SFT(_Training):
 @stage
 class GRPO(_Training):
     """Trains a model by the rewards of what it writes itself; the defaults are SightSound-R1's."""
-
     prompt: str = THINK_PROMPT  # as in Evaluate
     teacher_labels: str | None = None  # "@label" or "@traces/labels.jsonl": what is rewarded; None = the manifest's
     # rollout
@@ -331,8 +307,7 @@ class GRPO(_Training):
     stop: tuple[str, ...] = ()  # strings that end a completion, beside the end of turn
     # objective
     beta: NonNegative = 0.04  # weight of the KL to the policy that training starts from; 0 = off
-    reference: Literal["device", "host"] = "device"  # where that policy's weights are; from the host they are copied to
-    # the GPU for each scoring, while there are no gradients, and dropped
+    reference: Literal["device", "host"] = "device"  # where its weights are; from the host they are copied in to score
     kl: Literal["k3", "k1"] = "k3"  # its estimator
     clip_low: Share = 0.2  # the ratio's lower bound is 1 - clip_low
     clip_high: NonNegative = 0.2  # its upper bound is 1 + clip_high
@@ -366,7 +341,6 @@ def Train(*, objective=None, **_):
 @stage
 class Report:
     """What a run found, as a page, report.html, and with the same figures as report.json and report.md."""
-
     name: str = "report"
     tables: dict[str, dict[str, str]]  # row title -> {column title: "@evaluate"}
     ablation: dict[str, dict[str, str]] | None = None  # a second table of the same form; None = none
@@ -382,8 +356,7 @@ class Report:
     gallery: tuple[str, ...] = ()  # rows whose answers stand beside each clip; () = those of roles
     traces: str | None = None  # "@traces" on these clips, to stand beside them; None = none
     verdicts: str | None = None  # "@factcheck/verdicts.jsonl" on those traces; None = none
-    # how the traces came about: title -> {"traces" | "checked" | "verifier": "@stage/results.json"}
-    funnel: dict[str, dict[str, str]] | None = None  # None = none
+    funnel: dict[str, dict[str, str]] | None = None  # title -> {"traces" | "checked" | "verifier": a results.json}
     # how it was trained
     switch: str | None = None  # "@switch", against the true classes; None = none
     curves: dict[str, dict[str, str]] | None = None  # title -> {line title: "@stage/log.jsonl"}; None = none

@@ -1,9 +1,8 @@
-"""Which cards have room for a stage, how many hours it takes and what it leaves on the disk, from its Phases."""
+"""From a stage's Phases: which cards have room for it, what to lower where one has none, its hours, and its disk."""
 from dataclasses import dataclass
 from math import ceil
 
 from minixmd.config import GRPO, TRAINING
-from minixmd.dryrun.settings import SAVED, SAVED_BY_OTHERS, settings_to_lower
 
 CARDS = {  # GB by name -> GiB that programs find
     "24": 23.5,  # RTX 4090
@@ -21,6 +20,19 @@ TB_PER_S = 2.8
 SLOT_USE = 0.65  # share of the decode slots that write
 ANSWER_TOKENS = 200
 CLIPS = 10_000  # of a manifest
+# by phase the fields that make it take less, and by field what it saves at most, in shares of what the phase holds
+LOWERED = {
+    "forward": ("batch_tokens",),
+    "generate": ("decode_slots", "batch_tokens"),
+    "rollout": ("decode_slots", "moments", "reference"),
+    "scoring": ("micro_batch_tokens", "moments", "reference"),
+    "update": ("micro_batch_tokens", "checkpointing", "moments", "reference"),
+    "optimizer": ("moments", "reference"),
+    "validation": ("moments", "reference"),
+    "training": ("batch_size",),
+}
+SAVED = {"moments": {"optimizer": 2 / 3}, "reference": {"reference": 1}}
+SAVED_BY_OTHERS = {"KV cache": 1, "logits": 1, "activations": 1}
 
 
 def needed_gib(size):
@@ -29,6 +41,27 @@ def needed_gib(size):
 
 def has_room(size, gib):
     return needed_gib(size) <= gib
+
+
+def settings_to_lower(stage, phase_name, longest=1):
+    """{field: its smallest value} of the stage's fields that can be lowered so that the phase of this name
+    (meta_tracer.Phase) takes less; empty if there is none. longest: tokens of a clip, which a pass must take."""
+    slots = getattr(stage, "group_size", None) or getattr(stage, "num_samples", 1)
+    smallest = {"decode_slots": slots, "batch_tokens": longest, "micro_batch_tokens": longest, "checkpointing": "on",
+                "batch_size": 2}
+    if getattr(stage, "trainable", None) != "lora":  # an adapter's own are small
+        smallest["moments"] = "8bit"
+        if getattr(stage, "beta", 0):
+            smallest["reference"] = "host"
+    found = {}
+    for name, least in smallest.items():
+        value = getattr(stage, name, least)
+        if value == "auto" and getattr(stage, "device", "auto") != "cpu":
+            value = "on"  # of checkpointing
+        can_fall = value > least if isinstance(value, int) else value != least
+        if can_fall and name in LOWERED[phase_name]:
+            found[name] = least
+    return found
 
 
 def to_lower(stage, phases, longest=1):
@@ -96,7 +129,6 @@ def stage_hours(stage, phases, clips, others):
 @dataclass(frozen=True)
 class Disk:
     """Bytes of a stage that trains."""
-
     stays: int = 0  # best/
     state: int = 0  # what it resumes from, which goes when it is finished; twice that while it saves
 

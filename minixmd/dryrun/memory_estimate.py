@@ -4,7 +4,6 @@ Traced is the fullest case: passes of micro_batch_tokens or batch_tokens, comple
 earlier micro-batch and the optimizer's state there already. All prompts of a stage are alike.
 """
 from copy import deepcopy
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +109,7 @@ class MetaTrainer(Trainer):
 
 
 def trace_training(tracer, trainer, prompt):
-    """A step whose optimizer has its state already, and validation."""
+    """A step whose optimizer has its state already, of several micro-batches the last, and validation."""
     stage = trainer.stage
     longest = len(prompt) + (stage.max_new_tokens if isinstance(stage, GRPO) else 0)
     if longest > stage.micro_batch_tokens:
@@ -133,8 +132,10 @@ def trace_training(tracer, trainer, prompt):
             topk = dict(ids=range(64), logits=[0.0] * 64, logsumexp=5.0, temperature=stage.temperature)
         count = min(stage.batch_size, stage.micro_batch_tokens // len(prompt))
         micro_batches = trainer.micro_batches([(prompt, Item(None, 0, "teacher", topk))] * count)
-        trace_update(tracer, trainer, count, count * len(prompt), partial(compute_gradients, micro_batches),
-                     count < stage.batch_size)
+        if count < stage.batch_size:
+            add_gradients(tracer, trainer)
+        with tracer.phase("update", count * len(prompt), sequences=count):
+            compute_gradients(micro_batches)
     tracer.phases.append(optimizer_step)
     if stage.val_manifest is not None:
         trainer.optimizer.zero_grad()
@@ -149,14 +150,6 @@ def add_gradients(tracer, trainer):
     tracer.category = "gradients"
     for p in trainer.parameters.values():
         p.grad = torch.zeros_like(p)
-
-
-def trace_update(tracer, trainer, sequences, tokens, compute_gradients, several):
-    """A micro-batch of a step; of one of `several` the last."""
-    if several:
-        add_gradients(tracer, trainer)
-    with tracer.phase("update", tokens, sequences=sequences):
-        compute_gradients()
 
 
 def trace_grpo(tracer, trainer, prompt):
@@ -184,7 +177,10 @@ def trace_grpo(tracer, trainer, prompt):
         with tracer.phase("scoring", tokens, sequences=share):
             rollout.ref_T = reference_logprobs(reference, rollout.micro_batches, trainer.vocabulary)
         del reference
-    trace_update(tracer, trainer, share, tokens, partial(trainer.policy_gradient, rollout), several)
+    if several:
+        add_gradients(tracer, trainer)
+    with tracer.phase("update", tokens, sequences=share):
+        trainer.policy_gradient(rollout)
 
 
 def trace_cnn14(tracer, stage, classes, mixup):

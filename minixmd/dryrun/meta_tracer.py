@@ -2,11 +2,10 @@
 
 The code runs on PyTorch's `meta` device. Every storage is followed from its creation to its release. Not counted are
 an operator's own workspace, what an allocator rounds up or cannot reuse, and the driver. Operations are those of matrix
-products, convolutions and attention; the last as if nothing were masked, and of the decoding kernel, which waits for
-the cache's bytes, none.
+products, convolutions and attention, as if nothing were masked; the decoding kernel, bound by the cache, has none.
 
-On `meta` there are no values, so code that reads some gets stand-ins. Integers copied from the CPU keep their values.
-Of any other tensor `.item()` is 1, a copy on the CPU is 0, and a boolean mask selects every element.
+On `meta` there are no values: integers copied from the CPU keep theirs; of any other tensor `.item()` is 1, a copy on
+the CPU is 0, and a boolean mask selects every element.
 """
 from collections import Counter
 from contextlib import contextmanager
@@ -36,7 +35,6 @@ ATTENTION_FLOPS = {  # of operators that the registry lacks; two products forwar
 @dataclass
 class Phase:
     """A part of a stage's work, what it holds at its fullest moment, and what one pass of it computes."""
-
     name: str
     tokens: int  # packed into a forward pass; 0 = none
     sequences: int  # prompts or clips of a pass

@@ -26,7 +26,6 @@ PUBLISHED = read_json(Path(__file__).with_name("published.json"))
 @dataclass(frozen=True)
 class ModelInfo:
     """What is known of a model that is not loaded."""
-
     name: str
     config: ModelConfig = field(compare=False)
     processor: Processor = field(compare=False, repr=False)
@@ -59,12 +58,10 @@ def blank_clip(path, kind, options):
 
 
 def find_model(value, stages, scratch):
-    """The ModelInfo of what a stage's field `model` names.
-
-    A "@stage" is followed to what that stage starts from. Otherwise the shapes are from the config.json of a folder or
-    of the hub's cache, else from PUBLISHED by the name alone. scratch: a folder whose tokenizer.json stands in where
-    the model's own is not at hand. Raises ValueError: nothing is known of the model, or its family is not supported.
-    """
+    """The ModelInfo of what a stage's field `model` names. A "@stage" is followed to what that stage starts from.
+    Otherwise the shapes are from the config.json of a folder or of the hub's cache, else from PUBLISHED by the name
+    alone. scratch: a folder whose tokenizer.json stands in where the model's own is not at hand. Raises ValueError:
+    nothing is known of the model, or its family is not supported."""
     if value.startswith("@"):
         return _model_of_stage(value, stages, scratch)
     folder = Path(value)

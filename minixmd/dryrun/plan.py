@@ -1,5 +1,4 @@
-"""--dry-run: the prompts that the stages' own code makes of one example, and the memory and hours that the same code
-takes (memory_estimate.py, costs.py). It needs no weights, data or network."""
+"""--dry-run: prompts, memory and hours of a config's stages, by their own code, without weights, data or network."""
 import re
 import sys
 import tempfile
@@ -10,7 +9,6 @@ from pathlib import Path
 from string import ascii_uppercase
 from types import MappingProxyType
 
-import torch
 from jinja2 import Environment, FileSystemLoader
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -24,11 +22,11 @@ from minixmd.dryrun.meta_tracer import CATEGORIES
 from minixmd.dryrun.models import CLIP_S, VIDEO_FPS, VIDEO_SIZE, ModelInfo, blank_clip, find_model
 from minixmd.inputs.batch import Prompt
 from minixmd.inputs.examples import Example, build_conversation, read_manifest
-from minixmd.inputs.positions import positions_of
 from minixmd.models.families import FAMILIES, SYSTEM
 from minixmd.runs.hub_names import parse_hub_name
 from minixmd.stages import factcheck
 from minixmd.stages.input_checks import check_inputs
+from minixmd.stages.verifier import text_prompt
 from minixmd.tasks.answers import thoughts
 from minixmd.toy.models import QWEN2_WORDS
 
@@ -60,18 +58,15 @@ class StagePlan:
 
 
 def dry_run(config):
-    """Prints what a config would do. Returns the exit status: 1 where a stage cannot run as it is written, or its model
-    is not known."""
+    """Prints what a config would do. Returns the exit status: 1 where a stage cannot run, or its model is unknown."""
     clips = read_manifests(config)
     with tempfile.TemporaryDirectory() as scratch:
         write_stand_in_tokenizer(Path(scratch), config.stages, clips)
         plans = [plan_stage(stage, config.stages, Path(scratch), clips) for stage in config.stages]
     show("stages.txt.j2", config=config, plans=plans, kind=kind)
     estimate_memory(plans)  # takes a while for large models
-    show(
-        "memory.txt.j2", plans=plans, missing=missing_inputs(config), categories=CATEGORIES, costs=costs,
-        clip_s=CLIP_S, fps=VIDEO_FPS, size=VIDEO_SIZE,
-    )  # fmt: skip
+    show("memory.txt.j2", plans=plans, missing=missing_inputs(config), categories=CATEGORIES, costs=costs,
+         clip_s=CLIP_S, fps=VIDEO_FPS, size=VIDEO_SIZE)
     faults = [plan.fault for plan in plans if plan.fault]
     try:
         check_inputs(config, clips=False)
@@ -104,8 +99,7 @@ def first_example(stage, clips):
 
 
 def plan_stage(stage, stages, scratch, clips=NO_CLIPS):
-    """The StagePlan of a stage, still without its memory. scratch: the stand-in tokenizer's folder. clips: what
-    read_manifests gives."""
+    """The StagePlan of a stage, without its memory. scratch: of the stand-in tokenizer. clips: of read_manifests."""
     example = first_example(stage, clips)
     counts = {field_name: len(found) for (name, field_name), found in clips.items() if name == stage.name}
     items = costs.count_items(stage, stages, counts.get("manifest", costs.CLIPS))
@@ -135,10 +129,7 @@ def plan_stage(stage, stages, scratch, clips=NO_CLIPS):
 def example_prompt(stage, example, processor, trace, max_new_tokens=0):
     """The Prompt that a stage makes of an Example and a trace, with the answer where one is learnt."""
     if isinstance(stage, FactCheck) and stage.checker == "verifier":  # the decoder reads nothing but the trace
-        ids = processor.encode(thoughts(trace))
-        if len(ids) > processor.max_positions:
-            raise ValueError(f"a trace of {len(ids)} tokens; the model's limit is {processor.max_positions}")
-        return Prompt(torch.tensor(ids), positions_of(len(ids), []))
+        return text_prompt(processor, thoughts(trace))
     return processor(example_conversation(stage, example, trace), blank_clip, max_new_tokens)
 
 
@@ -158,8 +149,7 @@ def question_text(stage, example):
 
 
 def write_stand_in_tokenizer(folder, stages, clips=NO_CLIPS):
-    """A tokenizer.json with a token for each word and sign of the stages' prompts, cut as Qwen2 cuts them. clips: as of
-    plan_stage."""
+    """A tokenizer.json with a token for each word and sign of the stages' prompts, cut as Qwen2 cuts them."""
     texts = [f"system\n{SYSTEM}", "user\nAudio 1: ", "assistant\n", TRACE, "\n", *ascii_uppercase]
     texts += [question_text(stage, first_example(stage, clips)) for stage in stages if hasattr(stage, "prompt")]
     tokenizer = Tokenizer(models.WordLevel(unk_token="\ufffd"))

@@ -9,7 +9,6 @@ from minixmd.config import GRPO
 from minixmd.dryrun import costs
 from minixmd.dryrun.memory_estimate import estimate
 from minixmd.dryrun.plan import plan_stage, write_stand_in_tokenizer
-from minixmd.dryrun.settings import settings_to_lower
 
 PHASES = {  # functions that memory runs out in, outermost first -> their phase
     "validate": "validation",
@@ -65,5 +64,5 @@ def describe_shortage(error, stage, stages):
     except (ValueError, KeyError, OSError, RuntimeError, MemoryError):  # for which there may be no room either
         text += " (not estimated)"
     lower = [f"{name} (now {getattr(stage, name)}, at least {least})" if isinstance(least, int) else f"{name}={least}"
-             for name, least in settings_to_lower(stage, phase_name, longest).items()]
+             for name, least in costs.settings_to_lower(stage, phase_name, longest).items()]
     return f"{text}; to lower: {', '.join(lower)}" if lower else text

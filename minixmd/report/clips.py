@@ -61,8 +61,7 @@ def decodes(path, kind):
 
 
 class Media:
-    """The media files of the clips shown: data URIs while they fit into the page's limit_mib, after that links. What
-    does not decode is not put into the page."""
+    """The media files of the clips shown: data URIs while they fit into the page's limit_mib and decode, else links."""
 
     def __init__(self, folder, limit_mib):
         self.folder = folder  # of the page

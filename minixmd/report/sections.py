@@ -133,7 +133,6 @@ def switch(path, published):
 
 def funnel(paths):
     """{"steps", "verifier"} from clips to accepted traces. paths: {"traces" | "checked" | "verifier": a results.json}.
-
     A step is {"step", "count", "of", "left_out": {reason: count}}: `count` of `of` were kept, and the reasons add up to
     the others; `of` is None where a step starts from nothing before it. "verifier": its "calibration" on held-out
     verdicts, and "words" on what its use would cost. ValueError: another stage's file, or stages on other traces."""

@@ -33,8 +33,7 @@ def runtime_of(stage):
     if backend == "auto":
         backend = "triton" if device == "cuda" else "torch"
     elif backend == "triton" and device == "cpu" and not triton.knobs.runtime.interpret:
-        raise ValueError(f"config: {stage.name}: backend 'triton' needs a GPU (or TRITON_INTERPRET=1, which is very "
-                         "slow), but the device is 'cpu'")
+        raise ValueError(f"config: {stage.name}: backend 'triton' needs a GPU, or TRITON_INTERPRET=1 (very slow)")
     return Runtime(device, getattr(torch, stage.dtype), backend)
 
 

@@ -1,5 +1,4 @@
-"""Several processes of one run, as torchrun starts them. They divide shards, which the manifest fixes: who computes
-which changes no result."""
+"""Several processes of one run, as torchrun starts them. Who computes which shard changes no result."""
 from datetime import timedelta
 
 import torch
@@ -46,11 +45,9 @@ def destroy():
 
 def compute_shards(compute, items, folder, title, unit, shard_size=None, first_process_only=False):
     """The records of all items in their order, computed shard by shard on every process; None on all but the first.
-
     compute: function(items of a shard) -> records. folder: of the shards' files, each written whole; one that is there
     already is read back. title, unit: of the progress bar. shard_size: items of a shard; None = SHARD.
-    first_process_only: the other processes do not take part in this stage.
-    """
+    first_process_only: the other processes do not take part in this stage."""
     rank, world_size = (0, 1) if first_process_only else rank_and_world_size()
     size = shard_size or SHARD
     shards = [(items[i:i + size], folder / f"{i:07d}.jsonl") for i in range(0, len(items), size)]

@@ -30,8 +30,7 @@ def _publish(path, write, sync=True):
 
 
 def parse_json(data):
-    """What UTF-8 bytes of JSON hold; ValueError also for brackets in brackets without an end and for half a character,
-    as "\\ud800" is."""
+    """What UTF-8 bytes of JSON hold; ValueError also for endless nesting and for half a character, as "\\ud800"."""
     try:
         found = json.loads(data.decode("utf-8-sig"))
     except RecursionError:
@@ -53,8 +52,7 @@ def read_json(path):
 
 
 def write_bytes(path, data, sync=True):
-    """Replace `path` by `data` (bytes). Raises OSError, which names the path. sync: wait until it is on disk; False for
-    small files that can be made again, since thousands of syncs take minutes."""
+    """Replaces `path` by `data`; an OSError names it. sync: wait until it is on disk, which takes some milliseconds."""
     _publish(path, lambda temporary: temporary.write_bytes(data), sync)
 
 
@@ -67,9 +65,9 @@ def write_json(path, value):
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """Replace `path` by a safetensors file of {name: tensor} with string metadata, atomically. One tensor after the
-    other is written, from its own memory or, if that is on a GPU or not contiguous, from a copy, all in the same place.
-    Raises ValueError for memory of the CPU under two names, as safetensors' own writer does."""
+    """Replaces `path` by a safetensors file of {name: tensor} with string metadata. Tensors are written one by one; of
+    those on a GPU or not contiguous one at a time is copied, where safetensors' own writer would copy all. Raises
+    ValueError for memory of the CPU under two names, as it does."""
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # so that each is aligned
     header = {"__metadata__": metadata} if metadata else {}
     owners, end = {}, 0

@@ -5,7 +5,6 @@ HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w-][\w.-]*)(?:@([^@\s]+))?", re.AS
 
 
 def parse_hub_name(value):
-    """(owner/name, revision or None) of a string or path that could name a hub repository; None for all others. Callers
-    test for a folder of the same name, which takes precedence."""
+    """(owner/name, revision or None) of what could name a hub repository, else None. Callers try a folder first."""
     match = HUB_NAME.fullmatch(str(value))
     return match.groups() if match else None

@@ -51,9 +51,9 @@ def append_jsonl(path, record, sync=False):
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
 
 
-def read_jsonl(path, own=False):
+def read_jsonl(path):
     """The records of numbered_records."""
-    return [record for _, record in numbered_records(path, own)]
+    return [record for _, record in numbered_records(path)]
 
 
 def numbered_records(path, own=False):

@@ -37,11 +37,9 @@ MAY_CHANGE = ("micro_batch_tokens", "checkpointing", "reference", "decode_slots"
 
 def begin(run_dir, stage, inputs, source, hub_names=None):
     """Opens a stage's directory, run_dir/stage.name, new or of an interrupted run; None if the stage is finished.
-
     inputs: field -> path of every file or folder that the stage reads (references.input_paths). hub_names: field ->
-    "owner/name@commit" of inputs that are on the hub. Raises ValueError, in one line: the directory belongs to another
-    config (MAY_CHANGE aside) or to other inputs, or an input is missing.
-    """
+    "owner/name@commit" of inputs that are on the hub. Raises ValueError: the directory belongs to another config
+    (MAY_CHANGE aside) or to other inputs, or an input is missing."""
     folder = Path(run_dir) / stage.name
     config = json.loads(json.dumps({"stage": type(stage).__name__.lower(), **asdict(stage)}))  # tuples become lists
     for field, path in inputs.items():
@@ -99,8 +97,7 @@ def _check_same(folder, config, inputs, fingerprints):
 
 
 def _has_output(folder):
-    """Whether a stage has made anything but its directory, the beginning of its logs, which is lines without a loss,
-    and shards of clips that could not be used."""
+    """Whether a stage has made more than its directory, log lines without a loss, and records of bad clips."""
     for path in folder.rglob("*"):
         if path.is_file() and path.name not in ("config.json", "config.py", "inputs.json", "versions.json"):
             lines = path.read_bytes().splitlines()

@@ -22,9 +22,8 @@ def tensor_file(folder, kind, step):
 
 
 def save_state(folder, weights, optimizer, progress):
-    """Replaces the training state: {name: tensor} twice, not written again if the state on disk is of the same step,
-    and a JSON-able `progress` with "step" and, where one is to be kept, "best_step". A kill leaves the old state or the
-    new one."""
+    """Replaces the training state; a kill leaves the old one or the new one. weights, optimizer: {name: tensor}, not
+    written again for the same step. progress: JSON-able, with "step" and, where one is to be kept, "best_step"."""
     old, step = load_state(folder), progress["step"]
     if old is None or old["step"] != step:
         write_safetensors(tensor_file(folder, "weights", step), weights)
@@ -68,8 +67,7 @@ def open_tensors(path):
 
 
 def fill(tensors, path):
-    """Copies a file's tensors into {name: tensor}, one after the other. Raises ValueError, which names the file, where
-    the two differ in a name, a shape or a dtype."""
+    """Copies a file's tensors into {name: tensor}. Raises ValueError where the two differ in a name, shape or dtype."""
     with open_tensors(path) as file, torch.no_grad():
         if tensors.keys() != set(file.keys()):
             name = min(tensors.keys() ^ file.keys())

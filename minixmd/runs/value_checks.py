@@ -1,5 +1,4 @@
-"""Holds values, from configs and from JSON files, to annotations: `Literal[…]` for a choice, `Annotated[float, "> 0"]`
-for bounds, `str | None`, tuples and dicts of them."""
+"""Holds values of configs and JSON files to annotations: Literal, Annotated[float, "> 0"], X | None, tuples, dicts."""
 import math
 import operator
 import reprlib

@@ -51,16 +51,13 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
                  environment=os.environ):
     """Makes every request that `path` does not answer yet, with a progress bar.
 
-    Args:
-        stage: Traces or FactCheck, for its name, max_bad and the fields of config._Endpoint.
-        path: JSONL file that grows by a line an answer: the records below that are not bad. What it holds is final.
-        logprobs: ask for the first token's log-probs too. environment: where key_from looks.
-        is_usable: function(text) -> bool; an unusable answer is nonsense. None = any text is usable.
+    stage: Traces or FactCheck. path: JSONL file that grows by a line an answer: the records below that are not bad.
+    OSError: it cannot. logprobs: ask for the first token's log-probs too. environment: where key_from looks.
+    is_usable: function(text) -> bool; an unusable answer is nonsense. None = any text is usable.
     Returns a record a request, in order: {"key", "text", "finished": the model ended its turn}, with log-probs, where
     the server gave any, also "top": {token: logprob}; or {"key", "bad": reason, "detail"}. Raises ValueError: a
     malformed line of `path`; a wrong URL, key or model; more than max_bad failed requests; or an endpoint that is down:
-    3 * concurrency requests in a row without an answer, through the endpoint's fault, or through any if it has never
-    given an answer. OSError: an answer could not be written down.
+    3 * concurrency requests in a row without an answer, through its fault, or through any if it has given none at all.
     """
     records = read_endpoint_answers(path)
     todo = [request for request in requests if request.key not in records]

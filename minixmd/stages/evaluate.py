@@ -39,9 +39,9 @@ def run(stage, folder, log):
 
 def collect(stage, folder, log, examples, records, without_trace, benchmark):
     """Writes results.json and answers.jsonl: a record a clip, with a digest of the question and whether it is right."""
-    results = {"model": str(stage.model), "manifest": str(stage.manifest), "media": stage.media}
+    results = {"model": stage.model, "manifest": stage.manifest, "media": stage.media}
     if stage.traces is not None:
-        results["traces"] = str(stage.traces)
+        results["traces"] = stage.traces
         results["without_trace"] = dict(Counter(without_trace.values()).most_common())
     results["bad"] = count_bad(records, stage.name, stage.max_bad)
     results |= tabulate(examples, records, stage.rule)
@@ -92,8 +92,7 @@ def letters_beside(examples, records, rule="option"):
 
 
 def first_traces(stage, examples):
-    """({id: the first trace in the file}, {id: why there is none}) of the examples; the latter are asked without one.
-    Raises ValueError for a line of the file that is no trace, or no example with one."""
+    """({id: the first trace in the file}, {id: why there is none}). ValueError: none at all, or a line is no trace."""
     if stage.traces is None:
         return {}, {}
     in_file = {}

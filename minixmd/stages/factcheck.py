@@ -1,5 +1,4 @@
-"""Stage FactCheck: does a trace claim only what its clip holds? Audio-grounded fact verification, section 3.2 of
-SightSound-R1.
+"""Stage FactCheck: does a trace claim only what its clip holds? Section 3.2 of SightSound-R1.
 
 A checker judges the thoughts and is not shown the answer after them: whether the two agree can be seen without
 listening. Each verdict keeps its score. A trace that could not be judged is not accepted.
@@ -159,8 +158,7 @@ def judge_by_model(stage, folder, traces):
 
 
 def usable_prompts(stage, model, processor, traces, verdicts):
-    """Yields (Trace, Prompt) of every trace that can be judged; the verdicts on the others are filled in. A clip is
-    read and encoded once, however many traces in a row are about it."""
+    """Yields (Trace, Prompt) of what can be judged; fills in the other verdicts. A run of traces reads a clip once."""
     def build(run, load):
         heard = []  # what was read of the clip
 

@@ -26,9 +26,8 @@ READERS = {
 
 
 def check_inputs(config, clips=True):
-    """Checks the files of a Config's stages but the finished ones. Raises ValueError, a line that names the file and
-    what is wrong in it. Files that are not there are passed over: references.check_files names those.
-    clips: whether those that a manifest names must be there, for a stage that has read none yet."""
+    """Checks the files of a Config's unfinished stages. Raises ValueError. Files that are not there are passed over:
+    references.check_files names those. clips: whether a manifest's must be there, for a stage that has read none."""
     read = lru_cache(4)(read_manifest)  # many stages read one manifest
     for stage in config.stages:
         folder = config.run_dir / stage.name

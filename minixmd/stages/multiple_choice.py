@@ -1,6 +1,5 @@
 """Puts a manifest's multiple-choice questions to a model: by the letters' logits, or by what the model writes. A clip
-that cannot be used becomes a record with the reason, and a stage fails only when more than its `max_bad` share are bad.
-"""
+that cannot be used becomes a record with the reason."""
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -48,7 +47,6 @@ def load_model(stage):
 @dataclass
 class Questions:
     """Examples whose questions are put to a model: the Prompts of those that can be used, and a record of each."""
-
     processor: Processor
     examples: list[Example]
     prompt_format: PromptFormat
@@ -93,14 +91,12 @@ def next_token_logits(model, prompts):
 @torch.inference_mode()
 def score_letters(model, processor, examples, prompt_format, *, batch_tokens=BATCH_TOKENS, traces=None, top_k=0,
                   top_temperature=1.0):
-    """Reads the letters' logits where the answer would start, in one forward pass a batch.
+    """Reads the letters' logits where the answer would start, in one forward pass a batch. prompt_format, traces: as in
+    Questions. top_k: best ids to keep that are not suppressed, with the logsumexp of all such at `top_temperature`.
 
-    prompt_format, traces: as in Questions. batch_tokens: packed into a forward pass. top_k: best ids to keep that are
-    not suppressed, with the logsumexp of all such at `top_temperature`.
     Returns a JSON-able record an example, in order: {"id", "answer": index, "option", "logits"} or {"id", "bad",
-    "detail"}; with top_k also "top": {"ids", "logits", "temperature", "logsumexp"}.
-    Raises ValueError for an example that lacks the medium, a prompt over the limit, or logits that are not finite.
-    """
+    "detail"}; with top_k also "top": {"ids", "logits", "temperature", "logsumexp"}. Raises ValueError for an example
+    that lacks the medium, a prompt over the limit, or logits that are not finite."""
     questions = Questions(processor, examples, prompt_format, traces=traces or {})
     suppressed = torch.tensor(processor.suppressed_ids, dtype=torch.long)
     for pairs in batch_by_tokens(questions.prompts(), batch_tokens):
@@ -119,13 +115,10 @@ def score_letters(model, processor, examples, prompt_format, *, batch_tokens=BAT
 
 @torch.inference_mode()
 def write_answers(model, processor, examples, prompt_format, writing, *, batch_tokens=BATCH_TOKENS, traces=None):
-    """Lets the model write its answers, and reads which option each means. Args: as score_letters; writing: Writing.
-
-    Returns a record an example as score_letters, where "answer" and "option" may be None, with "by_letters": index by
-    the logits, "how": one of benchmarks.WAYS, "text", and "finished": the model ended its turn or wrote a stop. With
-    num_samples > 1 those are of the sample that was chosen by vote, beside "votes": {option: count} and all "texts".
-    Raises ValueError as score_letters.
-    """
+    """Lets the model write its answers, and reads which option each means. Returns and raises as score_letters, where
+    "answer" and "option" may be None, with "by_letters": index by the logits, "how": one of benchmarks.WAYS, "text",
+    and "finished": the model ended its turn or wrote a stop. With num_samples > 1 those are of the sample that was
+    chosen by vote, beside "votes": {option: count} and all "texts"."""
     questions = Questions(processor, examples, prompt_format, writing.max_new_tokens, traces or {})
     n, letters = writing.num_samples, prompt_format.asks_for_letter
     for pairs in batch_by_tokens(questions.prompts(), batch_tokens):

@@ -1,10 +1,9 @@
 """Stage Switch: a Cnn14 that predicts from the sound, per clip, whether the teacher beats the student.
 
 Section 4.2 of "Bridging Ears and Eyes". Every clip of the analysis split gets its class's label: 1 where the teacher
-got more of the class right than the student, 0 where it got fewer or as many (a tie leaves the student its own answer,
-whichever of the two is the teacher). The Cnn14 learns that label on nine clips in ten of each class; the others
-validate it. Then it decides for every clip of another split, whose labels, where it has any, are read for two things
-only: how often the decision is right, and "oracle", what the true class would have said.
+got more of the class right than the student, else 0 (a tie leaves the student its own answer). The Cnn14 learns that
+label on nine clips in ten of each class; the others validate it. Then it decides for every clip of another split, whose
+labels are read for two things only: how often the decision is right, and "oracle", what the true class would have said.
 """
 from collections import defaultdict
 from functools import partial

@@ -2,8 +2,7 @@
 
 Section 3.1 of SightSound-R1. A sample is usable if it ended in time and has the form that the student shall learn,
 <think>…</think><answer>…</answer> with one of the options in it. A clip whose samples are all usable and agree is
-unanimous, and their answer is the teacher's label. All samples are kept in samples.jsonl; the reasons why some are not
-used are counted. A sample depends on (seed, clip, sample number) alone: the first of 8 is the only one of 1.
+unanimous, and their answer is the teacher's label. A sample depends on (seed, clip, sample number) alone.
 """
 from collections import Counter
 from functools import partial

@@ -73,22 +73,25 @@ def load_verifier(path, D, width):
     return verifier
 
 
+def text_prompt(processor, text):
+    """A Prompt of a text alone. Raises ValueError for no token, or more than the model's limit."""
+    ids = processor.encode(text)
+    if not 0 < len(ids) <= processor.max_positions:
+        raise ValueError(f"a trace of {len(ids)} tokens: {text[:60]!r}; the model's limit is {processor.max_positions}")
+    positions_3N = positions_of(len(ids), [])
+    return Prompt(torch.tensor(ids), positions_3N)
+
+
 @torch.inference_mode()
 def trace_vectors(model, processor, texts, batch_tokens):
-    """The mean hidden state of each text's tokens, with nothing before them: (B, D) fp32 on the CPU. Raises ValueError
-    for a text without a token, or over the model's limit."""
-    prompts = []
-    for text in texts:
-        ids = processor.encode(text)
-        if not 0 < len(ids) <= processor.max_positions:
-            raise ValueError(f"a trace of {len(ids)} tokens: {text[:60]!r}; the model's limit is "
-                             f"{processor.max_positions}")
-        prompts.append((text, Prompt(torch.tensor(ids), positions_of(len(ids), []))))
+    """The mean hidden state of each text's tokens: (B, D) fp32 on the CPU. Raises as text_prompt."""
+    prompts = [(text, text_prompt(processor, text)) for text in texts]
     means = [torch.empty(0, model.config.text.hidden_size)]  # for no text
     for run in batch_by_tokens(prompts, batch_tokens):
         batch = pack([prompt for _, prompt in run]).to(model.device)
         hidden_ND = model(batch).float()
-        means += [hidden_ND[start:end].mean(0, keepdim=True).cpu() for start, end in batch.spans]
+        for start, end in batch.spans:
+            means.append(hidden_ND[start:end].mean(0, keepdim=True).cpu())
     return torch.cat(means)
 
 

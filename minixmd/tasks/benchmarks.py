@@ -2,8 +2,7 @@
 
 A rule says which option an answer means, and how it was read. No answer is a wrong one, read as "none".
 
-option   AVQA, MUSIC-AVQA: by answers.extract, the letter, else the words, else the option that is most similar to them.
-         MUSIC-AVQA has no official rule for text; this is ours.
+option   AVQA, MUSIC-AVQA: answers.extract. MUSIC-AVQA has no official rule for text; this is ours.
 mmau     The official rule, over the option's text where the answer is a letter: "letter" or "text".
 """
 import re
@@ -111,9 +110,8 @@ def mmau_table(metas, rights):
 
 
 def music_table(metas, rights):
-    """MUSIC-AVQA's tables, from the Examples' meta and a boolean each:
-    {"audio": {type: rights, "all": rights}, "every": the same over all modalities, "pair": {"Audio Counting": rights}}.
-    "audio" is of audio and audio-visual questions: the test split's 6,707 of 9,129, as we read the paper's "7k"."""
+    """MUSIC-AVQA's tables: {"audio": {type: rights, "all": rights}, "every": the same over all modalities, "pair":
+    {"Audio Counting": rights}}. "audio" is of audio and audio-visual questions, as we read the paper's "7k"."""
     asked = list(zip(metas, rights, strict=True))
     heard = [pair for pair in asked if pair[0]["modality"] != "Visual"]
     table = {}

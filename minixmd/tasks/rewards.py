@@ -1,5 +1,4 @@
-"""What a completion is worth in GRPO: functions (text, Example, index of the right option, whether the
-prompt asks for a letter) -> float, in REWARDS.
+"""What a completion is worth in GRPO: functions in REWARDS (text, Example, right index, asked for a letter?) -> float.
 
 SightSound-R1 rewards a right answer with 1 and the right form with 1, each on its own: 0, 1 or 2 in all. The form is
 `<think>…</think><answer>…</answer>`, with newlines anywhere and nothing but white space around; no tag stands twice.

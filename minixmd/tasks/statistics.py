@@ -94,9 +94,8 @@ def pairs(a, b):
 
 
 def compare(a, b):
-    """{"count", "left_out", "both", "only_a", "only_b", "neither", "difference", "interval"} of the records of two
-    models' answers.jsonl: clips by who is right, a's accuracy less b's, and its 95 % interval (paired_interval). A clip
-    that was bad for either is left out. Raises ValueError as pairs."""
+    """Of two models' answers.jsonl: clips by who is right, a's accuracy less b's, and its 95 % interval. A clip that
+    was bad for either is left out. Raises ValueError as pairs."""
     who = Counter()
     for record, other in pairs(a, b):
         if "bad" in record or "bad" in other:

@@ -1,7 +1,4 @@
-"""The toy's checker: an audio model that says whether a trace is true of its clip.
-
-It is the student, trained on with the true labels of the base and the analysis split. So it hears better.
-"""
+"""The toy's checker, which says whether a trace is true of its clip: the student, trained on with more true labels."""
 from collections import defaultdict
 
 import numpy as np

@@ -1,7 +1,5 @@
-"""Training sequences for the toy models, and the optimizer loop of their phases.
-
-Every clip is decoded and tokenized once: its context, a Prompt up to the question. Each step asks with new options.
-"""
+"""Training sequences for the toy models, and the optimizer loop of their phases. Every clip is decoded and tokenized
+once: its context, a Prompt up to the question. Each step asks with new options."""
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,8 +1,6 @@
-"""The toy models before training: tokenizer and processor files, config.json, and random weights.
-
-Both are the published families in small: one decoder, two encoders, and two tokenizers that agree up to <|im_end|> and
-give the ids after it to different tokens. <model_type>.json holds a family's config files.
-"""
+"""The toy models before training: tokenizer and processor files, config.json, and random weights. They are published
+families in small: one decoder, two encoders, and two tokenizers that agree up to <|im_end|>, but not beyond it.
+<model_type>.json holds a family's config files."""
 import json
 import math
 import re
@@ -66,8 +64,7 @@ def write_processor(folder, model_type):
 
 
 def make_model(folder, model_type, seed):
-    """A model for the tokenizer in `folder`, every weight drawn from its own name and `seed`: two families have
-    the same decoder, and the same embeddings of the tokens that they share."""
+    """A model for the tokenizer in `folder`. A weight is drawn from its name and `seed`, so families share decoders."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     config = read_config(family_file(model_type, "config.json", tokenizer))
     model = build(config).to_empty(device="cpu")

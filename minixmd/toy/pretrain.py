@@ -186,9 +186,8 @@ class ClipTraining:
         self.log({"phase": "tower alignment", "model": self.name, "loss": fit.last_loss()})
 
     def learn_qa(self, phase, formats, text_per_step=0):
-        """Phases 3 and 4: trains the whole model on the question, with new options at every step, until the loss of
-        separable clips, in the last format, is on target and the learning rate has then decayed to 0.
-        formats: of the answers, in turn. text_per_step: lessons of text, all THINKING, in every step."""
+        """Phases 3 and 4: trains the whole model on the question until the loss of separable clips, in the last format,
+        is on target and the learning rate has then decayed to 0. text_per_step: lessons of text, all THINKING."""
         fit = Fit(f"{self.name}, {phase}", self.model.parameters())
         formats = formats * (QA_BATCH // len(formats))
         separable_losses, decay_steps = [], 0

@@ -181,9 +181,8 @@ def draw_options(right, names, rng):
 
 
 def make_world(folder, seed, splits=SPLITS):
-    """Writes <split>.jsonl for every split and the clips that it lists, <split>/<number>.wav and .mp4. What exists is
-    not made again. The train split is blind: its manifest holds no answer, label or group, and neither a clip's number
-    nor its position depends on the category. train_truth.jsonl has them, for the upper bound."""
+    """Writes <split>.jsonl for every split and the clips that it lists, <split>/<number>.wav and .mp4, unless they are
+    there. The train split is blind: its manifest holds no answer, label or group; train_truth.jsonl has them."""
     for split, count in splits.items():
         manifest = folder / f"{split}.jsonl"
         if manifest.exists():  # written after its clips

@@ -1,9 +1,6 @@
-"""Checks of equalities that hold for a right model whatever its weights: what shares a call, a cache or a file changes
-no number.
-
-Up to rounding, they compare the logits of each prompt's last rows. 16-bit weights round at every layer (random models
-of 28 layers: 2.0 % against transformers, 1.7 % between two forms of our own), so float32 is the sharper proof.
-"""
+"""Checks of equalities that hold for a right model whatever its weights, up to rounding: what shares a call, a cache or
+a file changes no number. 16-bit weights round at every layer (random models of 28 layers: 2.0 % against transformers,
+1.7 % between two forms of our own), so float32 is the sharper proof."""
 import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
@@ -151,8 +148,7 @@ def captured(subject):
 
 
 def answer_logprobs(subject, kind, other=None):
-    """Log-probs of ANSWER after a question about the kind's first clip. other: Media whose content replaces the clip's,
-    repeated or cut to its length."""
+    """Log-probs of ANSWER about the kind's first clip. other: Media in its place, repeated or cut to its length."""
     conversation = [
         {"role": "user", "content": [subject.clips[kind][0], QUESTION]},
         {"role": "assistant", "content": ANSWER},

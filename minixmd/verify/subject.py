@@ -69,8 +69,7 @@ class Subject:
 
     @cached_property
     def sampled(self):
-        """Two completions of each of P conversations: their ids and log-probs, (P, 2, TOKENS), and the hidden states,
-        (2 P, TOKENS - 1, D), from which all tokens but the first were drawn."""
+        """As `sample`, and the hidden states, (2 P, TOKENS - 1, D), from which all tokens but the first were drawn."""
         hidden = []
         with self.model.register_forward_hook(lambda module, inputs, output: hidden.append(output)):
             ids_P2T, logprobs_P2T = self.sample(captured=False)  # a captured step runs no hooks
