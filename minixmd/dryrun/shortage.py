@@ -63,6 +63,10 @@ def describe_shortage(error, stage, stages):
             text += f"; the card has {torch.cuda.get_device_properties(0).total_memory / 2**30:.1f}"
     except (ValueError, KeyError, OSError, RuntimeError, MemoryError):  # for which there may be no room either
         text += " (not estimated)"
-    lower = [f"{name} (now {getattr(stage, name)}, at least {least})" if isinstance(least, int) else f"{name}={least}"
-             for name, least in costs.settings_to_lower(stage, phase_name, longest).items()]
+    lower = []
+    for name, least in costs.settings_to_lower(stage, phase_name, longest).items():
+        if isinstance(least, int):
+            lower.append(f"{name} (now {getattr(stage, name)}, at least {least})")
+        else:
+            lower.append(f"{name}={least}" + " in a new run" * (name == "moments"))  # what is saved has the others
     return f"{text}; to lower: {', '.join(lower)}" if lower else text

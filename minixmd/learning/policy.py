@@ -109,7 +109,10 @@ def make_rollout(stage, prompts, completions, reward_PG):
         return None
 
     order, micro_batches = [], []
-    tokens = [len(piece.prompt) + sum(lengths[i] for i in piece.numbers) for piece in pieces]
+    tokens = []
+    for piece in pieces:
+        written = sum(lengths[i] for i in piece.numbers)
+        tokens.append(len(piece.prompt) + written)
     for cut in cut_by_tokens(tokens, stage.micro_batch_tokens):
         groups = []
         for piece in (pieces[i] for i in cut):
