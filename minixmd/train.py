@@ -129,10 +129,19 @@ class Trainer:
     def fit(self, items, counts, validation=()):
         """Trains to the last step. counts: {reason: count} of what the items are, for the log."""
         stage = self.stage
-        take_step = {Distill: self.distill_step, SFT: self.sft_step, GRPO: self.grpo_step}[type(stage)]
         self.announce(counts)
         self.samples = prefetch(self.build_sample, self.upcoming_items(items), BadClip, reading=stage.reading,
                                 ahead=2 * stage.batch_size)
+        try:
+            self.take_steps(validation)
+        finally:
+            self.samples.close()  # its child processes end
+        if not any(self.optimizer.state.values()):
+            raise ValueError(f"{stage.name}: no step had anything to learn: its clips were bad, or its groups left out")
+
+    def take_steps(self, validation):
+        stage = self.stage
+        take_step = {Distill: self.distill_step, SFT: self.sft_step, GRPO: self.grpo_step}[type(stage)]
         with tqdm(total=self.steps, initial=self.step, desc=stage.name, unit="step") as bar:
             while True:
                 if validation and self.validation_due():  # also after a stop between the state and its validation
@@ -156,8 +165,6 @@ class Trainer:
                 save_due = stage.save_every and self.step % stage.save_every == 0
                 if save_due or self.validation_due():
                     self.save()
-        if not any(self.optimizer.state.values()):
-            raise ValueError(f"{stage.name}: no step had anything to learn: its clips were bad, or its groups left out")
 
     def upcoming_items(self, items):
         for step in range(self.step, self.steps):
