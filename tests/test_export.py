@@ -252,18 +252,18 @@ def test_an_adapter_of_ours_gives_the_same_logits_in_peft(base, tmp_path, where)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_adapter_on_an_adapter_loads_and_merges_to_the_model_that_was_trained(tmp_path, dtype, monkeypatch):
     monkeypatch.setattr(minixmd, "Processor", lambda *_: None)  # there is no tokenizer
-    model = tiny_model("audio").to(dtype)
-    save_model(model, tmp_path, tmp_path / "base")
+    model, home = tiny_model("audio").to(dtype), tmp_path / "home"
+    save_model(model, home, home / "base")
     trained = model
     for number, targets in enumerate((TARGETS["decoder"], LINEARS)):  # of other layers, ranks and scales
         merge_lora(trained)
         add_lora(trained, rank=2 + number, alpha=3.0, targets=targets, seed=number)
         fill((name, p) for name, p in trained.named_parameters() if "lora_" in name)
-        save_adapter(trained, tmp_path / ("base" if number == 0 else "a0"), tmp_path / f"a{number}")
+        save_adapter(trained, home / ("base" if number == 0 else "a0"), home / f"a{number}")
     ours = logits_of(trained, "audio")
-    assert torch.equal(logits_of(minixmd.load(tmp_path / "a1", dtype=dtype)[0], "audio"), ours)
-    os.rename(tmp_path, tmp_path.with_name("moved"))  # all of it together
-    moved = tmp_path.with_name("moved")
+    assert torch.equal(logits_of(minixmd.load(home / "a1", dtype=dtype)[0], "audio"), ours)
+    moved = tmp_path / "moved"
+    os.rename(home, moved)  # all of it together
     assert torch.equal(logits_of(minixmd.load(moved / "a1", dtype=dtype)[0], "audio"), ours)
     assert run(moved / "a1", moved / "out") == 0
     merge_lora(trained)
