@@ -97,6 +97,7 @@ OLD_NAMES = [
     (Switch, SWITCH, "warmup", "warmup_ratio", "0.5"),
     (SFT, TRAIN, "clip", "max_grad_norm", "2.0"), (Traces, EVALUATE, "key_variable", "api_key_env", "KEY"),
     (FactCheck, FACTCHECK, "wait_s", "retry_backoff_s", "2.0"),
+    (SFT, TRAIN, "micro_batch_size", "micro_batch_tokens", "2"),
 ]
 
 

@@ -13,7 +13,8 @@ PROMPT_EXAMPLE = {"question": "Which?", "options": "A. dog\nB. cat", "first": "A
 TRACE_EXAMPLE = {"trace": "<think>It barks.</think><answer>A</answer>"}  # allowed only where a prompt shows a trace
 # fields of older configs -> what they are called now
 RENAMED = {"impl": "backend", "which": "trace_filter", "slots": "decode_slots", "clip": "max_grad_norm",
-           "n": "num_samples", "warmup": "warmup_ratio", "key_variable": "api_key_env", "wait_s": "retry_backoff_s"}
+           "n": "num_samples", "warmup": "warmup_ratio", "key_variable": "api_key_env", "wait_s": "retry_backoff_s",
+           "micro_batch_size": "micro_batch_tokens"}
 _owners = {}  # field -> names of the stage classes that have it, for the hint in an error
 
 
