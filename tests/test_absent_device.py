@@ -12,7 +12,7 @@ from mini import CLASSES, write_clips, write_model
 from tiny import published_config, randomise
 
 from minixmd import pack
-from minixmd.config import GRPO, SFT, Distill, Evaluate, FactCheck, Label, Switch, Traces
+from minixmd.config import GRPO, SFT, TRAINING, Distill, Evaluate, FactCheck, Label, Switch, Traces
 from minixmd.inputs.batch import Batch, Prompt
 from minixmd.kernels.swiglu import swiglu
 from minixmd.learning import policy, rollout
@@ -104,6 +104,8 @@ def run(world, folder, name, device, backend, dtype):
     model = {}
     if kind is not Switch:
         model = dict(model=str(world / ("eyes" if sees else "ears")), backend=backend, dtype=dtype)
+    if backend == "triton" and kind in TRAINING and "full" not in name:  # the interpreter is slow
+        model["checkpointing"] = "off"
     if kind not in WITHOUT_MEDIA:
         model["media"] = "video" if sees else "audio"
     if sees:
