@@ -280,7 +280,7 @@ step, size = 0, int(sys.argv[2])
 while True:
     step += 1
     both = [{name: torch.empty(size, 2).fill_(step).T for name in "ab"} for _ in range(2)]
-    save_state(sys.argv[1], *both, {"step": step, "best_step": step // 2})
+    save_state(sys.argv[1], *both, {"step": step, "best_step": step - step % 2})  # of every second step, as it is saved
     print(step, flush=True)
 """
 
