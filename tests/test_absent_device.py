@@ -137,7 +137,7 @@ def test_a_stage_runs_on_the_device(world, tmp_path, spread, name, backend, dtyp
         return
     expected = run(world, tmp_path / "cpu", name, "cpu", "torch", dtype)
     losses, wanted = ([line["loss"] for line in lines if "loss" in line] for lines in (found, expected))
-    assert losses == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    assert losses == pytest.approx(wanted, rel=1e-3, abs=2e-3)
     if backend == "torch":
         assert found == expected
 
