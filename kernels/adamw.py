@@ -203,9 +203,11 @@ def adamw_update(p, grad, state, t, *, lr, betas, eps, weight_decay, backend="tr
     if backend == "torch":
         adamw_ref(p, grad, state, seed, numbers)
     elif size:
-        scales = (state["exp_avg_scale"], state["exp_avg_sq_scale"]) if scaled else (grad, grad)
+        bits = p.view(torch.int16) if half else p
+        residual = state.get("residual", grad)  # what is absent is not read
+        m_scale = state.get("exp_avg_scale", grad)
+        v_scale = state.get("exp_avg_sq_scale", grad)
         _adamw_kernel[(triton.cdiv(size, ROWS * BLOCK),)](
-            p.view(torch.int16) if half else p, grad, state["residual"] if half else grad, state["exp_avg"],
-            state["exp_avg_sq"], *scales, size, seed, *numbers, HAS_RESIDUAL=half, HAS_SCALES=scaled, ROWS=ROWS,
-            BLOCK=BLOCK, num_warps=NUM_WARPS)
+            bits, grad, residual, state["exp_avg"], state["exp_avg_sq"], m_scale, v_scale, size, seed, *numbers,
+            HAS_RESIDUAL=half, HAS_SCALES=scaled, ROWS=ROWS, BLOCK=BLOCK, num_warps=NUM_WARPS)
         torch.autograd.graph.increment_version(p)  # of which a kernel's writing tells nobody: kept casts of p go by it

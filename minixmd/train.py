@@ -130,8 +130,8 @@ class Trainer:
         """Trains to the last step. counts: {reason: count} of what the items are, for the log."""
         stage = self.stage
         self.announce(counts)
-        self.samples = prefetch(self.build_sample, self.upcoming_items(items), BadClip, reading=stage.reading,
-                                ahead=2 * stage.batch_size)
+        self.samples = prefetch(self.build_sample, self.upcoming_items(items), lambda item, error: BadClip(error),
+                                reading=stage.reading, ahead=2 * stage.batch_size)
         try:
             self.take_steps(validation)
         finally:
@@ -152,7 +152,7 @@ class Trainer:
                 learnt_from, bad_clips = self.drawn or self.draw(self.step)
                 self.drawn = None
                 for clip in bad_clips:
-                    self.count_bad_clip(clip.item, clip.error)
+                    self.count_bad_clip(clip.error)
                 metrics = {"loss": 0.0, "tokens": 0}  # of a step whose clips were all bad
                 if learnt_from:
                     metrics = take_step(learnt_from)
@@ -216,7 +216,7 @@ class Trainer:
         check_length(prompt, item.example, max_new_tokens, self.stage.micro_batch_tokens)
         return prompt, item
 
-    def count_bad_clip(self, item, error):
+    def count_bad_clip(self, error):
         """Logs a clip that cannot be used. Raises ValueError when there are too many."""
         self.num_bad += 1
         self.log({"step": self.step + 1, "bad": error.reason, "detail": str(error)})

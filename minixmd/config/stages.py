@@ -19,7 +19,8 @@ class Toy:
     """Makes a small world of audio and video files, its manifests, and the models that start out in it."""
     name: str = "toy"
     seed: NonNegativeInt = 0  # of the world, the models and their training
-    thinking: bool = False  # also teaches both chains of thought, 30 % of which are false, and makes a checker of them
+    thinking: bool = False  # also trains the teacher to write chains of thought, about 30 % of which name a sound that
+    # is absent, pretrains the student on such text, and makes a third model, the checker, that hears what is true
 
 
 @stage
@@ -89,7 +90,8 @@ class Evaluate(_Prompted):
     """A model's accuracy on a manifest."""
     batch_tokens: Count = 8192  # tokens packed into a forward pass
     # how it answers
-    answer: Literal["letters", "generate"] = "letters"  # the letter with the largest logit | what the model writes
+    answer: Literal["letters", "generate"] = "letters"  # "letters": the letter with the largest logit | "generate":
+    # what the model writes, with the letters' accuracy beside it
     max_new_tokens: Annotated[int, ">= 2"] = 32  # tokens of a written answer: at least a letter and the end of turn
     rule: Literal["option", "mmau"] = "option"  # how it is read: letter or most similar option | by MMAU's own rule
     num_samples: Count = 1  # answers sampled, of which the most frequent counts; 1 = one
@@ -171,9 +173,11 @@ class FactCheck(_LocalModel, _Endpoint, _Cnn14):
     # what is judged
     traces: str  # "@traces"
     manifest: str  # JSONL file of the clips
-    trace_filter: Literal["used", "all", "calibration"] = "used"  # first and unanimous traces | all | `limit` of "used"
+    trace_filter: Literal["used", "all", "calibration"] = "used"  # "used", first traces and unanimous ones | "all" |
+    # "calibration", `limit` of them
     limit: Annotated[int, ">= 2"] | None = None  # traces of "calibration", at most one a clip, drawn by seed
-    checker: Literal["model", "endpoint", "verifier", "verdicts"] = "model"  # "verifier" is a small network
+    checker: Literal["model", "endpoint", "verifier", "verdicts"] = "model"  # "verifier" is a small network trained on
+    # another checker's verdicts; "verdicts" reads verdicts that exist
     threshold: float = 0.0  # a trace is accepted above it; scores are log-odds of yes (endpoints without: +1, -1)
     # who judges
     model: str | None = None  # of "model" the one that hears; of "verifier" the one whose decoder reads the traces
@@ -225,7 +229,8 @@ class _Training(_Prompted):
     max_steps: Count | None = None  # optimizer steps, of GRPO rollouts; None = epochs decide
     batch_size: Count = 8  # sequences an optimizer step; of GRPO prompts
     micro_batch_tokens: Count = 8192  # tokens a forward pass, packed by length; a clip that makes more is bad
-    checkpointing: Literal["auto", "on", "off"] = "auto"  # the backward pass computes blocks again; "auto": on a GPU
+    checkpointing: Literal["auto", "on", "off"] = "auto"  # "on": of a block the input is kept, and the
+    # backward pass computes the rest again | "auto": on a GPU
     lr: Positive = 1e-4  # peak
     warmup_ratio: Share = 0.1  # share of the steps; 0 = off
     weight_decay: NonNegative = 0.0  # 0 = off
@@ -259,7 +264,8 @@ class Distill(_Training):
     teacher_labels: str | None = None  # "@label"; needed unless the gate is "never"
     student_labels: str | None = None  # the student's own letters, "@label"; None = no anti-forgetting loss
     switch: str | None = None  # "@switch"; what the gates "learned" and "oracle" look up
-    gate: Literal["always", "never", "learned", "oracle"] = "always"  # who learns from the teacher (oracle: true class)
+    gate: Literal["always", "never", "learned", "oracle"] = "always"  # which clips follow the teacher; "oracle": by the
+    # true class
     teacher_loss: Literal["ce", "kl", "kl+ce"] = "ce"  # on the teacher's letter | to its stored logits | their sum
     temperature: Positive = 2.0  # of the KL
 

@@ -56,6 +56,13 @@ class StagePlan:
     same_as: str = ""  # the name of an earlier stage that takes the same memory
     fault: str = ""  # why the stage cannot run
 
+    @property
+    def longest(self):
+        """Tokens of a clip and of what a GRPO stage writes after it, which a pass must take."""
+        if self.prompt is None:
+            return 1
+        return len(self.prompt) + (self.stage.max_new_tokens if isinstance(self.stage, GRPO) else 0)
+
 
 def dry_run(config):
     """Prints what a config would do. Returns the exit status: 1 where a stage cannot run, or its model is unknown."""

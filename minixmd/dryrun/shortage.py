@@ -23,8 +23,6 @@ PHASES = {  # functions that memory runs out in, outermost first -> their phase
     "next_token_logits": "forward",
     "update": "optimizer",
 }
-
-
 SIGNS = "out of memory", "defaultcpuallocator", "alloc_failed"  # of CUDA, the CPU and cuBLAS
 
 
@@ -54,8 +52,7 @@ def describe_shortage(error, stage, stages):
             plan = plan_stage(stage, stages, Path(scratch))
         if plan.fault:
             raise ValueError(plan.fault)
-        if plan.prompt is not None:
-            longest = len(plan.prompt)
+        longest = plan.longest
         phases = {phase.name: phase for phase in estimate(stage, plan.model, plan.prompt)}
         gib = costs.needed_gib(phases[phase_name].total)
         text += f", for which --dry-run expects {gib:.1f} GiB with the driver and what the allocator cannot use"

@@ -11,7 +11,6 @@ from minixmd.learning.targets import Item
 class BadClip:
     """Stands where a sample would."""
 
-    item: Item
     error: MediaError
 
 

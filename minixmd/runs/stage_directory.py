@@ -29,7 +29,8 @@ from minixmd.runs.training_state import LOGS, load_state, remove_leftovers
 WHOLE_BYTES = 64 << 20  # up to here a file is read whole
 SAMPLES, SAMPLE_BYTES = 256, 64 << 10  # beyond it, so many blocks of so many bytes
 # fields that may change between two starts of an unfinished stage, those for memory among them, which change results
-# by rounding; a local model in an endpoint's place, or the reverse, changes `model` and `served` too and is refused
+# by rounding (but a clip may be too long for one micro_batch_tokens and not for another); a local model in an
+# endpoint's place, or the reverse, changes `model` and `served` too and is refused
 MAY_CHANGE = ("micro_batch_tokens", "checkpointing", "reference", "decode_slots",
               "max_bad", "clip_limit_s", "allow_outside", "cache_gib", "endpoint", "api_key_env", "concurrency",
               "timeout_s", "attempts", "retry_backoff_s", "logprobs")
