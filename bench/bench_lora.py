@@ -2,7 +2,7 @@
 
     forward   one Triton product with the update inside ("triton"), or the vendor's product and addmm_ ("torch")
     dy        scale g B and scale gᵀ xa from one read of g ("triton"), or by two products ("torch")
-    whole     lora_linear as shipped, with the gradients of x, A and B
+    whole     lora_linears as shipped, with the gradients of x, A and B
 
 "bare" is the layer without an update: F.linear, and g W in "whole". The base product is bound by compute, 2 N D F;
 what an update adds is passes over x, y and g. A rate counts the layer's FLOPs, in "dy" dy_pass' bytes, for every side.
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from bench import measure
 from minixmd.kernels import lora, lora_triton
-from minixmd.kernels.lora import lora_linear, lora_linear_ref
+from minixmd.kernels.lora import lora_linear_ref, lora_linears
 
 CASES = [  # layer, N, D, F
     ("Qwen2-Audio-7B q, k, v, o", 4096, 4096, 4096),
@@ -70,8 +70,8 @@ class Problem:
             return {"triton": lambda: lora_triton.dy_pass(g, xa, b, SCALE),
                     "torch": lambda: ((g @ b).mul_(SCALE), (g.T @ xa).mul_(SCALE)),
                     "ref": lambda: (SCALE * (g @ b), SCALE * (g.T @ xa))}  # fmt: skip
-        return {"triton": lambda: self.autograd(lambda *args: lora_linear(*args, "triton")),
-                "torch": lambda: self.autograd(lambda *args: lora_linear(*args, "torch")),
+        return {"triton": lambda: self.autograd(lambda x, *layer: lora_linears(x, [layer], "triton")[0]),
+                "torch": lambda: self.autograd(lambda x, *layer: lora_linears(x, [layer], "torch")[0]),
                 "ref": lambda: self.autograd(lora_linear_ref), "bare": lambda: (F.linear(x, w), g @ w)}  # fmt: skip
 
     def others(self, of, compiled):

@@ -90,19 +90,14 @@ def cast_adapters(As, Bs, dtype):
 
 
 def lora_linears(x_ND, layers, backend="torch", casts=None):
-    """lora_linear of several layers on the same x, whose adapters share the reads of x: q, k and v, or gate and up. The
-    base products stay separate: one over all of them would need a copy of the weights. layers: [(w_FD, bias_F, a_RD,
-    b_FR, scale)]; F and R may differ. casts: cast_adapters of theirs in x's dtype, kept between calls; None = made
-    here. Returns a tuple of (N, F) in x's dtype. Raises ValueError for an x not two-dimensional, or another backend."""
+    """lora_linear_ref of several layers on the same x, whose adapters share the reads of x: q, k and v, or gate and up.
+    The base products stay separate: one over all of them would need a copy of the weights. layers: [(w_FD, bias_F,
+    a_RD, b_FR, scale)]; F and R may differ. casts: cast_adapters of theirs in x's dtype, kept between calls; None =
+    made here. backend: "torch" | "triton" (module docstring). Returns a tuple of (N, F) in x's dtype. Raises
+    ValueError for an x not two-dimensional, or another backend."""
     if x_ND.ndim != 2:
-        raise ValueError(f"lora_linear needs a two-dimensional x, got {tuple(x_ND.shape)}")
+        raise ValueError(f"lora_linears needs a two-dimensional x, got {tuple(x_ND.shape)}")
     if backend not in ("torch", "triton"):
-        raise ValueError(f"lora_linear has backend 'torch' and 'triton', got {backend!r}")
+        raise ValueError(f"lora_linears has backend 'torch' and 'triton', got {backend!r}")
     tensors = [tensor for *layer, _ in layers for tensor in layer]
     return _LoraLinears.apply(x_ND, backend, [scale for *_, scale in layers], casts, *tensors)
-
-
-def lora_linear(x_ND, w_FD, bias_F, a_RD, b_FR, scale, backend="torch", casts=None):
-    """lora_linear_ref, for a two-dimensional x, with a hand-written backward; saves x Aᵀ, (N, R), beside x. backend:
-    "torch" | "triton" (module docstring). Raises as lora_linears."""
-    return lora_linears(x_ND, [(w_FD, bias_F, a_RD, b_FR, scale)], backend, casts)[0]
