@@ -254,6 +254,7 @@ def test_the_update_never_has_more_than_a_chunk_of_logits(monkeypatch):
     trainer, prompts, answers = problem()
     head, head_loss = trainer.model.lm_head.weight, multimodal.head_loss
     monkeypatch.setattr(multimodal, "head_loss", lambda *args: head_loss(*args[:4], chunk=8))
+    monkeypatch.setattr(logprobs, "CHUNK", 8)
     rollout = make_rollout(trainer.stage, prompts, answers, REWARDS)
     trainer.stage = stage_of(beta=0.0)  # no log-probability of the reference yet
     with Rows() as rows:

@@ -1,5 +1,6 @@
 """The head with each row loss against plain PyTorch on all logits at once, in fp64, with both backends."""
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,8 +8,9 @@ from tiny import Largest
 from torch.utils.flop_counter import FlopCounterMode
 
 from minixmd.kernels import distill, distill_topk, grpo, logprob
+from minixmd.learning import logprobs
 from minixmd.learning.policy import token_weights
-from minixmd.models.head import CrossEntropy, DistillKL, DistillTopK, PolicyLoss, TokenLogprob, head_loss
+from minixmd.models.head import CrossEntropy, DistillKL, DistillTopK, PolicyLoss, head_loss, raw_logits
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -157,16 +159,18 @@ def test_a_masked_sequence_changes_nothing_for_the_others():
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_the_log_probabilities_alone_are_those_of_the_policy_loss_to_the_bit(backend):
+def test_the_log_probabilities_alone_are_those_of_the_policy_loss_to_the_bit(backend, monkeypatch):
     hidden_ND, head_VD, row_T, policy_loss = problem("grpo", backend)
     p = policy_loss
-    alone = TokenLogprob(p.id_T, p.temperature, p.suppressed_Z, p.vocab_limit, backend)
-    with torch.no_grad():
-        loss, columns = head_loss(hidden_ND, head_VD, row_T, alone, chunk=16)
+    monkeypatch.setattr(logprobs, "CHUNK", 16)
+    model = SimpleNamespace(logits=lambda hidden_ND: raw_logits(hidden_ND, head_VD), backend=backend)
+    batch = SimpleNamespace(target_row_T=row_T, target_id_T=p.id_T)
+    vocabulary = logprobs.SampledVocabulary(p.temperature, p.suppressed_Z, p.vocab_limit)
+    alone_T = logprobs.token_logprobs(model, hidden_ND, batch, vocabulary)
     logp_T = head_loss(hidden_ND.requires_grad_(), head_VD, row_T, policy_loss, chunk=16)[1]["logp"]
-    assert torch.equal(columns["logp"], logp_T) and loss == 0 and columns.keys() == {"loss", "logp"}
+    assert torch.equal(alone_T, logp_T)
     truth = plain(hidden_ND, head_VD, row_T, policy_loss)[1][-2]  # of the policy loss's columns: logp, entropy
-    torch.testing.assert_close(columns["logp"].double(), truth.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(alone_T.double(), truth.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_token_weights_by_hand():

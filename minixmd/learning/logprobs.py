@@ -4,8 +4,8 @@ from dataclasses import dataclass
 import torch
 
 from minixmd.inputs.batch import pack
-from minixmd.kernels.logprob import split_suppressed
-from minixmd.models.head import TokenLogprob
+from minixmd.kernels.logprob import split_suppressed, token_logprob
+from minixmd.models.head import CHUNK
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,11 @@ class SampledVocabulary:
 @torch.no_grad()
 def token_logprobs(model, hidden_ND, batch, vocabulary):
     """(T,) log-probabilities of a batch's targets, in nats. hidden_ND: what the model gave for it."""
-    row_loss = TokenLogprob(batch.target_id_T, vocabulary.temperature, vocabulary.suppressed_Z, vocabulary.vocab_limit,
-                            model.backend)
-    return model.head_loss(hidden_ND, batch.target_row_T, row_loss)[1]["logp"]
+    parts, options = [], (vocabulary.temperature, vocabulary.suppressed_Z, vocabulary.vocab_limit, model.backend)
+    rows, ids = batch.target_row_T.split(CHUNK), batch.target_id_T.split(CHUNK)
+    for row_T, id_T in zip(rows, ids, strict=True):
+        parts.append(token_logprob(model.logits(hidden_ND[row_T]), id_T, *options))
+    return torch.cat(parts)
 
 
 @torch.no_grad()

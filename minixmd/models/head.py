@@ -128,28 +128,6 @@ class PolicyLoss(RowLoss):
         return number_T.unique_consecutive(return_inverse=True)[1].to(device)
 
 
-@frozen
-class TokenLogprob(RowLoss):
-    """log p(id), without a gradient: bit-equal to the "logp" of a PolicyLoss with one ratio a token, so that the ratio
-    of an unchanged policy is exactly 1. Its loss is 0."""
-
-    id_T: torch.Tensor
-    temperature: float
-    suppressed_Z: torch.Tensor | None
-    vocab_limit: int | None
-    backend: str
-    columns = ("loss", "logp")
-
-    @property
-    def weight_T(self):
-        return torch.zeros(len(self.id_T), device=self.id_T.device)
-
-    def loss_and_grad(self, z_TV, rows, out_TV):
-        logp_T = logprob.token_logprob(z_TV, self.id_T[rows], self.temperature, self.suppressed_Z, self.vocab_limit,
-                                       self.backend)
-        return torch.zeros_like(logp_T), logp_T
-
-
 def _chunks(count, chunk, lengths):
     """Slices of at most `chunk` targets. With lengths no sequence is cut; one that is longer goes alone."""
     start = end = 0
