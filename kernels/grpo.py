@@ -30,8 +30,7 @@ from minixmd.kernels.logprob import token_logprob_ref
 
 
 class ClipConfig:
-    """The policy loss: clips the ratio to [1 - clip_low, 1 + clip_high]; beta (0 = off) weighs the KL. ValueError: a
-    `kl` that is not "k3" or "k1"."""
+    """Clips the ratio to [1 - clip_low, 1 + clip_high]; beta (0 = off) weighs the KL. ValueError: kl not "k1" or "k3"."""
 
     def __init__(self, clip_low, clip_high, beta, kl):
         if kl not in ("k1", "k3"):
@@ -71,8 +70,7 @@ def grpo_coefficient(logp_N, old_N, ref_N, advantage_N, weight_N, clip_config, s
 
 def grpo_loss_ref(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, clip_config, temperature=1.0, suppressed_Z=None,
                   vocab_limit=None, sequence_N=None):
-    """(sum_n weight_N[n] loss_N[n], logp_N, entropy_N, terms) in plain PyTorch, the sum differentiable in the logits;
-    pass fp64 logits for ground truth."""
+    """(sum_n weight_N[n] loss_N[n], logp_N, entropy_N, terms) in plain PyTorch; the sum is differentiable."""
     logp_N, entropy_N = token_logprob_ref(logits_NV, id_N, temperature, suppressed_Z, vocab_limit)
     terms = grpo_terms(logp_N, old_N, ref_N, advantage_N, weight_N, clip_config, sequence_N)
     return (terms[0] * weight_N).sum(), logp_N.detach(), entropy_N, tuple(x.detach() for x in terms)

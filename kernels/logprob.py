@@ -103,10 +103,9 @@ def row_stats(logits_NV, index_N, temperature=1.0, suppressed_Z=None, vocab_limi
     Args:
         logits_NV: (N, V) fp32 | bf16 | fp16, unit stride in V. "torch" also takes fp64.
         index_N: (N,) int64. For a suppressed id or one outside [0, V) logp is -inf, and its gradient -coef p / T.
-        temperature: > 0, dimensionless; a Python float.
+        temperature: > 0, a Python float. backend: "triton" | "torch".
         suppressed_Z: (Z,) int64, sorted (not checked: it would synchronise), or None. vocab_limit: ids from here on are
             suppressed too; None = V. split_suppressed makes both from one list.
-        backend: "triton" | "torch".
     Returns (logp_N, entropy_N, max_N, logsum_N), each (N,) fp32 and not differentiable (see logits_grad). logp_N <= 0
         and entropy_N >= 0 are in nats; max_N is the largest allowed logit, and max_N / temperature + logsum_N the row's
         log-sum-exp. Where every allowed logit is -inf, logp_N is -inf and the entropy is meaningless.
@@ -137,15 +136,11 @@ def row_stats(logits_NV, index_N, temperature=1.0, suppressed_Z=None, vocab_limi
 
 
 def token_logprob(logits_NV, index_N, temperature=1.0, suppressed_Z=None, vocab_limit=None, backend="triton"):
-    """(N,) fp32 log-probabilities, without a gradient: to the bit those that grpo.grpo_rows computes, so the ratio of a
-    policy that has not changed is exactly 1."""
+    """(N,) fp32 log-probabilities, without a gradient: bit-equal to grpo_rows', so an unchanged policy's ratio is 1."""
     if backend == "triton":
         return row_stats(logits_NV, index_N, temperature, suppressed_Z, vocab_limit, backend)[0]
-    parts = []
-    for start in range(0, len(logits_NV), logit_rows.ROWS):
-        rows = slice(start, start + logit_rows.ROWS)
-        parts.append(token_logprob_ref(logits_NV[rows], index_N[rows], temperature, suppressed_Z, vocab_limit)[0])
-    return torch.cat(parts)
+    parts = zip(logits_NV.split(logit_rows.ROWS), index_N.split(logit_rows.ROWS), strict=True)
+    return torch.cat([token_logprob_ref(*part, temperature, suppressed_Z, vocab_limit)[0] for part in parts])
 
 
 def logits_grad(logits_NV, index_N, stats, coef_N, temperature=1.0, suppressed_Z=None, vocab_limit=None,

@@ -92,7 +92,7 @@ class _RMSNorm(torch.autograd.Function):
         s_ND, w_D, r_N = ctx.saved_tensors
         if dy_ND is None:  # only the sum was used
             return residual_ND, None, None, residual_ND
-        (N, D), need_w, need_added = s_ND.shape, ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        (N, D), (_, need_w, _, need_added) = s_ND.shape, ctx.needs_input_grad
         dy_ND = _rows(dy_ND)
         residual = dy_ND if residual_ND is None else _rows(residual_ND)
         ds_ND = torch.empty(N, D, dtype=s_ND.dtype, device=s_ND.device)
@@ -102,8 +102,7 @@ class _RMSNorm(torch.autograd.Function):
             dy_ND, residual, s_ND, w_D, r_N, ds_ND, dw_PD, dy_ND.stride(0), residual.stride(0), s_ND.stride(0), N, D,
             HAS_RESIDUAL=residual_ND is not None, HAS_DW=need_w, BLOCK_D=ctx.block, num_warps=NUM_WARPS)
         dw_D = dw_PD.sum(0).to(w_D.dtype) if need_w else None
-        dadded_ND = ds_ND if need_added else None
-        return ds_ND, dw_D, None, dadded_ND
+        return ds_ND, dw_D, None, ds_ND if need_added else None
 
 
 def _rows(x_ND):
