@@ -1,6 +1,5 @@
 """Attention over packed rows, without an N x N mask: on a GPU in 16 bits one call a layer, else a few."""
 import inspect
-from dataclasses import dataclass
 from functools import cache
 from itertools import chain, groupby
 
@@ -34,25 +33,11 @@ def packed_attention(q_NHK, k_NJK, v_NJK, segments, causal=True):
 # ---- one call for all segments ----
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What varlen_attn takes: cumulative lengths of queries and keys (int32), the longest of each, and the rows of the
-    keys, a parent's before its child's own; None where keys and queries are the same rows."""
-
-    query_ends: torch.Tensor
-    key_ends: torch.Tensor
-    longest_query: int
-    longest_key: int
-    key_row_S: torch.Tensor | None
-
-
 @cache
 def varlen_options():
     """{causal (bool): the keywords by which varlen_attn is told what rows see}; None where this version of torch has no
     varlen_attn, or one whose arguments are not known here."""
-    if varlen_attn is None:
-        return None
-    known = inspect.signature(varlen_attn).parameters
+    known = inspect.signature(varlen_attn).parameters if varlen_attn else {}
     if "window_size" in known and "enable_gqa" in known:
         return {True: {"window_size": (-1, 0), "enable_gqa": True}, False: {"enable_gqa": True}}
     return None
@@ -75,8 +60,9 @@ def describe_attention(stage):
 
 
 def plan_of(segments, device):
-    """The Plan of Segments, made once and kept with them."""
-    if segments.attention_plan is not None and segments.attention_plan.query_ends.device == device:
+    """What varlen_attn takes, made once and kept with the Segments: cumulative lengths of queries and keys (int32), the
+    longest of each; and the rows of the keys, a parent's before its child's own, or None: they are the queries'."""
+    if segments.attention_plan is not None and segments.attention_plan[0].device == device:
         return segments.attention_plan
     lengths, key_lengths, rows = [], [], []
     for segment in segments:
@@ -88,7 +74,7 @@ def plan_of(segments, device):
     ends_2 = torch.tensor([[0, *lengths], [0, *key_lengths]]).cumsum(1).to(torch.int32)
     ends_2, row_S = send([ends_2, torch.tensor(rows, dtype=torch.int32)], device)
     has_children = len(rows) > sum(lengths)
-    segments.attention_plan = Plan(*ends_2, max(lengths), max(key_lengths), row_S if has_children else None)
+    segments.attention_plan = (*ends_2, max(lengths), max(key_lengths), row_S if has_children else None)
     return segments.attention_plan
 
 
@@ -110,11 +96,10 @@ class _Gather(torch.autograd.Function):
 
 def attend_at_once(q_NHK, k_NJK, v_NJK, segments, causal=True, attend=None):
     """packed_attention by one call of torch's varlen_attn, or of `attend`, a function like it."""
-    plan = plan_of(segments, q_NHK.device)
-    if plan.key_row_S is not None:
-        k_NJK, v_NJK = _Gather.apply(k_NJK, plan.key_row_S), _Gather.apply(v_NJK, plan.key_row_S)
-    return (attend or varlen_attn)(q_NHK, k_NJK, v_NJK, plan.query_ends, plan.key_ends, plan.longest_query,
-                                   plan.longest_key, **varlen_options()[causal])
+    *lengths, key_row_S = plan_of(segments, q_NHK.device)
+    if key_row_S is not None:
+        k_NJK, v_NJK = _Gather.apply(k_NJK, key_row_S), _Gather.apply(v_NJK, key_row_S)
+    return (attend or varlen_attn)(q_NHK, k_NJK, v_NJK, *lengths, **varlen_options()[causal])
 
 
 # ---- one call a run of like segments ----
