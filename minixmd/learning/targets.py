@@ -56,17 +56,24 @@ def label_items(stage, examples):
         if source not in labels:
             counts["left out: switch open"] += 1
             continue
-        if example.id not in labels[source]:
+        record = labels[source].get(example.id)
+        if record is None:
             raise ValueError(f"{paths[source]}: no label for example {example.id!r} of {stage.manifest}")
-        record = labels[source][example.id]
         if "bad" in record:
             counts[f"left out: {record['bad']}"] += 1
             continue
-        target = _option_index(record, example, source, stage.manifest)
+        option = record["option"]
+        if option not in example.options:
+            raise ValueError(f"the {source}'s label of {example.id!r} is {option!r}, not among its options: the labels "
+                             f"were made from another manifest than {stage.manifest}")
         topk = None
         if distills and source == "teacher" and stage.teacher_loss != "ce":
-            topk = _stored_topk(stage, record)
-        items.append(Item(example, target, source, topk))
+            topk = record.get("top")
+            if topk is None or topk["temperature"] != stage.temperature:
+                raise ValueError(f"{stage.name}: teacher_loss {stage.teacher_loss!r} at temperature "
+                                 f"{stage.temperature} needs labels made with top_k, at that temperature: "
+                                 f"{stage.teacher_labels}")
+        items.append(Item(example, example.options.index(option), source, topk))
         counts[source] += 1
     return items, counts
 
@@ -90,29 +97,9 @@ def trace_items(examples, manifest, traces_path, trace_filter):
             left_out["traces left out: several answers"] += 1
         else:
             items.append(Item(by_id[record["id"]], record["text"], "trace"))
-    counts = Counter(traces=len(items))
     without = len(examples) - len({item.example.id for item in items})
-    if without:
-        counts["left out: no trace"] = without
-    return items, counts + left_out
-
-
-def _option_index(record, example, source, manifest):
-    """The label's option in this manifest's order."""
-    option = record.get("option")
-    if option not in example.options:
-        raise ValueError(f"the {source}'s label of {example.id!r} is {option!r}, not among its options: the labels "
-                         f"were made from another manifest than {manifest}")
-    return example.options.index(option)
-
-
-def _stored_topk(stage, record):
-    """The teacher's best ids beside a label, checked to be of the distillation's temperature."""
-    topk = record.get("top")
-    if topk is None or topk["temperature"] != stage.temperature:
-        raise ValueError(f"{stage.name}: teacher_loss {stage.teacher_loss!r} at temperature {stage.temperature} needs "
-                         f"labels made with top_k, at that temperature: {stage.teacher_labels}")
-    return topk
+    counts = Counter({"traces": len(items), "left out: no trace": without})
+    return items, counts + left_out  # a sum leaves out what counts 0
 
 
 def stored_rows(topk, common_vocab, suppressed_Z):
