@@ -56,9 +56,7 @@ class KVCache:
         slot_B = torch.arange(len(q_BHK), device=q_BHK.device)
         self.k[layer][slot_B, :, self.length_B] = k_BJK
         self.v[layer][slot_B, :, self.length_B] = v_BJK
-        k = self.k[layer, :, :, :self.rows_in_use]
-        v = self.v[layer, :, :, :self.rows_in_use]
-        prompt_k = self.prompt_k[layer]
-        prompt_v = self.prompt_v[layer]
+        k, v = self.pool[:, layer, :, :, :self.rows_in_use]
+        prompt_k, prompt_v = self.prompt_pool[:, layer]
         lengths_B = self.length_B + 1
         return decode_attention(q_BHK, prompt_k, prompt_v, self.prompt_length_G, k, v, lengths_B, self.backend)

@@ -109,7 +109,7 @@ class Decoder:
         slot_G = torch.tensor(prompt_slots)
         slot_B = (n * slot_G[:, None] + torch.arange(n)).flatten()
         row_N = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
-        last_G = torch.tensor([end - 1 for _, end in batch.spans])
+        last_G = lengths_G.cumsum(0) - 1
         integers = [lengths_G, slot_G, slot_B, slot_G.repeat_interleave(lengths_G), row_N, last_G]
         lengths_G, slot_G, slot_B, slot_N, row_N, last_G = send(integers, self.device)
         [uniform_BT] = send([uniform_BT], self.device)
@@ -166,57 +166,15 @@ def capture(step):
     return graph.replay
 
 
-class _Progress:
-    """The completions so far, and which of them each decode slot is writing."""
-
-    def __init__(self, processor, num_completions, num_slots, stop, max_new_tokens, on_token):
-        self.processor = processor
-        self.stop = stop
-        self.max_new_tokens = max_new_tokens
-        self.on_token = on_token
-        self.ids = [[] for _ in range(num_completions)]
-        self.logprobs = [[] for _ in range(num_completions)]
-        self.finished = [False] * num_completions
-        self.completion_in = [None] * num_slots  # None: the slot's output is ignored
-
-    def accept(self, slot, token, logp):
-        i = self.completion_in[slot]
-        if i is None:
-            return
-        if math.isnan(logp):
-            raise ValueError("the model's logits are not finite: its weights are broken, or too large for its dtype")
-        self.ids[i].append(token)
-        self.logprobs[i].append(logp)
-        if self.on_token is not None:
-            self.on_token(i, tuple(self.ids[i]))
-        self.finished[i] = self._is_finished(self.ids[i])
-        if self.finished[i] or len(self.ids[i]) == self.max_new_tokens:
-            self.completion_in[slot] = None
-
-    def _is_finished(self, ids):
-        """Whether the last id ends the turn or a stop string, which lies in at most as many ids as it has bytes."""
-        if ids[-1] == self.processor.end_id:
+def ends_turn(ids, processor, stop):
+    """Whether the last id ends the turn or a stop string, which lies in at most as many ids as it has bytes."""
+    if ids[-1] == processor.end_id:
+        return True
+    for string in stop:
+        tail = ids[-len(string.encode()):]
+        if string in processor.decode(tail):
             return True
-        for string in self.stop:
-            tail = ids[-len(string.encode()):]
-            if string in self.processor.decode(tail):
-                return True
-        return False
-
-    def completions(self):
-        finished = []
-        for i, ids in enumerate(self.ids):
-            text = self.processor.decode(ids)
-            logprobs = tuple(self.logprobs[i])
-            finished.append(Completion(text, tuple(ids), logprobs, self.finished[i]))
-        return finished
-
-    def all_finished(self, first, end):
-        """Whether no decode slot in [first, end) is writing a completion."""
-        return all(i is None for i in self.completion_in[first:end])
-
-    def lengths(self):
-        return [len(self.ids[i]) for i in self.completion_in if i is not None]
+    return False
 
 
 @torch.inference_mode()
@@ -239,35 +197,56 @@ def decode(model, processor, prompts, uniform_BT, *, num_samples=1, max_new_toke
         suppressed_ids=suppressed_ids, end_id=processor.end_id, backend=backend or model.backend, captured=captured)
     if uniform_BT is None:
         uniform_BT = torch.zeros(num_completions, max_new_tokens, dtype=torch.float64)
-    progress = _Progress(processor, num_completions, prompt_slots * n, stop, max_new_tokens, on_token)
+    ids = [[] for _ in range(num_completions)]
+    logprobs = [[] for _ in range(num_completions)]
+    writing = [None] * (prompt_slots * n)  # the completion in each decode slot; None: its output is ignored
+
+    def accept(slot, token, logp):
+        i = writing[slot]
+        if i is None:
+            return
+        if math.isnan(logp):
+            raise ValueError("the model's logits are not finite: its weights are broken, or too large for its dtype")
+        written = ids[i]
+        written.append(token)
+        logprobs[i].append(logp)
+        if on_token is not None:
+            on_token(i, tuple(written))
+        if ends_turn(written, processor, stop) or len(written) == max_new_tokens:
+            writing[slot] = None
+
     waiting = deque(range(len(prompts)))
     while True:
-        free = [g for g in range(prompt_slots) if progress.all_finished(n * g, n * g + n)]
+        free = [g for g in range(prompt_slots) if writing[n * g:n * g + n] == [None] * n]
         if free and waiting:
             free = free[:len(waiting)]
             new = [waiting.popleft() for _ in free]
             completions = [n * i + j for i in new for j in range(n)]
             slots = [n * g + j for g in free for j in range(n)]
             new_prompts = [prompts[i] for i in new]
-            logits_GV, ids, logps = decoder.fill(new_prompts, free, uniform_BT[completions])
+            logits_GV, *first = decoder.fill(new_prompts, free, uniform_BT[completions])
             if on_prompts is not None:
                 on_prompts(logits_GV)
-            for slot, i in zip(slots, completions, strict=True):
-                progress.completion_in[slot] = i
-            for slot, token, logp in zip(slots, ids, logps, strict=True):
-                progress.accept(slot, token, logp)
+            for slot, i, token, logp in zip(slots, completions, *first, strict=True):
+                writing[slot] = i
+                accept(slot, token, logp)
         elif len(free) == prompt_slots:
             break
         else:
-            lengths, steps = progress.lengths(), 1
+            lengths = [len(ids[i]) for i in writing if i is not None]
+            steps = 1
             if decoder.captured:
                 steps = min(STEPS_PER_SYNC, max_new_tokens - min(lengths))
             else:
                 decoder.cache.rows_in_use = max(lengths)
-            for ids, logps in zip(*decoder.run(steps), strict=True):
-                for slot, (token, logp) in enumerate(zip(ids, logps, strict=True)):
-                    progress.accept(slot, token, logp)
-    return progress.completions()
+            for step in zip(*decoder.run(steps), strict=True):
+                for slot, (token, logp) in enumerate(zip(*step, strict=True)):
+                    accept(slot, token, logp)
+    found = []
+    for written, logps in zip(ids, logprobs, strict=True):
+        finished = ends_turn(written, processor, stop)
+        found.append(Completion(processor.decode(written), tuple(written), tuple(logps), finished))
+    return found
 
 
 def generate(model, processor, conversations, *, num_samples=1, max_new_tokens, temperature, seed, stop=(), step=0,
