@@ -111,16 +111,6 @@ class Batch:
 INTEGERS = ("ids_N", "positions_3N", "target_row_T", "target_id_T", "target_segment_T")  # tensors of a Batch
 
 
-def join_pinned(tensors):
-    """Tensors of one dtype; those of the CPU as views of one tensor in pinned memory."""
-    here = [x for x in tensors if x.device.type == "cpu"]
-    if not here:
-        return tensors
-    flat = torch.cat([x.flatten() for x in here]).pin_memory()
-    parts = iter(flat.split([x.numel() for x in here]))
-    return [next(parts).view(x.shape) if x.device.type == "cpu" else x for x in tensors]
-
-
 def _pinned_base(tensors):
     """The tensor in pinned memory of which these are all parts, in order; None if there is none."""
     base, end = tensors[0]._base, 0
@@ -131,11 +121,9 @@ def _pinned_base(tensors):
     return base if base is not None and base.is_pinned() and base.numel() == end else None
 
 
-def send(tensors, device):
-    """Tensors of one dtype, on a device. To a GPU those of the CPU go in one copy from pinned memory, for which nothing
-    waits; what join_pinned made is copied as it is."""
-    if torch.device(device).type != "cuda":
-        return [x.to(device) for x in tensors]
+def join_pinned(tensors, device="cpu"):
+    """Tensors of one dtype; those of the CPU as views of one tensor in pinned memory, or of its copy on a GPU, for
+    which nothing waits. What is joined already is copied as it is."""
     here = [x for x in tensors if x.device.type == "cpu"]
     if not here:
         return tensors
@@ -144,6 +132,13 @@ def send(tensors, device):
         flat = torch.cat([x.flatten() for x in here]).pin_memory()
     parts = iter(flat.to(device, non_blocking=True).split([x.numel() for x in here]))
     return [next(parts).view(x.shape) if x.device.type == "cpu" else x for x in tensors]
+
+
+def send(tensors, device):
+    """Tensors of one dtype, on a device. To a GPU those of the CPU go in one copy."""
+    if torch.device(device).type == "cuda":
+        return join_pinned(tensors, device)
+    return [x.to(device) for x in tensors]
 
 
 def pack(items):
