@@ -31,14 +31,9 @@ NO = ("no", "No", "NO", " no", " No")
 @dataclass(frozen=True)
 class Trace:
     example: Example  # whose clip it is about
-    sample: int  # its number among the clip's
+    key: tuple[str, int]  # clip id and its number among the clip's samples, by which verdicts are looked up
     text: str
     record: dict  # its line of traces.jsonl, with "sample" and "unanimous"
-
-    @property
-    def key(self):
-        """(clip id, sample number), by which verdicts are looked up."""
-        return self.example.id, self.sample
 
 
 def run(stage, folder, log):
@@ -103,14 +98,14 @@ def select_traces(stage, examples):
         if clip_id not in examples:
             raise ValueError(f"{stage.traces}: trace {number} is of {clip_id!r}, which is not in {stage.manifest}")
         record = {"sample": counts[clip_id], "unanimous": True, **record}
-        trace = Trace(examples[clip_id], record["sample"], record["text"], record)
-        if trace.key in traces:
-            raise ValueError(f"{stage.traces}: sample {trace.sample} of {clip_id!r} stands twice")
+        key = clip_id, record["sample"]
+        if key in traces:
+            raise ValueError(f"{stage.traces}: sample {record['sample']} of {clip_id!r} stands twice")
         counts[clip_id] += 1
-        traces[trace.key] = trace
+        traces[key] = Trace(examples[clip_id], key, record["text"], record)
     selected = list(traces.values())
     if stage.trace_filter != "all":
-        selected = [trace for trace in selected if trace.sample == 0 or trace.record["unanimous"]]
+        selected = [trace for trace in selected if trace.record["sample"] == 0 or trace.record["unanimous"]]
     if stage.trace_filter == "calibration":  # `limit` traces of as many clips, drawn by seed, clip and sample alone
         drawn = {}
         for trace in sorted(selected, key=lambda trace: hash_seed(stage.seed, *trace.key)):
@@ -199,7 +194,7 @@ def judge_by_endpoint(stage, folder, traces):
     requests = []
     for trace in traces:
         ask = partial(endpoint.messages, trace.example, "audio", stage.prompt, thoughts(trace.text))
-        requests.append(endpoint.Request(f"{trace.example.id}/{trace.sample}", ask))
+        requests.append(endpoint.Request(f"{trace.example.id}/{trace.key[1]}", ask))
     answers = endpoint.ask_endpoint(stage, requests, folder / "endpoint.jsonl", "trace", max_tokens=8, temperature=0.0,
                                     logprobs=stage.logprobs, is_usable=lambda text: yes_no(text) is not None)
     verdicts = []
@@ -265,6 +260,6 @@ def look_up_verdicts(stage, traces):
     known = read_verdicts(stage.verdicts)
     for trace in traces:
         if trace.key not in known:
-            raise ValueError(f"{stage.name}: {stage.verdicts}: no verdict on sample {trace.sample} of "
-                             f"{trace.example.id!r}")
+            clip_id, sample = trace.key
+            raise ValueError(f"{stage.name}: {stage.verdicts}: no verdict on sample {sample} of {clip_id!r}")
     return [known[trace.key] for trace in traces]
