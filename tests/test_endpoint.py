@@ -59,11 +59,12 @@ def expected(count):
     return found
 
 
-def ask(url, path, count=0, requests=None, api_key=KEY, logprobs=False, is_usable=None, **fields):
+def ask(url, path, count=0, requests=None, api_key=KEY, logprobs=False, is_usable=bool, **fields):
     """{key: record} of `count` requests, or of the given ones. Failures alone raise nothing unless max_bad is given."""
-    records = ask_endpoint(stage(url, **fields), asked(count) if requests is None else requests, Path(path), "clip",
-                           max_tokens=512, temperature=0.7, logprobs=logprobs, is_usable=is_usable,
-                           environment={"OPENAI_API_KEY": api_key or ""})
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("OPENAI_API_KEY", api_key or "")
+        records = ask_endpoint(stage(url, **fields), asked(count) if requests is None else requests, Path(path), "clip",
+                               max_tokens=512, temperature=0.7, logprobs=logprobs, is_usable=is_usable)
     return {record["key"]: record for record in records}
 
 
@@ -228,12 +229,16 @@ def test_without_a_key_the_token_for_the_hub_is_not_sent(path, monkeypatch):
         assert endpoint.requests[0].key == "EMPTY"
 
 
-def test_the_key_comes_from_the_variable_that_the_stage_names():
-    assert key_from({"MINE": f" {KEY}\n", "OPENAI_API_KEY": "other"}, "MINE", "s") == KEY
-    assert key_from({"OPENAI_API_KEY": KEY}, "MINE", "s") is None and key_from({"MINE": ""}, "MINE", "s") is None
+def test_the_key_comes_from_the_variable_that_the_stage_names(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "other")
+    assert key_from("MINE", "s") == ""
+    for value, key in ((f" {KEY}\n", KEY), ("", "")):
+        monkeypatch.setenv("MINE", value)
+        assert key_from("MINE", "s") == key
     for bad in (f"{KEY}\n{KEY}", f"“{KEY}”"):
+        monkeypatch.setenv("MINE", bad)
         with pytest.raises(ValueError, match="MINE") as caught:
-            key_from({"MINE": bad}, "MINE", "s")
+            key_from("MINE", "s")
         assert KEY not in str(caught.value)
 
 

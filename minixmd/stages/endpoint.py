@@ -47,13 +47,12 @@ class Request:
     seed: int = 0  # of the server's sampling
 
 
-def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logprobs=False, is_usable=None,
-                 environment=os.environ):
+def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logprobs=False, is_usable=bool):
     """Makes every request that `path` does not answer yet, with a progress bar.
 
     stage: Traces or FactCheck. path: JSONL file that grows by a line an answer: the records below that are not bad.
-    OSError: it cannot. logprobs: ask for the first token's log-probs too. environment: where key_from looks.
-    is_usable: function(text) -> bool; an unusable answer is nonsense. None = any text is usable.
+    OSError: it cannot. logprobs: ask for the first token's log-probs too. is_usable: function(text) -> bool; an
+    unusable answer is nonsense.
     Returns a record a request, in order: {"key", "text", "finished": the model ended its turn}, with log-probs, where
     the server gave any, also "top": {token: logprob}; or {"key", "bad": reason, "detail"}. Raises ValueError: a
     malformed line of `path`; a wrong URL, key or model; more than max_bad failed requests; or an endpoint that is down:
@@ -65,9 +64,9 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
     options = {"model": stage.served, "max_tokens": max_tokens, "temperature": temperature}
     if logprobs:
         options.update(logprobs=True, top_logprobs=TOP_LOGPROBS)
-    client = _Client(stage, key_from(environment, stage.api_key_env, stage.name), options, is_usable)
+    client = _Client(stage, key_from(stage.api_key_env, stage.name), options, is_usable)
     # a ThreadPool's threads are daemons: an interrupt does not wait for their requests, as it would for an executor's
-    pool = ThreadPool(max(1, min(stage.concurrency, len(todo))))
+    pool = ThreadPool(min(stage.concurrency, len(todo)) or 1)
     with pool, tqdm(total=len(requests), initial=len(requests) - len(todo), desc=stage.name, unit=unit) as bar:
         try:
             for record in pool.imap_unordered(client.answer, todo):
@@ -95,12 +94,12 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
     return results
 
 
-def key_from(environment, variable, name):
-    """An environment variable's key, or None. Raises ValueError, naming stage `name` alone, if no header holds it."""
-    key = environment.get(variable, "").strip()
+def key_from(variable, name):
+    """An environment variable's key, or "". Raises ValueError, naming stage `name` alone, if no header holds it."""
+    key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ValueError(f"{name}: environment variable {variable} holds a character that no key has")
-    return key or None
+    return key
 
 
 class _Client:
@@ -154,7 +153,7 @@ class _Client:
         if not isinstance(text, str) or not text.strip() or reason not in ("stop", "length"):
             raise ValueError(f"text {text!r}, finish_reason {reason!r}")
         text.encode()  # half a surrogate pair could not be passed on
-        if self.is_usable is not None and not self.is_usable(text):
+        if not self.is_usable(text):
             raise ValueError(f"text {text!r}")
         record = {"text": text, "finished": reason == "stop"}
         if "logprobs" in self.options and choice.logprobs and choice.logprobs.content:
@@ -219,15 +218,13 @@ def silent_video_part(path):
                     silent.mux(packet)
     except AV_ERRORS as error:
         raise MediaError(path, "unreadable", f"cannot be copied to MP4: {error}") from None
-    return {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{_base64(mp4)}"}}
+    data = base64.b64encode(mp4.getvalue()).decode()
+    return {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}}
 
 
 def audio_part(path):
     """The part of a message that plays a clip: read_audio's 16 kHz mono as a 16-bit WAV, clipped at full scale."""
     wav = io.BytesIO()
     soundfile.write(wav, read_audio(path).numpy(), SAMPLE_RATE, subtype="PCM_16", format="WAV")
-    return {"type": "input_audio", "input_audio": {"data": _base64(wav), "format": "wav"}}
-
-
-def _base64(buffer):
-    return base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(wav.getvalue()).decode()
+    return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
