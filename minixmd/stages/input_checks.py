@@ -63,10 +63,11 @@ def check_stage(stage, read, look_for_clips):
     for name in needed:
         if name in files:
             READERS[name](files[name])
-    if clips and "traces" in files and isinstance(stage, FactCheck):
-        select_traces(stage, {example.id: example for example in clips})
-    if clips and "traces" in files and isinstance(stage, Evaluate):
-        first_traces(stage, clips)
+    if clips and "traces" in files:
+        if isinstance(stage, FactCheck):
+            select_traces(stage, {example.id: example for example in clips})
+        if isinstance(stage, Evaluate):
+            first_traces(stage, clips)
     if clips and "switch" in needed and "switch" in files and isinstance(stage, Distill):
         follows_teacher(stage.gate, clips, stage.switch, stage.manifest)
     if "weights" in files:

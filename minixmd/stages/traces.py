@@ -122,7 +122,8 @@ def sample_locally(stage, folder, examples):
 
 def sample_at_endpoint(stage, folder, examples):
     """As sample_locally, from the stage's endpoint; endpoint.jsonl keeps the answers. A clip without any is bad."""
-    requests, n = [], stage.num_samples
+    requests = []
+    n = stage.num_samples
     for example in examples:
         ask = partial(endpoint.messages, example, stage.media, stage.prompt, "")
         for i in range(n):
