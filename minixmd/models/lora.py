@@ -18,7 +18,7 @@ class Linear(nn.Linear):
         self.scale = 0.0
         self.backend = "torch"  # of the adapter's product: set_backend
         self.casts = None  # what cast_adapters made last
-        self.casts_of = []  # and of what: (lora_A or lora_B, its version then)
+        self.casts_of = []  # and of what: the dtype, (id, version then) of each lora_A and lora_B, and these themselves
 
     def forward(self, x_ND):
         if self.lora_A is None:
@@ -39,12 +39,10 @@ def apply_adapted(x_ND, layers):
     """apply_linears of layers that all carry an adapter, whose cast matrices are kept until an update changes them."""
     tensors = [tensor for layer in layers for tensor in (layer.lora_A, layer.lora_B)]
     first = layers[0]
-    fresh = len(first.casts_of) == len(tensors) and first.casts[0].dtype == x_ND.dtype
-    for (tensor, version), now in zip(first.casts_of, tensors, strict=False):
-        fresh = fresh and tensor is now and version == now._version
-    if not fresh:
+    made_of = [x_ND.dtype, [(id(tensor), tensor._version) for tensor in tensors]]
+    if first.casts_of[:2] != made_of:
         first.casts = cast_adapters(tensors[0::2], tensors[1::2], x_ND.dtype)
-        first.casts_of = [(tensor, tensor._version) for tensor in tensors]
+        first.casts_of = [*made_of, tensors]  # which are kept: no other may get the id of one
     operands = [(layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scale) for layer in layers]
     return lora_linears(x_ND, operands, first.backend, first.casts)
 
