@@ -30,7 +30,7 @@ from minixmd.kernels.logprob import token_logprob_ref
 
 
 class ClipConfig:
-    """Clips the ratio to [1 - clip_low, 1 + clip_high]; beta (0 = off) weighs the KL. ValueError: kl not "k1" or "k3"."""
+    """Clips the ratio to [1 - clip_low, 1 + clip_high]; beta weighs the KL. ValueError: kl not "k1" or "k3"."""
 
     def __init__(self, clip_low, clip_high, beta, kl):
         if kl not in ("k1", "k3"):

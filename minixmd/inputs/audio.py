@@ -76,10 +76,8 @@ def resample(wave_S, rate, sample_rate):
     """Resample float32 samples with libswresample's windowed sinc; no shift in time.
 
     To 16 kHz it measures -0.4 dB at 7 kHz, and tones from 9 kHz up are 60 dB down. Beyond both ends is silence, given
-    explicitly: libswresample alone mirrors the ends and drops a very short input.
-
-    wave_S: (S,) float32 numpy array. Returns (round(S * sample_rate / rate),) float32, halves up; wave_S itself when
-    the rates are equal."""
+    explicitly: libswresample alone mirrors the ends and drops a very short input. wave_S: (S,) float32 numpy array.
+    Returns (round(S * sample_rate / rate),) float32, halves up; wave_S itself when the rates are equal."""
     if rate == sample_rate:
         return wave_S
     common = math.gcd(rate, sample_rate)

@@ -59,8 +59,7 @@ def load_clip(source, kind, options, cache=None):
 
     source: path, 16 kHz mono wave (float tensor (S,)) or frames (uint8 tensor (T, 3, H, W)). kind: "audio", then
     (mel_MA, mel frames that hold sound); or "video", then (frames, (T, 3, H, W) uint8, and how many were picked a
-    second, or None). options: max_s, seconds that are heard; or fps, nframes, min_pixels and max_pixels. Raises
-    MediaError."""
+    second, or None). options: max_s, seconds heard; or fps, nframes, min_pixels, max_pixels. Raises MediaError."""
     given = isinstance(source, torch.Tensor)
     if kind == "video":
         if given:

@@ -155,8 +155,7 @@ def _asf(file, start, size):
 
 
 def _ogg(file, at, size):
-    """A chain of pages. A decoder passes over damaged and missing ones; here their checksums and numbers must be right,
-    and the last page of every stream must say that it is."""
+    """A chain of pages, whose checksums and numbers must be right; each stream's last page must say that it is."""
     last = {}  # stream -> its last page's number and whether it is the stream's end
     while at < size:
         head = _read(file, at, 27 + 255)

@@ -45,7 +45,6 @@ av.logging.set_level(av.logging.PANIC)  # FFmpeg writes its notes straight to st
 
 class MediaError(ValueError):
     """A clip that cannot be used: its path, a reason that can be counted, and a detail. str() is a line with all three.
-
     Reasons: missing, not a file, empty file, unreadable, truncated, wrong length, no audio track, no video track, no
     samples, no frames, no frame rate, not finite, too short, too long, too large, bad shape; of child processes out of
     time, out of memory, crashed."""
@@ -65,9 +64,8 @@ def read_audio(path, *, sample_rate=SAMPLE_RATE, max_s=None):
 
     Channels are averaged (opposite channels cancel), then resampled (`audio.resample`). Values are not clipped to +-1.
     In a file with pictures sample n is heard at n / sample_rate on the video's clock: sound that starts later than they
-    do is preceded by silence, and what is heard before them is left out. Codec priming is dropped; gaps inside the
-    track are closed up. max_s: seconds after which reading stops; None = never. Returns wave_S: (S,) float32, finite,
-    S >= 1. Raises MediaError."""
+    do is preceded by silence, and what is heard before them is left out. Codec priming is dropped, gaps in the track
+    are closed up. max_s: seconds to read; None = all. Returns (S,) float32, finite, S >= 1. Raises MediaError."""
     announced_samples = check_file(path).samples
     with open_media(path, decodes_film=False) as container:
         mono, rate, shift = _read_track(container, path, max_s, announced_samples)
@@ -122,9 +120,8 @@ def read_frames(path, *, fps=1.0, nframes=None, fit=None):
 
     fps: frames to pick per second of video. nframes: a fixed number instead, even and >= 2. fit: function((1, 3, H, W),
     T) that resizes each picked frame at once, so that few large ones are held. Returns (frames_TCHW, (T, 3, H, W) uint8
-    RGB with T even, or 1 for a video of one frame; frames picked per second, or None when the file does not say its
-    rate). Raises MediaError, `too short` when nframes is more than there are; ValueError: fps or nframes out of
-    range."""
+    RGB with T even, or 1 for a video of one frame; frames picked per second, or None if the file does not say its
+    rate). Raises MediaError, `too short` for too large an nframes; ValueError: fps or nframes out of range."""
     sample_frames(1 << 20, 1.0, fps=fps, nframes=nframes)  # a wrong argument is the caller's fault, not the file's
     check_file(path)
     rate, times = _frame_times(path)
@@ -172,8 +169,7 @@ def _frame_times(path):
 
 
 def _decode_times(path, times, convert):
-    """The frames at these time stamps, converted; None if one does not come out. Frames on which no other depends, and
-    which are not wanted, are not decoded."""
+    """The frames at these time stamps, converted; None if one does not come out. Others are decoded only if needed."""
     images, chosen = {}, set(times)
 
     def skip_if_unneeded(packet):
@@ -209,8 +205,7 @@ def _film_frames(path, before_packet=None):
 
 
 def check_file(path):
-    """The file's announced length. Refuses what is missing, no regular file (a pipe would block), empty, cut short, or
-    longer than its header knows."""
+    """Its Announced. Refuses a file that is missing, not regular (a pipe would block), empty, or of another length."""
     try:
         status = os.stat(path)
         is_file = stat.S_ISREG(status.st_mode)
@@ -332,8 +327,7 @@ def _array(frame, path, **options):
 
 
 def _seconds_after_picture(container, first_frame, path):
-    """How much later than the picture the sound starts, below 0 if it starts earlier; 0 without pictures, when the
-    clock is the sound's own."""
+    """How much later than the picture the sound starts, below 0 if it starts earlier; 0 without pictures."""
     track = _film_track(container, path)
     if track is None or first_frame.pts is None:
         return 0.0

@@ -34,8 +34,7 @@ def log_mel(wave_S):
 
 @functools.cache
 def front_end():
-    """The three tensors of `log_mel` by their names in PANN's checkpoints: the windowed Fourier matrix, (257, 1, 512)
-    each half, and the mel filters, (257, 64)."""
+    """`log_mel`'s tensors by their names in PANN's files: a windowed Fourier matrix's halves and filters, (257, 64)."""
     window_S = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(N_FFT) / N_FFT)
     turns_FS = np.outer(np.arange(N_FFT // 2 + 1), np.arange(N_FFT)) % N_FFT / N_FFT
     wave_FS = window_S * np.exp(-2j * np.pi * turns_FS)

@@ -7,8 +7,7 @@ import torch
 
 
 def positions_of(length, blocks):
-    """Positions (3, length) of a sequence. blocks: (first row, offsets_3P) of every stretch of rows that does not
-    advance by one, in any order."""
+    """Positions (3, length) of a sequence. blocks: (first row, offsets_3P) of stretches that do not advance by one."""
     positions_3N = torch.empty(3, length, dtype=torch.int64)
     row = position = 0  # the next of each
     for start, offsets_3P in sorted(blocks, key=lambda block: block[0]):

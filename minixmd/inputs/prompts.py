@@ -12,8 +12,7 @@ from minixmd.inputs.media import MediaError
 
 def build_prompt(processor, example, prompt_format, answer=None, trace="", load=load_clip, max_new_tokens=0):
     """The Prompt that asks an example's question, as a config.PromptFormat says; answer, trace: build_conversation's,
-    load, max_new_tokens: Processor's. Raises MediaError: the clip cannot be used. ValueError: another fault; the
-    example is named."""
+    load, max_new_tokens: Processor's. Raises MediaError: an unusable clip. ValueError, naming the example: all else."""
     conversation = build_conversation(example, media=prompt_format.media, prompt=prompt_format.template, answer=answer,
                                       trace=trace, video_options=prompt_format.video_options)
     try:
@@ -27,9 +26,8 @@ def build_prompt(processor, example, prompt_format, answer=None, trace="", load=
 def prefetch(function, items, on_bad, *, load=load_clip, reading=None, ahead=16, workers=None):
     """function(item, load) for every item, in order, computed by threads up to `ahead` items early.
 
-    load: function(path, …) that reads a file; `function` is given it Contained. reading: config.ClipReading, with whose
-    cache `load` is called if it has one. workers: files read at a time; None = num_workers().
-    on_bad(item, error) takes the place of a MediaError."""
+    load: function(path, …) that reads a file; `function` is given it Contained. reading: config.ClipReading, whose
+    cache `load` uses. workers: files read at a time; None = num_workers(). on_bad(item, error): for a MediaError."""
     items = iter(items)
     if reading is not None and reading.cache is not None:
         load = partial(load, cache=Cache(reading.cache, reading.cache_gib))
@@ -52,8 +50,7 @@ def prefetch(function, items, on_bad, *, load=load_clip, reading=None, ahead=16,
 
 
 def cut_by_tokens(lengths, most):
-    """Numbers of items in lists, each of at most `most` tokens: the longest item first, each into the first list that
-    has room for it. A longer item goes alone."""
+    """Numbers of items in lists of at most `most` tokens: the longest first, each into the first list that has room."""
     cuts, rooms = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         for cut, room in enumerate(rooms):

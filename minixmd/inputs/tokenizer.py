@@ -19,8 +19,7 @@ VIDEO_DEFAULTS = {"fps": 1.0, "min_pixels": 100_352, "max_pixels": 262_144, "nfr
 
 
 def common_vocab_size(processor, labels_path):
-    """How many ids, from 0 on, stand for the same string to a model and to the teacher of some labels, whose
-    tokenizer.json lies beside labels_path."""
+    """How many ids from 0 on are the same string to a model and to a teacher whose tokenizer is beside labels_path."""
     ours, theirs = processor.tokenizer, Tokenizer.from_file(str(Path(labels_path).parent / "tokenizer.json"))
     count = min(max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1 for tokenizer in (ours, theirs))
     return next((i for i in range(count) if ours.id_to_token(i) != theirs.id_to_token(i)), count)

@@ -35,8 +35,7 @@ def packed_attention(q_NHK, k_NJK, v_NJK, segments, causal=True):
 
 @cache
 def varlen_options():
-    """{causal (bool): the keywords by which varlen_attn is told what rows see}; None where this version of torch has no
-    varlen_attn, or one whose arguments are not known here."""
+    """{causal (bool): varlen_attn's keywords for what rows see}; None where torch has none, or one unknown here."""
     known = inspect.signature(varlen_attn).parameters if varlen_attn else {}
     if "window_size" in known and "enable_gqa" in known:
         return {True: {"window_size": (-1, 0), "enable_gqa": True}, False: {"enable_gqa": True}}

@@ -22,8 +22,7 @@ DECODER = ("model.", "lm_head.")  # prefixes of the decoder's parameters; all ot
 
 
 class MultimodalLM(nn.Module):
-    """Returns the hidden states of all N rows, never logits: the vocabulary is far wider than the model, so only the
-    rows that need it go through `logits` or `head_loss`."""
+    """Returns the hidden states of all N rows; only the rows that need it go through `logits` or `head_loss`."""
 
     def __init__(self, config):
         super().__init__()

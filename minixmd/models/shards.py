@@ -63,8 +63,7 @@ def tensor_files(folder, family):
 
 def read_headers(folder, family):
     """({published name: TensorInfo}, {name: fault}) of the parts that are built, from the headers alone. A fault is a
-    tensor in two shards, or not where the index says. Raises ValueError: a missing or truncated file, or an unusable
-    index."""
+    tensor in two shards, or not where the index says. Raises ValueError: a missing or broken file or index."""
     folder, index = Path(folder), _read_index(Path(folder))
     infos, faults, place = {}, {}, {}
     for file in tensor_files(folder, family):

@@ -136,8 +136,7 @@ def _with_dtype(section, dtype):
 
 def save_adapter(model, base, folder):
     """Write the model's adapter in PEFT's format, with transformers 5 module paths (of Omni: the thinker class's).
-    base: what it stands on, recorded for `load` and PEFT: a path, or "owner/name@revision" on the hub; an adapter there
-    stands for its own base with it merged."""
+    base: what it stands on, recorded for `load` and PEFT: a path or "owner/name@revision", of a model or an adapter."""
     layers = adapted(model)
     pairs = {name: {"lora_A": layer.lora_A, "lora_B": layer.lora_B} for name, layer in layers.items()}
     first = next(iter(layers.values()))
@@ -165,8 +164,7 @@ def digest_of(folder):
 
 def write_adapter(folder, config, pairs, path_of):
     """Write an adapter as PEFT does. config: adapter_config.json, but for target_modules. pairs: {our module name:
-    {"lora_A": (R, in), "lora_B": (out, R)}}. path_of: Family.transformers_path, or Family.checkpoint_name for programs
-    of transformers 4's time."""
+    {"lora_A": (R, in), "lora_B": (out, R)}}. path_of: Family.transformers_path, or checkpoint_name for version 4."""
     tensors, targets = {}, []
     for name, pair in sorted(pairs.items()):
         path = path_of(name)
