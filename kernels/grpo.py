@@ -16,8 +16,8 @@ over rows n = (i, t), where weight holds 1 / (G |o_i|), or the factor of another
 With one ratio per sequence (GSPO), exp of the mean of logp - old over its rows, c depends on all rows of the sequence.
 Then logprob.row_stats, grpo_coefficient on (N,) vectors and logprob.logits_grad do the same in three steps.
 
-Bytes per row, with V columns of i bytes and a gradient of o bytes: (2i + o)V, as in those three steps; what one kernel
-saves is about 50 launches on (N,) vectors, some 0.1 ms. Counted, not measured on a GPU.
+Bytes per row, with V columns of i bytes and a gradient of o bytes: (2i + o)V, as in those three steps, which take about
+50 more launches on (N,) vectors.
 Dims: N rows (tokens), V vocabulary, S sequences, Z listed suppressed ids.
 """
 import torch

@@ -6,8 +6,7 @@
 in fp32, rounded once to x's dtype. The gradient of a rotation is the rotation back, by -sin; nothing but the angles is
 kept for it. cos and sin have no gradient.
 
-Bytes per row of H query and J key heads of K elements of i bytes: 2 i (H + J) K, and 4 K for the angles, of which one
-half is read. Eager moves 36 bytes an element at i = 2, against 4. Counted, not measured on a GPU.
+Bytes per row, elements of i bytes, counted: 2 i (H + J) K, and 4 K of angles; eager moves nine times as many at i = 2.
 Dims: N rows (tokens), H query and J key heads, K head size (even).
 """
 import torch

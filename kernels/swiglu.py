@@ -2,8 +2,7 @@
 
     y = silu(g) u, silu(g) = g σ(g)        du = silu(g) dy        dg = σ(g) (1 + g (1 - σ(g))) u dy
 
-in fp32, rounded once to the dtype. Bytes an element of i bytes: 3 i forward, 5 i backward. Eager moves 5 i and 8 i, and
-keeps silu(g), i bytes more, until the backward pass. Counted, not measured on a GPU.
+in fp32, rounded once to the dtype. Bytes an element of i bytes, counted: 3 i forward, 5 i backward; eager 5 i and 8 i.
 Dims: N rows (tokens), F hidden width.
 """
 import torch

@@ -153,8 +153,7 @@ def _limit_memory():
     """Lets this process allocate MAX_BYTES more than it has now; no limit where the system does not say how much."""
     status = Path("/proc/self/status")
     in_use = re.search(r"VmData:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    if in_use is None:
-        return
-    soft = (int(in_use[1]) << 10) + MAX_BYTES
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (soft if hard < 0 else min(soft, hard), hard))  # below 0: unlimited
+    if in_use is not None:
+        soft = (int(in_use[1]) << 10) + MAX_BYTES
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft if hard < 0 else min(soft, hard), hard))  # below 0: unlimited

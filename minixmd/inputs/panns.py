@@ -24,12 +24,10 @@ def log_mel(wave_S):
         raise ValueError(f"log_mel needs a 1-D floating-point wave, got {wave_S.dtype} {tuple(wave_S.shape)}")
     if len(wave_S) <= N_FFT // 2:
         raise ValueError(f"too short: {len(wave_S)} samples, {N_FFT // 2 + 1} are needed")
-    real_F1S, imag_F1S, mel_FM = (tensor.to(wave_S.device) for tensor in front_end().values())
+    *matrices_F1S, mel_FM = (tensor.to(wave_S.device) for tensor in front_end().values())
     wave_11S = F.pad(wave_S.float()[None, None], (N_FFT // 2, N_FFT // 2), mode="reflect")
-    real_FA = F.conv1d(wave_11S, real_F1S, stride=HOP)[0]
-    imag_FA = F.conv1d(wave_11S, imag_F1S, stride=HOP)[0]
-    power_AM = (real_FA ** 2 + imag_FA ** 2).T @ mel_FM
-    return 10 * power_AM.clamp(min=FLOOR).log10()
+    power_FA = sum(F.conv1d(wave_11S, matrix_F1S, stride=HOP)[0] ** 2 for matrix_F1S in matrices_F1S)
+    return 10 * (power_FA.T @ mel_FM).clamp(min=FLOOR).log10()
 
 
 @functools.cache
