@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import published_config
 
-from minixmd.models.families import FAMILIES, read_config
+from minixmd.models.families import FAMILIES, FRONT_END, read_config
 from minixmd.models.multimodal import MultimodalLM
 
 CONFIGS = Path(__file__).parent / "configs"  # as published; the last three are rebuilt from public quotations
@@ -62,6 +62,9 @@ def test_absent_fields_take_the_references_defaults(kind):
                 found = getattr(section, names.get(field, field) if part is ours.vision else field)
                 assert value == (tuple(found) if isinstance(found, list) else found), field
                 compared += 1
+        for field, values in FRONT_END.items() if part else ():
+            assert getattr(section, field, values[0]) in values, field
+            compared += hasattr(section, field)
     assert compared > 13 and ours.tie_word_embeddings == getattr(theirs, "tie_word_embeddings", False)
 
 

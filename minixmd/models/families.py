@@ -31,7 +31,6 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class AudioConfig:
-    num_mel_bins: int = 128
     encoder_layers: int = 32
     encoder_attention_heads: int = 20
     encoder_ffn_dim: int = 5120
@@ -47,10 +46,6 @@ class VisionConfig:
     width: int = 1280  # E
     out_width: int = 3584  # the decoder's D
     num_heads: int = 16
-    in_channels: int = 3
-    patch_size: int = 14
-    spatial_merge_size: int = 2
-    temporal_patch_size: int = 2
     mlp_ratio: float | None = 4  # blocks of LayerNorm and a plain MLP of this many times the width
     intermediate_size: int | None = None  # or blocks of RMSNorm and a gated MLP of this width
     window_size: int | None = None  # side of an attention window in pixels; None = every block sees the whole frame
@@ -162,7 +157,8 @@ OMNI = replace(OMNI_THINKER, model_type="qwen2_5_omni", section="thinker_config"
 FAMILIES = {family.model_type: family for family in (QWEN2_AUDIO, QWEN2_VL, QWEN2_5_VL, OMNI_THINKER, OMNI)}
 
 CONFIG_FIELDS = read_json(Path(__file__).with_name("config_fields.json"))  # how those that build nothing are taken
-FRONT_END = {"num_mel_bins": 128, "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+FRONT_END = {"num_mel_bins": [128], "in_channels": [3], "patch_size": [14], "spatial_merge_size": [2],
+             "temporal_patch_size": [2]}  # minixmd.inputs knows no others
 LARGEST = {"num_hidden_layers": 500, "encoder_layers": 500, "depth": 500, "mlp_ratio": 100, "rope_theta": 1e12}
 LISTS = {"mrope_section": ("positive ints", 1), "fullatt_block_indexes": ("block numbers", 0)}  # of what, the least
 
@@ -224,30 +220,29 @@ def _text_section(family, section, path, ignored):
 def _read_fields(family, defaults, section, path, ignored):
     """A section of config.json, which may be None, as a dataclass. path: its place, such as "vision_config.". ignored:
     list to which unknown fields are added."""
+    section = section or {}
     there = [f for f in fields(defaults) if getattr(defaults, f.name) is not None]
     known = {family.vision_names.get(f.name, f.name): f for f in there}  # by their names in config.json
     plain_vision = isinstance(defaults, VisionConfig) and defaults.window_size is None
-    allowed = {**CONFIG_FIELDS["allowed"], "hidden_act": ("quick_gelu",) if plain_vision else ("silu",)}
+    allowed = {**CONFIG_FIELDS["allowed"], **FRONT_END, "hidden_act": ("quick_gelu",) if plain_vision else ("silu",)}
     values = {}
-    for name, value in _flatten_rope(section or {}, path).items():
+    for name, value in _flatten_rope(section, path).items():
         if value is None:
             continue
+        implemented = True
         if name in known:
             values[known[name].name] = _checked_value(name, value, known[name].type, path)
-            implemented = value == FRONT_END.get(name, value)
         elif name in allowed:
             implemented = value in allowed[name]
         elif name == "layer_types":
             implemented = isinstance(value, list) and value == ["full_attention"] * len(value)
-        else:
-            implemented = True
-            if name not in CONFIG_FIELDS["inert"] and not name.startswith("_"):
-                ignored.append(path + name)
+        elif name not in CONFIG_FIELDS["inert"] and not name.startswith("_"):
+            ignored.append(path + name)
         if not implemented:
-            must = f"; it must be {FRONT_END[name]}" if name in FRONT_END else ""
+            must = f"; it must be {FRONT_END[name][0]}" if name in FRONT_END else ""
             raise ValueError(f"config.json: {path}{name} = {value!r} is not implemented{must}")
     read = replace(defaults, **values)
-    head_dim = (section or {}).get("head_dim")
+    head_dim = section.get("head_dim")
     if isinstance(read, TextConfig) and head_dim not in (None, read.hidden_size // read.num_attention_heads):
         raise ValueError(f"config.json: {path}head_dim = {head_dim!r} is not implemented")
     return read

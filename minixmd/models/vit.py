@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from minixmd.inputs.batch import consecutive_segments
+from minixmd.inputs.image import MERGE, PATCH, SIDE, TEMPORAL
 from minixmd.kernels.rotary import rotate
 from minixmd.models.attention import packed_attention
 from minixmd.models.checkpointing import run_block
@@ -19,8 +20,8 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        size = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(config.in_channels, config.width, size, stride=size, bias=False)
+        size = (TEMPORAL, PATCH, PATCH)
+        self.proj = nn.Conv3d(3, config.width, size, stride=size, bias=False)
 
     def forward(self, patches_PC):
         weight_EC = self.proj.weight.flatten(1)
@@ -92,7 +93,7 @@ class Merger(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.width = config.width * config.spatial_merge_size**2
+        self.width = config.width * MERGE**2
         self.ln_q = _norm(config)
         self.mlp = nn.Sequential(Linear(self.width, self.width), nn.GELU(), Linear(self.width, config.out_width))
 
@@ -113,15 +114,14 @@ class ViT(nn.Module):
         """cos, sin (P, K) fp32 in the order of the patches, merge block by merge block. The first half of the
         frequencies turns by the patch's row, the second by its column."""
         half = self.config.width // self.config.num_heads // 2
-        merge = self.config.spatial_merge_size
         device = media[0].features.device
         frequencies = 1.0 / 10000.0 ** (torch.arange(0, half, 2, device=device).float() / half)
         positions = []
         for clip in media:
             t, h, w = clip.grid_thw
-            sizes = (h // merge, w // merge, merge, merge)  # rows and columns of blocks, then those inside a block
+            sizes = (h // MERGE, w // MERGE, MERGE, MERGE)  # rows and columns of blocks, then those inside a block
             place_P4 = torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
-            row_and_column_P2 = merge * place_P4[:, :2] + place_P4[:, 2:]
+            row_and_column_P2 = MERGE * place_P4[:, :2] + place_P4[:, 2:]
             positions.append(row_and_column_P2.repeat(t, 1))
         position_P2 = torch.cat(positions).float()
         angle_PK = (position_P2[..., None] * frequencies).flatten(1).repeat(1, 2)
@@ -139,8 +139,7 @@ class ViT(nn.Module):
             return self.merger(x_PE)
         order, windows = self._windows(grids)
         order = order.to(x_PE.device)
-        patches = self.config.spatial_merge_size**2  # of a merged token
-        rows_P = (patches * order[:, None] + torch.arange(patches, device=order.device)).flatten()
+        rows_P = (MERGE**2 * order[:, None] + torch.arange(MERGE**2, device=order.device)).flatten()
         x_PE, cos_PK, sin_PK = x_PE[rows_P], cos_PK[rows_P], sin_PK[rows_P]
         for i, block in enumerate(self.blocks):
             segments = frames if i in self.config.fullatt_block_indexes else windows
@@ -150,16 +149,15 @@ class ViT(nn.Module):
     def _windows(self, grids):
         """The merged tokens of clips in window order, and the windows as Segments of patches. Windows are squares, cut
         from a frame's top left corner; those at the right and lower edge hold what is left."""
-        merge = self.config.spatial_merge_size
-        side = self.config.window_size // self.config.patch_size // merge
+        side = self.config.window_size // SIDE
         orders, lengths, first = [], [], 0
         for t, h, w in grids:
-            number_hw = torch.arange(h * w // merge**2).view(h // merge, w // merge)
+            number_hw = torch.arange(h * w // MERGE**2).view(h // MERGE, w // MERGE)
             windows = []
             for rows in number_hw.split(side):
                 windows += [window.flatten() for window in rows.split(side, dim=1)]
             frame_start_t = first + number_hw.numel() * torch.arange(t)
             orders.append((frame_start_t[:, None] + torch.cat(windows)).flatten())
-            lengths += [merge**2 * len(window) for window in windows] * t
+            lengths += [MERGE**2 * len(window) for window in windows] * t
             first += t * number_hw.numel()
         return torch.cat(orders), consecutive_segments(lengths)

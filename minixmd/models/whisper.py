@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minixmd.inputs.audio import MELS
 from minixmd.inputs.batch import consecutive_segments
 from minixmd.models.attention import packed_attention
 from minixmd.models.checkpointing import run_block
@@ -55,7 +56,7 @@ class Whisper(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.conv1 = nn.Conv1d(config.num_mel_bins, config.d_model, 3, padding=1)
+        self.conv1 = nn.Conv1d(MELS, config.d_model, 3, padding=1)
         self.conv2 = nn.Conv1d(config.d_model, config.d_model, 3, stride=2, padding=1)
         if config.n_window is None:
             self.embed_positions = nn.Embedding(config.max_source_positions, config.d_model)
