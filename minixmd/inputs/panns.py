@@ -18,12 +18,7 @@ FLOOR = 1e-10  # power of silence: -100 dB
 
 def log_mel(wave_S):
     """The log-mel frames of a whole clip, in dB: (S // 160 + 1, 64) float32, >= -100. wave_S: (S,) float32, 16 kHz
-    mono. Raises ValueError: not 1-D floating point, or 256 samples (16 ms) or fewer, too short to be mirrored at its
-    ends. Source: torchlibrosa 0.1.0 Spectrogram and LogmelFilterBank; tests/test_cnn14.py compares."""
-    if wave_S.dim() != 1 or not wave_S.is_floating_point():
-        raise ValueError(f"log_mel needs a 1-D floating-point wave, got {wave_S.dtype} {tuple(wave_S.shape)}")
-    if len(wave_S) <= N_FFT // 2:
-        raise ValueError(f"too short: {len(wave_S)} samples, {N_FFT // 2 + 1} are needed")
+    mono, S > 256. Source: torchlibrosa 0.1.0 Spectrogram and LogmelFilterBank; tests/test_cnn14.py compares."""
     *matrices_F1S, mel_FM = (tensor.to(wave_S.device) for tensor in front_end().values())
     wave_11S = F.pad(wave_S.float()[None, None], (N_FFT // 2, N_FFT // 2), mode="reflect")
     power_FA = sum(F.conv1d(wave_11S, matrix_F1S, stride=HOP)[0] ** 2 for matrix_F1S in matrices_F1S)

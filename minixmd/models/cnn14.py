@@ -18,7 +18,6 @@ from minixmd.models.shards import open_safetensors, tensor_faults
 from minixmd.runs.seeds import hash_seed
 
 CHANNELS = (64, 128, 256, 512, 1024, 2048)
-MIN_FRAMES = 32  # five poolings by 2 leave one
 DROP_CONV, DROP_FC = 0.2, 0.5
 STRIPES, TIME_STRIPE, MEL_STRIPE = 2, 64 / 1001, 8  # the widest: a share of the frames (64 of 10 s) and mel bins
 
@@ -51,13 +50,11 @@ class Cnn14(nn.Module):
         self.fc_audioset = nn.Linear(channels[-1], classes)
 
     def forward(self, logmel_BAM):
-        """Logits (B, K); the original's outputs are their sigmoid."""
+        """Logits (B, K) of A >= 32 frames (after five poolings 1); the original's outputs are their sigmoid."""
         return self.fc_audioset(self.embed(self.normalise(logmel_BAM)))
 
     def normalise(self, logmel_BAM):
         """Every mel bin by its own mean and variance, (B, 1, A, M). Augmentations go between this and `embed`."""
-        if logmel_BAM.shape[1] < MIN_FRAMES:
-            raise ValueError(f"too short: {logmel_BAM.shape[1]} frames of 10 ms, Cnn14 needs {MIN_FRAMES}")
         return self.bn0(logmel_BAM[..., None].transpose(1, 2)).permute(0, 3, 2, 1)
 
     def embed(self, x_B1AM, generator=None):
@@ -126,15 +123,14 @@ def make_cnn14(classes, width, seed, weights=None):
         model = Cnn14(classes, width)
     model.to_empty(device="cpu")
     for name, t in model.state_dict().items():
-        if name in front_end():
-            t.copy_(front_end()[name])
-        elif t.ndim > 1:
+        if t.ndim > 1:
             fan_in, fan_out = t[0].numel(), t[:, 0].numel()
             bound = (6 / (fan_in + fan_out)) ** 0.5
             generator = torch.Generator().manual_seed(hash_seed(seed, name))
             t.copy_(torch.rand(t.shape, generator=generator) * 2 * bound - bound)
         else:
             t.fill_(1 if name.endswith(("weight", "running_var")) else 0)
+    model.load_state_dict(front_end(), strict=False)
     if weights:
         load_weights(model, weights, head=False)
     return model
