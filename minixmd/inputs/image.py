@@ -24,9 +24,7 @@ def sample_frames(total, video_fps, *, fps=1.0, nframes=None):
     fps are 8 frames. A video of one frame, which qwen-vl-utils refuses, gives that frame; `patchify` repeats it.
 
     total: frames that decode, >= 1. video_fps: their average rate, in 1/s. fps: frames to choose per second; unused
-    when nframes is given. nframes: a fixed count, even, >= 2, <= total. Raises ValueError: an argument out of range."""
-    if total < 1:
-        raise ValueError(f"total must be at least 1 frame, got {total}")
+    when nframes is given. nframes: a fixed count, even, >= 2, <= total. ValueError: one but total out of range."""
     if nframes is not None:
         if nframes < TEMPORAL or nframes % TEMPORAL:
             raise ValueError(f"nframes must be an even number >= 2, got {nframes}")
