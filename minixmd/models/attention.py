@@ -18,14 +18,11 @@ except ImportError:  # of torch before 2.10
 def packed_attention(q_NHK, k_NJK, v_NJK, segments, causal=True):
     """softmax(q kᵀ / sqrt(K)) v, where a segment's rows see all rows of its parent and their own segment.
 
-    Args:
-        q_NHK: (N, H, K) queries. k_NJK, v_NJK: (N, J, K) keys and values; J divides H.
-        segments: Segments in packed order that cover the N rows; parents stand before their children.
-        causal: rows see their own segment up to themselves; False, for encoders, needs parentless segments.
-    Returns (N, H, K), of q's dtype.
-    """
+    q_NHK: (N, H, K) queries. k_NJK, v_NJK: (N, J, K) keys and values; J divides H. segments: Segments in packed order
+    that cover the N rows; parents stand before their children. causal: rows see their own segment up to themselves;
+    False, for encoders, needs parentless segments. Returns (N, H, K), of q's dtype."""
     at_once = q_NHK.is_cuda and q_NHK.element_size() == 2 and q_NHK.shape[2] % 8 == 0
-    if at_once and varlen_options() is not None and runs_flash(q_NHK.device):
+    if at_once and takes_varlen(q_NHK.device):
         return attend_at_once(q_NHK, k_NJK, v_NJK, segments, causal)
     return attend_by_runs(q_NHK, k_NJK, v_NJK, segments, causal)
 
@@ -43,8 +40,10 @@ def varlen_options():
 
 
 @cache
-def runs_flash(device):
-    """Whether varlen_attn's kernels run there: not on a GPU older than an A100."""
+def takes_varlen(device):
+    """Whether varlen_attn can be used there: not on a GPU older than an A100."""
+    if varlen_options() is None:
+        return False
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -52,7 +51,7 @@ def describe_attention(stage):
     """Such as ", attention in one call a layer, without cuDNN", of a stage that runs a model on a GPU; else ""."""
     if not hasattr(stage, "backend") or resolve_device(stage.name, stage.device) != "cuda":
         return ""
-    if stage.dtype != "float32" and varlen_options() is not None and runs_flash(torch.device("cuda")):
+    if stage.dtype != "float32" and takes_varlen(torch.device("cuda")):
         return ", attention in one call a layer, without cuDNN"
     why = "in float32" if stage.dtype == "float32" else f"torch {torch.__version__} has no varlen_attn for this GPU"
     return f", attention in a call for each run of like segments ({why}), without cuDNN"
@@ -108,8 +107,8 @@ def attend_by_runs(q_NHK, k_NJK, v_NJK, segments, causal=True):
     """packed_attention by one scaled-dot-product call a run of segments of one length and parent."""
     runs = [list(run) for _, run in groupby(segments, key=lambda s: (s.length, s.parent))]
     q_runs, k_runs, v_runs = (_split(x, runs) for x in (q_NHK, k_NJK, v_NJK))
-    keys = list(chain.from_iterable(k_runs))  # of each segment
-    values = list(chain.from_iterable(v_runs))
+    keys = list(chain(*k_runs))  # of each segment
+    values = list(chain(*v_runs))
     outputs = []
     for run, q, k, v in zip(runs, q_runs, k_runs, v_runs, strict=True):
         mask_TS, parent = None, run[0].parent

@@ -17,8 +17,7 @@ class Linear(nn.Linear):
         self.register_parameter("lora_B", None)  # (out, R) fp32
         self.scale = 0.0
         self.backend = "torch"  # of the adapter's product: set_backend
-        self.casts = None  # what cast_adapters made last
-        self.casts_of = []  # and of what: the dtype, (id, version then) of each lora_A and lora_B, and these themselves
+        self.casts = None  # what cast_adapters made last, and of what: apply_adapted
 
     def forward(self, x_ND):
         if self.lora_A is None:
@@ -40,11 +39,10 @@ def apply_adapted(x_ND, layers):
     tensors = [tensor for layer in layers for tensor in (layer.lora_A, layer.lora_B)]
     first = layers[0]
     made_of = [x_ND.dtype, [(id(tensor), tensor._version) for tensor in tensors]]
-    if first.casts_of[:2] != made_of:
-        first.casts = cast_adapters(tensors[0::2], tensors[1::2], x_ND.dtype)
-        first.casts_of = [*made_of, tensors]  # which are kept: no other may get the id of one
+    if first.casts is None or first.casts[1] != made_of:  # the tensors are kept: no other may get the id of one
+        first.casts = cast_adapters(tensors[0::2], tensors[1::2], x_ND.dtype), made_of, tensors
     operands = [(layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scale) for layer in layers]
-    return lora_linears(x_ND, operands, first.backend, first.casts)
+    return lora_linears(x_ND, operands, first.backend, first.casts[0])
 
 
 def named_linears(model):
@@ -99,5 +97,4 @@ def merge_lora(model):
     for layer in adapted(model).values():
         layer.weight.copy_(layer.weight.float() + layer.scale * (layer.lora_B @ layer.lora_A))
         layer.lora_A = layer.lora_B = layer.casts = None
-        layer.casts_of = []
         layer.scale = 0.0
