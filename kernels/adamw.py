@@ -176,13 +176,10 @@ def _adamw_kernel(
 def adamw_update(p, grad, state, t, *, lr, betas, eps, weight_decay, backend="triton"):
     """One AdamW update, in place, of a parameter and its state. No value of a tensor is read on the CPU.
 
-    Args:
-        p: fp32 | bf16, contiguous. grad: fp32 | bf16, of its shape; not written to.
-        state: tensors as in state_layout; other keys are left alone. t: number of the update, 1 of the first.
-        lr, betas, eps, weight_decay: Python floats. backend: "triton" | "torch".
-    Raises ValueError: tensors that do not fit, or another backend.
-    Source: torch.optim.AdamW; tests/test_adamw.py compares both backends with fp64.
-    """
+    p: fp32 | bf16, contiguous. grad: fp32 | bf16, of its shape; not written to. state: tensors as in state_layout, and
+    others that are left alone. t: number of the update, 1 of the first. lr, betas, eps, weight_decay: Python floats.
+    backend: "triton" | "torch". Raises ValueError: tensors that do not fit, or another backend.
+    Source: torch.optim.AdamW; tests/test_adamw.py compares both backends with fp64."""
     kinds = (torch.float32, torch.bfloat16)
     if p.dtype not in kinds or grad.dtype not in kinds or p.shape != grad.shape or not p.is_contiguous():
         raise ValueError(f"adamw_update needs a contiguous parameter and a gradient of its shape, fp32 or bf16, got "

@@ -131,8 +131,7 @@ def decode_attention(q_BHK, prompt_k_GJPK, prompt_v_GJPK, prompt_length_G, k_BJC
         length_B: (B,) int64 in [0, C]. Lengths are not checked: it would synchronise. "triton" reads nothing past a
             length and wants the last two dims packed; "torch" multiplies values there by 0, so they must be finite.
         backend: "triton" | "torch".
-    Returns (B, H, K) in q's dtype. Raises ValueError: shapes that do not fit together, strides, or backend.
-    """
+    Returns (B, H, K) in q's dtype. Raises ValueError: shapes that do not fit together, strides, or backend."""
     (B, H, K), (G, J, P, _), C = q_BHK.shape, prompt_k_GJPK.shape, k_BJCK.shape[2]
     shapes = [tuple(x.shape) for x in (prompt_k_GJPK, prompt_v_GJPK, k_BJCK, v_BJCK, prompt_length_G, length_B)]
     if B % G or H % J or shapes != [(G, J, P, K)] * 2 + [(B, J, C, K)] * 2 + [(G,), (B,)]:

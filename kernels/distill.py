@@ -104,8 +104,7 @@ def distill_kl_grad(student_NV, teacher_NW, weight_N, common_vocab, suppressed_Z
         out_NV: (N, V) fp32 | bf16 | fp16, unit stride in V: takes weight_N[n] dloss[n]/dstudent. None = no gradient. It
             may be student_NV itself, which is then overwritten, but must not share memory with it otherwise.
     Returns (loss_N, student_dropped_N, teacher_dropped_N), (N,) fp32, not differentiable; shares are in [0, 1]. Raises
-    ValueError for a wrong shape, stride, common_vocab, temperature or backend.
-    """
+    ValueError for a wrong shape, stride, common_vocab, temperature or backend."""
     logit_rows.check(student_NV, common_vocab, temperature, backend, weight_N, out_NV=out_NV)
     logit_rows.check(teacher_NW, common_vocab, temperature, backend)
     if len(teacher_NW) != len(student_NV):

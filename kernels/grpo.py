@@ -136,8 +136,7 @@ def grpo_rows(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, clip_config,
     Returns (logp_N, entropy_N, (loss_N, ratio_N, clipped_N, kl_N)), each (N,) fp32 and not differentiable. loss_N is
         before the weight; clipped_N is 1 where clipping stops the gradient of the first term; kl_N is 0 without a
         reference. The last four are 0 where the weight is. Raises as logprob.row_stats, and for beta without ref_N.
-    Source: SightSound-R1, equation 2; tests/test_grpo_kernel.py compares with TRL's formulas and grpo_loss_ref in fp64.
-    """
+    Source: SightSound-R1, equation 2; tests/test_grpo_kernel.py compares with TRL's formulas and grpo_loss_ref."""
     vectors = id_N, old_N, ref_N, advantage_N, weight_N
     vocab_limit = logit_rows.check(logits_NV, vocab_limit, temperature, backend, *vectors, out_NV=out)
     if clip_config.beta and ref_N is None:

@@ -108,8 +108,7 @@ def row_stats(logits_NV, index_N, temperature=1.0, suppressed_Z=None, vocab_limi
     Returns (logp_N, entropy_N, max_N, logsum_N), each (N,) fp32 and not differentiable (see logits_grad). logp_N <= 0
         and entropy_N >= 0 are in nats; max_N is the largest allowed logit, and max_N / temperature + logsum_N the row's
         log-sum-exp. Where every allowed logit is -inf, logp_N is -inf and the entropy is meaningless.
-    Raises ValueError for a wrong shape, stride, temperature, vocab_limit or backend.
-    """
+    Raises ValueError for a wrong shape, stride, temperature, vocab_limit or backend."""
     vocab_limit = logit_rows.check(logits_NV, vocab_limit, temperature, backend, index_N)
     N, V = logits_NV.shape
     stats_4N = torch.empty(4, N, device=logits_NV.device, dtype=torch.promote_types(logits_NV.dtype, torch.float32))
@@ -146,11 +145,9 @@ def logits_grad(logits_NV, index_N, stats, coef_N, temperature=1.0, suppressed_Z
                 backend="triton", out=None):
     """The gradient of sum_n coef_N[n] logp_N[n] with respect to the logits, written to `out`, which is returned.
 
-    Args and errors as row_stats, whose result for them is `stats`, and
-        coef_N: (N,) fp32; a row whose coefficient is 0 gets exact zeros.
-        out: (N, V) of any float dtype, unit stride in V; None = a new tensor in the logits' dtype. It may be logits_NV
-            itself, which is then overwritten, but must not share memory with it otherwise.
-    """
+    Args and errors as row_stats, whose result for them is `stats`. coef_N: (N,) fp32; a row whose coefficient is 0 gets
+    exact zeros. out: (N, V) of any float dtype, unit stride in V; None = a new tensor in the logits' dtype. It may be
+    logits_NV itself, which is then overwritten, but must not share memory with it otherwise."""
     vocab_limit = logit_rows.check(logits_NV, vocab_limit, temperature, backend, index_N, coef_N, out_NV=out)
     (N, V), (_, _, max_N, logsum_N) = logits_NV.shape, stats
     out_NV = torch.empty_like(logits_NV) if out is None else out

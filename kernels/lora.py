@@ -25,13 +25,10 @@ FUSED_D = 2048  # inputs up to which backend="triton" computes y in one kernel: 
 def lora_linear_ref(x_ND, w_FD, bias_F, a_RD, b_FR, scale):
     """A linear layer plus `scale` times its rank-R update, in plain PyTorch.
 
-    Args:
-        x_ND: (N, D) fp32 | bf16 | fp16, or fp64 for ground truth; sets the dtype of the matmuls and of the result.
-        w_FD, bias_F: (F, D), and (F,) or None, of any of these dtypes; cast to x's at the matmul.
-        a_RD, b_FR: (R, D) and (F, R) fp32, cast likewise, so their gradients arrive in fp32. scale: lora_alpha / rank.
-    Returns: (N, F) in x's dtype.
-    Source: Hu et al. 2021, equation 3; PEFT's LoRA layer for fp32 inputs.
-    """
+    x_ND: (N, D) fp32 | bf16 | fp16, or fp64 for ground truth; sets the dtype of the matmuls and of the result, (N, F).
+    w_FD, bias_F: (F, D), and (F,) or None, of any of these dtypes; cast to x's at the matmul. a_RD, b_FR: (R, D) and
+    (F, R) fp32, cast likewise, so their gradients arrive in fp32. scale: lora_alpha / rank.
+    Source: Hu et al. 2021, equation 3; PEFT's LoRA layer for fp32 inputs."""
     dtype = x_ND.dtype
     base_NF = F.linear(x_ND, w_FD.to(dtype), None if bias_F is None else bias_F.to(dtype))
     xa_NR = F.linear(x_ND, a_RD.to(dtype))

@@ -111,13 +111,10 @@ def _rows(x_ND):
 def rms_norm(x_ND, w_D, eps, added_ND=None, backend="triton"):
     """RMSNorm of x, or of x + added.
 
-    Args:
-        x_ND: (N, D) fp32 | bf16 | fp16. w_D: (D,) of the same dtype. added_ND: of x's shape and dtype, or None.
-        backend: "triton" | "torch".
-    Returns (y_ND, s_ND): the normed rows, and what was normed, x itself without `added`. Both differentiable.
-    Raises ValueError: shapes, dtypes or backend that do not fit.
-    Source: tests/test_passes.py compares both backends with fp64.
-    """
+    x_ND: (N, D) fp32 | bf16 | fp16. w_D: (D,) of the same dtype. added_ND: of x's shape and dtype, or None. backend:
+    "triton" | "torch". Returns (y_ND, s_ND): the normed rows, and what was normed, x itself without `added`. Both
+    differentiable. Raises ValueError: shapes, dtypes or backend that do not fit.
+    Source: tests/test_passes.py compares both backends with fp64."""
     fit = x_ND.ndim == 2 and w_D.shape == x_ND.shape[1:] and (added_ND is None or added_ND.shape == x_ND.shape)
     if not fit or any(t is not None and t.dtype != x_ND.dtype for t in (w_D, added_ND)):
         raise ValueError(f"rms_norm needs rows, a gain and an addend of one dtype that fit, got {tuple(x_ND.shape)} of "

@@ -87,12 +87,10 @@ class _Rotate(torch.autograd.Function):
 def rotate(q_NHK, k_NJK, cos_NK, sin_NK, backend="triton"):
     """Queries and keys, rotated, of their dtype.
 
-    Args:
-        q_NHK, k_NJK: (N, H, K) and (N, J, K) of one dtype, fp32 | bf16 | fp16; rows may be strided.
-        cos_NK, sin_NK: (N, K) fp32, contiguous, each angle in both halves; not differentiated.
-        backend: "triton" | "torch". Raises ValueError for another, or an odd K.
-    Source: tests/test_passes.py compares both backends with fp64, tests/test_models.py with transformers.
-    """
+    q_NHK, k_NJK: (N, H, K) and (N, J, K) of one dtype, fp32 | bf16 | fp16; rows may be strided. cos_NK, sin_NK: (N, K)
+    fp32, contiguous, each angle in both halves; not differentiated. backend: "triton" | "torch". Raises ValueError for
+    another, or an odd K.
+    Source: tests/test_passes.py compares both backends with fp64, tests/test_models.py with transformers."""
     if backend not in ("triton", "torch") or q_NHK.shape[-1] % 2:
         raise ValueError(f"rotate needs backend 'triton' or 'torch' and an even head size, got {backend!r} and "
                          f"{q_NHK.shape[-1]}")

@@ -53,10 +53,8 @@ def uniforms(seed, step, key, sample, count):
 def sample(logits_BV, uniform_B, temperature, suppressed_ids):
     """Inverse-CDF draw from softmax(logits / temperature) without the suppressed ids; temperature 0 takes the largest.
 
-    Args:
-        logits_BV: (B, V) fp32. uniform_B: (B,) fp64 in [0, 1), not read at temperature 0. suppressed_ids: (X,) int64.
-    Returns ids (B,) int64 and their log-probabilities (B,) fp32 (at temperature 1 when temperature is 0).
-    """
+    logits_BV: (B, V) fp32. uniform_B: (B,) fp64 in [0, 1), not read at temperature 0. suppressed_ids: (X,) int64.
+    Returns ids (B,) int64 and their log-probabilities (B,) fp32 (at temperature 1 when temperature is 0)."""
     logits_BV = logits_BV.index_fill(1, suppressed_ids, -torch.inf)
     logp_BV = F.log_softmax(logits_BV / (temperature or 1.0), dim=-1)
     if temperature == 0:
@@ -99,10 +97,8 @@ class Decoder:
     def fill(self, prompts, prompt_slots, uniform_BT):
         """Prefills prompts into prompt slots and draws the first token of their completions.
 
-        Args:
-            prompts: G Prompts. prompt_slots: their slots. uniform_BT: the uniforms of their G num_samples completions.
-        Returns the logits after each prompt (G, V), and lists of the first tokens' ids and log-probabilities.
-        """
+        prompts: G Prompts. prompt_slots: their slots. uniform_BT: the uniforms of their G num_samples completions.
+        Returns the logits after each prompt (G, V), and lists of the first tokens' ids and log-probabilities."""
         n = self.num_samples
         batch = pack(prompts)
         lengths_G = torch.tensor([len(prompt) for prompt in prompts])
@@ -182,11 +178,9 @@ def decode(model, processor, prompts, uniform_BT, *, num_samples=1, max_new_toke
            stop=(), decode_slots=None, backend=None, captured=True, on_token=None, on_prompts=None):
     """num_samples Completions of each Prompt, in order, in one list; arguments as generate, and
 
-        uniform_BT: (num_samples len(prompts), max_new_tokens) fp64, the numbers that choose the tokens; None at
-            temperature 0.
-        suppressed_ids: ids that are never sampled, a list or an int64 tensor.
-        on_prompts: called as on_prompts(logits_GV) with the logits that follow the next G prompts.
-    """
+    uniform_BT: (num_samples len(prompts), max_new_tokens) fp64, the numbers that choose the tokens; None at temperature
+    0. suppressed_ids: ids that are never sampled, a list or an int64 tensor. on_prompts: function(logits_GV) that takes
+    the logits that follow the next G prompts."""
     n = num_samples
     num_completions = n * len(prompts)
     prompt_slots = len(prompts)
@@ -264,8 +258,7 @@ def generate(model, processor, conversations, *, num_samples=1, max_new_tokens, 
         captured: on a GPU "triton" also captures the step as a CUDA graph, which runs no hooks of the model's modules;
             False = each step launches its kernels.
     Returns a list of num_samples Completions for each conversation. Raises ValueError: an argument out of its range, a
-    conversation that the processor refuses, a prompt past the model's limit, or logits that are not finite.
-    """
+    conversation that the processor refuses, a prompt past the model's limit, or logits that are not finite."""
     low, high = TEMPERATURES
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")

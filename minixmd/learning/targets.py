@@ -27,8 +27,7 @@ def resolve_targets(stage, examples):
     answers; Distill learns what the gate says (label_items).
 
     Raises ValueError: an example without an answer, labels, decisions or traces of other clips, labels without stored
-    logits, or nothing left to learn.
-    """
+    logits, or nothing left to learn."""
     if isinstance(stage, SFT) and stage.traces is not None:
         items, counts = trace_items(examples, stage.manifest, stage.traces, stage.trace_filter)
     elif isinstance(stage, SFT) or isinstance(stage, GRPO) and stage.teacher_labels is None:

@@ -174,13 +174,11 @@ class _Head(torch.autograd.Function):
 def head_loss(hidden_ND, head_VD, row_T, row_loss, chunk=CHUNK):
     """Sum over targets of weight * loss, never with more than `chunk` rows of logits (but see PolicyLoss.lengths).
 
-    Args:
-        hidden_ND: (N, D) from the model. head_VD: (V, D) the LM head's weight, of the same dtype. Both differentiable.
-        row_T: (T,) which row predicts each target of row_loss; rows may repeat.
-    Returns (loss, {column: (T,)}): the differentiable sum, and each target's own values (fp32, detached, not weighted).
-    Raises ValueError: there is no target, or the row loss has another number of them.
-    Source: tests/test_head.py compares values and gradients with plain PyTorch in fp64, bench/check_trl.py with TRL.
-    """
+    hidden_ND: (N, D) from the model. head_VD: (V, D) the LM head's weight, of the same dtype. Both differentiable.
+    row_T: (T,) which row predicts each target of row_loss; rows may repeat. Returns (loss, {column: (T,)}): the
+    differentiable sum, and each target's own values (fp32, detached, not weighted). Raises ValueError: there is no
+    target, or the row loss has another number of them.
+    Source: tests/test_head.py compares values and gradients with plain PyTorch in fp64, bench/check_trl.py with TRL."""
     count = len(row_T)
     if count == 0:
         raise ValueError("the batch has no target to learn from")

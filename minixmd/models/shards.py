@@ -41,7 +41,7 @@ def open_safetensors(path):
 
 def _read_index(folder):
     """{tensor: file} of a folder's index; None without an index."""
-    path = folder / INDEX
+    path = Path(folder, INDEX)
     if not path.is_file():
         return None
     weight_map = read_json(path).get("weight_map")
@@ -57,14 +57,14 @@ def _read_index(folder):
 
 def tensor_files(folder, family):
     """Names of the files that hold anything that is built, in order."""
-    index = _read_index(Path(folder)) or {"": SINGLE}
+    index = _read_index(folder) or {"": SINGLE}
     return sorted({file for name, file in index.items() if not name.startswith(tuple(family.skipped))})
 
 
 def read_headers(folder, family):
     """({published name: TensorInfo}, {name: fault}) of the parts that are built, from the headers alone. A fault is a
     tensor in two shards, or not where the index says. Raises ValueError: a missing or broken file or index."""
-    folder, index = Path(folder), _read_index(Path(folder))
+    folder, index = Path(folder), _read_index(folder)
     infos, faults, place = {}, {}, {}
     for file in tensor_files(folder, family):
         with open_safetensors(folder / file) as shard:
@@ -102,7 +102,7 @@ def skipped_parts(folder, family):
     """{part: number of tensors} of what the checkpoint holds beyond the model that is built, as Omni's talker."""
     if not family.skipped:
         return {}
-    names = _read_index(Path(folder))
+    names = _read_index(folder)
     if names is None:
         with open_safetensors(Path(folder) / SINGLE) as file:
             names = file.keys()

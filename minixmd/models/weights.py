@@ -61,8 +61,7 @@ def load_model(folder, *, device="cpu", dtype=torch.float32):
     the model, and no parameter keeps a file open.
 
     folder: config.json and model.safetensors (or shards with their index; those that hold nothing that is built need
-    not be there). Raises ValueError: unsupported config; a broken file; or all tensors that do not fit.
-    """
+    not be there). Raises ValueError: unsupported config; a broken file; or all tensors that do not fit."""
     folder = Path(folder)
     config = config_of(folder)
     model = build(config).requires_grad_(False)
@@ -98,8 +97,7 @@ def save_model(model, processor_folder, folder, shard_bytes=SHARD_BYTES):
     loads the folder, so a kill leaves no mixture.
 
     processor_folder: where the tokenizer's files are; may be `folder`. shard_bytes: the largest size of a weight file.
-    Raises ValueError: the model carries an adapter, or `folder` holds one.
-    """
+    Raises ValueError: the model carries an adapter, or `folder` holds one."""
     folder, family = Path(folder), model.config.family
     if adapted(model):
         raise ValueError("save_model writes plain weights: merge the adapter first (merge_lora)")

@@ -56,8 +56,7 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
     Returns a record a request, in order: {"key", "text", "finished": the model ended its turn}, with log-probs, where
     the server gave any, also "top": {token: logprob}; or {"key", "bad": reason, "detail"}. Raises ValueError: a
     malformed line of `path`; a wrong URL, key or model; more than max_bad failed requests; or an endpoint that is down:
-    3 * concurrency requests in a row without an answer, through its fault, or through any if it has given none at all.
-    """
+    3 * concurrency requests in a row without an answer, through its fault, or any if it has given none at all."""
     records = read_endpoint_answers(path)
     todo = [request for request in requests if request.key not in records]
     answered, failed_in_a_row = len(records), 0
