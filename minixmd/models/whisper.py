@@ -91,10 +91,7 @@ class Whisper(nn.Module):
             else:
                 mels = m.features[:, :m.frames].split(2 * self.config.n_window, dim=1)
                 chunks += [(mel_MA, mel_MA.shape[1]) for mel_MA in mels]
-        if self.config.n_window is None:
-            positions_AE = self.embed_positions.weight
-        else:
-            positions_AE = sinusoids(self.config.n_window, self.config.d_model, media[0].features.device)
+        positions_AE = self.positions(media[0].features.device)
         rows, lengths = [], []
         for (frames, _), run in groupby(chunks, key=lambda chunk: (chunk[1], chunk[0].shape)):
             A = (frames + 1) // 2
@@ -105,6 +102,11 @@ class Whisper(nn.Module):
             rows.append(x_BAE.flatten(0, 1))
             lengths += [A] * len(mel_BMA)
         return torch.cat(rows), lengths
+
+    def positions(self, device):
+        if self.config.n_window is None:
+            return self.embed_positions.weight
+        return sinusoids(self.config.n_window, self.config.d_model, device)
 
 
 def sinusoids(length, width, device="cpu"):
