@@ -120,11 +120,6 @@ def check_prompt(prompt, needs=("options",)):
         raise ConfigError(f"config: prompt {prompt!r} must hold the placeholder {missing[0]!r}")
 
 
-def check_stop(stop):
-    if "" in stop:
-        raise ConfigError("config: a stop string must not be empty, got ''")
-
-
 def _parse(annotation, text):
     """The value of a command-line text; ValueError or KeyError if it has none of that type."""
     origin, inner = get_origin(annotation), get_args(annotation)

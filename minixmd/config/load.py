@@ -53,7 +53,6 @@ def load_config(source, overrides=()):
 
 
 def _find(source):
-    """The file of a config: a path, or the bare name of a bundled recipe."""
     path, folder = Path(source), Path(__file__).parents[1] / "recipes"
     if path.suffix == ".py" or path.name != str(source):
         if not path.is_file():

@@ -3,7 +3,7 @@ import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from minixmd.config.field_checks import ConfigError, check_prompt, check_stop, check_unused, stage
+from minixmd.config.field_checks import ConfigError, check_prompt, check_unused, stage
 from minixmd.config.prompts import AUDIO_COT_PROMPT, CHECK_PROMPT, PROMPT, THINK_PROMPT, ClipReading, PromptFormat
 
 Count = Annotated[int, ">= 1"]
@@ -30,7 +30,6 @@ class _Local:
     max_bad: Share = 0.01  # share of bad clips (of FactCheck: traces) above which the stage fails; 1 = never
     device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto" is CUDA where there is one
     seed: NonNegativeInt = 0  # of all randomness in the stage: new weights, data order, sampling, augmentation
-    # how clips are read
     allow_outside: bool = False  # whether a manifest may name files beside its folder and that of prepare_*'s clips
     clip_limit_s: Annotated[float, "> 0", "<= 86400"] = 60.0  # seconds that reading a file may take, in a child process
     cache: str | None = None  # folder that keeps what was read of a clip (inputs/clips.py); None = none
@@ -63,7 +62,6 @@ class _Cnn14:
 @stage
 class _Prompted(_LocalModel):
     """Fields of every stage that puts questions about clips to a model."""
-    # what is asked
     model: str  # folder, hub name or "@stage"
     manifest: str  # JSONL file
     media: Media = "audio"  # "audio" | "video" | "both", one after the other | "sounded", a video with its track (Omni)
@@ -78,6 +76,8 @@ class _Prompted(_LocalModel):
         if self.min_pixels > self.max_pixels:
             raise ConfigError(f"config: min_pixels {self.min_pixels} is more than max_pixels {self.max_pixels}")
         check_prompt(self.prompt, placeholders)
+        if "" in getattr(self, "stop", ()):
+            raise ConfigError("config: a stop string must not be empty, got ''")
 
     @property
     def prompt_format(self):
@@ -90,8 +90,7 @@ class Evaluate(_Prompted):
     """A model's accuracy on a manifest."""
     batch_tokens: Count = 8192  # tokens packed into a forward pass
     # how it answers
-    answer: Literal["letters", "generate"] = "letters"  # "letters": the letter with the largest logit | "generate":
-    # what the model writes, with the letters' accuracy beside it
+    answer: Literal["letters", "generate"] = "letters"  # the letter with the largest logit | what it writes, too
     max_new_tokens: Annotated[int, ">= 2"] = 32  # tokens of a written answer: at least a letter and the end of turn
     rule: Literal["option", "mmau"] = "option"  # how it is read: letter or most similar option | by MMAU's own rule
     num_samples: Count = 1  # answers sampled, of which the most frequent counts; 1 = one
@@ -103,7 +102,6 @@ class Evaluate(_Prompted):
         super().check(("options",) if self.traces is None else ("options", "trace"))
         if self.answer == "letters":
             check_unused(self, "answer 'letters'", "rule num_samples temperature stop")
-        check_stop(self.stop)
         if self.num_samples > 1 and self.temperature == 0:
             raise ConfigError(f"config: num_samples {self.num_samples} at temperature 0.0 would give equal answers")
 
@@ -170,11 +168,9 @@ class Traces(_Prompted, _Endpoint):
 @stage
 class FactCheck(_LocalModel, _Endpoint, _Cnn14):
     """Hears the clip of each trace and accepts or rejects what it says (audio-grounded fact verification)."""
-    # what is judged
     traces: str  # "@traces"
     manifest: str  # JSONL file of the clips
-    trace_filter: Literal["used", "all", "calibration"] = "used"  # "used", first traces and unanimous ones | "all" |
-    # "calibration", `limit` of them
+    trace_filter: Literal["used", "all", "calibration"] = "used"  # first and unanimous ones | all | `limit` of them
     limit: Annotated[int, ">= 2"] | None = None  # traces of "calibration", at most one a clip, drawn by seed
     checker: Literal["model", "endpoint", "verifier", "verdicts"] = "model"  # "verifier" is a small network trained on
     # another checker's verdicts; "verdicts" reads verdicts that exist
@@ -207,7 +203,6 @@ class FactCheck(_LocalModel, _Endpoint, _Cnn14):
 @stage
 class Switch(_Local, _Cnn14):
     """A Cnn14 that predicts, per clip, whether the teacher beats the student; it decides for every clip of a split."""
-    # what it learns from and decides on
     teacher: str  # results on the analysis split, "@evaluate"
     student: str  # results on the same split, "@evaluate"
     manifest: str  # JSONL file of that split, with labels; its audio is heard, whatever the two models perceive
@@ -229,8 +224,7 @@ class _Training(_Prompted):
     max_steps: Count | None = None  # optimizer steps, of GRPO rollouts; None = epochs decide
     batch_size: Count = 8  # sequences an optimizer step; of GRPO prompts
     micro_batch_tokens: Count = 8192  # tokens a forward pass, packed by length; a clip that makes more is bad
-    checkpointing: Literal["auto", "on", "off"] = "auto"  # "on": of a block the input is kept, and the
-    # backward pass computes the rest again | "auto": on a GPU
+    checkpointing: Literal["auto", "on", "off"] = "auto"  # keeps a block's input alone; "auto": on a GPU
     lr: Positive = 1e-4  # peak
     warmup_ratio: Share = 0.1  # share of the steps; 0 = off
     weight_decay: NonNegative = 0.0  # 0 = off
@@ -264,8 +258,7 @@ class Distill(_Training):
     teacher_labels: str | None = None  # "@label"; needed unless the gate is "never"
     student_labels: str | None = None  # the student's own letters, "@label"; None = no anti-forgetting loss
     switch: str | None = None  # "@switch"; what the gates "learned" and "oracle" look up
-    gate: Literal["always", "never", "learned", "oracle"] = "always"  # which clips follow the teacher; "oracle": by the
-    # true class
+    gate: Literal["always", "never", "learned", "oracle"] = "always"  # who follows the teacher; "oracle": by class
     teacher_loss: Literal["ce", "kl", "kl+ce"] = "ce"  # on the teacher's letter | to its stored logits | their sum
     temperature: Positive = 2.0  # of the KL
 
@@ -328,7 +321,6 @@ class GRPO(_Training):
 
     def check(self):
         super().check()
-        check_stop(self.stop)
         if self.decode_slots is not None and self.decode_slots < self.group_size:
             raise ConfigError(f"config: decode_slots {self.decode_slots} is below group_size {self.group_size}")
         if self.beta == 0:
