@@ -498,8 +498,8 @@ def test_a_stages_disk_is_what_it_writes(cls, more, models, tmp_path):
     trainer.step = 2
     trainer.save()
     trainer.publish()
-    disk = costs.disk_of(stage, estimate(stage, plan.model, plan.prompt))
-    for estimated, pattern in ((disk.state, "*.safetensors"), (disk.stays, "best/*.safetensors")):
+    stays, state = costs.disk_of(stage, estimate(stage, plan.model, plan.prompt))
+    for estimated, pattern in ((state, "*.safetensors"), (stays, "best/*.safetensors")):
         written = sum(file.stat().st_size for file in folder.glob(pattern))
         assert estimated == pytest.approx(written, rel=0.05, abs=20_000)  # their headers
 

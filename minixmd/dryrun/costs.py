@@ -1,5 +1,4 @@
 """From a stage's Phases: which cards have room for it, what to lower where one has none, its hours, and its disk."""
-from dataclasses import dataclass
 from math import ceil
 
 from minixmd.config import GRPO, TRAINING
@@ -126,20 +125,14 @@ def stage_hours(stage, phases, clips, others):
     return seconds / 3600
 
 
-@dataclass(frozen=True)
-class Disk:
-    """Bytes of a stage that trains."""
-    stays: int = 0  # best/
-    state: int = 0  # what it resumes from, which goes when it is finished; twice that while it saves
-
-
 def disk_of(stage, phases):
+    """(bytes that a stage leaves, those that it resumes from, which go when it is finished: twice them as it saves)."""
     size = {phase.name: phase.bytes for phase in phases}
     if "training" in size:
-        return Disk(state=size["training"]["weights"] + size["training"]["optimizer"])
+        return 0, size["training"]["weights"] + size["training"]["optimizer"]
     if "update" not in size:
-        return Disk()
+        return 0, 0
     trained = size["optimizer"]["gradients"]  # as many bytes as the weights that train
     best = trained if stage.val_manifest else 0  # of an earlier step
-    return Disk(trained if stage.trainable == "lora" else size["update"]["weights"],
-                trained + size["update"]["optimizer"] + best)
+    stays = trained if stage.trainable == "lora" else size["update"]["weights"]
+    return stays, trained + size["update"]["optimizer"] + best

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from string import ascii_uppercase
-from types import MappingProxyType
 
 from jinja2 import Environment, FileSystemLoader
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -37,7 +36,7 @@ NO_EFFECT_ON_MEMORY = frozenset(  # fields of stages; of "traces" and "val_manif
     "name model manifest val_manifest prompt teacher_labels student_labels switch gate traces trace_filter rule limit "
     "threshold lr warmup_ratio weight_decay max_grad_norm betas eps epochs max_steps eval_every save_every max_bad "
     "seed completions_every".split())
-NO_CLIPS = MappingProxyType({})  # no manifest is here
+NO_CLIPS = {}  # no manifest is here
 TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
 
 
