@@ -38,7 +38,8 @@ def train_checker(folder, seed, log):
             is_true = rng.random() < 0.5
             others = labels_of[group if rng.random() < 0.5 else "all"] - {label}
             thought = label if is_true else rng.choice(sorted(others))
-            prompts.append(check_prompt(processor, contexts[i], THOUGHT.format(thought=thought), is_true))
+            text = CHECK_PROMPT.format(trace=THOUGHT.format(thought=thought))
+            prompts.append(answer_prompt(processor, contexts[i], text, "yes" if is_true else "no"))
         batch = pack(prompts)
         row_loss = CrossEntropy(batch.target_id_T, batch.target_weight_T / len(batch.target_id_T), "torch")
         loss, columns = model.head_loss(model(batch), batch.target_row_T, row_loss)
@@ -49,8 +50,3 @@ def train_checker(folder, seed, log):
         fit.step(loss, lr, first_loss)
     log({"phase": "checker", "steps": STEPS, "loss": fit.last_loss()})
     save_model(model, processor.folder, folder / "checker")
-
-
-def check_prompt(processor, context, trace, is_true):
-    """A Prompt that shows a clip and a trace, asks whether it is true, and answers yes or no."""
-    return answer_prompt(processor, context, CHECK_PROMPT.format(trace=trace), "yes" if is_true else "no")

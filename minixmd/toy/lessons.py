@@ -1,5 +1,5 @@
-"""Training sequences for the toy models, and the optimizer loop of their phases. Every clip is decoded and tokenized
-once: its context, a Prompt up to the question. Each step asks with new options."""
+"""Training sequences of the toy models, and their optimizer. A clip is read once: its context, a Prompt up to the
+question. Each step asks with new options."""
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,6 @@ THOUGHT = "I hear {thought}."
 
 @dataclass(frozen=True)
 class QAFormat:
-    """How a question is asked and answered."""
     prompt: str  # format string, as in Evaluate
     answer: str  # over {thought}, a name, and last the choice, one token: {letter} or " {name}" of the right option
 
@@ -41,8 +40,7 @@ class Lesson:
 
 
 def make_lesson(processor, context, options, right, letters, qa_format, thought=None):
-    """A Lesson about a context. options: names; right: index of the right one; letters: of the options. thought: the
-    name in the chain of thought; None = the right one."""
+    """right: index of the right one of the options. thought: name in the chain of thought; None = the right one."""
     text = qa_format.prompt.format(
         question=QUESTION,
         options="\n".join(map("{}. {}".format, letters, options)),
@@ -90,7 +88,7 @@ def lesson_loss(model, lessons):
 
 
 def cut_context(processor, prompt):
-    """A Prompt of a user turn, without the turn's end."""
+    """A user turn without its end."""
     length = len(prompt) - len(processor.encode(TURN_END))
     return Prompt(prompt.ids_N[:length], prompt.positions_3N[:, :length], prompt.media)
 

@@ -1,6 +1,5 @@
-"""The toy models before training: tokenizer and processor files, config.json, and random weights. They are published
-families in small: one decoder, two encoders, and two tokenizers that agree up to <|im_end|>, but not beyond it.
-<model_type>.json holds a family's config files."""
+"""The toy models before training, published families in small: one decoder, two encoders, and two tokenizers that agree
+up to <|im_end|>, but not beyond it. <model_type>.json holds a family's config files."""
 import json
 import math
 import re
@@ -50,7 +49,7 @@ def train_tokenizer():
 
 
 def write_processor(folder, model_type):
-    """Writes tokenizer.json, tokenizer_config.json, generation_config.json and preprocessor_config.json of a family."""
+    """Writes the tokenizer of a family and what a Processor reads beside it."""
     config = family_file(model_type, "tokenizer_config.json")
     tokenizer = train_tokenizer()
     tokenizer.add_special_tokens([config["pad_token"], *config["additional_special_tokens"]])

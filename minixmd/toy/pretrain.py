@@ -1,7 +1,7 @@
 """Stage Toy: makes the world (world.py) and trains the two models that start out in it, from random weights.
 
-Trained on clips alone a model does not learn to answer by letter: nothing teaches its decoder what the options are for.
-So training is a curriculum, whose phases 2 to 4 use the base split only:
+Trained on clips alone a decoder does not learn what the options are for. So training is a curriculum, whose phases 2 to
+4 use the base split only:
 
 1. text QA: the decoder, which both models share, learns the question on text, first with two options, then with more;
    the category's name, repeated, stands in for the clip
@@ -77,9 +77,9 @@ def run(stage, folder, log):
     language = folder / "language.safetensors"
     if not language.exists():
         write_safetensors(language, train_text_qa(folder, stage.seed, log))
-    for name in MODEL_TYPE:
+    for name, model_type in MODEL_TYPE.items():
         if not (folder / name / "config.json").exists():  # written last
-            model, processor = new_model(folder / name, MODEL_TYPE[name], stage.seed)
+            model, processor = new_model(folder / name, model_type, stage.seed)
             load_decoder(model, load_file(language))
             training = ClipTraining(name, model, processor, folder, stage.seed, log)
             training.align_tower()
@@ -143,7 +143,7 @@ def train_text_qa(folder, seed, log):
 
 
 def text_lesson(processor, rng, num_options, repeats, qa_format):
-    """A lesson in which the right option's name, repeated `repeats` times, stands in for the clip."""
+    """A lesson of phase 1."""
     options = rng.choice(NAMES, num_options, replace=False)
     right = rng.integers(num_options)
     letters = sorted(rng.choice(list(LETTERS), num_options, replace=False))
@@ -152,7 +152,7 @@ def text_lesson(processor, rng, num_options, repeats, qa_format):
 
 
 class ClipTraining:
-    """Phases 2 to 4 of one model, on the base split."""
+    """Phases 2 to 4 of one model."""
 
     def __init__(self, name, model, processor, folder, seed, log):
         self.name = name

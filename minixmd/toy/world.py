@@ -6,8 +6,8 @@ A clip shows one of 29 categories. Its pitch, loudness, position, size and noise
     eye     two clusters of seven that share a loud sound and differ by a faint tone: easy to see, hard to hear
     ear     one cluster of seven that shares a look and differs by a faint background pattern: easy to hear, hard to see
 
-The faint cue is in every clip; it is hard because a model needs many clips to find it. A clip is a pure function of
-(seed, split, category, number), so an interrupted run continues with the same world.
+The faint cue is in every clip, but a model needs many to find it. A clip is a pure function of (seed, split, category,
+number), so an interrupted run continues with the same world.
 """
 import io
 from dataclasses import dataclass, replace
