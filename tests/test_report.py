@@ -258,7 +258,6 @@ def test_gains_are_paired_and_stand_in_the_page(whole):
 def test_groups_by_hand():
     lead = {"a": 0.5, "b": 0.1, "c": -0.2, "d": 0.0, "e": 0.3, "f": -0.2, "g": 0.1}
     assert list(groups(lead).values()) == [["a", "e", "b"], ["c", "f"], ["d", "g"]]  # a third, rounded up
-    assert list(groups(lead, most=1).values()) == [["a"], ["c"], ["d"]]
     many = {f"{i:03}": (i - 100) / 286 for i in range(286)}
     ahead, behind, rest = groups(many).values()
     assert ahead == [f"{i}" for i in range(285, 275, -1)] and behind == [f"{i:03}" for i in range(10)]

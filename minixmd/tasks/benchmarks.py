@@ -51,8 +51,7 @@ def vote(texts, options, rule, letters=True):
     read = [meant(text, options, rule, letters) for text in texts]
     voted = []
     for index, _ in read:
-        equal = [option for i, option in enumerate(options) if same(options, i, index, rule)]
-        voted.append(equal[0] if equal else None)
+        voted.append(next((option for i, option in enumerate(options) if same(options, i, index, rule)), None))
     votes = Counter(option for option in voted if option is not None)
     winner = voted.index(votes.most_common(1)[0][0]) if votes else 0  # of equals, the one that was counted first
     return winner, *read[winner], dict(votes)
@@ -102,7 +101,7 @@ def benchmark_of(examples):
 
 
 def mmau_table(metas, rights):
-    """{"all": rights, "task" | "difficulty" | "sub_category": {name: rights}} of the Examples' metas and booleans."""
+    """{"all": rights, "task" | "difficulty" | "sub_category": {name: rights}} of Examples' metas and booleans."""
     table = {"all": list(rights)}
     for field in FIELDS["mmau"]:
         table[field] = _group([meta[field] for meta in metas], rights)
@@ -123,7 +122,7 @@ def music_table(metas, rights):
 
 
 def _group(names, rights):
-    groups = {name: [] for name in sorted(set(names))}
+    groups = {name: [] for name in sorted(names)}
     for name, right in zip(names, rights, strict=True):
         groups[name].append(right)
     return groups

@@ -121,10 +121,10 @@ def leads(a, b):
     return {name: a[name]["accuracy"] - b[name]["accuracy"] for name in a if name in b}
 
 
-def groups(lead, most=10):
+def groups(lead):
     """{title: class names} by leads, {class: the teacher's accuracy less the student's}. The groups are disjoint, of at
-    most `most` classes (10 as in the paper's Figures 1 and 3) and a third of all. A tie is broken by name."""
-    size = min(most, -(-len(lead) // 3))
+    most 10 classes (as in the paper's Figures 1 and 3) and a third of all. A tie is broken by name."""
+    size = min(10, -(-len(lead) // 3))
     by_name = sorted(lead)
     ahead = [name for name in sorted(by_name, key=lead.get, reverse=True)[:size] if lead[name] > 0]
     behind = [name for name in sorted(by_name, key=lead.get)[:size] if lead[name] < 0]
