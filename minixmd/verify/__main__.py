@@ -36,10 +36,9 @@ CHECKS = {  # functions of a Subject that return an Outcome
 
 @torch.no_grad()
 def run_check(name, subject):
-    """A check's Outcome. What it raises is a failure: a broken checkpoint may break anywhere."""
     try:
         return CHECKS[name](subject)
-    except Exception as error:
+    except Exception as error:  # a failure: a broken checkpoint may break anywhere
         return Outcome(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", "no error", False)
 
 

@@ -32,8 +32,8 @@ def tensors(subject):
         if not torch.equal(row, p[:1]):
             faults.append(f"{name} differs")
     skipped = [f"{part}'s {count} skipped" for part, count in skipped_parts(folder, config.family).items()]
-    measured = "; ".join([f"{len(found)} of {len(parameters)}", *skipped, *faults[:3]])
-    return Outcome(measured, "all, none besides", not faults)
+    measured = [f"{len(found)} of {len(parameters)}", *skipped, *faults[:3]]
+    return Outcome("; ".join(measured), "all, none besides", not faults)
 
 
 def dtypes(subject):

@@ -1,6 +1,5 @@
-"""Checks of equalities that hold for a right model whatever its weights, up to rounding: what shares a call, a cache or
-a file changes no number. 16-bit weights round at every layer (random models of 28 layers: 2.0 % against transformers,
-1.7 % between two forms of our own), so float32 is the sharper proof."""
+"""Equalities that hold for a right model whatever its weights, up to rounding. 16-bit weights round at every layer
+(random models of 28 layers: 2.0 % against transformers, 1.7 % between two forms of our own): float32 proves more."""
 import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,8 +31,7 @@ def placeholders(subject):
             total += features
             if count != features:
                 faults.append(f"{count} for {features}")
-    measured = "; ".join([f"{total} features", *faults[:3]])
-    return Outcome(measured, "one each", not faults)
+    return Outcome("; ".join([f"{total} features", *faults[:3]]), "one each", not faults)
 
 
 def encoders(subject):
@@ -193,7 +191,6 @@ def difference(a, b):
 
 @contextmanager
 def without_adapter(model):
-    """Takes the model's adapter off within its block."""
     kept = {m: (m.lora_A, m.lora_B, m.scale) for m in adapted(model).values()}
     detach(model)
     try:

@@ -100,8 +100,7 @@ class Subject:
 
 
 def choose_clips(family, audios, videos):
-    """{kind: media parts} of the kinds that a family takes: the given files, and synthetic clips up to two. Raises
-    ValueError for a file of another kind."""
+    """{kind: the given files and synthetic clips up to two, as media parts}; ValueError for a kind not taken."""
     clips = {}
     for kind, files in (("audio", audios), ("video", videos)):
         if getattr(family, kind) is not None:
