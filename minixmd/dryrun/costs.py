@@ -3,12 +3,8 @@ from math import ceil
 
 from minixmd.config import GRPO, TRAINING
 
-CARDS = {  # GB by name -> GiB that programs find
-    "24": 23.5,  # RTX 4090
-    "48": 44.4,  # L40S, A40
-    "80": 79.1,  # A100, H100
-    "141": 139.0,  # H200
-}
+# GB by name -> GiB that programs find: of an RTX 4090, an L40S or A40, an A100 or H100, an H200
+CARDS = {"24": 23.5, "48": 44.4, "80": 79.1, "141": 139.0}
 OVERHEAD = 0.05  # share that an allocator cannot use
 DRIVER_GIB = 1.0  # the driver and the libraries
 # what an H200 is taken to reach

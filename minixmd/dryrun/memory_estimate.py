@@ -65,17 +65,15 @@ def trace_answers(tracer, stage, model, prompt):
 def trace_batch(tracer, phase, model, prompts, writing, decode_slots=None):
     """Without a Writing a pass over the prompts, and the logits after each. With one the prefill of as many prompts as
     have decode slots, and a step with every completion at its full length."""
-    length = len(prompts[0])
+    if decode_slots is not None:
+        prompts = prompts[:decode_slots // writing.num_samples]
+    count, length = len(prompts), len(prompts[0])
+    tracer.flops *= count  # one clip was encoded for all of them
     if writing is None:
-        tracer.flops *= len(prompts)  # one clip was encoded for all of them
-        with tracer.phase(phase, len(prompts) * length, sequences=len(prompts)):
+        with tracer.phase(phase, count * length, sequences=count):
             next_token_logits(model, prompts)
         return
     n = writing.num_samples
-    if decode_slots is not None:
-        prompts = prompts[:decode_slots // n]
-    count = len(prompts)
-    tracer.flops *= count
     with tracer.phase(phase, count * length, "KV cache", count) as traced:
         decoder = Decoder(
             model, count, length, n, max_new_tokens=writing.max_new_tokens, temperature=writing.temperature,

@@ -12,11 +12,8 @@ from minixmd.dryrun.plan import plan_stage, write_stand_in_tokenizer
 
 PHASES = {  # functions that memory runs out in, outermost first -> their phase
     "validate": "validation",
-    "policy_gradient": "update",
-    "sft_gradients": "update",
-    "distill_gradients": "update",
-    "frozen_model": "scoring",
-    "reference_logprobs": "scoring",
+    **dict.fromkeys(("policy_gradient", "sft_gradients", "distill_gradients"), "update"),
+    **dict.fromkeys(("frozen_model", "reference_logprobs"), "scoring"),
     "encode_media": "generate",
     "train_epochs": "training",
     "decode": "generate",
@@ -29,8 +26,7 @@ SIGNS = "out of memory", "defaultcpuallocator", "alloc_failed"  # of CUDA, the C
 def is_shortage(error):
     """Whether an error says that the GPU's or the machine's memory ran out."""
     said = str(error).lower()
-    by_its_text = isinstance(error, RuntimeError) and any(sign in said for sign in SIGNS)
-    return by_its_text or isinstance(error, MemoryError)
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(sign in said for sign in SIGNS)
 
 
 def describe_shortage(error, stage, stages):
@@ -40,8 +36,7 @@ def describe_shortage(error, stage, stages):
     if phase_name == "generate" and isinstance(stage, GRPO):
         phase_name = "rollout"
     of_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
-    where = "this machine" if of_host else "the GPU"
-    text = f"{stage.name}: {where} ran out of memory"
+    text = f"{stage.name}: {'this machine' if of_host else 'the GPU'} ran out of memory"
     if phase_name is None:
         return f"{text} while the model was loaded or clips were read: {error}"
     text += f" in phase {phase_name!r}"
