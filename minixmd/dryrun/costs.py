@@ -39,8 +39,7 @@ def has_room(size, gib):
 
 
 def settings_to_lower(stage, phase_name, longest=1):
-    """{field: its smallest value} of the stage's fields that can be lowered so that the phase of this name
-    (meta_tracer.Phase) takes less; empty if there is none. longest: tokens of a clip, which a pass must take."""
+    """{field: smallest value} of those by which a phase would take less. longest: tokens that a pass must take."""
     slots = getattr(stage, "group_size", None) or getattr(stage, "num_samples", 1)
     smallest = {"decode_slots": slots, "batch_tokens": longest, "micro_batch_tokens": longest, "checkpointing": "on",
                 "batch_size": 2}
@@ -60,7 +59,7 @@ def settings_to_lower(stage, phase_name, longest=1):
 
 
 def to_lower(stage, phases, longest=1):
-    """{field: smallest value} by which a card gets room for a phase that it has none for. longest: a clip's tokens."""
+    """Those of settings_to_lower by which a card gets room for a phase that it has none for."""
     found = {}
     for phase in phases:
         settings, saved = settings_to_lower(stage, phase.name, longest), {}
@@ -84,8 +83,7 @@ def count_items(stage, stages, clips):
 
 
 def sequences_of(stage, clips, others):
-    """{phase: sequences that go through it, of "optimizer" steps}. clips: that the stage reads, or their traces.
-    others: those of val_manifest or train_manifest."""
+    """{phase: sequences that go through it, of "optimizer" steps}. clips, others: as in plan.StagePlan."""
     if not isinstance(stage, TRAINING):
         decided = others if hasattr(stage, "train_manifest") else clips  # without the two thirds of a backward pass
         trained = getattr(stage, "epochs", 1) * clips + decided / 3

@@ -25,9 +25,8 @@ from minixmd.train import Trainer
 
 
 def estimate(stage, model_info, prompt):
-    """A stage's meta_tracer.Phases, in the order in which they run. stage: Switch, or a stage that runs a model here.
-    model_info, prompt: its ModelInfo, and a Prompt as long as any, with its target where one is learnt; None of a
-    Switch. Raises ValueError: the stage cannot train this model."""
+    """A stage's meta_tracer.Phases, in the order in which they run. prompt: as long as any that it makes, with its
+    target where one is learnt; None of a Switch, as model_info. Raises ValueError: it cannot train this model."""
     device = "cpu" if stage.device == "cpu" else "cuda"
     vocab_size = model_info.config.text.vocab_size if model_info else 0
     with trace_memory(vocab_size, device) as tracer:
@@ -63,8 +62,7 @@ def trace_answers(tracer, stage, model, prompt):
 
 @torch.no_grad()
 def trace_batch(tracer, phase, model, prompts, writing, decode_slots=None):
-    """Without a Writing a pass over the prompts, and the logits after each. With one the prefill of as many prompts as
-    have decode slots, and a step with every completion at its full length."""
+    """A pass over the prompts; with a Writing the prefill of those with decode slots, and a step at full length."""
     if decode_slots is not None:
         prompts = prompts[:decode_slots // writing.num_samples]
     count, length = len(prompts), len(prompts[0])

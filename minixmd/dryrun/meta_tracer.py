@@ -48,9 +48,9 @@ class Phase:
 
 
 class MemoryTracer(TorchDispatchMode):
-    """Counts the bytes of all live `meta` storages by category, and finds the peak of each phase. A storage belongs to
-    the `category` that is set when it is made; but of activations, a matrix with a side of vocab_size belongs to
-    "logits". flops: operations since the last phase's end."""
+    """Counts the bytes of all live `meta` storages and finds the peak of each phase. A storage belongs to the
+    `category` set when it is made; an activation with a side of vocab_size to "logits". flops: since the last phase's
+    end."""
 
     def __init__(self, vocab_size):
         super().__init__()

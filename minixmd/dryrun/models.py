@@ -58,10 +58,9 @@ def blank_clip(path, kind, options):
 
 
 def find_model(value, stages, scratch):
-    """The ModelInfo of what a stage's field `model` names. A "@stage" is followed to what that stage starts from.
-    Otherwise the shapes are from the config.json of a folder or of the hub's cache, else from PUBLISHED by the name
-    alone. scratch: a folder whose tokenizer.json stands in where the model's own is not at hand. Raises ValueError:
-    nothing is known of the model, or its family is not supported."""
+    """The ModelInfo of what a stage's field `model` names. Shapes are from the config.json of a folder or of the hub's
+    cache, else from PUBLISHED by the name alone. scratch: has a tokenizer.json for models whose own is not at hand.
+    Raises ValueError: nothing is known of the model, or its family is not supported."""
     if value.startswith("@"):
         return _model_of_stage(value, stages, scratch)
     folder = Path(value)
@@ -102,7 +101,6 @@ def _base_of(folder):
 
 
 def _model_of_stage(value, stages, scratch):
-    """The ModelInfo of "@stage" or "@stage/file"."""
     name, _, file = value[1:].partition("/")
     stage = next(stage for stage in stages if stage.name == name)
     if isinstance(stage, Toy):

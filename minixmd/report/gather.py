@@ -32,8 +32,7 @@ def run(stage, folder, log):
 
 
 def gather(stage, folder):
-    """(the dict that becomes report.json, {path: data URI} of the media that the page holds), read from other stages.
-    ValueError: a file is not what it should be, or files that stand together are on different questions."""
+    """(report.json, {path: data URI} of the media in the page). ValueError: a wrong file, or two on other questions."""
     results = read_results(stage)
     beside = BESIDE[stage.published]
     tables = accuracies(results["tables"], beside.get("tables", {}))
@@ -115,8 +114,7 @@ def accuracies(results, published):
 
 
 def clips(stage, rows, media):
-    """Clips of the roles by their answers; of a gallery by its rows' answers and the verdicts on the teacher's traces.
-    rows: {role or row: {column: path of a results.json}}. media: Media, to which the clips' files are added."""
+    """Clips to show. rows: {role or gallery's row: {column: results.json}}. media: Media, to which files are added."""
     answers = {name: answers_beside(paths[stage.clips_of]) for name, paths in rows.items()}
     examples = read_manifest(stage.clips, stage.allow_outside)
     traces = {} if stage.gallery else None

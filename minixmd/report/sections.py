@@ -50,9 +50,8 @@ def benchmark_title(benchmark):
 
 
 def breakdowns(results, figures):
-    """{column: {"name", "words", "rows": {row: {part: summary}}}} of the columns that are a benchmark. A summary has
-    the paper's figure, "paper", where row and part are the paper's and the benchmark's version may be.
-    results: {row: {column: results.json}}. figures: {column: {row: {part: the paper's figure}}}."""
+    """{column: {"name", "words", "rows": {row: {part: summary}}}} of the benchmarks in {row: {column: results.json}}.
+    figures: the paper's, {column: {row: {part: figure}}}, which stand in a summary if the version may be the same."""
     found = {}
     for row, column, result in cells_of(results):
         benchmark = result.get("benchmark")
@@ -88,9 +87,8 @@ def parts_of(benchmark):
 
 
 def classes(by_role, gap, bars, published):
-    """Who wins how many classes of column `gap`; for each column of `bars` its classes, and groups of them to draw. One
-    that shares no class with `gap` (unseen classes) is grouped by the teacher's lead on that column itself. by_role:
-    {role: {column: results.json}}. published: the paper's counts, {"won", "of"}, or None."""
+    """Who wins how many classes of column `gap`; of each of `bars` its classes, grouped by the lead on `gap` or, if
+    they share none, on itself. by_role: {role: {column: results.json}}. published: {"won", "of"} or None."""
     lead = leads(by_role["teacher"][gap]["classes"], by_role["before"][gap]["classes"])
     signs = Counter((x > 0) - (x < 0) for x in lead.values())
     section = {"chosen_on": gap, "won": signs[1], "tied": signs[0], "lost": signs[-1], "bars": {}}
@@ -133,9 +131,8 @@ def switch(path, published):
 
 def funnel(paths):
     """{"steps", "verifier"} from clips to accepted traces. paths: {"traces" | "checked" | "verifier": a results.json}.
-    A step is {"step", "count", "of", "left_out": {reason: count}}: `count` of `of` were kept, and the reasons add up to
-    the others; `of` is None where a step starts from nothing before it. "verifier": its "calibration" on held-out
-    verdicts, and "words" on what its use would cost. ValueError: another stage's file, or stages on other traces."""
+    A step is {"step", "count", "of", "left_out": {reason: count}}; `of` is None where it starts from nothing before it.
+    "verifier": its "calibration", and "words". ValueError: another stage's file, or stages on other traces."""
     results = dict.fromkeys(FUNNEL_SOURCES)
     for source, path in paths.items():
         results[source] = read_json(path)
@@ -175,7 +172,7 @@ def sampling_steps(traces):
 
 
 def judging_steps(judged, judge):
-    """What came of the traces that were judged. judged: results.json of stage FactCheck. judge: what to call it."""
+    """judged: results.json of stage FactCheck. judge: what to call it."""
     left_out = {"rejected": judged["rejected"]} if judged["rejected"] else {}
     reason = "rejected or could not be judged" if judged["bad"] else "rejected"
     first, unanimous = judged["first"], judged["unanimous"]

@@ -17,10 +17,9 @@ FIELDS = {"mmau": ("task", "difficulty", "sub_category"), "music_avqa": ("modali
 
 
 def meant(text, options, rule, letters=True):
-    """(index of the option that a completion means, or None; how, one of WAYS[rule]). text: None is no completion.
-
-    By MMAU's rule an option's own text wins over a letter ("D" where the options are chords, "a dog" where A is "dog").
-    A letter stands for its option, with that option's text behind it or alone, unless the answer also has the words of
+    """(index of the option that a completion means, or None; how, one of WAYS[rule]). text: None is no completion. By
+    MMAU's rule an option's own text wins over a letter ("D" where the options are chords, "a dog" where A is "dog"). A
+    letter stands for its option, with that option's text behind it or alone, unless the answer also has the words of
     another one ("Lyndon B. Johnson"). Of options with the same words in another order, the first is meant."""
     if rule == "option":
         return answers.extract(text, options, letters)
@@ -45,9 +44,8 @@ def same(options, i, j, rule):
 
 
 def vote(texts, options, rule, letters=True):
-    """What most of a question's completions mean; one that means no option has no vote. A tie goes to the option said
-    first. Options that are the same answer share their votes, under the first's text. Returns (number of the first text
-    that means the winner, or 0; its index and how, as `meant`; {option: votes})."""
+    """What most of a question's completions mean: (number of the first text that means the winner, or 0; its index and
+    how, as `meant`; {option: votes}). A tie goes to the option said first. Options that are the same share votes."""
     read = [meant(text, options, rule, letters) for text in texts]
     voted = []
     for index, _ in read:

@@ -11,12 +11,10 @@ FORMAT = re.compile(rf"\s*<think>{INSIDE}</think>\s*<answer>{INSIDE}</answer>\s*
 
 
 def accuracy_reward(completion, example, right, letters):
-    """1.0 where the completion's answer is the right option, else 0.0; the form around it does not matter."""
     return float(parse_answer(completion, example.options, letters) == right)
 
 
 def format_reward(completion, example, right, letters):
-    """1.0 where the whole completion has the form, else 0.0."""
     return float(FORMAT.fullmatch(completion) is not None)
 
 

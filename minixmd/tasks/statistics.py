@@ -52,9 +52,8 @@ def digest(example):
 
 
 def paired_interval(both, only_a, only_b, neither):
-    """95 % interval of the share that a has right less the share that b has, from the counts of clips by who is right:
-    Newcombe, Statistics in Medicine 17 (1998) 2635-2650, method 10: the Wilson limits of the two shares, joined by
-    their correlation, whose numerator has a continuity correction."""
+    """95 % interval of a's share less b's, from the counts of clips by who is right: Newcombe, Statistics in Medicine
+    17 (1998) 2635-2650, method 10: their Wilson limits, joined by a correlation with a continuity correction."""
     n = both + only_a + only_b + neither
     if n == 0:
         return -1.0, 1.0
