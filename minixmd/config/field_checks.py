@@ -121,7 +121,6 @@ def check_prompt(prompt, needs=("options",)):
 
 
 def _parse(annotation, text):
-    """The value of a command-line text; ValueError or KeyError if it has none of that type."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return text

@@ -1,7 +1,5 @@
 """How questions are put: format strings over {question} {options} {first} {last} and, where a trace is shown, {trace}.
-
-{options} are lettered lines. The papers print none of their prompts but the first one's last line; the rest is ours.
-"""
+{options} are lettered lines. The papers print none of their prompts but the first one's last line; the rest is ours."""
 from dataclasses import dataclass
 
 PROMPT = "{question}\n{options}\nRespond only with a single letter from {first} to {last}."

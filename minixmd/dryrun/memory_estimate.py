@@ -1,8 +1,6 @@
 """Memory and operations of a stage's phases, by running the stage's own code on `meta` (meta_tracer.py).
-
 Traced is the fullest case: passes of micro_batch_tokens or batch_tokens, completions at max_new_tokens, gradients of an
-earlier micro-batch and the optimizer's state there already. All prompts of a stage are alike.
-"""
+earlier micro-batch and the optimizer's state there already. All prompts of a stage are alike."""
 from copy import deepcopy
 
 import torch
@@ -47,14 +45,13 @@ def trace_answers(tracer, stage, model, prompt):
     if isinstance(stage, FactCheck):
         tracer.category = "activations"
         prompt = model.encode_media(prompt)  # once for all traces of a clip
-    writing = slots = None
+    writes = isinstance(stage, Traces) or getattr(stage, "answer", "letters") == "generate"
+    writing = Writing(stage.max_new_tokens, stage.num_samples, stage.temperature) if writes else None
     if isinstance(stage, Traces):
         prompts, slots = [prompt] * CLIPS, stage.decode_slots or 8 * stage.num_samples
     else:
         prompts = [prompt] * max(1, stage.batch_tokens // len(prompt))
-    if isinstance(stage, Traces) or getattr(stage, "answer", "letters") == "generate":
-        writing = Writing(stage.max_new_tokens, stage.num_samples, stage.temperature)
-        slots = slots or writing.decode_slots(stage.batch_tokens)
+        slots = writing and writing.decode_slots(stage.batch_tokens)
     trace_batch(tracer, "generate" if writing else "forward", model, prompts, writing, slots)
     if isinstance(stage, FactCheck) and stage.checker == "verifier":
         trace_cnn14(tracer, stage, WIDTH, mixup=False)
@@ -151,8 +148,7 @@ def add_gradients(tracer, trainer):
 def trace_grpo(tracer, trainer, prompt):
     """A step's rollout, and of its last micro-batch the reference's log-probs and the gradients."""
     stage, model = trainer.stage, trainer.model
-    G = stage.group_size
-    T = stage.max_new_tokens
+    G, T = stage.group_size, stage.max_new_tokens
     tracer.category = "activations"
     prompts = [prompt] * stage.batch_size
     if model.encoders_frozen():

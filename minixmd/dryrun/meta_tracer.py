@@ -5,8 +5,7 @@ an operator's own workspace, what an allocator rounds up or cannot reuse, and th
 products, convolutions and attention, as if nothing were masked; the decoding kernel, bound by the cache, has none.
 
 On `meta` there are no values: integers copied from the CPU keep theirs; of any other tensor `.item()` is 1, a copy on
-the CPU is 0, and a boolean mask selects every element.
-"""
+the CPU is 0, and a boolean mask selects every element."""
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,8 +48,7 @@ class Phase:
 
 class MemoryTracer(TorchDispatchMode):
     """Counts the bytes of all live `meta` storages and finds the peak of each phase. A storage belongs to the
-    `category` set when it is made; an activation with a side of vocab_size to "logits". flops: since the last phase's
-    end."""
+    `category` set when it is made; an activation with a side of vocab_size to "logits". flops: since the last phase."""
 
     def __init__(self, vocab_size):
         super().__init__()
@@ -71,7 +69,6 @@ class MemoryTracer(TorchDispatchMode):
         self.phases.append(phase)
 
     def recategorize(self, tensors, category):
-        """Moves tensors that exist already to another category."""
         for tensor in tensors:
             self._release(tensor.untyped_storage()._cdata)
             self._follow(tensor, category)

@@ -69,10 +69,11 @@ def dry_run(config):
     with tempfile.TemporaryDirectory() as scratch:
         write_stand_in_tokenizer(Path(scratch), config.stages, clips)
         plans = [plan_stage(stage, config.stages, Path(scratch), clips) for stage in config.stages]
-    show("stages.txt.j2", config=config, plans=plans, kind=kind)
+    print(TEMPLATES.get_template("stages.txt.j2").render(config=config, plans=plans, kind=kind), flush=True)
     estimate_memory(plans)  # takes a while for large models
-    show("memory.txt.j2", plans=plans, missing=missing_inputs(config), categories=CATEGORIES, costs=costs,
-         clip_s=CLIP_S, fps=VIDEO_FPS, size=VIDEO_SIZE)
+    print(TEMPLATES.get_template("memory.txt.j2").render(
+        plans=plans, missing=missing_inputs(config), categories=CATEGORIES, costs=costs, clip_s=CLIP_S, fps=VIDEO_FPS,
+        size=VIDEO_SIZE), flush=True)
     faults = [plan.fault for plan in plans if plan.fault]
     try:
         check_inputs(config, clips=False)
@@ -81,10 +82,6 @@ def dry_run(config):
     for fault in faults:
         print(f"minixmd: {fault}", file=sys.stderr)
     return int(bool(faults))
-
-
-def show(template, **values):
-    print(TEMPLATES.get_template(template).render(values), flush=True)
 
 
 def read_manifests(config):

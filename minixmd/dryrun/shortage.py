@@ -24,13 +24,11 @@ SIGNS = "out of memory", "defaultcpuallocator", "alloc_failed"  # of CUDA, the C
 
 
 def is_shortage(error):
-    """Whether an error says that the GPU's or the machine's memory ran out."""
     said = str(error).lower()
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(sign in said for sign in SIGNS)
 
 
 def describe_shortage(error, stage, stages):
-    """error: is_shortage. stages: those of the config."""
     inside = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
     phase_name = next((phase for name, phase in PHASES.items() if name in inside), None)
     if phase_name == "generate" and isinstance(stage, GRPO):

@@ -2,8 +2,7 @@
 
     traces (the teacher's thoughts) ─ checked (true of the sound?) ─ sft ─ grpo (on the teacher's labels) ─ evaluated
 
-LADDER has the rows of the paper's Table 2; each leaves out some of this line.
-"""
+LADDER has the rows of the paper's Table 2; each leaves out some of this line."""
 from dataclasses import dataclass, field, replace
 
 from minixmd.config import GRPO, SFT, Distill, Evaluate, FactCheck, Label, Report, Traces

@@ -3,8 +3,7 @@
     before ─ switch ─ distilled ─ report        (`ablation` has every way to distil in place of `distilled`)
 
 `recipes/toy.py` has these stages written out; read that first. One model hears the clips ("audio"), the other sees them
-in silence ("video"); either may be the student.
-"""
+in silence ("video"); either may be the student."""
 from dataclasses import dataclass, field
 
 from minixmd.config import SFT, Distill, Evaluate, Label, Report, Switch

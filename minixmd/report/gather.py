@@ -18,7 +18,6 @@ RESULTS = SUMMARY | {"groups": dict[str, SUMMARY], "classes": dict[str, SUMMARY]
 
 
 def run(stage, folder, log):
-    """Writes report.json, report.md and report.html, and prints the accuracies."""
     report, media = gather(stage, folder)
     write_json(folder / "report.json", report)
     write_text(folder / "report.md", markdown(report))

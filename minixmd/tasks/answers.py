@@ -15,8 +15,7 @@ similar  One option is more like the text than all others: the largest difflib r
          of as many words of the text is at least CUTOFF.
 
 Of a refusal ("I can't hear it") the last two read only what follows a "but". Where options are letters themselves, as
-notes are, the prompt decides: asked for a letter, a letter is meant.
-"""
+notes are, the prompt decides: asked for a letter, a letter is meant."""
 import re
 import unicodedata
 from difflib import SequenceMatcher
@@ -134,7 +133,6 @@ def _clean(text):
 
 
 def _option_of(letter, options, letters):
-    """Index of the option that a letter stands for, or None."""
     if not letters:
         equal = [i for i, option in enumerate(options) if option.strip().casefold() == letter.casefold()]
         if len(equal) == 1:

@@ -3,8 +3,7 @@
 A rule says which option an answer means, and how it was read. No answer is a wrong one, read as "none".
 
 option   AVQA, MUSIC-AVQA: answers.extract. MUSIC-AVQA has no official rule for text; this is ours.
-mmau     The official rule, over the option's text where the answer is a letter: "letter" or "text".
-"""
+mmau     The official rule, over the option's text where the answer is a letter: "letter" or "text"."""
 import re
 from collections import Counter
 from string import ascii_lowercase

@@ -94,7 +94,6 @@ def cut_context(processor, prompt):
 
 
 def read_contexts(processor, examples, media):
-    """The contexts of examples, shown as "audio" or "video"."""
     prompt_format = PromptFormat(media, "", min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE)
     contexts = []
     for example in tqdm(examples, desc=f"toy: reading {media}", unit="clip"):

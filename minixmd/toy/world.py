@@ -7,8 +7,7 @@ A clip shows one of 29 categories. Its pitch, loudness, position, size and noise
     ear     one cluster of seven that shares a look and differs by a faint background pattern: easy to hear, hard to see
 
 The faint cue is in every clip, but a model needs many to find it. A clip is a pure function of (seed, split, category,
-number), so an interrupted run continues with the same world.
-"""
+number), so an interrupted run continues with the same world."""
 import io
 from dataclasses import dataclass, replace
 from math import tau

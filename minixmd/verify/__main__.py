@@ -1,7 +1,6 @@
 """Prove a checkpoint on this machine: python -m minixmd.verify MODEL prints what was checked, measured and allowed.
 
-The exit status is 0 when none failed, 1 when one did, and 2 for bad input, such as a checkpoint that does not load.
-"""
+The exit status is 0 when none failed, 1 when one did, and 2 for bad input, such as a checkpoint that does not load."""
 import argparse
 import importlib.util
 import sys

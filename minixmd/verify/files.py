@@ -47,7 +47,6 @@ def dtypes(subject):
 
 
 def parameter_count(subject):
-    """The number of parameters is the published one."""
     text = subject.model.config.text
     family = subject.family.model_type.removesuffix("_thinker")
     count = sum(p.numel() for p in subject.base_parameters().values())

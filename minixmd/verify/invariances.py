@@ -162,7 +162,6 @@ def answer_logprobs(subject, kind, other=None):
 
 
 def another_clip(subject):
-    """Log-probs of the same answer about two clips differ."""
     changes = {}
     for kind in subject.clips:
         other = answer_logprobs(subject, kind, subject.media(kind)[1])
@@ -176,7 +175,6 @@ def another_clip(subject):
 
 
 def same_clip(subject):
-    """Log-probs of the same answer about the same clip are the same."""
     changes = []
     for kind in subject.clips:
         first = answer_logprobs(subject, kind)
