@@ -35,9 +35,8 @@ def stage(cls):
     @wraps(generated_init)
     def __init__(self, **given):
         title = f"{kind(cls)} {given['name']!r}" if "name" in given else kind(cls)
-        for name in given:
-            if name not in known:
-                raise ConfigError(f"config: {title} has no field {name!r}{hint(name, known)}")
+        if unknown := [name for name in given if name not in known]:
+            raise ConfigError(f"config: {title} has no field {unknown[0]!r}{hint(unknown[0], known)}")
         if missing := [name for name in required if name not in given]:
             raise ConfigError(f"config: {title} needs {' and '.join(map(repr, missing))}")
         generated_init(self, **given)

@@ -57,12 +57,9 @@ def check_references(stages):
             if not file and before[name] not in OUTPUTS:
                 raise ConfigError(f"{where} names no file; write '@{name}/FILE'")
             if not file and before[name] not in (needs or "").split():
+                wanted = "a manifest" if "manifest" in field else f"a file of it; write '@{name}/FILE'"
                 if needs:
                     wanted = f"the output of a {needs.replace(' ', ' or ')} stage"
-                elif "manifest" in field:
-                    wanted = "a manifest"
-                else:
-                    wanted = f"a file of it; write '@{name}/FILE'"
                 raise ConfigError(f"{where} is the output of a {before[name]} stage, not {wanted}")
         before[item.name] = kind(type(item))
 
