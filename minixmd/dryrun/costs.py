@@ -1,7 +1,7 @@
 """From a stage's Phases: which cards have room for it, what to lower where one has none, its hours, and its disk."""
-from math import ceil
+from math import ceil, inf
 
-from minixmd.config import GRPO, TRAINING
+from minixmd.config import TRAINING
 
 # GB by name -> GiB that programs find: of an RTX 4090, an L40S or A40, an A100 or H100, an H200
 CARDS = {"24": 23.5, "48": 44.4, "80": 79.1, "141": 139.0}
@@ -85,11 +85,9 @@ def sequences_of(stage, clips, others):
         decided = others if hasattr(stage, "train_manifest") else clips  # without the two thirds of a backward pass
         trained = getattr(stage, "epochs", 1) * clips + decided / 3
         return {"forward": clips, "generate": clips, "training": trained}
-    steps = stage.epochs * clips / stage.batch_size
-    if stage.max_steps is not None:
-        steps = min(steps, stage.max_steps)
+    steps = min(stage.epochs * clips / stage.batch_size, stage.max_steps or inf)
     read = steps * stage.batch_size
-    updates = stage.num_iterations if isinstance(stage, GRPO) else 1
+    updates = getattr(stage, "num_iterations", 1)
     validated = others * (ceil(steps / stage.eval_every) if stage.eval_every else 1)
     return {"rollout": read, "scoring": read, "update": read * updates, "optimizer": steps * updates,
             "validation": validated}

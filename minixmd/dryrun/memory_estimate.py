@@ -68,13 +68,12 @@ def trace_batch(tracer, phase, model, prompts, writing, decode_slots=None):
         with tracer.phase(phase, count * length, sequences=count):
             next_token_logits(model, prompts)
         return
-    n = writing.num_samples
     with tracer.phase(phase, count * length, "KV cache", count) as traced:
         decoder = Decoder(
-            model, count, length, n, max_new_tokens=writing.max_new_tokens, temperature=writing.temperature,
-            suppressed_ids=[], end_id=0, backend=model.backend)
+            model, count, length, writing.num_samples, max_new_tokens=writing.max_new_tokens,
+            temperature=writing.temperature, suppressed_ids=[], end_id=0, backend=model.backend)
         tracer.category = "activations"
-        uniform_BT = torch.zeros(count * n, writing.max_new_tokens, dtype=torch.float64)
+        uniform_BT = torch.zeros(count * writing.num_samples, writing.max_new_tokens, dtype=torch.float64)
         logits_GV, *_ = decoder.fill(prompts, list(range(count)), uniform_BT)  # rollout.decode holds them as long
         prefill_flops, tracer.flops = tracer.flops, 0
         decoder.run(1)
@@ -154,8 +153,7 @@ def trace_grpo(tracer, trainer, prompt):
     if model.encoders_frozen():
         encoded = model.encode_media(prompt)
         prompts = [deepcopy(encoded) for _ in prompts]
-    writing = Writing(T, G, stage.temperature)
-    trace_batch(tracer, "rollout", model, prompts, writing, stage.decode_slots)
+    trace_batch(tracer, "rollout", model, prompts, Writing(T, G, stage.temperature), stage.decode_slots)
     completion = Completion("", ids=(0,) * T, logprobs=(0.0,) * T, finished=True)
     reward_PG = torch.arange(G).float().expand(len(prompts), G)
     rollout = make_rollout(stage, prompts, [[completion] * G] * len(prompts), reward_PG)

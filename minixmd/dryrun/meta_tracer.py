@@ -126,8 +126,7 @@ def count_flops(func, args, kwargs, out):
 def _fused_attention(q_BHTK, k_BJSK, v_BJSK, attn_mask=None, is_causal=False, enable_gqa=False):
     """Attention that keeps what every fused kernel keeps: the output, a number a row, and a mask in q's dtype."""
     bias = None if attn_mask is None else attn_mask.to(q_BHTK.dtype)
-    fused = aten._scaled_dot_product_flash_attention_for_cpu
-    return fused(q_BHTK, k_BJSK, v_BJSK, 0.0, is_causal, attn_mask=bias)[0]
+    return aten._scaled_dot_product_flash_attention_for_cpu(q_BHTK, k_BJSK, v_BJSK, 0.0, is_causal, attn_mask=bias)[0]
 
 
 @contextmanager
