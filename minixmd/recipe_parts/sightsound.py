@@ -130,8 +130,7 @@ class SightSound:
         if row.fields == VOTES and self.traced != self.train:  # most clips have no traces
             fields |= LETTERS
         if name == "continued":
-            for key in ("trainable", "max_steps"):
-                fields[key] = self.grpo_fields[key]
+            fields |= {key: self.grpo_fields[key] for key in ("trainable", "max_steps")}
         return [row.stage(name=name, model=row.model or self.student, manifest=getattr(self, row.manifest), **fields)]
 
     def evaluate(self, name, model, mode, media="audio", split=None, **fields):

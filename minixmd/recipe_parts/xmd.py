@@ -64,7 +64,7 @@ class XMD:
     def distilled(self, student, name="distilled", switch="@switch", **changes):
         """`name` and its evaluation: the student, taught by the other model. changes: fields of Distill."""
         labels = dict(teacher_labels=f"@{OTHER[student]}_labels", student_labels=f"@{student}_labels")
-        fields = dict(gate="learned", **labels) | changes
+        fields = dict(gate="learned") | labels | changes
         if fields["gate"] in ("learned", "oracle"):
             fields["switch"] = switch
         return self.trained(Distill, student, name, self.train, fields)

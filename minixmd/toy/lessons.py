@@ -1,5 +1,4 @@
-"""Training sequences of the toy models, and their optimizer. A clip is read once: its context, a Prompt up to the
-question. Each step asks with new options."""
+"""Training sequences of the toy models. A clip is read once: its context, a Prompt up to the question."""
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,9 +30,8 @@ THINKING = QAFormat(THINK_PROMPT, f"<think>{THOUGHT}</think><answer> {{name}}</a
 
 @dataclass(frozen=True)
 class Lesson:
-    """A prompt whose target is the answer, and auxiliary targets ("hints"): the row of every option's name predicts the
-    option's letter if it is the right one, else the next token. Without hints the last row alone would have to learn
-    what options are for, and it does not (bench/LOG.md)."""
+    """A prompt whose target is the answer, and "hints": the row of every option's name predicts the option's letter if
+    it is the right one, else the next token. Without them no model learns what options are for (bench/LOG.md)."""
     prompt: Prompt
     hints: dict[int, int]  # row -> id that it predicts
     choice_offset: int  # position of the choice among the answer's tokens, counted from their end
