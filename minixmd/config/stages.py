@@ -224,7 +224,7 @@ class _Training(_Prompted):
     max_steps: Count | None = None  # optimizer steps, of GRPO rollouts; None = epochs decide
     batch_size: Count = 8  # sequences an optimizer step; of GRPO prompts
     micro_batch_tokens: Count = 8192  # tokens a forward pass, packed by length; a clip that makes more is bad
-    checkpointing: Literal["auto", "on", "off"] = "auto"  # keeps a block's input alone; "auto": on a GPU
+    checkpointing: Literal["auto", "on", "off"] = "auto"  # "on": only a block's input is kept; "auto": on a GPU
     lr: Positive = 1e-4  # peak
     warmup_ratio: Share = 0.1  # share of the steps; 0 = off
     weight_decay: NonNegative = 0.0  # 0 = off
@@ -258,7 +258,7 @@ class Distill(_Training):
     teacher_labels: str | None = None  # "@label"; needed unless the gate is "never"
     student_labels: str | None = None  # the student's own letters, "@label"; None = no anti-forgetting loss
     switch: str | None = None  # "@switch"; what the gates "learned" and "oracle" look up
-    gate: Literal["always", "never", "learned", "oracle"] = "always"  # who follows the teacher; "oracle": by class
+    gate: Literal["always", "never", "learned", "oracle"] = "always"  # who follows the teacher; "oracle": true class
     teacher_loss: Literal["ce", "kl", "kl+ce"] = "ce"  # on the teacher's letter | to its stored logits | their sum
     temperature: Positive = 2.0  # of the KL
 

@@ -36,7 +36,7 @@ def has_room(size, gib):
 
 
 def settings_to_lower(stage, phase_name, longest=1):
-    """{field: smallest value} of those by which a phase would take less. longest: tokens that a pass must take."""
+    """{field: smallest value} of the fields by which a phase takes less. longest: tokens that a pass must take."""
     slots = getattr(stage, "group_size", None) or getattr(stage, "num_samples", 1)
     smallest = {"decode_slots": slots, "batch_tokens": longest, "micro_batch_tokens": longest, "checkpointing": "on",
                 "batch_size": 2}
@@ -115,7 +115,7 @@ def stage_hours(stage, phases, clips, others):
 
 
 def disk_of(stage, phases):
-    """(bytes that a stage leaves, those that it resumes from, which go when it is finished: twice them as it saves)."""
+    """(bytes that stay, bytes to resume from, which go when it is finished; twice those while it saves) of training."""
     size = {phase.name: phase.bytes for phase in phases}
     if "training" in size:
         return 0, size["training"]["weights"] + size["training"]["optimizer"]

@@ -51,7 +51,8 @@ def benchmark_title(benchmark):
 
 def breakdowns(results, figures):
     """{column: {"name", "words", "rows": {row: {part: summary}}}} of the benchmarks in {row: {column: results.json}}.
-    figures: the paper's, {column: {row: {part: figure}}}, which stand in a summary if the version may be the same."""
+    figures: the paper's, {column: {row: {part: figure}}}; a summary has one as "paper" if the version may be the
+    same."""
     found = {}
     for row, column, result in cells_of(results):
         benchmark = result.get("benchmark")

@@ -86,7 +86,7 @@ def lesson_loss(model, lessons):
 
 
 def cut_context(processor, prompt):
-    """A user turn without its end."""
+    """A Prompt of a user turn, without the turn's end."""
     length = len(prompt) - len(processor.encode(TURN_END))
     return Prompt(prompt.ids_N[:length], prompt.positions_3N[:, :length], prompt.media)
 

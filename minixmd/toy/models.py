@@ -49,7 +49,7 @@ def train_tokenizer():
 
 
 def write_processor(folder, model_type):
-    """Writes the tokenizer of a family and what a Processor reads beside it."""
+    """Writes tokenizer.json, tokenizer_config.json, generation_config.json and preprocessor_config.json of a family."""
     config = family_file(model_type, "tokenizer_config.json")
     tokenizer = train_tokenizer()
     tokenizer.add_special_tokens([config["pad_token"], *config["additional_special_tokens"]])

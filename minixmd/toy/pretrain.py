@@ -142,7 +142,7 @@ def train_text_qa(folder, seed, log):
 
 
 def text_lesson(processor, rng, num_options, repeats, qa_format):
-    """A lesson of phase 1."""
+    """A lesson in which the right option's name, repeated `repeats` times, stands in for the clip."""
     options = rng.choice(NAMES, num_options, replace=False)
     right = rng.integers(num_options)
     letters = sorted(rng.choice(list(LETTERS), num_options, replace=False))
