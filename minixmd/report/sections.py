@@ -51,8 +51,7 @@ def benchmark_title(benchmark):
 
 def breakdowns(results, figures):
     """{column: {"name", "words", "rows": {row: {part: summary}}}} of the benchmarks in {row: {column: results.json}}.
-    figures: the paper's, {column: {row: {part: figure}}}; a summary has one as "paper" if the version may be the
-    same."""
+    figures: the paper's, {column: {row: {part: figure}}}; "paper" in a summary where the version may be theirs."""
     found = {}
     for row, column, result in cells_of(results):
         benchmark = result.get("benchmark")
