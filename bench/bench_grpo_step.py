@@ -137,7 +137,8 @@ class Sides:
         """Gradients of an update on completions that are given; returns the loss. old_T None: the policy's own."""
         weight_T = token_weights([self.C] * self.n, self.stage.aggregation)
         advantage_T = self.advantage_G.repeat_interleave(self.C)
-        rollout = Rollout([groups], len(groups), advantage_T, weight_T, sampled_T=weight_T, ref_T=ref_T, old_T=old_T)
+        T = len(weight_T)
+        rollout = Rollout([groups], len(groups), T, T, advantage_T, weight_T, weight_T, ref_T, old_T)
         return self.trainer.policy_gradient(rollout)[0].item()
 
     # ---- transformers' ----

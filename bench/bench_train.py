@@ -51,6 +51,7 @@ from bench.reference import (
 from minixmd.config import Distill
 from minixmd.inputs.examples import Example
 from minixmd.learning.optim import adamw
+from minixmd.learning.steps import count
 from minixmd.learning.targets import Item
 from minixmd.models.weights import save_adapter
 from minixmd.train import Trainer
@@ -111,7 +112,7 @@ class Sides:
             self.steps[side] = lambda side=side: self.their_step(side)
 
     def our_gradients(self):
-        return self.pair.trainer.distill_gradients(self.micro_batches)["loss"].item()
+        return self.pair.trainer.distill_gradients(self.micro_batches, count(self.micro_batches))["loss"].item()
 
     def needed_rows(self):
         reference, clips = self.pair.reference, self.clips

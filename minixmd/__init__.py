@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 __all__ = ["Batch", "Completion", "Group", "Processor", "Prompt", "generate", "load", "pack"]
 
 
-def load(path, *, device="cpu", dtype=torch.float32, backend="torch"):
+def load(path, *, device="cpu", dtype=torch.float32, backend="torch", sharded=False):
     """A model and its processor from a folder in the published layout or a PEFT adapter's, here or on the hub.
 
     Args:
@@ -29,11 +29,12 @@ def load(path, *, device="cpu", dtype=torch.float32, backend="torch"):
             hub (models/hub.py).
         device: "cpu", "cuda", … dtype: storage and matmul dtype; adapters stay fp32.
         backend: of the kernels, "torch" | "triton".
+        sharded: whether the processes of a run each hold a part of the decoder's blocks (models/sharding.py).
     Returns (MultimodalLM, Processor). Every parameter is frozen; parts of the checkpoint not built are named on stderr.
     Raises ValueError: no such folder or repository, an unsupported or misfitting checkpoint, or another's tokenizer.
     """
     base, adapters = base_and_adapters(model_folder(path))
-    model = load_model(base, device=device, dtype=dtype)
+    model = load_model(base, device=device, dtype=dtype, sharded=sharded)
     for adapter in adapters:
         merge_lora(model)  # the one that this one stands on
         load_adapter(model, adapter)

@@ -5,6 +5,7 @@ Under torchrun every process computes its share of a stage's shards; the first d
 import argparse
 import os
 import sys
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +18,17 @@ from minixmd.models.attention import describe_attention
 from minixmd.models.hub import pinned
 from minixmd.report import gather as report
 from minixmd.runs.device import describe_device, prepare_backends
-from minixmd.runs.distributed import barrier, broadcast, destroy, init
+from minixmd.runs.distributed import (
+    Stopped,
+    broadcast,
+    check_shared,
+    destroy,
+    first_to_fail,
+    gather,
+    init,
+    is_lost_process,
+    process_name,
+)
 from minixmd.runs.records import append_jsonl
 from minixmd.runs.stage_directory import begin, finish
 from minixmd.stages import evaluate, factcheck, label, switch, traces
@@ -38,32 +49,45 @@ def main(argv=None):
                         help="also field=value (every stage that has the field) and run_dir=path")
     parser.add_argument("--dry-run", action="store_true",
                         help="only check the config and print its prompts, memory and hours; needs no weights or data")
+    parser.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS",
+                        help="of several processes: one that makes no progress for so long ends the run (default 1800)")
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     args = parser.parse_intermixed_args(argv)  # overrides may follow a flag
     prepare_backends()
     try:
-        rank = init(os.environ)
+        rank = init(os.environ, args.timeout)
         config = load_config(args.config, args.overrides)
         if args.dry_run:
             return dry_run(config)
-        check_files(config.stages)  # what is missing here, on the hub or on the device, before the first hour of work
-        for stage in config.stages:
-            describe_device(stage)
-            model = getattr(stage, "model", None)
-            if model is not None and not model.startswith("@"):
-                pinned(model)
-        check_inputs(config)
-        for stage in config.stages:
-            run_stage(stage, config, rank)
+        with open(os.devnull, "w") as nowhere, ExitStack() as quiet:
+            if rank:  # what the first process says is enough
+                quiet.enter_context(redirect_stdout(nowhere))
+                quiet.enter_context(redirect_stderr(nowhere))
+            check_files(config.stages)  # what is missing here, on the hub or the device, before the first hour of work
+            for stage in config.stages:
+                describe_device(stage)
+                model = getattr(stage, "model", None)
+                if model is not None and not model.startswith("@"):
+                    pinned(model)
+            check_inputs(config)
+            for stage in config.stages:
+                run_stage(stage, config, rank)
         destroy()
-    except (ValueError, OSError) as error:
-        if args.traceback:
+    except (ValueError, OSError, RuntimeError) as error:
+        gone = is_lost_process(error)
+        if args.traceback or isinstance(error, RuntimeError) and not gone:
             raise
-        print(f"minixmd: {shortened(str(error))}", file=sys.stderr)
+        if first_to_fail():
+            cause = "another process has ended; torchrun names it below" if gone else str(error)
+            print(f"{process_name()}{shortened(cause)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("minixmd: interrupted; the same command goes on from where it stopped", file=sys.stderr)
         return 130
+    except Stopped:
+        if rank == 0:
+            print("minixmd: stopped; the same command goes on from where it stopped", file=sys.stderr)
+        return 143
     return 0
 
 
@@ -76,28 +100,35 @@ def shortened(message):
 def run_stage(stage, config, rank):
     """Runs a stage in its directory, if it is not finished. All processes call this together."""
     paths = input_paths(stage, config.run_dir, config.stages)
-    # whether the processes that torchrun started divide its clips among themselves
-    shared = isinstance(stage, (Evaluate, Label, Traces)) or getattr(stage, "checker", None) == "model"
-    shared = shared and getattr(stage, "endpoint", None) is None
     folder = None
     if rank == 0:
         hub_names = {field: pinned(path) for field, path in paths.items() if field == "model" and not path.exists()}
         folder = begin(config.run_dir, stage, paths, config.source, hub_names)
     folder = broadcast(folder)
-    if folder is None and rank == 0:
-        print(f"{stage.name}: finished before, skipped", flush=True)
-    elif folder is not None and (rank == 0 or shared):
+    if folder is None:
+        if rank == 0:
+            print(f"{stage.name}: finished before, skipped", flush=True)
+        return
+    check_shared(folder)
+    if rank == 0 or not works_alone(stage):
         where = describe_device(stage)
         print(f"{stage.name}: runs in {folder}{where}{where and describe_attention(stage)}", flush=True)
+        log = partial(append_jsonl, folder / "log.jsonl") if rank == 0 else lambda line: None
         try:
-            RUN[type(stage)](with_paths(stage, config), folder, partial(append_jsonl, folder / "log.jsonl"))
+            RUN[type(stage)](with_paths(stage, config), folder, log)
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
             raise ValueError(describe_shortage(error, stage, config.stages)) from error
-        if rank == 0:
-            finish(folder)
-    barrier()
+    gather(None)
+    if rank == 0:
+        finish(folder)
+
+
+def works_alone(stage):
+    """Whether one process does for a stage: it asks a server, or reads what others made."""
+    asks = getattr(stage, "endpoint", None) is not None
+    return asks or isinstance(stage, (Toy, Report)) or getattr(stage, "checker", None) == "verdicts"
 
 
 def with_paths(stage, config):

@@ -24,13 +24,15 @@ from minixmd.inputs.examples import check_answers, read_examples
 from minixmd.inputs.prompts import build_prompt, prefetch
 from minixmd.inputs.tokenizer import common_vocab_size
 from minixmd.kernels.grpo import ClipConfig
-from minixmd.learning import checkpoint, logprobs, optim, policy, targets
-from minixmd.learning.micro_batches import BadClip, check_length, count_targets, count_tokens, make_micro_batches
+from minixmd.learning import checkpoint, logprobs, optim, policy, steps, targets
 from minixmd.learning.reference import Reference
+from minixmd.models import sharding
 from minixmd.models.checkpointing import set_checkpointing
 from minixmd.models.head import CrossEntropy, DistillTopK, PolicyLoss
 from minixmd.models.lora import make_trainable
+from minixmd.runs import distributed
 from minixmd.runs.device import runtime_of
+from minixmd.runs.heartbeat import beat
 from minixmd.runs.records import append_jsonl
 from minixmd.runs.seeds import hash_seed
 from minixmd.stages.multiple_choice import validation_accuracy
@@ -79,8 +81,11 @@ class Trainer:
             seed=stage.seed)
         self.checkpointing = stage.checkpointing == "on" or stage.checkpointing == "auto" and self.on_gpu()
         set_checkpointing(self.model, self.checkpointing)
-        named = self.model.named_parameters()
-        self.parameters = {name: p for name, p in named if p.requires_grad}
+        self.rank, self.world_size = distributed.rank_and_world_size()
+        self.sharded = self.world_size > 1 and stage.trainable != "lora"  # an adapter's model is whole in every process
+        if self.sharded:
+            sharding.shard_trained(self.model)
+        self.parameters = sharding.local_parameters(self.model)
         self.optimizer = optim.adamw(
             self.parameters, lr=stage.lr, betas=stage.betas, eps=stage.eps, weight_decay=stage.weight_decay,
             moments=stage.moments, backend=self.model.backend)
@@ -93,14 +98,20 @@ class Trainer:
         self.best_step = 0  # after which it was reached; 0 = never
         self.validated_step = 0  # the last one after which validation was finished
         self.num_bad = 0  # clips that could not be read, over all epochs so far
-        self.samples = None  # of `fit`: what prefetch gives
+        self.items = None  # of `fit`
+        self.samples = None  # what prefetch makes of them
         self.drawn = None  # of the coming step: draw's
+        self.spare = None  # a sample of which fillers are made, where weights are sharded
         if isinstance(stage, Distill) and stage.teacher_loss != "ce":
             self.common_vocab, self.suppressed_ids = self.distilled_vocabulary()
             self.suppressed_Z = self.suppressed_ids.to(self.model.device)
         if isinstance(stage, GRPO):
             self.vocabulary = logprobs.SampledVocabulary.of(self.model, self.processor, stage.temperature)
-            self.reference = Reference(self.model, stage.reference) if stage.beta else None
+            self.reference = Reference(self.model, stage.reference, self.sharded) if stage.beta else None
+
+    def whole_model(self):
+        """The model with all its weights in this process, for what is no training; all processes call it together."""
+        return sharding.whole(self.model) if self.sharded else self.model
 
     def on_gpu(self):
         return self.model.device.type == "cuda"
@@ -130,7 +141,8 @@ class Trainer:
         """Trains to the last step. counts: {reason: count} of what the items are, for the log."""
         stage = self.stage
         self.announce(counts)
-        self.samples = prefetch(self.build_sample, self.upcoming_items(items), lambda item, error: BadClip(error),
+        self.items = items
+        self.samples = prefetch(self.build_sample, self.upcoming_items(), lambda item, error: steps.BadClip(error),
                                 reading=stage.reading, ahead=2 * stage.batch_size)
         try:
             self.take_steps(validation)
@@ -149,13 +161,16 @@ class Trainer:
                 if self.step == self.steps:
                     break
                 began = time.perf_counter()
-                learnt_from, bad_clips = self.drawn or self.draw(self.step)
+                drawn = self.drawn or self.draw(self.step)
                 self.drawn = None
-                for clip in bad_clips:
-                    self.count_bad_clip(clip.error)
+                if drawn.stop:
+                    self.save()
+                    raise distributed.Stopped
+                for error in drawn.errors:
+                    self.count_bad_clip(error)
                 metrics = {"loss": 0.0, "tokens": 0}  # of a step whose clips were all bad
-                if learnt_from:
-                    metrics = take_step(learnt_from)
+                if drawn.clips:
+                    metrics = take_step(drawn.learnt_from)
                 self.step += 1
                 tokens_per_s = metrics["tokens"] / (time.perf_counter() - began)
                 self.log({"step": self.step, **metrics, "tokens_per_s": round(tokens_per_s)})
@@ -166,22 +181,29 @@ class Trainer:
                 if save_due or self.validation_due():
                     self.save()
 
-    def upcoming_items(self, items):
+    def upcoming_items(self):
         for step in range(self.step, self.steps):
-            for i in self.batch_indices(step):
-                yield items[i]
+            for i in steps.deal(self.items, self.batch_indices(step)):
+                yield self.items[i]
 
     def draw(self, step):
-        """What a step learns from, MicroBatches or for a rollout [(Prompt, Item)], and its BadClips."""
-        samples, bad_clips = [], []
-        for _ in self.batch_indices(step):
+        """The Drawn of a step. All processes call it together."""
+        samples, errors = [], []
+        for _ in steps.deal(self.items, self.batch_indices(step)):
             sample = next(self.samples)
-            if isinstance(sample, BadClip):
-                bad_clips.append(sample)
+            if isinstance(sample, steps.BadClip):
+                errors.append(sample.error)
             else:
                 samples.append(sample)
-        rolls_out = isinstance(self.stage, GRPO)
-        return samples if rolls_out else self.micro_batches(samples), bad_clips
+        shares = distributed.gather((len(samples), errors, distributed.stop_requested()))
+        numbers, errors, stop = zip(*shares, strict=True)
+        if self.sharded and any(numbers):
+            self.spare = samples[0] if samples else None
+            if not all(numbers):  # who has none takes that of the first who has
+                given = distributed.broadcast(self.spare, source=[number > 0 for number in numbers].index(True))
+                self.spare = self.spare or given
+        learnt_from = samples if isinstance(self.stage, GRPO) else self.micro_batches(samples)
+        return steps.Drawn(learnt_from, sum(numbers), sum(errors, []), any(stop))
 
     def announce(self, counts):
         """Says what will be learnt, on the screen and at a run's start in the log."""
@@ -190,9 +212,11 @@ class Trainer:
             "step": 0,
             "learns_from": counts,
             "steps": self.steps,
-            "trainable_parameters": sum(p.numel() for p in self.parameters.values()),
+            "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
         }
         text = f"{stage.name}: {self.steps} steps of {stage.batch_size} on {self.num_items} clips ({counts})"
+        if self.world_size > 1:
+            text += f", in {self.world_size} processes"
         if self.checkpointing:
             text += ", blocks checkpointed"
         if self.step:
@@ -213,7 +237,7 @@ class Trainer:
             answer, max_new_tokens = None, self.stage.max_new_tokens
         prompt_format = self.stage.prompt_format
         prompt = build_prompt(self.processor, item.example, prompt_format, answer, "", load, max_new_tokens)
-        check_length(prompt, item.example, max_new_tokens, self.stage.micro_batch_tokens)
+        steps.check_length(prompt, item.example, max_new_tokens, self.stage.micro_batch_tokens)
         return prompt, item
 
     def count_bad_clip(self, error):
@@ -225,16 +249,17 @@ class Trainer:
                              f"{self.max_reads} to be read; the last: {error}")
 
     def update(self, values):
-        """Clips the gradients, takes an optimizer step and drops them. values: {"loss", …: numbers on the model's
-        device}, which are read here, once a step, with the gradient's norm. Returns them all, and the learning rate.
-        Raises ValueError, and changes no weight, where the loss or the gradient's norm is not finite."""
+        """Adds up the processes' gradients, clips them, takes an optimizer step and drops them. values: {"loss", …:
+        this process's part}, on its device, which are added up and read here, once a step, with the gradient's norm.
+        Returns them all, and the learning rate. Raises ValueError, and changes no weight, where one is not finite."""
         stage = self.stage
         if self.samples is not None and self.drawn is None and self.step + 1 < self.steps:
             self.drawn = self.draw(self.step + 1)  # packed and pinned while a GPU is still at the gradients
-        max_norm = stage.max_grad_norm or math.inf
-        values = {**values, "grad_norm": torch.nn.utils.clip_grad_norm_(self.parameters.values(), max_norm)}
-        read = torch.stack([value.double() for value in values.values()]).tolist()
-        metrics = dict(zip(values, read, strict=True))
+        grad_norm = self.clip_gradients(stage.max_grad_norm or math.inf)
+        names = list(dict.fromkeys(sum(distributed.gather(list(values)), [])))  # a process may have none of some
+        parts = [values.get(name, self.zero()).double() for name in names]
+        read = torch.stack([*distributed.add_up(torch.stack(parts)), grad_norm.double()]).tolist()
+        metrics = dict(zip([*names, "grad_norm"], read, strict=True))
         if not math.isfinite(metrics["loss"]):
             raise ValueError(f"{stage.name}: the loss at step {self.step + 1} is {metrics['loss']}; stopped")
         if not math.isfinite(metrics["grad_norm"]):
@@ -247,8 +272,21 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return {**metrics, "lr": lr}
 
+    def clip_gradients(self, max_norm):
+        """Leaves in self.parameters the gradients of all processes, clipped. Returns their norm before that."""
+        parameters = list(self.parameters.values())
+        if self.sharded:  # FSDP has added them up
+            sharding.move_gradients(self.model, self.parameters)
+        else:
+            distributed.add_up_gradients(parameters)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.sharded:
+            norm = distributed.add_up(norm.double().square()).sqrt().to(norm.dtype)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+
     def micro_batches(self, samples):
-        return make_micro_batches(samples, self.stage.micro_batch_tokens, self.model.device)
+        return steps.make_micro_batches(samples, self.stage.micro_batch_tokens, self.model.device, self.spare)
 
     def cross_entropy(self, hidden_ND, batch, denominator, chosen_L=None):
         """The sum of -log p(target) / denominator over a batch's targets, or over those of these numbers."""
@@ -263,19 +301,21 @@ class Trainer:
     def sft_step(self, micro_batches):
         """One optimizer step on MicroBatches: the mean cross-entropy over all target tokens. The denominator is the
         whole step's, so the gradient does not depend on how it is cut."""
-        loss = self.sft_gradients(micro_batches)
-        return {**self.update({"loss": loss}), "tokens": count_tokens(micro_batches)}
+        counts = steps.count(micro_batches)
+        loss = self.sft_gradients(micro_batches, counts)
+        return {**self.update({"loss": loss}), "tokens": counts.tokens}
 
-    def sft_gradients(self, micro_batches):
+    def sft_gradients(self, micro_batches, counts):
         """Gradients of a step; returns the loss, on the model's device."""
-        denominator = count_targets(micro_batches)
-        total = self.zero()
+        loss_sum = self.zero()
         for micro_batch in micro_batches:
+            beat()
             batch = micro_batch.batch.to(self.model.device)
+            denominator = math.inf if micro_batch.filler else counts.targets
             loss = self.cross_entropy(self.model(batch), batch, denominator)
             loss.backward()
-            total += loss.detach()
-        return total
+            loss_sum += loss.detach()
+        return loss_sum
 
     def zero(self):
         """A sum to begin, on the model's device, in fp64."""
@@ -289,18 +329,21 @@ class Trainer:
             "teacher"   -log p(letter), or T² KL(teacher || student) at the letter, or their sum (teacher_loss)
             "student"   -log p(the letter that the student gave before): the anti-forgetting loss
         """
-        metrics = self.update(self.distill_gradients(micro_batches))
-        items = [item for micro_batch in micro_batches for item in micro_batch.items]
-        from_teacher = sum(item.source == "teacher" for item in items)
-        return {**metrics, "to_teacher": from_teacher, "tokens": count_tokens(micro_batches)}
+        counts = steps.count(micro_batches)
+        metrics = self.update(self.distill_gradients(micro_batches, counts))
+        sources = [item.source for micro_batch in micro_batches if not micro_batch.filler for item in micro_batch.items]
+        [from_teacher] = distributed.total(sources.count("teacher"))
+        return {**metrics, "to_teacher": from_teacher, "tokens": counts.tokens}
 
-    def distill_gradients(self, micro_batches):
+    def distill_gradients(self, micro_batches, counts):
         """Gradients of a step: cross-entropy is a mean over its target tokens, the KL one over its clips. Returns
         {"loss", …} on the model's device."""
-        denominator = count_targets(micro_batches)
-        num_clips = sum(len(micro_batch.items) for micro_batch in micro_batches)
         metrics = defaultdict(self.zero)
         for micro_batch in micro_batches:
+            beat()
+            num_targets, num_clips = counts.targets, counts.clips
+            if micro_batch.filler:
+                num_targets = num_clips = math.inf
             batch = micro_batch.batch.to(self.model.device)
             hidden_ND = self.model(batch)
             topk = {}  # number of a clip in the micro-batch, which is its segment's -> the teacher's best ids
@@ -316,7 +359,7 @@ class Trainer:
                 learnt = [t for t in learnt if owners[t] not in topk]
             if learnt:
                 [learnt_L] = send([torch.tensor(learnt)], self.model.device)
-                losses.append(self.cross_entropy(hidden_ND, batch, denominator, learnt_L))
+                losses.append(self.cross_entropy(hidden_ND, batch, num_targets, learnt_L))
             loss = sum(losses)
             loss.backward()
             metrics["loss"] += loss.detach()
@@ -357,29 +400,38 @@ class Trainer:
         items = [item for _, item in samples]
 
         started = time.perf_counter()
+        sampler = self.whole_model()  # the policy itself: where its weights are sharded, gathered for the rollout
         if self.model.encoders_frozen():  # sampling, scoring and learning then share the encoders' output
-            prompts = [self.model.encode_media(prompt) for prompt in prompts]
-        completions = generate(
-            self.model, self.processor, prompts, num_samples=stage.group_size, max_new_tokens=stage.max_new_tokens,
-            temperature=stage.temperature, seed=stage.seed, step=self.step, stop=stage.stop,
-            keys=[item.example.id for item in items], decode_slots=stage.decode_slots)
+            prompts = [sampler.encode_media(prompt) for prompt in prompts]
+        completions = []
+        if prompts:
+            completions = generate(
+                sampler, self.processor, prompts, num_samples=stage.group_size, max_new_tokens=stage.max_new_tokens,
+                temperature=stage.temperature, seed=stage.seed, step=self.step, stop=stage.stop,
+                keys=[item.example.id for item in items], decode_slots=stage.decode_slots)
+        del sampler
         letters = stage.prompt_format.asks_for_letter
         rewards = policy.score_completions(completions, items, letters)
-        self.show_completions(completions[0], items[0], rewards)
+        if prompts and self.rank == 0:
+            self.show_completions(completions[0], items[0], rewards)
         rollout = policy.make_rollout(stage, prompts, completions, rewards["reward"])
+        passes, [learned] = distributed.gather(len(rollout.micro_batches)), distributed.total(rollout.learned)
+        if self.sharded and learned:
+            rollout.fill_up(self.spare[0], max(passes))
 
         sampled = time.perf_counter()
         scored_T = None  # what the policy says without gradients, before its first update
-        if rollout and self.reference is not None:
+        first_update = not any(self.optimizer.state.values())  # in this process or an earlier one
+        if rollout.micro_batches and self.reference is not None:
             options = rollout.micro_batches, self.vocabulary
             rollout.ref_T = logprobs.reference_logprobs(self.reference.frozen_model(), *options)
-            if not any(self.optimizer.state.values()):  # in this process or an earlier one
-                scored_T = logprobs.reference_logprobs(self.model, *options)
+            if first_update:
+                scored_T = logprobs.reference_logprobs(self.whole_model(), *options)
                 self.check_reference(rollout.ref_T, scored_T)
 
         scored = time.perf_counter()
         metrics = Counter(loss=0.0)
-        for _ in range(stage.num_iterations if rollout else 0):
+        for _ in range(stage.num_iterations if learned else 0):
             for name, value in self.policy_update(rollout).items():
                 metrics[name] += value / stage.num_iterations
         if self.model.device.type == "cuda":
@@ -387,24 +439,38 @@ class Trainer:
         updated = time.perf_counter()
 
         metrics = dict(metrics)
-        metrics |= policy.rollout_metrics([item.example for item in items], completions, rewards, letters)
-        metrics["learned"] = rollout.learned if rollout else 0  # groups
-        if rollout:  # what the sampler said of its tokens against the training pass: 0 but for rounding
-            gap_T = (rollout.sampled_T - rollout.old_T).abs()
-            metrics["logp_gap_mean"], metrics["logp_gap_max"] = torch.stack([gap_T.mean(), gap_T.max()]).tolist()
-        if scored_T is not None:  # and what scoring without gradients said against it
-            metrics["scoring_gap_max"] = (scored_T - rollout.old_T).abs().max().item()
+        own = policy.rollout_metrics([item.example for item in items], completions, rewards, letters) if items else {}
+        metrics |= policy.mean_metrics(distributed.gather((len(items), own)))
+        metrics["learned"] = learned  # groups
+        if learned:  # what the sampler said of its tokens against the training pass: 0 but for rounding
+            metrics |= self.logp_gaps(rollout, scored_T, first_update and self.reference is not None)
         metrics["rollout_s"] = round(sampled - started, 3)
         metrics["scoring_s"] = round(scored - sampled, 3)
         metrics["update_s"] = round(updated - scored, 3)
         new_tokens = sum(len(completion.ids) for group in completions for completion in group)
-        return metrics | {"tokens": sum(map(len, prompts)) + new_tokens}
+        [tokens] = distributed.total(sum(map(len, prompts)) + new_tokens)
+        return metrics | {"tokens": tokens}
+
+    def logp_gaps(self, rollout, scored_T, scored):
+        """Between the training pass and what the sampler said; with `scored` also what scoring said: scored_T, None
+        without tokens."""
+        own = slice(rollout.own_tokens)
+        gap_T, scoring_gap_T = torch.zeros(2, 1, device=self.model.device)
+        if rollout.own_tokens:
+            gap_T = (rollout.sampled_T - rollout.old_T)[own].abs()
+        if rollout.own_tokens and scored:
+            scoring_gap_T = (scored_T - rollout.old_T)[own].abs()
+        found = torch.stack([gap_T.sum(), gap_T.max(), scoring_gap_T.max()]).tolist()
+        sums, largest, of_scoring = zip(*distributed.gather(found), strict=True)
+        gaps = {"logp_gap_mean": sum(sums) / rollout.tokens, "logp_gap_max": max(largest)}
+        return gaps | {"scoring_gap_max": max(of_scoring)} if scored else gaps
 
     def policy_update(self, rollout):
         loss, columns = self.policy_gradient(rollout)
-        values = {"loss": loss, "entropy": columns["entropy"].mean(), "clip_fraction": columns["clipped"].mean()}
-        if self.reference is not None:
-            values["kl"] = columns["kl"].mean()
+        values = {"loss": loss}
+        for name, column in {"entropy": "entropy", "clip_fraction": "clipped", "kl": "kl"}.items():
+            if column in columns and (name != "kl" or self.reference is not None):
+                values[name] = columns[column][:rollout.own_tokens].sum() / rollout.tokens
         return self.update(values)
 
     def policy_gradient(self, rollout):
@@ -426,6 +492,7 @@ class Trainer:
         if first_update:
             rollout.old_T = torch.empty_like(rollout.sampled_T)
         for groups in rollout.micro_batches:
+            beat()
             batch = pack(groups).to(device)
             begin, end = end, end + len(batch.target_id_T)
             rows = slice(begin, end)
@@ -488,7 +555,7 @@ class Trainer:
         """Accuracy on the validation manifest: by letters, or by greedily written answers in GRPO and with traces. The
         best weights so far (the earliest, in a tie) are kept."""
         stage = self.stage
-        accuracy, bad = validation_accuracy(self.model, self.processor, examples, stage)
+        accuracy, bad = validation_accuracy(self.whole_model(), self.processor, examples, stage)
         if accuracy > self.best_accuracy:
             self.best_accuracy = accuracy
             self.best_step = self.step
@@ -499,11 +566,15 @@ class Trainer:
 
     def save(self):
         progress = {"step": self.step, "best": self.best_accuracy, "best_step": self.best_step, "bad": self.num_bad}
-        checkpoint.save(self.folder, self.parameters, self.optimizer, progress)
+        checkpoint.save(self.folder, self.parameters, self.optimizer, progress, self.rows())
+
+    def rows(self):
+        """Which rows of sharded weights this process holds (sharding.local_rows); None where each holds all."""
+        return sharding.local_rows(self.model) if self.sharded else None
 
     def resume(self):
         """Goes on from the stage's last state, if there is one; log lines of steps that will be redone are dropped."""
-        progress, log_lines = checkpoint.restore(self.folder, self.parameters, self.optimizer)
+        progress, log_lines = checkpoint.restore(self.folder, self.parameters, self.optimizer, self.rows())
         if progress is not None:
             self.step = progress["step"]
             self.best_accuracy = progress["best"]
@@ -515,7 +586,10 @@ class Trainer:
 
     def publish(self):
         """Writes best/: the best weights in validation (the last ones without it), as `load` and others read them."""
-        checkpoint.publish(self.folder, self.model, self.processor, self.parameters, self.stage.model)
+        checkpoint.fill_best(self.folder, self.parameters, self.rows())
+        model = self.whole_model()
+        if self.rank == 0:
+            checkpoint.publish(self.folder, model, self.processor, self.stage.model)
 
 
 if __name__ == "__main__":  # the command line is the runner's, which imports this module

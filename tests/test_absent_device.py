@@ -327,10 +327,11 @@ def test_a_copy_that_a_stage_forgets_is_caught(world, tmp_path, monkeypatch, spr
 
 def test_the_next_steps_clips_are_packed_and_pinned_before_a_step_waits(world, tmp_path, monkeypatch):
     events, pin, send = [], Batch.pinned, Batch.to
-    clip = torch.nn.utils.clip_grad_norm_
+    clip = torch.nn.utils.clip_grads_with_norm_
     monkeypatch.setattr(Batch, "pinned", lambda batch: (events.append("pin"), pin(batch))[1])
     monkeypatch.setattr(Batch, "to", lambda batch, device: (events.append("send"), send(batch, device))[1])
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: (events.append("read"), clip(*args))[1])
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_",
+                        lambda *args: (events.append("read"), clip(*args))[1])
     with AbsentDevice() as device:
         run(world, tmp_path / "cuda", "sft of video", "cuda", "torch", "float32")
         assert [event for event, _ in groupby(events)] == ["pin", "send", "pin", "read", "send", "read"]

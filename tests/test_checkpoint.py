@@ -189,7 +189,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path, device):
     assert load_state(tmp_path) == progress
     for kind, saved in (("weights", weights), ("optimizer", optimizer)):
         found = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for name, tensor in saved.items()}
-        fill(found, tensor_file(tmp_path, kind, 7))
+        fill(found, [tensor_file(tmp_path, kind, 7)])
         assert_same({name: tensor.cpu() for name, tensor in found.items()}, saved)
 
 
@@ -256,7 +256,7 @@ def test_a_damaged_state_is_one_line_that_names_it(tmp_path, name, damage):
         path.write_bytes(damage(path.read_bytes()) if damage else b'{"w": 1}')
     with pytest.raises(ValueError, match="not (of )?a training state .*; delete .* to start the stage anew") as caught:
         load_state(tmp_path)
-        fill({"w": torch.ones(3)}, tensor_file(tmp_path, "weights", 1))
+        fill({"w": torch.ones(3)}, [tensor_file(tmp_path, "weights", 1)])
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -269,7 +269,7 @@ def test_a_damaged_state_is_one_line_that_names_it(tmp_path, name, damage):
 def test_a_state_of_another_model_is_one_line_that_names_it(tmp_path, tensors, fault):
     save(tmp_path, 1)
     with pytest.raises(ValueError, match=fault) as caught:
-        fill(tensors, tensor_file(tmp_path, "weights", 1))
+        fill(tensors, [tensor_file(tmp_path, "weights", 1)])
     assert str(caught.value).startswith(f"{tmp_path}/weights-000001.safetensors: not a state of this model: ")
 
 

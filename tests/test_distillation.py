@@ -14,6 +14,7 @@ from minixmd import pack
 from minixmd.config import Distill
 from minixmd.inputs.examples import Example
 from minixmd.inputs.tokenizer import common_vocab_size
+from minixmd.learning.steps import count
 from minixmd.learning.targets import Item, resolve_targets, stored_rows
 from minixmd.runner import main
 from minixmd.train import Trainer
@@ -122,7 +123,7 @@ def test_the_loss_and_its_gradients_are_as_defined_however_the_step_is_cut(teach
     trainer, samples = problem(teacher_loss, tokens)
     micro_batches = trainer.micro_batches(samples)
     assert len(micro_batches) == {1: 5, 12: 3, 8192: 1}[tokens]
-    model, metrics = trainer.model, values(trainer.distill_gradients(micro_batches))
+    model, metrics = trainer.model, values(trainer.distill_gradients(micro_batches, count(micro_batches)))
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     truth = plain(model, samples, teacher_loss)
@@ -137,7 +138,8 @@ def test_the_loss_and_its_gradients_are_as_defined_however_the_step_is_cut(teach
 
 def test_a_step_of_stored_rows_alone_trains_without_cross_entropy():
     trainer, samples = problem("kl")
-    metrics = values(trainer.distill_gradients(trainer.micro_batches([samples[1], samples[3]])))
+    micro_batches = trainer.micro_batches([samples[1], samples[3]])
+    metrics = values(trainer.distill_gradients(micro_batches, count(micro_batches)))
     assert metrics["loss"] == pytest.approx(metrics["kl"])
 
 

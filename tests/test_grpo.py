@@ -225,7 +225,7 @@ def test_a_group_of_equal_rewards_has_a_kl_alone_and_skipped_not_even_that():
     _, grads, columns = ours(trainer, *second)
     assert all((g == 0).all() for g in ours(problem(beta=0.0)[0], *second)[1].values())
     assert max(g.abs().max() for g in grads.values()) > 1e-4 and columns["kl"].min() >= 0 < columns["kl"].max()
-    assert make_rollout(stage_of(zero_variance="skip"), *second) is None
+    assert not make_rollout(stage_of(zero_variance="skip"), *second).micro_batches
     loss, grads, _ = ours(problem(zero_variance="skip")[0], prompts, answers, REWARDS)
     alone = ours(trainer, [prompts[0], prompts[2]], [answers[0], answers[2]], REWARDS[[0, 2]])
     assert loss == pytest.approx(alone[0], rel=1e-5)
@@ -238,7 +238,7 @@ def test_masked_completions_count_as_ones_without_tokens_and_all_of_them_leave_n
     assert [len(group.completions) for group in rollout.micro_batches[0]] == [2, 2, 2]
     assert rollout.weight_T[:3].tolist() == pytest.approx([1 / 36] * 3)  # 12 completions, of 3 tokens the first
     cut = [[replace(c, finished=False) for c in group] for group in answers]
-    assert make_rollout(stage_of(truncated="mask"), prompts, cut, REWARDS) is None
+    assert not make_rollout(stage_of(truncated="mask"), prompts, cut, REWARDS).micro_batches
 
 
 def test_the_update_never_has_more_than_a_chunk_of_logits(monkeypatch):
@@ -537,7 +537,7 @@ def test_a_planted_reference_stops_the_run_before_any_update(place, world, tmp_p
         reference.model.norm.weight.data += 0.1  # shared with no one: the decoder trains
         return reference
 
-    monkeypatch.setattr("minixmd.learning.reference.frozen_copy", wrong)
+    monkeypatch.setattr("minixmd.learning.reference.whole", wrong)
     assert run(tmp_path, train(world, trainable="decoder", reference=place)) == 1
     error = capsys.readouterr().err
     assert "g: before the first update the KL to the reference is" in error and "stopped" in error

@@ -12,8 +12,8 @@ from tiny import Largest, audio_media, cross_entropy, processor_of, prompt, tiny
 from minixmd import Group, Prompt, generate, pack
 from minixmd.config import SFT
 from minixmd.inputs.batch import Segments
+from minixmd.learning.steps import count
 from minixmd.models.attention import attend_at_once, packed_attention
-from minixmd.train import Trainer
 
 KINDS = ("audio", "vision", "windowed", "omni")  # an Omni prompt mixes both media
 
@@ -103,13 +103,13 @@ def check_micro_batches(kind, sft_gradients):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_token_budget_changes_no_gradient(kind):
-    check_micro_batches(kind, Trainer.sft_gradients)
+    check_micro_batches(kind, lambda trainer, micro_batches: trainer.sft_gradients(micro_batches, count(micro_batches)))
 
 
 def test_dividing_by_the_number_of_micro_batches_would_be_caught():
     def mean_of_means(trainer, micro_batches):
         parts = [[micro_batch] for micro_batch in micro_batches]
-        loss = sum(trainer.sft_gradients(part) for part in parts) / len(parts)
+        loss = sum(trainer.sft_gradients(part, count(part)) for part in parts) / len(parts)
         for p in trainer.parameters.values():
             p.grad /= len(parts)
         return loss

@@ -94,7 +94,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(kind, backend, tmp_path):
     path = tmp_path / "optimizer.safetensors"
     write_safetensors(path, optimizer_tensors(first, half))
     again = adamw(half, **options)
-    restore_optimizer(again, half, path)
+    restore_optimizer(again, half, [path])
     path.write_bytes(b"")  # what was restored has memory of its own
     walk(again, half, range(10, 20))
     assert all(torch.equal(p, whole[name]) for name, p in half.items())
@@ -113,7 +113,7 @@ def test_a_state_that_does_not_fit_is_refused_by_file_and_name(kind, tmp_path):
 
     def restored(tensors, moments=moments):
         write_safetensors(path, tensors)
-        restore_optimizer(adamw(parameters, moments=moments, **OPTIONS), parameters, path)
+        restore_optimizer(adamw(parameters, moments=moments, **OPTIONS), parameters, [path])
 
     restored({name: tensors[name] for name in tensors if "matrix" not in name})  # it had no gradient
     for missing in tensors:

@@ -1,110 +1,96 @@
-"""Two processes that share the clips of a run's stages write what one alone writes."""
+"""Several processes of a run give what one gives: every stage, on 1, 2 and 3, with counts that do not divide.
+
+The steps have 5 clips of 11, so the last one of an epoch has one: with 3 processes two of them have nothing to learn
+there. Kills, hangs and signals are in test_process_faults.py."""
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 
+import processes
 import pytest
-from mini import write_clips, write_config, write_model
+from processes import TRAINED, difference, largest_gap, log_of, run, weights, write_world
 
-from minixmd.runner import main
-from minixmd.runs import distributed
-from minixmd.runs.distributed import compute_shards
+from minixmd.runs.records import read_jsonl
 
-ROOT = Path(__file__).resolve().parents[1]
-FILES = ("before/results.json", "before/answers.jsonl", "labels/labels.jsonl", "traces/samples.jsonl",
-         "traces/results.json", "checked/verdicts.jsonl", "learnt/log.jsonl")
-STAGES = """[
-    Evaluate(name="before", model={model!r}, manifest={manifest!r}),
-    Label(name="labels", model={model!r}, manifest={manifest!r}),
-    Traces(name="traces", model={model!r}, manifest={manifest!r}, media="audio", num_samples=2, max_new_tokens=5),
-    FactCheck(name="checked", traces={traces!r}, manifest={manifest!r}, model={model!r}, threshold=-1e9),
-    SFT(name="learnt", model={model!r}, manifest={manifest!r}, max_steps=2),
-]"""
-# shards of 5 clips, so that there is something to share
-COMMAND = """
-import sys
-from minixmd.runner import main
-from minixmd.runs import distributed
-from minixmd.stages import traces
-distributed.SHARD = traces.CLIPS = 5
-sys.exit(main(sys.argv[1:]))
-"""
+QUICK = ("labels", "sft_decoder", "grpo_decoder")  # of the fast suite, on 2 processes
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    model, manifest = write_model(folder / "ears", "audio"), write_clips(folder / "clips")
-    traces = [{"id": f"clip{i}", "text": f"<think>Thought {i}.</think><answer>A</answer>"} for i in range(12)]
-    (folder / "traces.jsonl").write_text("".join(json.dumps(trace) + "\n" for trace in traces))
-    (folder / "command.py").write_text(COMMAND)
-    given = dict(model=str(model), manifest=str(manifest), traces=str(folder / "traces.jsonl"))
-    return write_config(folder / "config.py", STAGES.format(**given))
+def quick(tmp_path_factory):
+    return runs_of(tmp_path_factory.mktemp("quick"), QUICK, (1, 2))
 
 
-def outputs(run):
-    def lines(name):
-        kept = [json.loads(line) for line in (run / name).read_text().splitlines()]
-        return [{key: value for key, value in line.items() if not key.endswith("_per_s")} for line in kept]
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return runs_of(tmp_path_factory.mktemp("ranks"), tuple(processes.STAGES), (1, 2, 3))
 
-    return {name: lines(name) if name.endswith("jsonl") else json.loads((run / name).read_text()) for name in FILES}
+
+def runs_of(home, names, counts):
+    """{number of processes: the directory of their run}."""
+    config, found = write_world(home, names), {}
+    for count in counts:
+        done = run(config, home / f"run{count}", count)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        assert done.stdout.count("runs in") == len(names)  # one process speaks
+        found[count] = home / f"run{count}"
+    return found
+
+
+def assert_trained_alike(one, several):
+    assert difference(weights(one), weights(several)) < 1e-6
+    for before, after in zip(log_of(one), log_of(several), strict=True):
+        assert largest_gap(before, after) < 1e-5, (before, after)
+        if "loss" in before:
+            assert after["loss"] == pytest.approx(before["loss"], rel=1e-6, abs=2e-7)
+    completions = [read_jsonl(folder / "completions.jsonl") for folder in (one, several) if "grpo" in folder.name]
+    if completions:
+        assert len(completions[0]) == len(completions[1]) > 3 and largest_gap(*completions) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["sft_decoder", "grpo_decoder"])
+def test_sharded_weights_train_alike_on_two_processes(quick, name):
+    assert_trained_alike(quick[1] / name, quick[2] / name)
+
+
+def test_labels_of_two_processes_are_those_of_one(quick):
+    assert largest_gap(*(read_jsonl(quick[n] / "labels" / "labels.jsonl") for n in (1, 2))) < 1e-5
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(config, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
-                   "OMP_NUM_THREADS": "1"}
-    command = [str(config.parent / "command.py"), str(config), f"run_dir={tmp_path / 'two'}"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
-                "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    for skipped in (0, 5):
-        done = subprocess.run([*torchrun, *command], env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("finished before, skipped") == skipped
-    shards = sorted(path.name for path in (tmp_path / "two" / "traces" / "shards").iterdir())
-    assert shards == ["0000000.jsonl", "0000005.jsonl", "0000010.jsonl"]
-    assert main([str(config), f"run_dir={tmp_path / 'one'}"]) == 0
-    assert outputs(tmp_path / "two") == outputs(tmp_path / "one")
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_way_to_train_gives_the_same(runs, name, count):
+    assert_trained_alike(runs[1] / name, runs[count] / name)
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_ends_all(config, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend",
-                           "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(config.parent / "command.py"), str(config),
-                           f"run_dir={tmp_path / 'run'}", "before.manifest=nowhere.jsonl"], env=environment,
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and "manifest 'nowhere.jsonl' does not exist" in done.stderr
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", [name for name in processes.STAGES if name not in TRAINED])
+def test_every_other_stage_gives_the_same(runs, name, count):
+    one, several = runs[1] / name, runs[count] / name
+    files = sorted(path.name for path in one.glob("*.jsonl")) + [path.name for path in one.glob("results.json")]
+    assert len(files) >= 2
+    for file in files:
+        read = read_jsonl if file.endswith("l") else lambda path: json.loads(path.read_text())
+        assert largest_gap(read(one / file), read(several / file)) < 1e-5, file
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_each_shard_is_computed_by_one_process_and_collected_in_order_by_the_first(tmp_path, monkeypatch, world_size):
-    computed, waits = [], []
-
-    def compute(items):
-        computed.append((rank, items))
-        return [{"square": item * item} for item in items]
-
-    monkeypatch.setattr(distributed, "barrier", lambda: waits.append(rank))
-    for rank in reversed(range(world_size)):  # the first collects, when the others are done
-        monkeypatch.setattr(distributed, "rank_and_world_size", lambda rank=rank: (rank, world_size))
-        records = compute_shards(compute, list(range(11)), tmp_path, "squares", "item", shard_size=3)
-        assert (records is None) == (rank > 0)
-    assert records == [{"square": i * i} for i in range(11)] and len(waits) == world_size * (world_size > 1)
-    assert sorted(computed, key=lambda part: part[1]) == [
-        (0, [0, 1, 2]), (1 % world_size, [3, 4, 5]), (2 % world_size, [6, 7, 8]), (3 % world_size, [9, 10])]
-    (tmp_path / "0000006.jsonl").unlink()
-    computed.clear()
-    monkeypatch.setattr(distributed, "rank_and_world_size", lambda: (0, 1))
-    assert compute_shards(compute, list(range(11)), tmp_path, "squares", "item", shard_size=3) == records
-    assert computed == [(0, [6, 7, 8])]
+@pytest.mark.slow
+def test_a_finished_run_is_skipped_by_any_number_of_processes(runs):
+    done = run(runs[2].parent / "config.py", runs[2], 3)
+    assert done.returncode == 0 and done.stdout.count("finished before, skipped") == len(processes.STAGES)
 
 
-def test_a_stage_of_the_first_process_alone_computes_every_shard_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "rank_and_world_size", lambda: (0, 2))
-    monkeypatch.setattr(distributed, "barrier", None)  # the other would never come
-    records = compute_shards(lambda items: [{"item": item} for item in items], [1, 2, 3], tmp_path, "title", "item",
-                             shard_size=2, first_process_only=True)
-    assert [record["item"] for record in records] == [1, 2, 3]
+@pytest.mark.slow
+def test_an_error_of_all_processes_is_one_line(runs, tmp_path):
+    done = run(runs[1].parent / "config.py", tmp_path / "run", 2, "labels.manifest=nowhere.jsonl")
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("minixmd: ")]
+    assert "manifest 'nowhere.jsonl' does not exist" in line
+
+
+def test_a_world_size_without_torchrun_is_one_line(tmp_path):
+    line, environment = processes.command(write_world(tmp_path, ("labels",)), tmp_path / "run", 1)
+    done = subprocess.run(line, env={**environment, "WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == (
+        "minixmd: WORLD_SIZE is 2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set: start several processes "
+        "with torchrun, or unset WORLD_SIZE")

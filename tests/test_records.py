@@ -147,7 +147,7 @@ def test_too_many_bad_clips_or_none_but_bad_ones_are_refused_with_the_first(good
 @pytest.fixture
 def shards_as(monkeypatch, tmp_path):
     """compute_shards as process `rank` of `world_size` calls it; the others' work is done by earlier calls."""
-    computed, waited = [], []
+    computed, waited, seen = [], [], []
 
     def compute(part):
         computed.append(part)
@@ -155,7 +155,8 @@ def shards_as(monkeypatch, tmp_path):
 
     def run(rank, world_size, items, **options):
         monkeypatch.setattr(distributed, "rank_and_world_size", lambda: (rank, world_size))
-        monkeypatch.setattr(distributed, "barrier", lambda: waited.append(rank))
+        monkeypatch.setattr(distributed, "gather", lambda value: waited.append(rank) or [value])
+        monkeypatch.setattr(distributed, "broadcast", lambda done: seen.append(done) or seen[0])  # as the first saw it
         return compute_shards(compute, items, tmp_path, "shards", "item", **options)
 
     run.computed, run.waited = computed, waited
@@ -175,9 +176,22 @@ def test_every_process_computes_its_shards_and_the_first_alone_gets_the_records(
 def test_a_shard_that_is_there_is_read_back(shards_as, tmp_path):
     (tmp_path / "0000002.jsonl").write_text('{"item": "kept"}\n')
     assert shards_as(0, 1, [0, 1, 2], shard_size=2) == [{"item": 0}, {"item": 1}, {"item": "kept"}]
-    assert shards_as.computed == [[0, 1]] and shards_as.waited == []
+    assert shards_as.computed == [[0, 1]]
 
 
-def test_a_stage_of_the_first_process_alone_waits_for_nobody(shards_as):
-    found = shards_as(0, 4, [0, 1, 2], shard_size=1, first_process_only=True)
-    assert found == [{"item": 0}, {"item": 1}, {"item": 2}] and shards_as.waited == []
+def test_what_is_left_is_shared_however_much_was_there(shards_as, tmp_path):
+    for i in (0, 1, 3):
+        (tmp_path / f"{i:07d}.jsonl").write_text(f'{{"item": {i}}}\n')
+    for rank in (1, 0):
+        found = shards_as(rank, 2, list(range(6)), shard_size=1)
+    assert shards_as.computed == [[4], [2], [5]] and found == [{"item": i} for i in range(6)]
+
+
+def test_a_process_that_is_asked_to_stop_finishes_its_shard(shards_as, tmp_path, monkeypatch):
+    asked = iter([False, True])
+    monkeypatch.setattr(distributed, "stop_requested", lambda: next(asked))
+    with pytest.raises(distributed.Stopped):
+        shards_as(0, 1, list(range(6)), shard_size=2)
+    assert shards_as.computed == [[0, 1]]
+    monkeypatch.setattr(distributed, "stop_requested", lambda: False)
+    assert len(shards_as(0, 1, list(range(6)), shard_size=2)) == 6

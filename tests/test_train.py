@@ -464,9 +464,9 @@ def test_a_validation_that_fails_costs_no_step_and_is_done_by_the_next_run_once(
 def test_a_new_best_writes_no_tensor_and_its_weights_are_published(world, tmp_path, monkeypatch):
     written, seen, accuracies = [], {}, [0.25, 0.75, 0.5, 0.75]
 
-    def writing(path, tensors):
+    def writing(path, tensors, metadata):
         written.append(path.name)
-        write_safetensors(path, tensors)
+        write_safetensors(path, tensors, metadata)
 
     def validating(model, *given):
         seen[len(seen)] = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -779,7 +779,7 @@ def test_a_parameter_that_has_had_no_gradient_yet_is_restored_as_such(tmp_path):
     tensors = optimizer_tensors(optimizer, parameters)
     restored = adamw(parameters, **options)
     write_safetensors(tmp_path / "o.safetensors", tensors)
-    restore_optimizer(restored, parameters, tmp_path / "o.safetensors")
+    restore_optimizer(restored, parameters, [tmp_path / "o.safetensors"])
     assert set(tensors) == {"heard.step", "heard.exp_avg", "heard.exp_avg_sq"}
     parameters["seen"].grad = torch.ones(2)
     restored.step()  # both

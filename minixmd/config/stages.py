@@ -48,6 +48,13 @@ class _LocalModel(_Local):
 
 
 @stage
+class _Sharded:
+    """A field of stages that only read a model's logits."""
+    sharded: bool = False  # whether each process of torchrun holds a part of the decoder's layers, which are gathered
+    # one by one: for a model that no card holds
+
+
+@stage
 class _Cnn14:
     """Fields of a stage that trains a Cnn14 on sounds."""
     weights: str | None = None  # checkpoint to start from, .pth or .safetensors; None = from scratch
@@ -86,11 +93,11 @@ class _Prompted(_LocalModel):
 
 
 @stage
-class Evaluate(_Prompted):
+class Evaluate(_Prompted, _Sharded):
     """A model's accuracy on a manifest."""
     batch_tokens: Count = 8192  # tokens packed into a forward pass
     # how it answers
-    answer: Literal["letters", "generate"] = "letters"  # the letter with the largest logit | what it writes, too
+    answer: Literal["letters", "generate"] = "letters"  # by the letters' logits | by what it writes
     max_new_tokens: Annotated[int, ">= 2"] = 32  # tokens of a written answer: at least a letter and the end of turn
     rule: Literal["option", "mmau"] = "option"  # how it is read: letter or most similar option | by MMAU's own rule
     num_samples: Count = 1  # answers sampled, of which the most frequent counts; 1 = one
@@ -102,12 +109,14 @@ class Evaluate(_Prompted):
         super().check(("options",) if self.traces is None else ("options", "trace"))
         if self.answer == "letters":
             check_unused(self, "answer 'letters'", "rule num_samples temperature stop")
+        else:
+            check_unused(self, "answer 'generate'", "sharded")
         if self.num_samples > 1 and self.temperature == 0:
             raise ConfigError(f"config: num_samples {self.num_samples} at temperature 0.0 would give equal answers")
 
 
 @stage
-class Label(_Prompted):
+class Label(_Prompted, _Sharded):
     """A model's predicted letters on a manifest, with the letters' logits."""
     batch_tokens: Count = 8192  # tokens packed into a forward pass
     top_k: Annotated[int, ">= 0", "<= 64"] = 0  # best ids of the vocabulary stored with each letter, for KL; 0 = none
@@ -166,7 +175,7 @@ class Traces(_Prompted, _Endpoint):
 
 
 @stage
-class FactCheck(_LocalModel, _Endpoint, _Cnn14):
+class FactCheck(_LocalModel, _Sharded, _Endpoint, _Cnn14):
     """Hears the clip of each trace and accepts or rejects what it says (audio-grounded fact verification)."""
     traces: str  # "@traces"
     manifest: str  # JSONL file of the clips
@@ -198,6 +207,8 @@ class FactCheck(_LocalModel, _Endpoint, _Cnn14):
             self.check_endpoint(None)
         else:
             check_unused(self, f"checker {self.checker!r}", "logprobs")
+        if self.checker != "model":
+            check_unused(self, f"checker {self.checker!r}", "sharded")
 
 
 @stage
@@ -258,7 +269,8 @@ class Distill(_Training):
     teacher_labels: str | None = None  # "@label"; needed unless the gate is "never"
     student_labels: str | None = None  # the student's own letters, "@label"; None = no anti-forgetting loss
     switch: str | None = None  # "@switch"; what the gates "learned" and "oracle" look up
-    gate: Literal["always", "never", "learned", "oracle"] = "always"  # who follows the teacher; "oracle": true class
+    gate: Literal["always", "never", "learned", "oracle"] = "always"  # which clips follow the teacher; "oracle": by the
+    # true class
     teacher_loss: Literal["ce", "kl", "kl+ce"] = "ce"  # on the teacher's letter | to its stored logits | their sum
     temperature: Positive = 2.0  # of the KL
 

@@ -10,6 +10,7 @@ from minixmd.config import GRPO, TRAINING, Distill, FactCheck, Switch, Traces
 from minixmd.dryrun.meta_tracer import trace_memory
 from minixmd.inputs.audio import SAMPLE_RATE
 from minixmd.inputs.panns import HOP, MELS
+from minixmd.learning import steps
 from minixmd.learning.logprobs import reference_logprobs
 from minixmd.learning.policy import make_rollout
 from minixmd.learning.rollout import Completion, Decoder
@@ -127,7 +128,7 @@ def trace_training(tracer, trainer, prompt):
         if count < stage.batch_size:
             add_gradients(tracer, trainer)
         with tracer.phase("update", count * len(prompt), sequences=count):
-            compute_gradients(micro_batches)
+            compute_gradients(micro_batches, steps.count(micro_batches))
     tracer.phases.append(optimizer_step)
     if stage.val_manifest is not None:
         trainer.optimizer.zero_grad()

@@ -8,6 +8,7 @@ from minixmd.inputs.clips import Cache, load_clip
 from minixmd.inputs.contained import LIMIT_S, Contained, num_workers
 from minixmd.inputs.examples import build_conversation
 from minixmd.inputs.media import MediaError
+from minixmd.runs.heartbeat import beat
 
 
 def build_prompt(processor, example, prompt_format, answer=None, trace="", load=load_clip, max_new_tokens=0):
@@ -43,6 +44,7 @@ def prefetch(function, items, on_bad, *, load=load_clip, reading=None, ahead=16,
                     return
                 item, future = waiting.popleft()
                 error = future.exception()
+                beat()
                 yield on_bad(item, error) if isinstance(error, MediaError) else future.result()
         finally:
             contained.stop()

@@ -3,7 +3,7 @@ import math
 
 import torch
 
-from minixmd.kernels.adamw import adamw_update, state_layout
+from minixmd.kernels.adamw import BLOCK, adamw_update, state_layout
 from minixmd.runs.training_state import fill, open_tensors
 
 
@@ -62,11 +62,28 @@ def optimizer_tensors(optimizer, parameters):
     return tensors
 
 
-def restore_optimizer(optimizer, parameters, path):
-    """Puts back what optimizer_tensors gave and `path` holds, tensor by tensor, on each parameter's device (the step
-    count stays on the CPU). Raises ValueError where the file does not fit the parameters."""
+def optimizer_rows(rows, parameters, optimizer):
+    """{"name.exp_avg": (first row, all rows), …} of the state of sharded parameters, whose own `rows` are given. 8-bit
+    blocks that begin within another process's are left out: they cannot be sharded anew."""
+    found = {}
+    for name, p in parameters.items():
+        if name not in rows:
+            continue
+        first, count = rows[name]
+        width = p.shape[1:].numel()
+        for key, value in optimizer.state[p].items():
+            if value.shape == p.shape:
+                found[f"{name}.{key}"] = first, count
+            elif value.ndim and first * width % BLOCK == 0:
+                found[f"{name}.{key}"] = first * width // BLOCK, math.ceil(count * width / BLOCK)
+    return found
+
+
+def restore_optimizer(optimizer, parameters, paths, rows=None):
+    """Puts back what optimizer_tensors gave and `paths` hold, tensor by tensor, on each parameter's device (the step
+    count stays on the CPU). rows: as fill's. Raises ValueError where the files do not fit the parameters."""
     moments = getattr(optimizer, "moments", "float32")  # PyTorch's AdamW holds the same names
-    with open_tensors(path) as file:
+    with open_tensors(paths[0]) as file:
         saved = set(file.keys())
     for name, p in parameters.items():
         if f"{name}.step" not in saved:
@@ -75,4 +92,4 @@ def restore_optimizer(optimizer, parameters, path):
         for key, (shape, dtype) in state_layout(p, moments).items():
             state[key] = torch.empty(shape, dtype=dtype, device=p.device)
         optimizer.state[p] = state
-    fill(optimizer_tensors(optimizer, parameters), path)
+    fill(optimizer_tensors(optimizer, parameters), paths, rows and rows | optimizer_rows(rows, parameters, optimizer))

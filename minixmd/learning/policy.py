@@ -1,10 +1,12 @@
 """What GRPO learns from a rollout: advantages, which completions count, and the weight of every token."""
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
 from minixmd.inputs.batch import Group, Prompt, send
 from minixmd.inputs.prompts import cut_by_tokens
+from minixmd.runs.distributed import total
 from minixmd.tasks.answers import parse_answer
 from minixmd.tasks.rewards import REWARDS
 
@@ -17,6 +19,8 @@ class Rollout:
 
     micro_batches: list[list[Group]]  # without what the switches leave out; a Group may hold a part of a prompt's
     learned: int  # groups that are in it
+    tokens: int  # of all processes
+    own_tokens: int  # of this one; those of fillers come after them
     advantage_T: torch.Tensor
     weight_T: torch.Tensor
     sampled_T: torch.Tensor  # the log-probabilities with which the tokens were drawn
@@ -27,6 +31,16 @@ class Rollout:
         """Puts its vectors on a device, where they stay."""
         vectors = [self.advantage_T, self.weight_T, self.sampled_T]
         self.advantage_T, self.weight_T, self.sampled_T = send(vectors, device)
+
+    def fill_up(self, prompt, passes):
+        """Adds micro-batches of weight 0 until there are so many."""
+        filler = [Group(prompt, (prompt.ids_N[-1:],))]
+        missing = passes - len(self.micro_batches)
+        self.micro_batches += [filler] * missing
+        none_T = torch.zeros(missing)
+        self.advantage_T = torch.cat([self.advantage_T, none_T])
+        self.weight_T = torch.cat([self.weight_T, none_T])
+        self.sampled_T = torch.cat([self.sampled_T, none_T])
 
 
 def score_completions(completions, items, letters):
@@ -54,20 +68,22 @@ def no_variance(reward_G):
 
 
 def token_weights(lengths, aggregation, constant=None):
-    """The weights (T,) of a policy loss, for completions of `lengths` tokens: all those of an optimizer step, so that
-    the gradient does not depend on the micro-batch size. A completion that is masked counts as one of length 0.
+    """The weights (T,) of a policy loss, for this process's completions of `lengths` tokens, in an optimizer step. Its
+    denominators are those of all processes, so that the gradient does not depend on who has which completion, nor on
+    the micro-batch size. A completion that is masked counts as one of length 0.
 
     aggregation: "sequence", the mean over completions of each one's mean (GRPO); "token", the mean over all tokens;
     "constant", the sum over `constant` tokens a completion (Dr. GRPO: the longest that is allowed).
     """
-    count = torch.tensor(lengths)
+    length_C = torch.tensor(lengths, dtype=torch.int64)
+    completions, tokens = total(len(lengths), sum(lengths))
     if aggregation == "sequence":
-        weight = 1 / (len(count) * count)
+        weight_C = 1 / (completions * length_C)
     elif aggregation == "token":
-        weight = (1 / count.sum()).expand(len(count))
+        weight_C = torch.full((len(lengths),), 1 / max(tokens, 1))
     else:
-        weight = torch.tensor(1 / (len(count) * constant)).expand(len(count))
-    return weight.repeat_interleave(count)
+        weight_C = torch.full((len(lengths),), 1 / (max(completions, 1) * constant))
+    return weight_C.repeat_interleave(length_C)
 
 
 @dataclass(frozen=True)
@@ -79,7 +95,8 @@ class Piece:
 
 
 def make_rollout(stage, prompts, completions, reward_PG):
-    """The Rollout of a step, by the switches of a GRPO stage; None where nothing is left to learn.
+    """This process's Rollout of a step, by the switches of a GRPO stage, maybe an empty one. All processes call it
+    together.
 
     A masked completion (truncated="mask") counts in the denominators, as one without tokens. A skipped group
     (zero_variance="skip") does not: it is as if its prompt had not been drawn. A group that is longer than
@@ -105,8 +122,6 @@ def make_rollout(stage, prompts, completions, reward_PG):
         for cut in cut_by_tokens([lengths[i] for i in kept], room):
             pieces.append(Piece(prompt, [kept[i] for i in cut]))
         learned += bool(kept)
-    if not pieces:
-        return None
 
     order, micro_batches = [], []
     tokens = []
@@ -125,9 +140,12 @@ def make_rollout(stage, prompts, completions, reward_PG):
         advantage_of_token += [advantage[i]] * lengths[i]
         weight_of_token += weights[i].tolist()
         logprob_of_token += sampled[i].logprobs
+    [step_tokens] = total(len(weight_of_token))
     return Rollout(
         micro_batches,
         learned,
+        step_tokens,
+        len(weight_of_token),
         advantage_T=torch.tensor(advantage_of_token),
         weight_T=torch.tensor(weight_of_token),
         sampled_T=torch.tensor(logprob_of_token),
@@ -153,3 +171,15 @@ def rollout_metrics(examples, completions, rewards, letters):
         "completion_tokens": tokens / count,
         "truncated": truncated / count,
     }
+
+
+def mean_metrics(shares):
+    """The rollout_metrics of a step: of [(prompts, rollout_metrics)], a process each, {} of no prompts."""
+    if len(shares) == 1:
+        return shares[0][1]
+    prompts = sum(count for count, _ in shares)
+    means = Counter()
+    for count, metrics in shares:
+        for name, value in metrics.items():
+            means[name] += value * count / prompts
+    return dict(means)

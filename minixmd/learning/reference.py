@@ -1,7 +1,7 @@
 """GRPO's reference: the policy that training starts from."""
 import torch
 
-from minixmd.models.multimodal import frozen_copy
+from minixmd.models.sharding import local_parameters, whole
 
 
 class Reference:
@@ -10,27 +10,29 @@ class Reference:
     Args:
         policy: MultimodalLM.
         place: "device" of the policy | "host". From the host they are copied in for every use.
+        sharded: whether the policy's weights are sharded among processes: so are these, and gathered for every use.
     """
 
-    def __init__(self, policy, place):
+    def __init__(self, policy, place, sharded=False):
         self.policy = policy
-        trained = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
+        trained = {name: p.detach() for name, p in local_parameters(policy).items()}
         self.resident = None
         if place == "device":
             self.values = {name: p.clone() for name, p in trained.items()}
-            self.resident = frozen_copy(policy, self.values)
+            if not sharded:
+                self.resident = whole(policy, self.values)
         elif policy.device.type == "cuda":
             self.values = pinned_copies(trained)
         else:
             self.values = {name: p.to("cpu", copy=True) for name, p in trained.items()}
 
     def frozen_model(self):
-        """The frozen model on the policy's device; from the host it is there for as long as the caller keeps it."""
+        """The frozen model on the policy's device; unless it is resident, for as long as the caller keeps it."""
         if self.resident is not None:
             return self.resident
         device = self.policy.device
         values = {name: value.to(device, non_blocking=True) for name, value in self.values.items()}
-        return frozen_copy(self.policy, values)
+        return whole(self.policy, values)
 
 
 def pinned_copies(tensors):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from minixmd.inputs.batch import Batch, Prompt, pack, send
 from minixmd.learning.kv_cache import KVCache, pool_shapes
+from minixmd.runs.heartbeat import beat
 
 STEPS_PER_SYNC = 8  # captured steps between two looks at what they sampled
 TEMPERATURES = 1e-6, 1e6  # well inside fp32: 1e-39 would make logits inf, and 1e39 a suppressed id's -inf NaN
@@ -142,6 +143,7 @@ class Decoder:
 
     def run(self, steps):
         """`steps` <= STEPS_PER_SYNC steps: lists of every slot's ids and log-probabilities, (steps, slots)."""
+        beat()
         self.next_row_1.zero_()
         for _ in range(steps):
             (self.replay or self.step)()

@@ -14,6 +14,7 @@ from torch import nn
 from minixmd.models.families import CONFIG_FIELDS, read_config
 from minixmd.models.lora import adapted, named_linears
 from minixmd.models.multimodal import MultimodalLM
+from minixmd.models.sharding import part_of, shard_frozen
 from minixmd.models.shards import (
     DTYPES,
     listed,
@@ -56,15 +57,18 @@ def build(config):
         return MultimodalLM(config)
 
 
-def load_model(folder, *, device="cpu", dtype=torch.float32):
+def load_model(folder, *, device="cpu", dtype=torch.float32, sharded=False):
     """The frozen MultimodalLM of a folder, in `dtype` on `device`. Each tensor gets memory of its own, so the peak is
     the model, and no parameter keeps a file open.
 
     folder: config.json and model.safetensors (or shards with their index; those that hold nothing that is built need
-    not be there). Raises ValueError: unsupported config; a broken file; or all tensors that do not fit."""
+    not be there). sharded: among the run's processes, by shard_frozen. Raises ValueError: unsupported config; a broken
+    file; or all tensors that do not fit."""
     folder = Path(folder)
     config = config_of(folder)
     model = build(config).requires_grad_(False)
+    if sharded:
+        shard_frozen(model, device)
     parameters = {config.family.checkpoint_name(name): name for name, _ in model.named_parameters()}
     infos, header_faults = read_headers(folder, config.family)
     head = config.family.checkpoint_name("lm_head.weight")
@@ -81,6 +85,7 @@ def load_model(folder, *, device="cpu", dtype=torch.float32):
         with open_safetensors(path) as file:
             for name in names:
                 tensor = file.get_tensor(infos[name].key).to(device, dtype, copy=True)
+                tensor = part_of(tensor, model.get_parameter(parameters[name]))
                 model.load_state_dict({parameters[name]: tensor}, strict=False, assign=True)
     model.tie()
     if head_copy is not None:

@@ -3,6 +3,9 @@
     state.json                      the last step saved, and the one that was best in validation; written last
     weights-000012.safetensors      what trains, after step 12: kept for both
     optimizer-000012.safetensors    the optimizer's tensors
+
+Where weights are sharded, each of N processes writes its rows: weights-000012-0-of-N.safetensors, with {name: (first
+row, rows of the whole)} in its metadata. Any number of processes reads them.
 """
 import json
 from pathlib import Path
@@ -10,26 +13,43 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minixmd.runs.files import parse_json, write_json, write_safetensors, write_text
+from minixmd.runs.distributed import gather, rank_and_world_size
+from minixmd.runs.files import DTYPE_NAMES, parse_json, write_json, write_safetensors, write_text
 from minixmd.runs.records import read_jsonl
 
 STATE = "state.json"
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 LOGS = ("log.jsonl", "completions.jsonl")  # they grow line by line
 
 
-def tensor_file(folder, kind, step):
-    return Path(folder) / f"{kind}-{step:06d}.safetensors"
+def tensor_file(folder, kind, step, sharded=False):
+    """Path of what this process writes."""
+    part = "-{}-of-{}".format(*rank_and_world_size()) if sharded else ""
+    return Path(folder) / f"{kind}-{step:06d}{part}.safetensors"
 
 
-def save_state(folder, weights, optimizer, progress):
+def tensor_files(folder, kind, step):
+    """Paths of what all processes wrote."""
+    found = sorted(Path(folder).glob(f"{kind}-{step:06d}*.safetensors"))
+    return found or [Path(folder) / f"{kind}-{step:06d}.safetensors"]
+
+
+def save_state(folder, weights, optimizer, progress, rows=None):
     """Replaces the training state; a kill leaves the old one or the new one. weights, optimizer: {name: tensor}, not
-    written again for the same step. progress: JSON-able, with "step" and, where one is to be kept, "best_step"."""
+    written again for the same step. progress: JSON-able, with "step" and, where one is to be kept, "best_step". rows:
+    {name: (first, all)} of tensors that are sharded among the processes, which then call this together; None = none is,
+    and the first process writes."""
     old, step = load_state(folder), progress["step"]
-    if old is None or old["step"] != step:
-        write_safetensors(tensor_file(folder, "weights", step), weights)
-        write_safetensors(tensor_file(folder, "optimizer", step), optimizer)
-    write_json(Path(folder) / STATE, progress)
-    remove_leftovers(folder, progress)
+    first = rank_and_world_size()[0] == 0
+    if (old is None or old["step"] != step) and (first or rows is not None):
+        for kind, tensors in (("weights", weights), ("optimizer", optimizer)):
+            metadata = None if rows is None else {"rows": json.dumps(rows)}
+            write_safetensors(tensor_file(folder, kind, step, rows is not None), tensors, metadata)
+    if rows is not None:
+        gather(None)  # before all have written theirs the old state holds
+    if first:
+        write_json(Path(folder) / STATE, progress)
+        remove_leftovers(folder, progress)
 
 
 def load_state(folder):
@@ -49,8 +69,9 @@ def remove_leftovers(folder, state=None):
     """Deletes the files of steps that the state does not name; without a state all of them, and state.json."""
     kept = []
     if state is not None:
-        kept = [Path(folder) / STATE, tensor_file(folder, "optimizer", state["step"])]
-        kept += [tensor_file(folder, "weights", step) for step in (state["step"], state.get("best_step", 0))]
+        kept = [Path(folder) / STATE, *tensor_files(folder, "optimizer", state["step"])]
+        for step in (state["step"], state.get("best_step", 0)):
+            kept += tensor_files(folder, "weights", step)
     for pattern in (STATE, "weights-*.safetensors", "optimizer-*.safetensors"):
         for path in Path(folder).glob(pattern):
             if path not in kept:
@@ -66,18 +87,47 @@ def open_tensors(path):
                          "anew") from error
 
 
-def fill(tensors, path):
-    """Copies a file's tensors into {name: tensor}. Raises ValueError where the two differ in a name, shape or dtype."""
-    with open_tensors(path) as file, torch.no_grad():
-        if tensors.keys() != set(file.keys()):
-            name = min(tensors.keys() ^ file.keys())
-            raise ValueError(f"{path}: not a state of this model: only one of the two has {name}")
-        for name, tensor in tensors.items():
-            saved = file.get_tensor(name)
-            if (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
-                raise ValueError(f"{path}: not a state of this model: {name} is {saved.dtype} {list(saved.shape)}, "
-                                 f"expected {tensor.dtype} {list(tensor.shape)}")
-            tensor.copy_(saved)
+def fill(tensors, paths, rows=None):
+    """Copies files' tensors into {name: tensor}. paths: of tensor_files. rows: {name: (first, all)} of tensors that are
+    some rows of one. Raises ValueError where the two differ in a name, shape or dtype, or rows are missing."""
+    rank, world_size = rank_and_world_size()
+    copied = dict.fromkeys(tensors, 0)
+    for number, path in enumerate(paths):
+        with open_tensors(path) as file, torch.no_grad():
+            if tensors.keys() != set(file.keys()):
+                name = min(tensors.keys() ^ set(file.keys()))
+                raise ValueError(f"{path}: not a state of this model: only one of the two has {name}")
+            sharded = json.loads((file.metadata() or {}).get("rows", "{}"))
+            for name, tensor in tensors.items():
+                if len(paths) > 1 and name not in sharded and tensor.ndim:
+                    if len(paths) != world_size:
+                        raise ValueError(f"{path}: the 8-bit blocks of {name} cannot be sharded anew: go on with "
+                                         f"{len(paths)} processes")
+                    if number != rank:
+                        continue
+                first, count = (rows or {}).get(name, (0, len(tensor) if tensor.ndim else 1))
+                copied[name] += _fill_rows(tensor, file.get_slice(name), first, count, sharded.get(name), path, name)
+    for name, tensor in tensors.items():
+        if tensor.ndim and copied[name] < len(tensor):
+            raise ValueError(f"{paths[0]}: not a training state: rows of {name} are missing beside it; delete "
+                             f"{paths[0].parent / STATE} to start the stage anew")
+
+
+def _fill_rows(tensor, saved, first, count, of_file, path, name):
+    """Copies to a tensor, rows from `first` on of `count`, what a file has of them; returns how many those are."""
+    shape, dtype = saved.get_shape(), TORCH_DTYPES.get(saved.get_dtype())
+    begin, whole = of_file or (0, shape[0] if shape else 1)
+    in_file, expected = [whole, *shape[1:]] if shape else [], [count, *tensor.shape[1:]] if tensor.ndim else []
+    if (in_file, dtype) != (expected, tensor.dtype):
+        raise ValueError(f"{path}: not a state of this model: {name} is {dtype} {in_file}, expected {tensor.dtype} "
+                         f"{expected}")
+    if not shape:
+        tensor.copy_(saved[...])
+        return 1
+    low, high = max(first, begin), min(first + len(tensor), begin + shape[0])
+    if low < high:
+        tensor[low - first:high - first].copy_(saved[low - begin:high - begin])
+    return max(high - low, 0)
 
 
 def rewind_logs(folder, step):

@@ -10,6 +10,7 @@ from minixmd.inputs.clips import read_sound
 from minixmd.inputs.panns import log_mel
 from minixmd.inputs.prompts import prefetch
 from minixmd.learning.optim import learning_rate
+from minixmd.runs.heartbeat import beat
 from minixmd.runs.records import bad_record
 from minixmd.runs.seeds import hash_seed
 
@@ -55,6 +56,7 @@ def train_epochs(stage, model, optimizer, batch_loss, items, batch_size, first_e
         losses = []
         model.train()
         for step in range(steps):
+            beat()
             loss = batch_loss(order[step * batch_size:(step + 1) * batch_size], noise)
             lr = learning_rate(epoch * steps + step, stage.epochs * steps, stage.lr, stage.warmup_ratio)
             for group in optimizer.param_groups:

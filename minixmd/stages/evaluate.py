@@ -5,6 +5,7 @@ from functools import partial
 from tqdm import tqdm
 
 from minixmd.inputs.examples import SPECIAL_TOKEN, check_answers, read_examples
+from minixmd.models.sharding import finish_passes
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
 from minixmd.runs.records import TRACE, count_bad, read_records, write_jsonl
@@ -32,7 +33,8 @@ def run(stage, folder, log):
         ask = partial(write_answers, writing=writing)
     compute = partial(ask, model, processor, prompt_format=stage.prompt_format, batch_tokens=stage.batch_tokens,
                       traces=traces)
-    records = compute_shards(compute, examples, folder / "shards", stage.name, "clip")
+    records = compute_shards(compute, examples, folder / "shards", stage.name, "clip",
+                             finish=partial(finish_passes, model))
     if records is not None:
         collect(stage, folder, log, examples, records, without_trace, benchmark)
 

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from minixmd.inputs.examples import Example, build_conversation, read_examples
 from minixmd.inputs.prompts import batch_by_tokens, prefetch
-from minixmd.runs.distributed import compute_shards
+from minixmd.models.sharding import finish_passes
+from minixmd.runs.distributed import compute_shards, gather, rank_and_world_size
 from minixmd.runs.files import read_json, write_json, write_safetensors
 from minixmd.runs.records import TRACE, count_bad, read_records, read_verdicts, write_jsonl
 from minixmd.runs.seeds import hash_seed
@@ -137,9 +138,9 @@ def judge_by_model(stage, folder, traces):
         raise ValueError(f"{stage.name}: in the tokenizer of {stage.model}, yes and no start with the same tokens")
 
     @torch.inference_mode()
-    def judge(traces):
+    def judge(runs):
         verdicts = {}
-        for pairs in batch_by_tokens(usable_prompts(stage, model, processor, traces, verdicts), stage.batch_tokens):
+        for pairs in batch_by_tokens(usable_prompts(stage, model, processor, runs, verdicts), stage.batch_tokens):
             logits_BV = next_token_logits(model, [prompt for _, prompt in pairs])
             score_B = logits_BV[:, yes_ids].logsumexp(-1) - logits_BV[:, no_ids].logsumexp(-1)
             if not score_B.isfinite().all():
@@ -147,12 +148,13 @@ def judge_by_model(stage, folder, traces):
                                  f"broken, or too large for {stage.dtype}")
             for (trace, _), score in zip(pairs, score_B.tolist(), strict=True):
                 verdicts[trace.key] = make_verdict(trace.key, score=round(score, 5))
-        return [verdicts[trace.key] for trace in traces]
+        return [verdicts[trace.key] for run in runs for trace in run]
 
-    return compute_shards(judge, traces, folder / "shards", stage.name, "trace")
+    runs = [list(run) for _, run in groupby(traces, key=lambda trace: trace.example.id)]  # of a clip
+    return compute_shards(judge, runs, folder / "shards", stage.name, "clip", finish=partial(finish_passes, model))
 
 
-def usable_prompts(stage, model, processor, traces, verdicts):
+def usable_prompts(stage, model, processor, runs, verdicts):
     """Yields (Trace, Prompt) of what can be judged; fills in the other verdicts. A run of traces reads a clip once."""
     def build(run, load):
         heard = []  # what was read of the clip
@@ -177,7 +179,6 @@ def usable_prompts(stage, model, processor, traces, verdicts):
     def lose(run, error):
         return [make_verdict(trace.key, bad=error.reason, detail=str(error)) for trace in run]
 
-    runs = [list(run) for _, run in groupby(traces, key=lambda trace: trace.example.id)]
     for run, prompts in zip(runs, prefetch(build, runs, lose, reading=stage.reading), strict=True):
         encoded = None
         for trace, prompt in zip(run, prompts, strict=True):
@@ -219,15 +220,15 @@ def judge_by_verifier(stage, folder, traces, log):
     text_width = model.config.text.hidden_size
     read = partial(read_pairs, stage, model, processor, known)
     weights_path, calibration_path = folder / "verifier.safetensors", folder / "calibration.json"
-    if calibration_path.exists():  # written last
-        verifier = load_verifier(weights_path, text_width, stage.width).to(model.device)
-        calibration = read_json(calibration_path)
-    else:
+    if rank_and_world_size()[0] == 0 and not calibration_path.exists():  # written last
         verifier = make_verifier(text_width, stage.width, stage.weights, stage.seed).to(model.device)
         pairs, _ = read(judged)
         calibration = fit_verifier(stage, verifier, list(pairs.values()), log)
         write_safetensors(weights_path, verifier.state_dict())
         write_json(calibration_path, calibration)
+    gather(None)
+    verifier = load_verifier(weights_path, text_width, stage.width).to(model.device)
+    calibration = read_json(calibration_path)
     tqdm.write(f"{stage.name}: agrees with the checker on {100 * calibration['agreement']:.1f} % of "
                f"{calibration['count']} held-out traces, area under ROC {calibration['auc']:.3f}")
 
@@ -237,7 +238,7 @@ def judge_by_verifier(stage, folder, traces, log):
         verdicts = {key: make_verdict(key, score=round(score, 5)) for key, score in zip(pairs, scores, strict=True)}
         return [verdicts.get(trace.key) or make_verdict(trace.key) | bad[trace.example.id] for trace in traces]
 
-    verdicts = compute_shards(judge, traces, folder / "shards", stage.name, "trace", first_process_only=True)
+    verdicts = compute_shards(judge, traces, folder / "shards", stage.name, "trace")
     return verdicts, calibration
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from tqdm import tqdm
 
 from minixmd.inputs.examples import read_examples
+from minixmd.models.sharding import finish_passes
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.records import count_bad, write_jsonl
 from minixmd.stages.multiple_choice import load_model, score_letters
@@ -16,7 +17,8 @@ def run(stage, folder, log):
     model, processor = load_model(stage)
     compute = partial(score_letters, model, processor, prompt_format=stage.prompt_format,
                       batch_tokens=stage.batch_tokens, top_k=stage.top_k, top_temperature=stage.temperature)
-    records = compute_shards(compute, examples, folder / "shards", stage.name, "clip")
+    records = compute_shards(compute, examples, folder / "shards", stage.name, "clip",
+                             finish=partial(finish_passes, model))
     if records is None:
         return
     bad = count_bad(records, stage.name, stage.max_bad)

@@ -14,6 +14,7 @@ from minixmd.inputs.prompts import batch_by_tokens, build_prompt, prefetch
 from minixmd.inputs.tokenizer import Processor
 from minixmd.learning.rollout import decode, uniforms
 from minixmd.runs.device import runtime_of
+from minixmd.runs.distributed import gather, rank_and_world_size
 from minixmd.runs.records import bad_record, count_bad
 from minixmd.tasks.answers import parse_answer
 from minixmd.tasks.benchmarks import vote
@@ -41,7 +42,8 @@ class Writing:
 
 def load_model(stage):
     """(MultimodalLM, Processor) of a stage, where and as it says."""
-    return load(stage.model, **vars(runtime_of(stage)))
+    sharded = getattr(stage, "sharded", False) and rank_and_world_size()[1] > 1
+    return load(stage.model, **vars(runtime_of(stage)), sharded=sharded)
 
 
 @dataclass
@@ -152,12 +154,16 @@ def _read_first_logits(questions, pairs, logits_GV):
 def validation_accuracy(model, processor, examples, stage):
     """(accuracy, {reason: number of bad clips}) on a training stage's validation examples: by letters, or in GRPO and
     with traces by greedily written answers, read as strictly as the reward reads them."""
+    rank, world_size = rank_and_world_size()
+    own = examples[rank::world_size]
     if isinstance(stage, GRPO) or getattr(stage, "traces", None):
         writing = Writing(stage.max_new_tokens, stop=getattr(stage, "stop", ()))
-        records = write_answers(model, processor, examples, stage.prompt_format, writing)
-        for example, record in zip(examples, records, strict=True):
+        records = write_answers(model, processor, own, stage.prompt_format, writing)
+        for example, record in zip(own, records, strict=True):
             if "bad" not in record:
                 record["answer"] = parse_answer(record["text"], example.options, stage.prompt_format.asks_for_letter)
     else:
-        records = score_letters(model, processor, examples, stage.prompt_format)
+        records = score_letters(model, processor, own, stage.prompt_format)
+    shares = gather(records)
+    records = [shares[i % world_size][i // world_size] for i in range(len(examples))]
     return tabulate(examples, records)["accuracy"], count_bad(records, stage.name, stage.max_bad)

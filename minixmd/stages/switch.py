@@ -16,10 +16,10 @@ from minixmd.inputs.examples import read_examples
 from minixmd.learning.optim import optimizer_tensors, restore_optimizer
 from minixmd.models.cnn14 import make_cnn14, mixup, spec_augment
 from minixmd.runs.device import resolve_device
-from minixmd.runs.distributed import compute_shards
+from minixmd.runs.distributed import compute_shards, gather, rank_and_world_size
 from minixmd.runs.files import write_json
 from minixmd.runs.records import answers_beside, count_bad, write_jsonl
-from minixmd.runs.training_state import fill, load_state, save_state, tensor_file
+from minixmd.runs.training_state import fill, load_state, save_state, tensor_files
 from minixmd.stages.cnn14_training import load_logmels, shuffled, train_epochs
 from minixmd.tasks.statistics import digest, leads, pairs, tabulate
 from minixmd.tasks.yes_no import tally
@@ -33,7 +33,12 @@ def run(stage, folder, log):
     gain = gains(stage, examples)
     results = count_classes(stage.name, gain, {example.label for example in examples})
     usable = [example for example in examples if example.label in gain]
-    model, results["validation"] = fit(stage, folder, log, usable, gain)
+    rank = rank_and_world_size()[0]
+    if rank == 0:  # one is enough: by the dry run a quarter of an hour in the paper's setting
+        model, results["validation"] = fit(stage, folder, log, usable, gain)
+    gather(None)
+    if rank:
+        model, _ = restore(stage, folder)
 
     def decide(clips):
         logmels, records = load_logmels(clips, stage)
@@ -42,9 +47,9 @@ def run(stage, folder, log):
             records[clip_id] = {"id": clip_id, "p_teacher": round(p, 6)}
         return [records[example.id] for example in clips]
 
-    records = compute_shards(decide, clips, folder / "shards", f"{stage.name}: decisions", "clip",
-                             first_process_only=True)
-    collect(stage, folder, log, clips, records, gain, results)
+    records = compute_shards(decide, clips, folder / "shards", f"{stage.name}: decisions", "clip")
+    if records is not None:
+        collect(stage, folder, log, clips, records, gain, results)
 
 
 def collect(stage, folder, log, clips, records, gain, results):
@@ -133,6 +138,18 @@ def split(seed, examples):
     return train, val
 
 
+def restore(stage, folder):
+    """(the Cnn14 as it was after the last whole epoch, the state of training then); at first a new one and None."""
+    device = resolve_device(stage.name, stage.device)
+    model = make_cnn14(2, stage.width, stage.seed, stage.weights).to(device)
+    if device == "cpu":
+        model.to(memory_format=torch.channels_last)  # at 1/16 width 91 ms a step instead of 170
+    state = load_state(folder)
+    if state is not None:
+        fill(model.state_dict(), tensor_files(folder, "weights", state["step"]))
+    return model, state
+
+
 def fit(stage, folder, log, examples, gain):
     """(the trained Cnn14, the tally of its validation). All clips' frames are held in memory, 256 KB a clip of 10 s.
     The state is saved after every epoch: a stopped stage resumes and, on the CPU, ends with the same weights."""
@@ -143,17 +160,13 @@ def fit(stage, folder, log, examples, gain):
     val = [example for example in val if example.id in logmels]
     if len(train) < 2 or not val:
         raise ValueError(f"{stage.manifest}: {len(examples)} examples are too few to learn from and to validate")
-    device = resolve_device(stage.name, stage.device)
-    model = make_cnn14(2, stage.width, stage.seed, stage.weights).to(device)
-    if device == "cpu":
-        model.to(memory_format=torch.channels_last)  # at 1/16 width 91 ms a step instead of 170
+    model, state = restore(stage, folder)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(parameters.values(), lr=stage.lr)
     lines = []
-    if state := load_state(folder):  # of the last whole epoch
+    if state is not None:
         lines = state["log"]
-        fill(model.state_dict(), tensor_file(folder, "weights", state["step"]))
-        restore_optimizer(optimizer, parameters, tensor_file(folder, "optimizer", state["step"]))
+        restore_optimizer(optimizer, parameters, tensor_files(folder, "optimizer", state["step"]))
     write_jsonl(folder / "log.jsonl", lines)  # rewinds the log to it
     if not lines:
         lines.append({"epoch": 0, "train_clips": len(train), "validation_clips": len(val), "bad": len(bad),

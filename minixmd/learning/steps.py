@@ -1,0 +1,81 @@
+"""An optimizer step's clips, packed into micro-batches of a budget of tokens."""
+from dataclasses import dataclass
+
+from minixmd.inputs.batch import Batch, pack
+from minixmd.inputs.media import MediaError
+from minixmd.inputs.prompts import cut_by_tokens
+from minixmd.learning.targets import Item
+from minixmd.runs.distributed import gather, rank_and_world_size, total
+
+
+@dataclass(frozen=True)
+class BadClip:
+    """Stands where a sample would."""
+
+    error: MediaError
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass learns from."""
+
+    items: list[Item]
+    batch: Batch  # of their Prompts, in this order, on the CPU; in pinned memory if a GPU learns
+    filler: bool = False  # learns nothing: a pass for the sake of those that other processes make
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What this process learns from in a step, and what all of them drew."""
+
+    learnt_from: list  # MicroBatches, or for a rollout [(Prompt, Item)]
+    clips: int  # that all processes learn from
+    errors: list  # of all their bad clips
+    stop: bool  # whether one was asked to stop
+
+
+def check_length(prompt, example, max_new_tokens, most):
+    """Raises MediaError where a prompt and what is written after it cannot share a pass of `most` tokens."""
+    if len(prompt) + max_new_tokens > most:
+        written = f" and max_new_tokens is {max_new_tokens}" if max_new_tokens else ""
+        detail = f"the prompt has {len(prompt)} tokens{written}, over micro_batch_tokens {most}"
+        raise MediaError(example.id, "too long", detail)
+
+
+def make_micro_batches(samples, most, device, spare=None):
+    """[(Prompt, Item)] as MicroBatches of at most `most` tokens, for a model on `device`. spare: a sample of which
+    fillers are made, so that all processes have as many; they then call this together."""
+    cuts = [[samples[i] for i in cut] for cut in cut_by_tokens([len(prompt) for prompt, _ in samples], most)]
+    passes = len(cuts) if spare is None else max(gather(len(cuts)))
+    made = []
+    for number in range(passes):
+        cut = cuts[number] if number < len(cuts) else [spare]
+        batch = pack([prompt for prompt, _ in cut])
+        batch = batch.pinned() if device.type == "cuda" else batch
+        made.append(MicroBatch([item for _, item in cut], batch, filler=number >= len(cuts)))
+    return made
+
+
+def deal(items, indices):
+    """This process's share of a step's items, given by number: in turn, those with the longest targets first."""
+    rank, world_size = rank_and_world_size()
+    lengths = {i: len(items[i].target) if isinstance(items[i].target, str) else 0 for i in indices}
+    return sorted(indices, key=lambda i: -lengths[i])[rank::world_size]
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Of an optimizer step, over all processes."""
+
+    tokens: int
+    targets: int
+    clips: int
+
+
+def count(micro_batches):
+    """The StepCounts of a step; all processes call it together."""
+    real = [micro_batch for micro_batch in micro_batches if not micro_batch.filler]
+    tokens = sum(len(micro_batch.batch.ids_N) for micro_batch in real)
+    targets = sum(len(micro_batch.batch.target_id_T) for micro_batch in real)
+    clips = sum(len(micro_batch.items) for micro_batch in real)
+    return StepCounts(*total(tokens, targets, clips))

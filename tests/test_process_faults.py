@@ -1,0 +1,130 @@
+"""One of several processes is killed, raises, hangs, is stopped or sees another folder: all end, the run goes on."""
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from processes import command, difference, largest_gap, log_of, run, weights, write_world
+
+from minixmd.runs.records import read_jsonl
+from minixmd.runs.training_state import load_state
+
+pytestmark = pytest.mark.slow
+NAMES = ("sft_decoder", "grpo")
+# in step 4 of the second process, before its part of the gradients is added up
+FAULT = """
+import os, signal, sys, time
+from minixmd.train import Trainer
+clip_gradients = Trainer.clip_gradients
+
+def fault(trainer, *args):
+    if trainer.rank == 1 and trainer.step == 3:
+        print("the fault begins", time.time(), file=sys.__stdout__, flush=True)
+        {fault}
+    return clip_gradients(trainer, *args)
+
+Trainer.clip_gradients = fault
+"""
+KILLED, STANDS = "os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getpid(), signal.SIGSTOP)"
+RAISES, HANGS = "raise ValueError('the disk is on fire')", "time.sleep(10**6)"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("faults"), NAMES)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config):
+    done = run(config, config.parent / "undisturbed", 1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return config.parent / "undisturbed"
+
+
+def assert_like(undisturbed, folder):
+    for name in NAMES:
+        assert difference(weights(undisturbed / name), weights(folder / name)) < 1e-6
+        for before, after in zip(log_of(undisturbed / name), log_of(folder / name), strict=True):
+            assert largest_gap(before, after) < 1e-5
+
+
+def processes_of(folder):
+    """Process ids whose command line names a folder, this one's aside."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(folder).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("fault, seconds, says", [
+    (KILLED, 20, r"minixmd: process 0 of 2 on \S+: another process has ended; torchrun names it below$"),
+    (RAISES, 20, r"minixmd: process 1 of 2 on \S+: the disk is on fire"),
+    (HANGS, 50, r"minixmd: process 1 has made no progress for 4 s \(--timeout\): it is at train.py:\d+ \(update\)"),
+    (STANDS, 50, r"minixmd: process 1 has made no progress for 4 s \(--timeout\): it is at \S+ \(\S+\), process \d+"),
+])  # fmt: skip
+def test_all_end_soon_and_one_line_says_why(config, undisturbed, tmp_path, fault, seconds, says):
+    done = run(config, tmp_path / "run", 2, "--timeout", "4", before=FAULT.format(fault=fault))
+    took = time.time() - float(re.search(r"the fault begins (\S+)", done.stdout)[1])
+    assert done.returncode == 1 and took < seconds and not processes_of(tmp_path / "run")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("minixmd: ")]
+    assert len(lines) == 1 and re.match(says, lines[0]), done.stderr[-3000:]
+    print(f"{took:.1f} s", lines[0])
+    assert run(config, tmp_path / "run", 3).returncode == 0
+    assert_like(undisturbed, tmp_path / "run")
+
+
+def test_a_process_that_waits_for_long_is_no_hang(config, tmp_path):
+    slow = "for _ in range(8): time.sleep(1), beat()"
+    before = "from minixmd.runs.heartbeat import beat" + FAULT.format(fault=slow)
+    assert run(config, tmp_path / "run", 2, "--timeout", "4", before=before).returncode == 0
+
+
+def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_from_there(config, undisturbed, tmp_path):
+    slow = FAULT.replace("trainer.rank == 1 and trainer.step == 3", "True").format(fault="time.sleep(0.3)")
+    line, environment = command(config, tmp_path / "run", 2, before=slow)
+    with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        log = tmp_path / "run" / "sft_decoder" / "log.jsonl"
+        while not log.exists() or read_jsonl(log)[-1]["step"] < 6:  # the last state is that of step 5
+            time.sleep(0.05)
+        began = time.time()
+        started.send_signal(signal.SIGTERM)
+        _, errors = started.communicate(timeout=60)
+    print(f"{time.time() - began:.1f} s")
+    assert "minixmd: stopped; the same command goes on from where it stopped" in errors
+    assert not processes_of(tmp_path / "run")
+    state, last = load_state(log.parent)["step"], read_jsonl(log)[-1]["step"]
+    assert state == last > 6 and time.time() - began < 30
+    assert run(config, tmp_path / "run", 2).returncode == 0
+    assert_like(undisturbed, tmp_path / "run")
+
+
+def test_a_folder_that_one_process_does_not_see_is_one_line(config, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    before = f"import os\nif os.environ['RANK'] == '1': os.chdir({str(tmp_path / 'elsewhere')!r})"
+    line, environment = command(config, "run", 2, before=before)
+    done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("minixmd: ")]
+    assert done.returncode == 1 and len(lines) == 1, done.stderr[-3000:]
+    assert "run/sft_decoder is not the same folder on " in lines[0] and "that all processes share" in lines[0]
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("KILLS", 2))))
+def test_killed_anywhere_and_resumed_on_any_number_it_ends_alike(config, undisturbed, tmp_path, seed):
+    line, environment = command(config, tmp_path / "run", 2)
+    with subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as started:
+        while not (tmp_path / "run" / "sft_decoder").exists():
+            time.sleep(0.05)
+        time.sleep(random.Random(seed).uniform(0, 12))
+        for process in processes_of(tmp_path / "run"):
+            os.kill(process, signal.SIGKILL)
+        started.wait(timeout=60)
+    assert run(config, tmp_path / "run", (1, 3)[seed % 2]).returncode == 0
+    assert_like(undisturbed, tmp_path / "run")
