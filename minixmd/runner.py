@@ -49,6 +49,7 @@ def main(argv=None):
                         help="also field=value (every stage that has the field) and run_dir=path")
     parser.add_argument("--dry-run", action="store_true",
                         help="only check the config and print its prompts, memory and hours; needs no weights or data")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="of --dry-run: on how many (default 1)")
     parser.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS",
                         help="of several processes: one that makes no progress for so long ends the run (default 1800)")
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
@@ -58,7 +59,7 @@ def main(argv=None):
         rank = init(os.environ, args.timeout)
         config = load_config(args.config, args.overrides)
         if args.dry_run:
-            return dry_run(config)
+            return dry_run(config, args.gpus)
         with open(os.devnull, "w") as nowhere, ExitStack() as quiet:
             if rank:  # what the first process says is enough
                 quiet.enter_context(redirect_stdout(nowhere))

@@ -1,5 +1,6 @@
 """--dry-run: models without weights, prompts, and estimates of memory beside measured peaks."""
 import json
+import re
 import shutil
 import socket
 from collections import Counter
@@ -250,6 +251,49 @@ def test_what_grpo_of_a_7b_decoder_takes_before_activations(moments, gib, tmp_pa
     assert lasting / 2**30 == pytest.approx(gib, abs=0.5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus, gib", [(8, 44.4), (4, 79.1), (2, 139.0)])
+@pytest.mark.parametrize("options", [{}, dict(moments="8bit", reference="host")])
+def test_grpo_of_a_7b_decoder_fits_the_papers_node_and_two_others(gpus, gib, options, tmp_path):
+    stage = GRPO(name="grpo", model="Qwen/Qwen2-Audio-7B-Instruct", manifest="none.jsonl", trainable="decoder",
+                 dtype="bfloat16", val_manifest="none.jsonl", **options)
+    plan = plan_of(stage, tmp_path)
+    phases = estimate(stage, plan.model, plan.prompt, gpus)
+    assert len(phases) == 5 and all(costs.has_room(phase.total, gib) for phase in phases)
+
+
+def test_each_of_two_processes_holds_half_of_what_is_sharded_and_a_rollout_a_whole_copy(models, tmp_path):
+    stage = case(models, GRPO, trainable="full", dtype="bfloat16", device="cuda", batch_size=4)
+    plan = plan_of(stage, tmp_path)
+    one, two = (estimate(replace(stage, batch_size=batch), plan.model, plan.prompt, gpus)
+                for batch, gpus in ((2, 1), (4, 2)))
+    named = plan.model.on_meta(torch.bfloat16).named_parameters()
+    trained = sum(p.nbytes for name, p in named if not name.endswith("embed_positions.weight"))
+    for alone, part in zip(one, two, strict=True):
+        copies = {"rollout": trained, "validation": trained}.get(part.name, 0)
+        if part.name != "update":
+            assert part.bytes["weights"] == pytest.approx(alone.bytes["weights"] - trained / 2 + copies, rel=0.05)
+        assert part.bytes["optimizer"] == alone.bytes["optimizer"] // 2
+        assert part.sent > 0 or part.name == "optimizer"
+
+
+def test_an_adapters_model_is_whole_and_a_step_shared(models, tmp_path):
+    stage = case(models, SFT, batch_size=4, device="cuda")
+    plan = plan_of(stage, tmp_path)
+    one, two = (estimate(stage, plan.model, plan.prompt, gpus) for gpus in (1, 2))
+    assert [phase.bytes["weights"] for phase in one] == [phase.bytes["weights"] for phase in two]
+    hours, _ = costs.stage_hours(stage, one, 1000, 0)
+    assert 0.4 * hours < costs.stage_hours(stage, two, 1000, 0, 2)[0] < hours
+
+
+def test_of_a_sharded_reader_the_decoders_blocks_are_divided(models, tmp_path):
+    stage = Label(name="labels", model=str(models / "ears"), manifest="none.jsonl", sharded=True, device="cuda")
+    plan = plan_of(stage, tmp_path)
+    (one,), (four,) = (estimate(stage, plan.model, plan.prompt, gpus) for gpus in (1, 4))
+    blocks = [sum(4 * p.numel() for p in block.parameters()) for block in minixmd.load(stage.model)[0].model.layers]
+    assert one.bytes["weights"] - four.bytes["weights"] == sum(blocks) - sum(blocks) // 4 - 2 * max(blocks)
+
+
 def test_a_gpu_has_no_copy_of_the_head_and_no_torch_twins(models, tmp_path):
     launch = triton.KernelInterface.__getitem__
     stage = Label(name="labels", model=str(models / "wide"), manifest="none.jsonl", dtype="bfloat16", batch_tokens=400)
@@ -367,9 +411,9 @@ def test_a_written_answer_costs_its_prompt_and_its_steps(models, tmp_path):
     passes = 1000 / generate.sequences
     seconds = passes * max(generate.flops / 316e12, generate.bytes["weights"] / 2.8e12)
     seconds += passes * 40 / 0.65 * max(generate.step_flops / 316e12, read / 2.8e12)
-    assert costs.stage_hours(stage, [generate], 1000, 0) == pytest.approx(seconds / 3600)
+    assert costs.stage_hours(stage, [generate], 1000, 0) == (pytest.approx(seconds / 3600), 0)
     longer = replace(stage, max_new_tokens=1000)  # no answer is taken to be longer than 200
-    assert costs.stage_hours(longer, [replace(generate, flops=0)], 1000, 0) < 5.01 * seconds / 3600
+    assert costs.stage_hours(longer, [replace(generate, flops=0)], 1000, 0)[0] < 5.01 * seconds / 3600
 
 
 def test_clips_are_encoded_once_each(models, tmp_path):
@@ -669,6 +713,12 @@ def test_overrides_may_follow_the_flag(order, models, tmp_path, capsys):
     config = write_config(tmp_path / "config.py", f"[{case(models, SFT)!r}]")
     assert main(order.replace("seed=1", "max_steps=77").format(config).split()) == 0
     assert "max_steps=77" in " ".join(capsys.readouterr().out.split())
+
+
+def test_several_gpus_have_columns_of_their_own(models, tmp_path, capsys):
+    status, out, _ = dry(tmp_path, capsys, [case(models, GRPO, trainable="decoder", device="cuda")], "--gpus", "4")
+    assert status == 0 and "memory of each of 4 GPUs, " in out and "one's  alone" in out
+    assert re.search(r"\ntotal +\d+\.\d\d +\d+\.\d\d +0\.00: 0 % of the time one GPU works alone\n", out)
 
 
 def test_what_cannot_run_is_told_in_a_line_and_the_rest_is_shown(models, tmp_path, capsys):

@@ -8,6 +8,7 @@ CARDS = {"24": 23.5, "48": 44.4, "80": 79.1, "141": 139.0}
 OVERHEAD = 0.05  # share that an allocator cannot use
 DRIVER_GIB = 1.0  # the driver and the libraries
 TFLOPS, FP32_TFLOPS, TB_PER_S = 316, 27, 2.8  # what an H200 is taken to reach; the first in 16 bits
+LINK_TB_PER_S = 0.3  # what each of several sends, by NVLink
 # where nothing else is known
 SLOT_USE = 0.65  # share of the decode slots that write
 ANSWER_TOKENS = 200
@@ -79,24 +80,25 @@ def count_items(stage, stages, clips):
     return min(clips, getattr(stage, "limit", None) or clips)
 
 
-def sequences_of(stage, clips, others):
-    """{phase: sequences that go through it, of "optimizer" steps}. clips, others: as in plan.StagePlan."""
+def sequences_of(stage, clips, others, gpus=1):
+    """{phase: sequences that go through it in a process, of "optimizer" steps}. clips, others: as in plan.StagePlan."""
     if not isinstance(stage, TRAINING):
         decided = others if hasattr(stage, "train_manifest") else clips  # without the two thirds of a backward pass
-        trained = getattr(stage, "epochs", 1) * clips + decided / 3
-        return {"forward": clips, "generate": clips, "training": trained}
+        trained = getattr(stage, "epochs", 1) * clips + decided / 3 / gpus
+        return {"forward": clips / gpus, "generate": clips / gpus, "training": trained}
     steps = min(stage.epochs * clips / stage.batch_size, stage.max_steps or inf)
-    read = steps * stage.batch_size
+    read = steps * ceil(stage.batch_size / gpus)
     updates = getattr(stage, "num_iterations", 1)
     validated = others * (ceil(steps / stage.eval_every) if stage.eval_every else 1)
     return {"rollout": read, "scoring": read, "update": read * updates, "optimizer": steps * updates,
-            "validation": validated}
+            "validation": validated / gpus}
 
 
-def stage_hours(stage, phases, clips, others):
-    """A pass computes or reads, whichever takes longer; a step of decoding reads weights and half-filled caches."""
-    seconds = 0.0
-    sequences = sequences_of(stage, clips, others)
+def stage_hours(stage, phases, clips, others, gpus=1):
+    """(hours, those of them in which one process works and the others wait). A pass computes, reads or sends, whatever
+    takes longest; a step of decoding reads weights and half-filled caches."""
+    seconds = alone = 0.0
+    sequences = sequences_of(stage, clips, others, gpus)
     bytes_per_s = 1e12 * TB_PER_S
     for phase in phases:
         size = phase.bytes
@@ -106,12 +108,14 @@ def stage_hours(stage, phases, clips, others):
         if phase.name == "optimizer":
             read += size["gradients"] + size["optimizer"]
         passes = sequences[phase.name] / phase.sequences
-        seconds += passes * max(phase.flops / flops_per_s, read / bytes_per_s)
+        spent = passes * max(phase.flops / flops_per_s, read / bytes_per_s, phase.sent / (1e12 * LINK_TB_PER_S))
         if phase.step_flops:
             steps = passes * min(ANSWER_TOKENS, stage.max_new_tokens) / SLOT_USE
             read += size["KV cache"] / 2
-            seconds += steps * max(phase.step_flops / flops_per_s, read / bytes_per_s)
-    return seconds / 3600
+            spent += steps * max(phase.step_flops / flops_per_s, read / bytes_per_s)
+        seconds += spent
+        alone += spent * (phase.name == "training" and gpus > 1)
+    return seconds / 3600, alone / 3600
 
 
 def disk_of(stage, phases):

@@ -2,12 +2,15 @@
 Traced is the fullest case: passes of micro_batch_tokens or batch_tokens, completions at max_new_tokens, gradients of an
 earlier micro-batch and the optimizer's state there already. All prompts of a stage are alike."""
 from copy import deepcopy
+from dataclasses import replace
+from math import ceil
 
 import torch
 import torch.nn.functional as F
 
 from minixmd.config import GRPO, TRAINING, Distill, FactCheck, Switch, Traces
 from minixmd.dryrun.meta_tracer import trace_memory
+from minixmd.dryrun.sharded import shard_reading, shard_training
 from minixmd.inputs.audio import SAMPLE_RATE
 from minixmd.inputs.panns import HOP, MELS
 from minixmd.learning import steps
@@ -23,9 +26,12 @@ from minixmd.stages.verifier import WIDTH
 from minixmd.train import Trainer
 
 
-def estimate(stage, model_info, prompt):
-    """A stage's meta_tracer.Phases, in the order in which they run. prompt: as long as any that it makes, with its
-    target where one is learnt; None of a Switch, as model_info. Raises ValueError: it cannot train this model."""
+def estimate(stage, model_info, prompt, gpus=1):
+    """A stage's meta_tracer.Phases, in the order in which they run, of one of several processes. prompt: as long as any
+    that it makes, with its target where one is learnt; None of a Switch, as model_info. Raises ValueError: it cannot
+    train this model."""
+    if isinstance(stage, TRAINING):
+        stage = replace(stage, batch_size=ceil(stage.batch_size / gpus))
     device = "cpu" if stage.device == "cpu" else "cuda"
     vocab_size = model_info.config.text.vocab_size if model_info else 0
     with trace_memory(vocab_size, device) as tracer:
@@ -36,8 +42,12 @@ def estimate(stage, model_info, prompt):
             set_backend(model, "torch" if device == "cpu" or stage.backend == "torch" else "triton")
             if isinstance(stage, TRAINING):
                 trace_training(tracer, MetaTrainer(stage, model, model_info.processor), prompt)
+                if gpus > 1 and stage.trainable != "lora":
+                    shard_training(tracer.phases, model, gpus)
             else:
                 trace_answers(tracer, stage, model, prompt)
+                if gpus > 1 and getattr(stage, "sharded", False):
+                    shard_reading(tracer.phases, model, gpus)
     return tracer.phases
 
 

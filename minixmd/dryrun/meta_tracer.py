@@ -40,6 +40,7 @@ class Phase:
     bytes: Counter = None  # by category
     flops: int = 0
     step_flops: int = 0  # of decoding a token in every slot; 0 = nothing is written
+    sent: int = 0  # bytes that a process sends in a pass
 
     @property
     def total(self):

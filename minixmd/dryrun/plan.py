@@ -51,7 +51,9 @@ class StagePlan:
     shown: str = ""  # a typical prompt, as text
     writes: bool = False  # whether the model writes answers of its own
     phases: list = field(default_factory=list)  # meta_tracer.Phase
-    hours: float = 0.0  # on a GPU
+    hours: float = 0.0  # on the GPUs
+    serial: float = 0.0  # of them, those in which one works alone
+    hours_of_one: float = 0.0  # on one GPU
     same_as: str = ""  # the name of an earlier stage that takes the same memory
     fault: str = ""  # why the stage cannot run
 
@@ -63,17 +65,18 @@ class StagePlan:
         return len(self.prompt) + (self.stage.max_new_tokens if isinstance(self.stage, GRPO) else 0)
 
 
-def dry_run(config):
-    """Prints what a config would do. Returns the exit status: 1 where a stage cannot run, or its model is unknown."""
+def dry_run(config, gpus=1):
+    """Prints what a config would do on so many GPUs. Returns the exit status: 1 where a stage cannot run, or its model
+    is unknown."""
     clips = read_manifests(config)
     with tempfile.TemporaryDirectory() as scratch:
         write_stand_in_tokenizer(Path(scratch), config.stages, clips)
         plans = [plan_stage(stage, config.stages, Path(scratch), clips) for stage in config.stages]
     print(TEMPLATES.get_template("stages.txt.j2").render(config=config, plans=plans, kind=kind), flush=True)
-    estimate_memory(plans)  # takes a while for large models
+    estimate_memory(plans, gpus)  # takes a while for large models
     print(TEMPLATES.get_template("memory.txt.j2").render(
         plans=plans, missing=missing_inputs(config), categories=CATEGORIES, costs=costs, clip_s=CLIP_S, fps=VIDEO_FPS,
-        size=VIDEO_SIZE), flush=True)
+        size=VIDEO_SIZE, gpus=gpus), flush=True)
     faults = [plan.fault for plan in plans if plan.fault]
     try:
         check_inputs(config, clips=False)
@@ -164,8 +167,8 @@ def write_stand_in_tokenizer(folder, stages, clips=NO_CLIPS):
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def estimate_memory(plans):
-    estimated = {}  # what memory depends on -> the first such stage's name and Phases
+def estimate_memory(plans, gpus=1):
+    estimated = {}  # what memory depends on -> the first such stage's name and Phases, on one GPU and on several
     todo = [plan for plan in plans if plan.prompt or isinstance(plan.stage, Switch)]
     for plan in tqdm(todo, desc="memory", unit="stage", leave=False):
         stage = plan.stage
@@ -173,15 +176,18 @@ def estimate_memory(plans):
         is_set = [getattr(stage, name, None) is not None for name in ("traces", "val_manifest")]
         key = repr((type(stage), plan.model, plan.prompt and len(plan.prompt), settings, is_set))
         if key in estimated:
-            plan.same_as, plan.phases = estimated[key]
+            plan.same_as, of_one, plan.phases = estimated[key]
         else:
             try:
-                plan.phases = estimate(stage, plan.model, plan.prompt)
-                estimated[key] = stage.name, plan.phases
+                of_one = estimate(stage, plan.model, plan.prompt)
+                plan.phases = estimate(stage, plan.model, plan.prompt, gpus) if gpus > 1 else of_one
+                estimated[key] = stage.name, of_one, plan.phases
             except ValueError as error:
                 plan.fault = str(error)
+                continue
         if stage.device != "cpu":
-            plan.hours = costs.stage_hours(stage, plan.phases, plan.clips, plan.others)
+            plan.hours_of_one, _ = costs.stage_hours(stage, of_one, plan.clips, plan.others)
+            plan.hours, plan.serial = costs.stage_hours(stage, plan.phases, plan.clips, plan.others, gpus)
 
 
 def missing_inputs(config):

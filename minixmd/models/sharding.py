@@ -20,6 +20,15 @@ from minixmd.runs.distributed import add_up
 NO_PARTS = MappingProxyType({})
 
 
+def blocks_of(model):
+    """The blocks of its decoder and towers."""
+    blocks = []
+    for module in model.modules():
+        if hasattr(module, "checkpointing"):
+            blocks += module.blocks if hasattr(module, "blocks") else module.layers
+    return blocks
+
+
 def shard_trained(model):
     """Divides what trains of a model, in place. Gradients are then sums over the processes, added up in fp32."""
     options = dict(
@@ -27,11 +36,7 @@ def shard_trained(model):
         mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
         ignored_params={p for p in model.parameters() if not p.requires_grad},
     )
-    blocks = []
-    for module in model.modules():
-        if hasattr(module, "checkpointing"):
-            blocks += module.blocks if hasattr(module, "blocks") else module.layers
-    for module in (*blocks, model):
+    for module in (*blocks_of(model), model):
         if any(p.requires_grad for p in module.parameters()):
             fully_shard(module, **options)
             module.set_gradient_divide_factor(1.0)
