@@ -42,6 +42,11 @@ from minixmd.runs.files import write_json
 
 ROWS, BOUND = 16_384, 0.05
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
+SHAPE = {
+    "text_config": dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
+                        num_key_value_heads=8, max_position_embeddings=2048),
+    "audio_config": dict(d_model=384, encoder_layers=9, encoder_attention_heads=6, encoder_ffn_dim=1536),
+}  # fmt: skip
 STEPS = 2
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # freed memory, to the system
 TRACES = {"traces": "traces.jsonl", "max_new_tokens": 257}
@@ -87,7 +92,7 @@ def make_stage(title, home):
                max_steps=STEPS, **fields)
 
 
-def write_model(folder):
+def write_model(folder, shape=None):
     """A Qwen2-Audio of random weights, in fp32, and a tokenizer that names every id."""
     signs = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({sign: i for i, sign in enumerate(signs)}, []))
@@ -96,10 +101,8 @@ def write_model(folder):
     tokenizer.add_tokens([f"word{i}" for i in range(ROWS - tokenizer.get_vocab_size())])
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
-    raw = {"model_type": "qwen2_audio", "audio_token_index": tokenizer.token_to_id("<|AUDIO|>"),
-           "text_config": dict(vocab_size=ROWS, hidden_size=512, intermediate_size=1376, num_hidden_layers=8,
-                               num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=2048),
-           "audio_config": dict(d_model=384, encoder_layers=9, encoder_attention_heads=6, encoder_ffn_dim=1536)}
+    raw = {"model_type": "qwen2_audio", "audio_token_index": tokenizer.token_to_id("<|AUDIO|>"), **(shape or SHAPE)}
+    raw["text_config"] = {**raw["text_config"], "vocab_size": ROWS}
     torch.manual_seed(0)
     model = MultimodalLM(read_config(raw))
     save_model(model, folder, folder)

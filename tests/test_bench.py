@@ -341,6 +341,43 @@ def test_a_wrong_distillation_step_is_not_timed(load_bench, monkeypatch):
         bench.main(["--small", "--rounds", "1"])
 
 
+# ---- several processes ----
+
+
+@pytest.mark.slow
+def test_bench_processes_counts_what_is_sent_and_held(load_bench, tmp_path):
+    load_bench("processes").main(["--small", "--rounds", "1", "--out", str(tmp_path / "x.json")])
+    result = json.loads((tmp_path / "x.json").read_text())  # times and peaks of tiny sizes may miss their targets
+    assert len(result["work"]) == 7 and all(row["ratio"]["median"] > 0 for row in result["work"])
+    assert len(result["bytes"]) == 6 and all(abs(row["ratio"] - 1) < 1e-3 for row in result["bytes"])
+    assert all(0 < row["objects"] < 10_000 for row in result["bytes"])
+    one, *two = result["memory"]
+    for name in ("trained", "gradients", "optimizer", "reference"):
+        assert all(row["tensors"][name] / one["tensors"][name] == pytest.approx(0.5, rel=1e-3) for row in two)
+    assert all(row["tensors"]["frozen"] == one["tensors"]["frozen"] for row in two)
+
+
+def test_bytes_that_a_process_sends_can_be_counted_by_hand(load_bench):
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist, bench = torch.distributed, load_bench("processes")
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    try:
+        with bench.Collectives() as counter:
+            dist.all_reduce(torch.ones(100))
+            dist.all_gather_single(torch.empty(400), torch.ones(100))
+            dist.reduce_scatter_single(torch.empty(100), torch.ones(400))
+            dist.broadcast(torch.ones(100), src=0)  # another sends it
+            dist.all_gather_object([None] * 4, "word")
+            sent = dict(counter.sent)
+            with pytest.raises(KeyError):
+                dist.all_to_all_single(torch.empty(100), torch.ones(100))
+    finally:
+        dist.destroy_process_group()
+    objects = sent.pop("objects")
+    assert sent == {"all-reduce": 600, "all-gather": 1200, "reduce-scatter": 1200, "broadcast": 0} and objects > 24
+
+
 # ---- what is measured ----
 
 ONE_N1 = torch.zeros(100, 1, dtype=torch.long)  # 800 bytes
