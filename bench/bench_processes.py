@@ -162,7 +162,6 @@ def rates(title, shares):
 
 
 def measure_work(home, small, rounds):
-    launch("work", 1, home, small, "warm")  # fills the cache of clips
     found = {processes: [] for processes in COUNTS}
     for i in range(rounds):
         for processes in COUNTS if i % 2 == 0 else COUNTS[::-1]:
