@@ -110,7 +110,7 @@ def run_job(job, home, folder, small):
     """What one of the launched processes does."""
     torch.set_num_threads(1)
     rank, found = distributed.init(os.environ, timeout_s=600), {}
-    distributed.SHARD = 16  # clips of Label: as many shards a process
+    distributed.SHARD = CLIPS // distributed.rank_and_world_size()[1]  # of Label; a new shard starts new readers
     for i, title in enumerate(JOBS[job]):
         stage = make_stage(job, title, home, small)
         for again in range(1 + (job == "memory")):
