@@ -143,7 +143,7 @@ class Trainer:
         self.announce(counts)
         self.items = items
         self.samples = prefetch(self.build_sample, self.upcoming_items(), lambda item, error: steps.BadClip(error),
-                                reading=stage.reading, ahead=2 * stage.batch_size)
+                                reading=stage.reading, ahead=2 * math.ceil(stage.batch_size / self.world_size))
         try:
             self.take_steps(validation)
         finally:

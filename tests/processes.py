@@ -59,12 +59,12 @@ TRAINED = ("distill", "sft", "sft_decoder", "sft_full", "grpo", "grpo_decoder", 
 UNLIKE = ("seconds", "_s", "logp_gap_mean", "logp_gap_max", "scoring_gap_max", "val_bad")  # ends of names in logs
 
 
-def write_world(folder, names=tuple(STAGES)):
+def write_world(folder, names=tuple(STAGES), clips=11):
     """A config of the named stages with all that they read; returns its path."""
-    model, manifest = write_model(folder / "ears", "audio"), write_clips(folder / "clips", 11)
+    model, manifest = write_model(folder / "ears", "audio"), write_clips(folder / "clips", clips)
     teacher = write_model(folder / "teacher", "audio", seed=7)
     lines = {"traces": [], "verdicts": [], "decided": []}
-    for i in range(11):
+    for i in range(clips):
         words = " ".join(["very"] * (i % 4))
         trace = {"id": f"clip{i}", "sample": 0, "text": f"<think>It is {words} loud.</think><answer>A</answer>"}
         lines["traces"].append({**trace, "option": ("dog", "cat", "owl")[i % 3]})

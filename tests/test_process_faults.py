@@ -128,3 +128,27 @@ def test_killed_anywhere_and_resumed_on_any_number_it_ends_alike(config, undistu
         started.wait(timeout=60)
     assert run(config, tmp_path / "run", (1, 3)[seed % 2]).returncode == 0
     assert_like(undisturbed, tmp_path / "run")
+
+
+def test_a_disk_that_is_slow_for_the_first_process_mixes_no_two_checkpoints(config, tmp_path):
+    """The last validation is the best; the second process would read the state that names the one before."""
+    before = """
+import os, time
+import minixmd.train as training
+from minixmd.runs import training_state
+write_json, accuracies = training_state.write_json, iter([0.25, 0.5])
+training.validation_accuracy = lambda *given: (next(accuracies, 0.5), {})
+
+def slowly(path, value):
+    time.sleep(SECONDS * (value["step"] == 10))
+    write_json(path, value)
+
+training_state.write_json = slowly
+"""
+    found = []
+    for processes, seconds in ((1, 0), (2, 2)):
+        folder = tmp_path / f"run{processes}"
+        done = run(config, folder, processes, before=before.replace("SECONDS", str(seconds)))
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(weights(folder / "sft_decoder"))
+    assert difference(*found) < 1e-6

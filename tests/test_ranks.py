@@ -81,6 +81,17 @@ def test_a_finished_run_is_skipped_by_any_number_of_processes(runs):
 
 
 @pytest.mark.slow
+def test_more_processes_than_clips_are_no_trouble(tmp_path):
+    names = ("labels", "sharded", "sft", "sft_full", "grpo_decoder")
+    config = write_world(tmp_path, names, clips=2)
+    for count in (1, 3):
+        done = run(config, tmp_path / f"run{count}", count)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for name in names[2:]:
+        assert difference(weights(tmp_path / "run1" / name), weights(tmp_path / "run3" / name)) < 1e-6
+
+
+@pytest.mark.slow
 def test_an_error_of_all_processes_is_one_line(runs, tmp_path):
     done = run(runs[1].parent / "config.py", tmp_path / "run", 2, "labels.manifest=nowhere.jsonl")
     assert done.returncode == 1

@@ -1,8 +1,10 @@
 """What a phase holds, and sends, in one of several processes whose model is sharded (models/sharding.py).
 
 All that trains, its gradients, its optimizer state and the reference are held in parts. A rollout, validation and
-scoring gather a whole copy. A pass gathers what is in no block, and two blocks at a time; in an update their gradients
-exist whole until they are added up, in float32."""
+scoring gather a whole copy. A pass gathers what is in no block, and two blocks at a time. At an update's end the
+gradients of what is in no block exist whole, and are added up in float32."""
+from collections import Counter
+
 from minixmd.models.sharding import blocks_of
 
 
@@ -31,8 +33,11 @@ def shard_training(phases, model, gpus):
             held["weights"] += total
             sent = total
         if phase.name == "update":
-            held["weights"] += rest + 2 * block
-            held["gradients"] += (rest + block) * (1 + in_float32)
+            held["weights"] += rest
+            at_the_end = held + Counter(gradients=rest * (1 + in_float32))
+            at_the_end["logits"] = at_the_end["activations"] = 0
+            held["weights"] += 2 * block
+            phase.bytes = max(held, at_the_end, key=Counter.total)
             sent = (2 + in_float32) * total  # forward, backward, gradients
         phase.sent = sent * (gpus - 1) // gpus
 

@@ -29,7 +29,7 @@ def restore(folder, parameters, optimizer, rows=None):
 
 def fill_best(folder, parameters, rows=None):
     """Puts back the best weights in validation, if there was one."""
-    state = load_state(folder)
+    state = broadcast(load_state(folder))  # others may look before the first process has written it
     if state is not None and state["best_step"]:
         fill(parameters, tensor_files(folder, "weights", state["best_step"]), rows)
 

@@ -111,17 +111,16 @@ def check_shared(folder):
     rank, world_size = rank_and_world_size()
     if world_size == 1:
         return
-    path, token = folder / ".seen.tmp", broadcast(secrets.token_hex())
+    path = folder / f".{broadcast(secrets.token_hex(8))}.tmp"
     if rank == 0:
-        path.write_text(token)
+        path.touch()
     gather(None)
-    sees = path.exists() and path.read_text() == token
-    blind = [host for host in gather(None if sees else socket.gethostname()) if host]
+    blind = set(gather(None if path.exists() else socket.gethostname())) - {None}
     if rank == 0:
         path.unlink()
     if blind:
-        raise ValueError(f"{folder} is not the same folder on {', '.join(sorted(set(blind)))}: run_dir must be on a "
-                         "file system that all processes share")
+        raise ValueError(f"{folder} is not the same folder on {', '.join(sorted(blind))}: run_dir must be on a file "
+                         "system that all processes share")
 
 
 def process_name():
