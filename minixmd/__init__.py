@@ -34,6 +34,8 @@ def load(path, *, device="cpu", dtype=torch.float32, backend="torch", sharded=Fa
     Raises ValueError: no such folder or repository, an unsupported or misfitting checkpoint, or another's tokenizer.
     """
     base, adapters = base_and_adapters(model_folder(path))
+    if sharded and len(adapters) > 1:
+        raise ValueError(f"{path}: an adapter on an adapter cannot be sharded; merge the first one into its base")
     model = load_model(base, device=device, dtype=dtype, sharded=sharded)
     for adapter in adapters:
         merge_lora(model)  # the one that this one stands on

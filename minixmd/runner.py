@@ -5,7 +5,7 @@ Under torchrun every process computes its share of a stage's shards; the first d
 import argparse
 import os
 import sys
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 
@@ -29,6 +29,7 @@ from minixmd.runs.distributed import (
     is_lost_process,
     process_name,
 )
+from minixmd.runs.heartbeat import unwatched
 from minixmd.runs.records import append_jsonl
 from minixmd.runs.stage_directory import begin, finish
 from minixmd.stages import evaluate, factcheck, label, switch, traces
@@ -55,11 +56,12 @@ def main(argv=None):
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     args = parser.parse_intermixed_args(argv)  # overrides may follow a flag
     prepare_backends()
+    rank = 0
     try:
+        if args.dry_run:
+            return dry_run(load_config(args.config, args.overrides), args.gpus)
         rank = init(os.environ, args.timeout)
         config = load_config(args.config, args.overrides)
-        if args.dry_run:
-            return dry_run(config, args.gpus)
         with open(os.devnull, "w") as nowhere, ExitStack() as quiet:
             if rank:  # what the first process says is enough
                 quiet.enter_context(redirect_stdout(nowhere))
@@ -68,8 +70,8 @@ def main(argv=None):
             for stage in config.stages:
                 describe_device(stage)
                 model = getattr(stage, "model", None)
-                if model is not None and not model.startswith("@"):
-                    pinned(model)
+                if model is not None and not model.startswith("@") and len(set(gather(pinned(model)))) > 1:
+                    raise ValueError(f"{stage.name}: {model} is not the same for all processes: name a revision")
             check_inputs(config)
             for stage in config.stages:
                 run_stage(stage, config, rank)
@@ -83,7 +85,8 @@ def main(argv=None):
             print(f"{process_name()}{shortened(cause)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("minixmd: interrupted; the same command goes on from where it stopped", file=sys.stderr)
+        if rank == 0:
+            print("minixmd: interrupted; the same command goes on from where it stopped", file=sys.stderr)
         return 130
     except Stopped:
         if rank == 0:
@@ -116,7 +119,8 @@ def run_stage(stage, config, rank):
         print(f"{stage.name}: runs in {folder}{where}{where and describe_attention(stage)}", flush=True)
         log = partial(append_jsonl, folder / "log.jsonl") if rank == 0 else lambda line: None
         try:
-            RUN[type(stage)](with_paths(stage, config), folder, log)
+            with unwatched() if works_alone(stage) else nullcontext():
+                RUN[type(stage)](with_paths(stage, config), folder, log)
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise

@@ -156,6 +156,9 @@ class Trainer:
         take_step = {Distill: self.distill_step, SFT: self.sft_step, GRPO: self.grpo_step}[type(stage)]
         with tqdm(total=self.steps, initial=self.step, desc=stage.name, unit="step") as bar:
             while True:
+                if any(distributed.gather(distributed.stop_requested())):
+                    self.save()
+                    raise distributed.Stopped
                 if validation and self.validation_due():  # also after a stop between the state and its validation
                     self.validate(validation)
                 if self.step == self.steps:
@@ -163,9 +166,6 @@ class Trainer:
                 began = time.perf_counter()
                 drawn = self.drawn or self.draw(self.step)
                 self.drawn = None
-                if drawn.stop:
-                    self.save()
-                    raise distributed.Stopped
                 for error in drawn.errors:
                     self.count_bad_clip(error)
                 metrics = {"loss": 0.0, "tokens": 0}  # of a step whose clips were all bad
@@ -195,15 +195,14 @@ class Trainer:
                 errors.append(sample.error)
             else:
                 samples.append(sample)
-        shares = distributed.gather((len(samples), errors, distributed.stop_requested()))
-        numbers, errors, stop = zip(*shares, strict=True)
+        numbers, errors = zip(*distributed.gather((len(samples), errors)), strict=True)
         if self.sharded and any(numbers):
             self.spare = samples[0] if samples else None
             if not all(numbers):  # who has none takes that of the first who has
                 given = distributed.broadcast(self.spare, source=[number > 0 for number in numbers].index(True))
                 self.spare = self.spare or given
         learnt_from = samples if isinstance(self.stage, GRPO) else self.micro_batches(samples)
-        return steps.Drawn(learnt_from, sum(numbers), sum(errors, []), any(stop))
+        return steps.Drawn(learnt_from, sum(numbers), sum(errors, []))
 
     def announce(self, counts):
         """Says what will be learnt, on the screen and at a run's start in the log."""
@@ -417,7 +416,7 @@ class Trainer:
         rollout = policy.make_rollout(stage, prompts, completions, rewards["reward"])
         passes, [learned] = distributed.gather(len(rollout.micro_batches)), distributed.total(rollout.learned)
         if self.sharded and learned:
-            rollout.fill_up(self.spare[0], max(passes))
+            rollout.fill_up(self.spare[0], self.processor.end_id, max(passes))
 
         sampled = time.perf_counter()
         scored_T = None  # what the policy says without gradients, before its first update
@@ -586,7 +585,8 @@ class Trainer:
 
     def publish(self):
         """Writes best/: the best weights in validation (the last ones without it), as `load` and others read them."""
-        checkpoint.fill_best(self.folder, self.parameters, self.rows())
+        if self.best_step:  # as this process knows it: the first one may not have written it yet
+            checkpoint.fill_weights(self.folder, self.parameters, self.best_step, self.rows())
         model = self.whole_model()
         if self.rank == 0:
             checkpoint.publish(self.folder, model, self.processor, self.stage.model)

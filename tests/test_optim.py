@@ -1,10 +1,15 @@
 """The optimizer of bf16 weights and of 8-bit moments, and that a stopped run goes on from its state, to the bit."""
+import math
+
 import pytest
 import torch
 from absent_device import AbsentDevice
+from torch import nn
 
 from minixmd.kernels.adamw import join
+from minixmd.learning import checkpoint, optim
 from minixmd.learning.optim import FusedAdamW, adamw, optimizer_tensors, restore_optimizer
+from minixmd.runs import training_state
 from minixmd.runs.files import write_safetensors
 
 OPTIONS = dict(lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
@@ -191,3 +196,45 @@ def test_on_a_device_it_never_waits_and_the_kernel_is_one_launch_a_tensor(moment
     assert not device.syncs and not device.copies
     if backend == "triton":
         assert sum(device.launches.values()) == len(parameters)
+
+
+@pytest.mark.parametrize("writers, readers", [(1, 3), (2, 1), (2, 3), (3, 2)])
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+def test_state_that_some_processes_wrote_any_number_reads(writers, readers, moments, tmp_path, monkeypatch):
+    """Rows as FSDP divides them; those of 256 numbers are whole 8-bit blocks."""
+    generator = torch.Generator().manual_seed(0)
+    whole = {"matrix": torch.randn(7, 256, generator=generator), "gain": torch.randn(5, generator=generator)}
+
+    def parts(rank, world_size):
+        monkeypatch.setattr(training_state, "rank_and_world_size", lambda: (rank, world_size))
+        monkeypatch.setattr(optim, "rank_and_world_size", lambda: (rank, world_size))
+        rows, found = {}, {}
+        for name, x in whole.items():
+            chunk = math.ceil(len(x) / world_size)
+            found[name] = nn.Parameter(x[rank * chunk:(rank + 1) * chunk].bfloat16())
+            rows[name] = min(rank * chunk, len(x)), len(x)
+        return found, rows if world_size > 1 else None
+
+    monkeypatch.setattr(training_state, "gather", lambda value: [value])
+    monkeypatch.setattr(checkpoint, "rank_and_world_size", lambda: (1, 2))  # rewinds no log
+    monkeypatch.setattr(checkpoint, "broadcast", lambda lines: lines)
+    written, found = [], []
+    for rank in reversed(range(writers)):  # the first one writes state.json
+        parameters, rows = parts(rank, writers)
+        optimizer = adamw(parameters, moments=moments, **OPTIONS)
+        for _ in range(2):
+            for p in parameters.values():
+                p.grad = p.detach().clone()
+            optimizer.step()
+        checkpoint.save(tmp_path, parameters, optimizer, {"step": 2, "best_step": 0}, rows)
+        written.insert(0, optimizer_tensors(optimizer, parameters))
+    for rank in range(readers):
+        parameters, rows = parts(rank, readers)
+        optimizer = adamw(parameters, moments=moments, **OPTIONS)
+        checkpoint.restore(tmp_path, parameters, optimizer, rows)
+        found.append(optimizer_tensors(optimizer, parameters))
+    for name, x in written[0].items():
+        if x.ndim:
+            assert torch.equal(torch.cat([part[name] for part in written]), torch.cat([part[name] for part in found]))
+        else:
+            assert all(part[name] == 2 for part in found)

@@ -11,6 +11,7 @@ from processes import TRAINED, difference, largest_gap, log_of, run, weights, wr
 
 from minixmd.runs.records import read_jsonl
 
+ALL = tuple(name for name in processes.STAGES if name not in processes.NOT_BY_DEFAULT)
 QUICK = ("labels", "sft_decoder", "grpo_decoder")  # of the fast suite, on 2 processes
 
 
@@ -21,7 +22,7 @@ def quick(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return runs_of(tmp_path_factory.mktemp("ranks"), tuple(processes.STAGES), (1, 2, 3))
+    return runs_of(tmp_path_factory.mktemp("ranks"), ALL, (1, 2, 3))
 
 
 def runs_of(home, names, counts):
@@ -64,7 +65,7 @@ def test_every_way_to_train_gives_the_same(runs, name, count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("name", [name for name in processes.STAGES if name not in TRAINED])
+@pytest.mark.parametrize("name", [name for name in ALL if name not in TRAINED])
 def test_every_other_stage_gives_the_same(runs, name, count):
     one, several = runs[1] / name, runs[count] / name
     files = sorted(path.name for path in one.glob("*.jsonl")) + [path.name for path in one.glob("results.json")]
@@ -77,7 +78,7 @@ def test_every_other_stage_gives_the_same(runs, name, count):
 @pytest.mark.slow
 def test_a_finished_run_is_skipped_by_any_number_of_processes(runs):
     done = run(runs[2].parent / "config.py", runs[2], 3)
-    assert done.returncode == 0 and done.stdout.count("finished before, skipped") == len(processes.STAGES)
+    assert done.returncode == 0 and done.stdout.count("finished before, skipped") == len(ALL)
 
 
 @pytest.mark.slow

@@ -21,17 +21,15 @@ def restore(folder, parameters, optimizer, rows=None):
     state, step = load_state(folder), 0
     if state is not None:
         step = state["step"]
-        fill(parameters, tensor_files(folder, "weights", step), rows)
+        fill_weights(folder, parameters, step, rows)
         restore_optimizer(optimizer, parameters, tensor_files(folder, "optimizer", step), rows)
     lines = rewind_logs(folder, step) if rank_and_world_size()[0] == 0 else None
     return state, broadcast(lines)
 
 
-def fill_best(folder, parameters, rows=None):
-    """Puts back the best weights in validation, if there was one."""
-    state = broadcast(load_state(folder))  # others may look before the first process has written it
-    if state is not None and state["best_step"]:
-        fill(parameters, tensor_files(folder, "weights", state["best_step"]), rows)
+def fill_weights(folder, parameters, step, rows=None):
+    """Puts back the weights that were saved after a step."""
+    fill(parameters, tensor_files(folder, "weights", step), rows)
 
 
 def publish(folder, model, processor, base):

@@ -6,6 +6,7 @@ import torch
 from minixmd.inputs.batch import pack
 from minixmd.kernels.logprob import split_suppressed, token_logprob
 from minixmd.models.head import CHUNK
+from minixmd.runs.heartbeat import beat
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def reference_logprobs(reference, micro_batches, vocabulary):
     """(T,) log-probabilities of a rollout's tokens under the reference, log pi_ref, or any other policy."""
     parts = []
     for groups in micro_batches:
+        beat()
         batch = pack(groups).to(reference.device)
         parts.append(token_logprobs(reference, reference(batch), batch, vocabulary))
     return torch.cat(parts)

@@ -4,6 +4,7 @@ import math
 import torch
 
 from minixmd.kernels.adamw import BLOCK, adamw_update, state_layout
+from minixmd.runs.distributed import rank_and_world_size
 from minixmd.runs.training_state import fill, open_tensors
 
 
@@ -33,13 +34,18 @@ class FusedAdamW(torch.optim.AdamW):
                 state = self.state[p]
                 if not state:
                     state["step"] = torch.tensor(0.0, device="cpu")
-                    for key, (shape, dtype) in state_layout(p, self.moments).items():
+                    for key, (shape, dtype) in state_layout(p, moments_of(p, self.moments)).items():
                         state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
                 state["step"] += 1
                 adamw_update(
                     p, p.grad, state, int(state["step"]),
                     lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
                     backend=self.backend)
+
+
+def moments_of(p, moments):
+    """Of matrices as asked for; those of vectors are few, and in float32 any number of processes can divide them."""
+    return moments if p.ndim > 1 else "float32"
 
 
 def adamw(parameters, *, lr, betas, eps, weight_decay, moments="float32", backend="torch"):
@@ -63,18 +69,19 @@ def optimizer_tensors(optimizer, parameters):
 
 
 def optimizer_rows(rows, parameters, optimizer):
-    """{"name.exp_avg": (first row, all rows), …} of the state of sharded parameters, whose own `rows` are given. 8-bit
-    blocks that begin within another process's are left out: they cannot be sharded anew."""
+    """{"name.exp_avg": (first row, all rows), …} of the state of sharded parameters, whose own `rows` are given. Left
+    out are 8-bit moments of which a process's part is no whole number of blocks: they cannot be sharded anew."""
     found = {}
     for name, p in parameters.items():
         if name not in rows:
             continue
         first, count = rows[name]
         width = p.shape[1:].numel()
+        in_blocks = math.ceil(count / rank_and_world_size()[1]) * width % BLOCK == 0  # each process's part
         for key, value in optimizer.state[p].items():
             if value.shape == p.shape:
                 found[f"{name}.{key}"] = first, count
-            elif value.ndim and first * width % BLOCK == 0:
+            elif value.ndim and in_blocks:
                 found[f"{name}.{key}"] = first * width // BLOCK, math.ceil(count * width / BLOCK)
     return found
 
@@ -89,7 +96,7 @@ def restore_optimizer(optimizer, parameters, paths, rows=None):
         if f"{name}.step" not in saved:
             continue  # it has had no gradient yet, as an encoder that no clip went through
         state = {"step": torch.tensor(0.0)}
-        for key, (shape, dtype) in state_layout(p, moments).items():
+        for key, (shape, dtype) in state_layout(p, moments_of(p, moments)).items():
             state[key] = torch.empty(shape, dtype=dtype, device=p.device)
         optimizer.state[p] = state
     fill(optimizer_tensors(optimizer, parameters), paths, rows and rows | optimizer_rows(rows, parameters, optimizer))

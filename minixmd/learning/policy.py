@@ -32,9 +32,9 @@ class Rollout:
         vectors = [self.advantage_T, self.weight_T, self.sampled_T]
         self.advantage_T, self.weight_T, self.sampled_T = send(vectors, device)
 
-    def fill_up(self, prompt, passes):
-        """Adds micro-batches of weight 0 until there are so many."""
-        filler = [Group(prompt, (prompt.ids_N[-1:],))]
+    def fill_up(self, prompt, end_id, passes):
+        """Adds micro-batches of weight 0 until there are so many. end_id: one that can be sampled."""
+        filler = [Group(prompt, (torch.tensor([end_id]),))]
         missing = passes - len(self.micro_batches)
         self.micro_batches += [filler] * missing
         none_T = torch.zeros(missing)

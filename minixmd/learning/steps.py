@@ -31,7 +31,6 @@ class Drawn:
     learnt_from: list  # MicroBatches, or for a rollout [(Prompt, Item)]
     clips: int  # that all processes learn from
     errors: list  # of all their bad clips
-    stop: bool  # whether one was asked to stop
 
 
 def check_length(prompt, example, max_new_tokens, most):

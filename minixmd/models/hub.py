@@ -13,6 +13,7 @@ from huggingface_hub import errors, snapshot_download
 from minixmd.models.shards import INDEX, tensor_files
 from minixmd.models.weights import BASE_FILE, PROCESSOR_FILES, config_of, digest_of
 from minixmd.runs.files import read_json
+from minixmd.runs.heartbeat import unwatched
 from minixmd.runs.hub_names import parse_hub_name
 from minixmd.runs.value_checks import check_fields
 
@@ -100,7 +101,8 @@ def _snapshot(name, files):
     """The cache's folder of a commit, with those of the files that the repository has."""
     repo, revision = parse_hub_name(name)
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
+        with unwatched():
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
     except Exception as error:  # of the transport too, whose package changes with the hub library's version
         reason = _reason(error, revision)
         if reason is None:

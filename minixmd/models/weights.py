@@ -25,6 +25,7 @@ from minixmd.models.shards import (
     write_shards,
 )
 from minixmd.runs.files import read_json, write_json, write_safetensors
+from minixmd.runs.heartbeat import beat
 from minixmd.runs.hub_names import parse_hub_name
 from minixmd.runs.stage_directory import fingerprint
 from minixmd.runs.value_checks import check_fields
@@ -84,6 +85,7 @@ def load_model(folder, *, device="cpu", dtype=torch.float32, sharded=False):
     for path, names in groupby(infos, key=lambda name: folder / infos[name].file):
         with open_safetensors(path) as file:
             for name in names:
+                beat()
                 tensor = file.get_tensor(infos[name].key).to(device, dtype, copy=True)
                 tensor = part_of(tensor, model.get_parameter(parameters[name]))
                 model.load_state_dict({parameters[name]: tensor}, strict=False, assign=True)

@@ -2,6 +2,7 @@
 
 Objects travel by gloo, tensors of a GPU by NCCL. With one process every function here gives back what it is given.
 """
+import atexit
 import secrets
 import signal
 import socket
@@ -40,7 +41,9 @@ def init(environment, timeout_s):
     _store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("group", _store),
                             rank=rank, world_size=world_size, timeout=LONGEST_WAIT)
-    Heartbeat(_store.clone(), rank, world_size, timeout_s, first_to_fail).start()
+    heartbeat = Heartbeat(_store.clone(), rank, world_size, timeout_s, first_to_fail)
+    heartbeat.start()
+    atexit.register(heartbeat.end)
     local_rank = int(environment["LOCAL_RANK"])
     if cuda and local_rank >= torch.cuda.device_count():
         raise ValueError(f"{environment.get('LOCAL_WORLD_SIZE')} processes, but {socket.gethostname()} has "
@@ -130,9 +133,10 @@ def process_name():
 
 
 def is_lost_process(error):
-    """Whether an error says that another process is gone."""
-    several = rank_and_world_size()[1] > 1
-    return several and (isinstance(error, dist.DistError) or "gloo" in str(error) or "onnection" in str(error))
+    """Whether an error, none of ours, says that another process is gone."""
+    if rank_and_world_size()[1] == 1 or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "onnection" in str(error)
 
 
 def first_to_fail():

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from minixmd.runs.heartbeat import beat
+
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
                torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
                torch.bool: "BOOL"}  # in a safetensors file
@@ -88,6 +90,7 @@ def write_safetensors(path, tensors, metadata=None):
         with open(temporary, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in order:
+                beat()
                 tensor = tensors[name].detach()
                 if tensor.device.type != "cpu" or not tensor.is_contiguous():
                     copy = room[:tensor.nbytes].view(tensor.dtype).view(tensor.shape)

@@ -99,7 +99,8 @@ def fill(tensors, paths, rows=None):
                 raise ValueError(f"{path}: not a state of this model: only one of the two has {name}")
             sharded = json.loads((file.metadata() or {}).get("rows", "{}"))
             for name, tensor in tensors.items():
-                if len(paths) > 1 and name not in sharded and tensor.ndim:
+                movable = (rows is None or name in rows) and (len(paths) == 1 or name in sharded)
+                if tensor.ndim and not movable:
                     if len(paths) != world_size:
                         raise ValueError(f"{path}: the 8-bit blocks of {name} cannot be sharded anew: go on with "
                                          f"{len(paths)} processes")

@@ -15,6 +15,7 @@ from minixmd.inputs.tokenizer import Processor
 from minixmd.learning.rollout import decode, uniforms
 from minixmd.runs.device import runtime_of
 from minixmd.runs.distributed import gather, rank_and_world_size
+from minixmd.runs.heartbeat import beat
 from minixmd.runs.records import bad_record, count_bad
 from minixmd.tasks.answers import parse_answer
 from minixmd.tasks.benchmarks import vote
@@ -85,6 +86,7 @@ class Questions:
 
 def next_token_logits(model, prompts):
     """Logits of the first token after each Prompt, from one packed forward pass: (B, V) on the CPU."""
+    beat()
     batch = pack(prompts).to(model.device)
     last_B = torch.tensor([end - 1 for _, end in batch.spans], device=model.device)
     return model.logits(model(batch)[last_B]).cpu()
