@@ -257,7 +257,7 @@ class Trainer:
         grad_norm = self.clip_gradients(stage.max_grad_norm or math.inf)
         names = list(dict.fromkeys(sum(distributed.gather(list(values)), [])))  # a process may have none of some
         parts = [values.get(name, self.zero()).double() for name in names]
-        read = torch.stack([*distributed.add_up(torch.stack(parts)), grad_norm.double()]).tolist()
+        read = torch.stack([*distributed.all_reduce(torch.stack(parts)), grad_norm.double()]).tolist()
         metrics = dict(zip([*names, "grad_norm"], read, strict=True))
         if not math.isfinite(metrics["loss"]):
             raise ValueError(f"{stage.name}: the loss at step {self.step + 1} is {metrics['loss']}; stopped")
@@ -277,10 +277,10 @@ class Trainer:
         if self.sharded:  # FSDP has added them up
             sharding.move_gradients(self.model, self.parameters)
         else:
-            distributed.add_up_gradients(parameters)
+            distributed.all_reduce_gradients(parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.sharded:
-            norm = distributed.add_up(norm.double().square()).sqrt().to(norm.dtype)
+            norm = distributed.all_reduce(norm.double().square()).sqrt().to(norm.dtype)
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minixmd.models.multimodal import frozen_copy
-from minixmd.runs.distributed import add_up
+from minixmd.runs.distributed import all_reduce
 
 NO_PARTS = MappingProxyType({})
 
@@ -51,7 +51,7 @@ def shard_frozen(model, device):
         fully_shard(block, mesh=mesh)
     others = {p for p in model.model.parameters() if not isinstance(p, DTensor)}
     fully_shard(model.model, mesh=mesh, ignored_params=others)
-    model.register_forward_pre_hook(lambda *_: add_up(torch.ones(1)) and None)
+    model.register_forward_pre_hook(lambda *_: all_reduce(torch.ones(1)) and None)
 
 
 @torch.inference_mode()
@@ -61,7 +61,7 @@ def finish_passes(model):
         return
     x_1D = torch.zeros(1, model.config.text.hidden_size, device=model.device, dtype=model.dtype)
     position_31 = torch.zeros(3, 1, dtype=torch.int64, device=model.device)
-    while add_up(torch.zeros(1)).item():
+    while all_reduce(torch.zeros(1)).item():
         model.model(x_1D, position_31, lambda layer, q_NHK, k_NJK, v_NJK: q_NHK)
 
 

@@ -83,14 +83,14 @@ def total(*numbers):
     return [sum(column) for column in zip(*gather(numbers), strict=True)]
 
 
-def add_up(tensor):
-    """The tensor, in place the sum of all processes' tensors, which have its shape and dtype."""
+def all_reduce(tensor):
+    """Puts the sum of all processes' tensors, of one shape and dtype, in place of each; returns it."""
     if rank_and_world_size()[1] > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def add_up_gradients(parameters):
+def all_reduce_gradients(parameters):
     """Gives each parameter the sum of its gradients on all processes, of which some may have none, in one message."""
     if rank_and_world_size()[1] == 1:
         return
