@@ -128,7 +128,7 @@ def log_of(folder):
 
 
 def largest_gap(a, b, path=""):
-    """The largest relative difference of numbers in two JSON values (over 0.01 of smaller ones); the rest is equal."""
+    """The largest relative difference of numbers in two JSON values (over 0.1 of smaller ones); the rest is equal."""
     if isinstance(a, dict):
         assert a.keys() == b.keys(), f"{path}: {a.keys() ^ b.keys()}"
         return max((largest_gap(a[key], b[key], f"{path}.{key}") for key in a), default=0.0)
@@ -136,6 +136,6 @@ def largest_gap(a, b, path=""):
         assert len(a) == len(b), f"{path}: {len(a)} and {len(b)}"
         return max((largest_gap(x, y, f"{path}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True))), default=0.0)
     if isinstance(a, float) and isinstance(b, float):
-        return abs(a - b) / max(abs(a), abs(b), 1e-2)
+        return abs(a - b) / max(abs(a), abs(b), 0.1)
     assert a == b, f"{path}: {a} and {b}"
     return 0.0

@@ -67,11 +67,11 @@ def processes_of(folder):
 @pytest.mark.parametrize("fault, seconds, says", [
     (KILLED, 20, r"minixmd: process 0 of 2 on \S+: another process has ended; torchrun names it below$"),
     (RAISES, 20, r"minixmd: process 1 of 2 on \S+: the disk is on fire"),
-    (HANGS, 50, r"minixmd: process 1 has made no progress for 4 s \(--timeout\): it is at train.py:\d+ \(update\)"),
-    (STANDS, 50, r"minixmd: process 1 has made no progress for 4 s \(--timeout\): it is at \S+ \(\S+\), process \d+"),
+    (HANGS, 50, r"minixmd: process 1 has made no progress for 10 s \(--timeout\): it is at train.py:\d+ \(update\)"),
+    (STANDS, 50, r"minixmd: process 1 has made no progress for 10 s \(--timeout\): it is at \S+ \(\S+\), process \d+"),
 ])  # fmt: skip
 def test_all_end_soon_and_one_line_says_why(config, undisturbed, tmp_path, fault, seconds, says):
-    done = run(config, tmp_path / "run", 2, "--timeout", "4", before=FAULT.format(fault=fault))
+    done = run(config, tmp_path / "run", 2, "--timeout", "10", before=FAULT.format(fault=fault))
     took = time.time() - float(re.search(r"the fault begins (\S+)", done.stdout)[1])
     assert done.returncode == 1 and took < seconds and not processes_of(tmp_path / "run")
     lines = [line for line in done.stderr.splitlines() if line.startswith("minixmd: ")]
@@ -82,9 +82,9 @@ def test_all_end_soon_and_one_line_says_why(config, undisturbed, tmp_path, fault
 
 
 def test_a_process_that_waits_for_long_is_no_hang(config, tmp_path):
-    slow = "for _ in range(8): time.sleep(1), beat()"
+    slow = "for _ in range(20): time.sleep(1), beat()"
     before = "from minixmd.runs.heartbeat import beat" + FAULT.format(fault=slow)
-    assert run(config, tmp_path / "run", 2, "--timeout", "4", before=before).returncode == 0
+    assert run(config, tmp_path / "run", 2, "--timeout", "10", before=before).returncode == 0
 
 
 def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_from_there(config, undisturbed, tmp_path):
@@ -116,7 +116,7 @@ def test_a_folder_that_one_process_does_not_see_is_one_line(config, tmp_path):
     assert "run/sft_decoder is not the same folder on " in lines[0] and "that all processes share" in lines[0]
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("KILLS", 4))))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("KILLS", 2))))
 def test_killed_anywhere_and_resumed_on_any_number_it_ends_alike(config, undisturbed, tmp_path, seed):
     line, environment = command(config, tmp_path / "run", 2)
     with subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as started:
