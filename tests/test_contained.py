@@ -157,7 +157,7 @@ def test_ctrl_c_waits_for_no_child(tmp_path):
     (tmp_path / "run.py").write_text(INTERRUPTED)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     took = []
-    while len(took) < 3 and min(took, default=2) >= 2:  # the machine may be busy with other tests
+    while len(took) < 3 and min(took, default=5) >= 5:  # the machine may be busy with other tests
         with subprocess.Popen([sys.executable, tmp_path / "run.py"], stdout=subprocess.PIPE, text=True,
                               start_new_session=True, env=environment, preexec_fn=listen) as run:
             assert [run.stdout.readline().strip() for _ in range(2)] == ["ready", "one"]
@@ -166,7 +166,7 @@ def test_ctrl_c_waits_for_no_child(tmp_path):
             os.killpg(run.pid, signal.SIGINT)
             assert run.stdout.read().strip() == "interrupted" and run.wait(10) == 0
             took.append(time.monotonic() - start)
-    assert min(took) < 2
+    assert min(took) < 5  # a child hangs for a minute; torch alone takes two seconds to end on some machines
 
 
 @pytest.mark.slow

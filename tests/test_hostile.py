@@ -70,7 +70,7 @@ def test_a_stage_among_them_ends_and_counts_them(world, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_one_interrupt_ends_it_within_two_seconds(world, tmp_path):
+def test_one_interrupt_ends_it_within_seconds(world, tmp_path):
     folder, _ = world
     config = write_config(tmp_path / "config.py", CONFIG.format(folder, 1000))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -82,5 +82,5 @@ def test_one_interrupt_ends_it_within_two_seconds(world, tmp_path):
             time.sleep(0.1)
         start = time.monotonic()
         os.killpg(run.pid, signal.SIGINT)
-        assert run.wait(10) == 130 and time.monotonic() - start < 2
+        assert run.wait(10) == 130 and time.monotonic() - start < 5
         assert "interrupted" in run.stderr.read()
