@@ -38,7 +38,6 @@ from minixmd.inputs.examples import manifest_text
 from minixmd.models.families import read_config
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.weights import save_model
-from minixmd.runs.files import write_json
 
 ROWS, BOUND = 16_384, 0.05
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
@@ -204,10 +203,7 @@ def main():
             print(f"{title:56} {size / 1e6:8.1f} MB estimated, {found['bytes'] / 1e6:8.1f} MB measured: "
                   f"{100 * (row['over'] - 1):+5.1f} %  ({fullest.name})", flush=True)
     result["ok"] = all(abs(row["over"] - 1) <= BOUND for row in result["rows"])
-    if args.out:
-        write_json(args.out, result)
-    print(json.dumps(result))
-    return 0 if result["ok"] else 1
+    return measure.report(result, args.out)
 
 
 if __name__ == "__main__":

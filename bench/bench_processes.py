@@ -387,10 +387,7 @@ def main(argv=None):
             if args.only in (None, part):
                 result[part] = run(home, args.small)
     result["ok"] = all(row["ok"] for part in JOBS for row in result.get(part, []))
-    if args.out:
-        write_json(args.out, result)
-    print(json.dumps(result))
-    return 0 if result["ok"] else 1
+    return measure.report(result, args.out)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minixmd.runs.files import write_json
+
 ROOT = Path(__file__).resolve().parents[1]
 WARMUP, REPEATS = 5, 30  # calls before the timed ones, and timed calls
 FLUSH = 1 << 29  # fp32 values that are read before each timed call
@@ -61,6 +63,15 @@ def env():
 
 
 # ---- time and memory ----
+
+
+def report(result, path):
+    """Writes a bench's result to `path`, if it is not None, and prints it as the last line. Returns the exit status, by
+    its "ok"."""
+    if path:
+        write_json(path, result)
+    print(json.dumps(result))
+    return 0 if result["ok"] else 1
 
 
 def quantiles(values):

@@ -44,14 +44,15 @@ def check_length(prompt, example, max_new_tokens, most):
 def make_micro_batches(samples, most, device, spare=None):
     """[(Prompt, Item)] as MicroBatches of at most `most` tokens, for a model on `device`. spare: a sample of which
     fillers are made, so that all processes have as many; they then call this together."""
-    cuts = [[samples[i] for i in cut] for cut in cut_by_tokens([len(prompt) for prompt, _ in samples], most)]
+    cuts = cut_by_tokens([len(prompt) for prompt, _ in samples], most)
     passes = len(cuts) if spare is None else max(gather(len(cuts)))
     made = []
     for number in range(passes):
-        cut = cuts[number] if number < len(cuts) else [spare]
-        batch = pack([prompt for prompt, _ in cut])
+        filler = number >= len(cuts)
+        chosen = [spare] if filler else [samples[i] for i in cuts[number]]
+        batch = pack([prompt for prompt, _ in chosen])
         batch = batch.pinned() if device.type == "cuda" else batch
-        made.append(MicroBatch([item for _, item in cut], batch, filler=number >= len(cuts)))
+        made.append(MicroBatch([item for _, item in chosen], batch, filler))
     return made
 
 

@@ -41,7 +41,7 @@ def init(environment, timeout_s):
     _store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("group", _store),
                             rank=rank, world_size=world_size, timeout=LONGEST_WAIT)
-    heartbeat = Heartbeat(_store.clone(), rank, world_size, timeout_s, first_to_fail)
+    heartbeat = Heartbeat(_store.clone(), rank, world_size, timeout_s)
     heartbeat.start()
     atexit.register(heartbeat.end)
     local_rank = int(environment["LOCAL_RANK"])

@@ -39,15 +39,13 @@ class Heartbeat(threading.Thread):
     Args:
         store: of torch.distributed, a connection of its own.
         timeout_s: seconds without progress after which a process is given up.
-        first_to_fail: function that says whether no other process has failed before.
     """
 
-    def __init__(self, store, rank, world_size, timeout_s, first_to_fail):
+    def __init__(self, store, rank, world_size, timeout_s):
         super().__init__(daemon=True)
         self.store = store
         self.rank = rank
         self.timeout_s = timeout_s
-        self.first_to_fail = first_to_fail
         self.main = threading.main_thread().ident
         self.ended = threading.Event()
         self.count = 0  # of exchanges
@@ -66,7 +64,7 @@ class Heartbeat(threading.Thread):
                 failed = self.store.check(["failed"])
             except RuntimeError:  # the store is gone, with the process that held it
                 hung, failed = [], True
-            if hung and self.first_to_fail():
+            if hung and self.store.add("failed", 1) == 1:  # none has failed before
                 for line in hung:
                     print(f"\nminixmd: {line}", file=sys.__stderr__, flush=True)
                 os._exit(1)

@@ -99,6 +99,7 @@ def fill(tensors, paths, rows=None):
                 raise ValueError(f"{path}: not a state of this model: only one of the two has {name}")
             sharded = json.loads((file.metadata() or {}).get("rows", "{}"))
             for name, tensor in tensors.items():
+                # whether its rows are known, here and in the file; of 8-bit blocks they may not be
                 movable = (rows is None or name in rows) and (len(paths) == 1 or name in sharded)
                 if tensor.ndim and not movable:
                     if len(paths) != world_size:
@@ -118,7 +119,8 @@ def _fill_rows(tensor, saved, first, count, of_file, path, name):
     """Copies to a tensor, rows from `first` on of `count`, what a file has of them; returns how many those are."""
     shape, dtype = saved.get_shape(), TORCH_DTYPES.get(saved.get_dtype())
     begin, whole = of_file or (0, shape[0] if shape else 1)
-    in_file, expected = [whole, *shape[1:]] if shape else [], [count, *tensor.shape[1:]] if tensor.ndim else []
+    in_file = [whole, *shape[1:]] if shape else []
+    expected = [count, *tensor.shape[1:]] if tensor.ndim else []
     if (in_file, dtype) != (expected, tensor.dtype):
         raise ValueError(f"{path}: not a state of this model: {name} is {dtype} {in_file}, expected {tensor.dtype} "
                          f"{expected}")

@@ -130,7 +130,8 @@ def batch_loss(verifier, pairs, noise):
     loss = F.binary_cross_entropy_with_logits(verifier.match(clip_BC, text_BD), target_B, reduction="sum")
     rows, mismatches = [], []  # rows of the batch, and of the traces that they are wrongly paired with
     for row, pair in enumerate(pairs):
-        for other in range(row + 1 - len(pairs), row):  # below 0: from the end, hence what comes next goes first
+        for i in range(row + 1, row + len(pairs)):
+            other = i % len(pairs)
             if pairs[other].option != pair.option:
                 rows.append(row)
                 mismatches.append(other)
