@@ -138,7 +138,8 @@ class Sides:
         weight_T = token_weights([self.C] * self.n, self.stage.aggregation)
         advantage_T = self.advantage_G.repeat_interleave(self.C)
         T = len(weight_T)
-        rollout = Rollout([groups], len(groups), T, T, advantage_T, weight_T, weight_T, ref_T, old_T)
+        rollout = Rollout([groups], len(groups), T, T, advantage_T=advantage_T, weight_T=weight_T, sampled_T=weight_T,
+                          ref_T=ref_T, old_T=old_T)  # fmt: skip
         return self.trainer.policy_gradient(rollout)[0].item()
 
     # ---- transformers' ----

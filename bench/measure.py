@@ -33,8 +33,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minixmd.runs.files import write_json
-
 ROOT = Path(__file__).resolve().parents[1]
 WARMUP, REPEATS = 5, 30  # calls before the timed ones, and timed calls
 FLUSH = 1 << 29  # fp32 values that are read before each timed call
@@ -45,6 +43,8 @@ OTHERS = "trl", "liger-kernel", "peft"  # packages that are compared with where 
 
 if {"cpu", "--device=cpu"} & set(sys.argv) or not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # counts when Triton is first imported, as minixmd and flops() do
+
+from minixmd.runs.files import write_json  # noqa: E402  after the line above
 
 
 def installed(module):

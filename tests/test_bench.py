@@ -293,8 +293,7 @@ def test_a_grpo_step_is_counted_and_ends_with_json(grpo_step_bench, tmp_path, ca
     ("apart", "groups_of",
      lambda right: lambda prompt, ids_GC, shared: right(prompt, ids_GC.roll(int(shared)), shared)),
     ("transformers", "Rollout",
-     lambda right: lambda parts, learned, advantage_T, *more, **named: right(parts, learned, 1.001 * advantage_T,
-                                                                             *more, **named)),
+     lambda right: lambda *counts, advantage_T, **named: right(*counts, advantage_T=1.001 * advantage_T, **named)),
 ])  # fmt: skip
 def test_a_wrong_grpo_step_is_not_timed(grpo_step_bench, side, name, wrong, monkeypatch):
     monkeypatch.setattr(grpo_step_bench, name, wrong(getattr(grpo_step_bench, name)))
