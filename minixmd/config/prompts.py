@@ -1,6 +1,6 @@
 """How questions are put: format strings over {question} {options} {first} {last} and, where a trace is shown, {trace}.
 {options} are lettered lines. The papers print none of their prompts but the first one's last line; the rest is ours."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PROMPT = "{question}\n{options}\nRespond only with a single letter from {first} to {last}."
 # the form that GRPO rewards; also zero-shot chain of thought, for a model that has not learnt it
@@ -34,17 +34,10 @@ class PromptFormat:
     """What a stage shows of a clip and how it asks; inputs/prompts.build_prompt makes a Prompt of it."""
     media: str  # "audio" | "video" | "both" | "sounded", a video with its sound track
     template: str  # one of the format strings above
-    fps: float = 1.0  # of the video; the other three likewise
-    min_pixels: int = 100_352
-    max_pixels: int = 262_144
-    nframes: int | None = None
+    video_options: dict = field(default_factory=dict)  # fps, min_pixels, max_pixels, nframes
     reading: ClipReading = ClipReading()
 
     @property
     def asks_for_letter(self):
         """Whether an answer is to be an option's letter rather than its words."""
         return "{first}" in self.template or "{last}" in self.template
-
-    @property
-    def video_options(self):
-        return {name: getattr(self, name) for name in ("fps", "min_pixels", "max_pixels", "nframes")}

@@ -49,9 +49,9 @@ class _LocalModel(_Local):
 
 @stage
 class _Sharded:
-    """A field of stages that only read a model's logits."""
-    sharded: bool = False  # whether each process of torchrun holds a part of the decoder's layers, which are gathered
-    # one by one: for a model that no card holds
+    """Fields of stages that only read a model's logits."""
+    batch_tokens: Count = 8192  # tokens packed into a forward pass
+    sharded: bool = False  # each process of torchrun holds a part of the decoder's layers: for what no card holds
 
 
 @stage
@@ -88,14 +88,13 @@ class _Prompted(_LocalModel):
 
     @property
     def prompt_format(self):
-        return PromptFormat(self.media, self.prompt, self.fps, self.min_pixels, self.max_pixels, self.nframes,
-                            self.reading)
+        video_options = {name: getattr(self, name) for name in ("fps", "min_pixels", "max_pixels", "nframes")}
+        return PromptFormat(self.media, self.prompt, video_options, self.reading)
 
 
 @stage
 class Evaluate(_Prompted, _Sharded):
     """A model's accuracy on a manifest."""
-    batch_tokens: Count = 8192  # tokens packed into a forward pass
     # how it answers
     answer: Literal["letters", "generate"] = "letters"  # by the letters' logits | by what it writes
     max_new_tokens: Annotated[int, ">= 2"] = 32  # tokens of a written answer: at least a letter and the end of turn
@@ -118,7 +117,6 @@ class Evaluate(_Prompted, _Sharded):
 @stage
 class Label(_Prompted, _Sharded):
     """A model's predicted letters on a manifest, with the letters' logits."""
-    batch_tokens: Count = 8192  # tokens packed into a forward pass
     top_k: Annotated[int, ">= 0", "<= 64"] = 0  # best ids of the vocabulary stored with each letter, for KL; 0 = none
     temperature: Positive = 2.0  # of the distillation: the mass of all other ids is stored at this temperature
 
@@ -190,7 +188,6 @@ class FactCheck(_LocalModel, _Sharded, _Endpoint, _Cnn14):
     verdicts: str | None = None  # "@factcheck/verdicts.jsonl": what "verifier" learns from, or "verdicts" takes over
     logprobs: bool = True  # of "endpoint"; False for a server that refuses them: scores are then +1 and -1
     batch_size: Annotated[int, ">= 2"] = 32  # of "verifier": traces of an optimizer step
-    batch_tokens: Count = 8192  # tokens packed into a forward pass
 
     def check(self):
         check_prompt(self.prompt, ("trace",))

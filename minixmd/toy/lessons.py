@@ -92,7 +92,7 @@ def cut_context(processor, prompt):
 
 
 def read_contexts(processor, examples, media):
-    prompt_format = PromptFormat(media, "", min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE)
+    prompt_format = PromptFormat(media, "", {"min_pixels": SIDE * SIDE, "max_pixels": SIDE * SIDE})
     contexts = []
     for example in tqdm(examples, desc=f"toy: reading {media}", unit="clip"):
         contexts.append(cut_context(processor, build_prompt(processor, example, prompt_format)))
