@@ -17,9 +17,7 @@ PARAMETERS = {  # family, decoder layers, width, vocabulary -> published paramet
 def tensors(subject):
     """Every tensor of the files is accounted for, and the first row of each is the one in memory."""
     folder, config = subject.processor.folder, subject.model.config
-    parameters = {}
-    for name, p in subject.base_parameters().items():
-        parameters[config.family.checkpoint_name(name)] = p
+    parameters = {config.family.checkpoint_name(name): p for name, p in subject.base_parameters().items()}
     held, misplaced = read_headers(folder, config.family)
     if config.tie_word_embeddings:
         held.pop(config.family.checkpoint_name("lm_head.weight"), None)

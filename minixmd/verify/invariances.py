@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 
-from minixmd import Group, Prompt, pack
+from minixmd import Group, pack
 from minixmd.models.lora import adapted, add_lora
 from minixmd.models.weights import load_adapter, save_adapter
 from minixmd.verify.subject import QUESTION, TEMPERATURE, Outcome, synthetic_clips
@@ -104,17 +104,12 @@ def packed(subject):
 def cached(subject):
     """Logits of every decoded token, from generation's cache and from a forward pass over prompt and completion."""
     ids_P2T, _, decoded_BTD = subject.sampled
-    T = ids_P2T.shape[2]
-    sequences = []
+    groups = []
     for prompt, ids_2T in zip(subject.prompts, ids_P2T, strict=True):
-        positions_T = prompt.positions_3N.max() + 1 + torch.arange(T)
-        positions_3N = torch.cat([prompt.positions_3N, positions_T.expand(3, -1)], dim=1)
-        for ids_T in ids_2T:
-            ids_N = torch.cat([prompt.ids_N, ids_T])
-            sequences.append(Prompt(ids_N, positions_3N, prompt.media))
-    batch = pack(sequences).to(subject.device)
-    hidden_ND = subject.model(batch)
-    forward_BTD = torch.stack([hidden_ND[end - T:end - 1] for _, end in batch.spans])
+        groups += [Group(prompt, (ids_T,)) for ids_T in ids_2T]
+    batch = pack(groups).to(subject.device)
+    row_BT = batch.target_row_T.unflatten(0, (len(groups), -1))[:, 1:]  # the first token is the prefill's
+    forward_BTD = subject.model(batch)[row_BT]
     return subject.compare(subject.model.logits(decoded_BTD), subject.model.logits(forward_BTD))
 
 
