@@ -627,6 +627,12 @@ def test_an_adapters_base_is_found_where_it_moved_to(models, tmp_path, cache):
             find_model("me/adapter", [], tmp_path)
 
 
+def test_an_adapter_that_stands_on_itself_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(ValueError, match="the adapter's base model is the adapter itself"):
+        find_model(str(tmp_path), [], tmp_path)
+
+
 # ---- the command ----
 
 

@@ -71,8 +71,11 @@ def find_model(value, stages, scratch):
             if isinstance(cached, str):
                 folder = Path(cached).parent
     if (folder / "adapter_config.json").is_file():
+        base = _base_of(folder)
+        if Path(base).resolve() == folder.resolve():
+            raise ValueError(f"{folder}: the adapter's base model is the adapter itself")
         try:
-            model = find_model(_base_of(folder), stages, scratch)
+            model = find_model(base, stages, scratch)
         except ValueError as error:
             raise ValueError(f"{value}: the adapter's base: {error}") from None
         return replace(model, source=f"{model.source}, with the adapter {value}", adapters=(*model.adapters, folder))
