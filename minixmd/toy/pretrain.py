@@ -98,22 +98,18 @@ def new_model(folder, model_type, seed):
     return model, Processor(folder, model.config)
 
 
-def decoder_parameters(model):
-    return {name: p for name, p in model.named_parameters() if name.startswith(DECODER)}
-
-
 @torch.no_grad()
 def load_decoder(model, language):
     """Loads the decoder of train_text_qa; of embedding and head only the rows that both families share."""
-    for name, p in decoder_parameters(model).items():
-        p[:len(language[name])] = language[name]
+    for name, rows in language.items():
+        model.get_parameter(name)[:len(rows)] = rows
 
 
 def train_text_qa(folder, seed, log):
     """Phase 1. Returns the decoder's parameters; of embedding and head, the rows of ids that both families share."""
     model, processor = new_model(folder / "student", MODEL_TYPE["student"], seed)
     rng = np.random.default_rng([seed, 1])
-    parameters = decoder_parameters(model)
+    parameters = {name: p for name, p in model.named_parameters() if name.startswith(DECODER)}
     fit = Fit("text QA, loss as a share of chance's", parameters.values(), weight_decay=0.0)
     for level in LEVELS + (LAST_LEVEL,) * MAX_REPEATS:
         chance = np.log(level.num_options)
@@ -134,7 +130,7 @@ def train_text_qa(folder, seed, log):
             "phase": "text QA",
             "options": level.num_options,
             "step": len(fit.losses),
-            "loss": float(fit.last_loss() * chance),
+            "loss": fit.last_loss() * chance,
         })
         if level.decay and reached:
             break
@@ -210,7 +206,7 @@ class ClipTraining:
             "model": self.name,
             "steps": step,
             "loss": fit.last_loss(),
-            "separable_loss": float(np.mean(separable_losses[-20:])),
+            "separable_loss": np.mean(separable_losses[-20:]),
         })
 
     def clip_lesson(self, i, qa_format):
