@@ -88,30 +88,32 @@ class SightSound:
     sft_fields: dict = field(default_factory=dict)  # of SFT and Distill
     grpo_fields: dict = field(default_factory=dict)  # of GRPO
 
-    def prompt(self, mode):
-        return (PROMPTS | self.prompts)[mode]
+    def asked(self, mode):
+        """Fields of a stage that puts a prompt to a model. mode: key of PROMPTS."""
+        fields = dict(prompt=(PROMPTS | self.prompts)[mode], **self.device_fields)
+        if mode in ("think", "audio_cot"):
+            fields["max_new_tokens"] = self.max_new_tokens
+        return fields
 
     def traces(self, name="traces", manifest=None, **changes):
         """`name`: the teacher's thoughts. `checked`, for others than "traces" `{name}_checked`: the accepted ones."""
         manifest = manifest or self.traced
-        fields = dict(prompt=self.prompt("audio_cot"), max_new_tokens=self.max_new_tokens, media="video")
-        fields |= self.server_fields or dict(model=self.teacher, **self.video_fields)
-        fields |= self.device_fields | self.traces_fields | changes
+        teacher = self.server_fields or dict(model=self.teacher, **self.video_fields)
+        fields = teacher | self.asked("audio_cot") | self.traces_fields | changes
         checked = "checked" if name == "traces" else f"{name}_checked"
         return [Traces(name=name, manifest=manifest, **fields),
                 self.fact_check(checked, f"@{name}", manifest, **self.checker_fields)]
 
     def fact_check(self, name, traces, manifest, **fields):
-        return FactCheck(name=name, traces=traces, manifest=manifest, prompt=self.prompt("check"), **fields,
-                         **self.device_fields)
+        return FactCheck(name=name, traces=traces, manifest=manifest, **self.asked("check"), **fields)
 
     def test_traces(self, **changes):
         """test_traces, test_traces_checked: thoughts on the main split, for test-time distillation and the gallery."""
         return self.traces("test_traces", self.splits[self.main_split]["manifest"], **changes)
 
     def labels(self):
-        return [Label(name="teacher_labels", model=self.teacher, manifest=self.train, prompt=self.prompt("direct"),
-                      media="video", **self.video_fields, **self.device_fields)]
+        return [Label(name="teacher_labels", model=self.teacher, manifest=self.train, media="video",
+                      **self.asked("direct"), **self.video_fields)]
 
     def verifier(self, limit, **fields):
         """verifier: a small network, trained on `limit` verdicts of the checker (`calibration`), judges test_traces."""
@@ -123,10 +125,8 @@ class SightSound:
     def trained(self, name):
         """The training stage of a row of LADDER or CONTROLS."""
         row = ROWS[name]
-        fields = dict(prompt=self.prompt(row.mode), media="audio", val_manifest=self.val, **self.device_fields)
-        if row.mode == "think":
-            fields["max_new_tokens"] = self.max_new_tokens
-        fields |= row.fields | (self.grpo_fields if row.stage is GRPO else self.sft_fields)
+        fields = dict(media="audio", val_manifest=self.val, **self.asked(row.mode), **row.fields)
+        fields |= self.grpo_fields if row.stage is GRPO else self.sft_fields
         if row.fields == VOTES and self.traced != self.train:  # most clips have no traces
             fields |= LETTERS
         if name == "continued":
@@ -135,11 +135,9 @@ class SightSound:
 
     def evaluate(self, name, model, mode, media="audio", split=None, **fields):
         """An Evaluate stage, on the main split if none is named. mode: key of PROMPTS."""
-        fields |= dict(answer="generate", prompt=self.prompt(mode), media=media, **self.device_fields)
+        fields |= dict(answer="generate", media=media, **self.asked(mode))
         if media != "audio":
             fields |= self.video_fields
-        if mode in ("think", "audio_cot"):
-            fields["max_new_tokens"] = self.max_new_tokens
         return Evaluate(name=name, model=model, **fields | self.splits[split or self.main_split])
 
     def evaluated(self, name):
@@ -153,7 +151,7 @@ class SightSound:
                   self.evaluate("test_time", self.student, "trace", traces="@test_traces"),
                   self.evaluate("teacher", self.teacher, "direct", "video"),
                   self.evaluate("teacher_cot", self.teacher, "think", "video")]
-        if self.prompt("audio_cot") != self.prompt("think"):
+        if self.asked("audio_cot") != self.asked("think"):
             stages.append(self.evaluate("teacher_audio_cot", self.teacher, "audio_cot", "video"))
         return stages
 
