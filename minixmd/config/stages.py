@@ -19,8 +19,7 @@ class Toy:
     """Makes a small world of audio and video files, its manifests, and the models that start out in it."""
     name: str = "toy"
     seed: NonNegativeInt = 0  # of the world, the models and their training
-    thinking: bool = False  # also trains the teacher to write chains of thought, about 30 % of which name a sound that
-    # is absent, pretrains the student on such text, and makes a third model, the checker, that hears what is true
+    thinking: bool = False  # the teacher also writes chains of thought, 30 % of them false, and there is a checker
 
 
 @stage
@@ -179,8 +178,7 @@ class FactCheck(_LocalModel, _Sharded, _Endpoint, _Cnn14):
     manifest: str  # JSONL file of the clips
     trace_filter: Literal["used", "all", "calibration"] = "used"  # first and unanimous ones | all | `limit` of them
     limit: Annotated[int, ">= 2"] | None = None  # traces of "calibration", at most one a clip, drawn by seed
-    checker: Literal["model", "endpoint", "verifier", "verdicts"] = "model"  # "verifier" is a small network trained on
-    # another checker's verdicts; "verdicts" reads verdicts that exist
+    checker: Literal["model", "endpoint", "verifier", "verdicts"] = "model"  # "verifier" is a small network
     threshold: float = 0.0  # a trace is accepted above it; scores are log-odds of yes (endpoints without: +1, -1)
     # who judges
     model: str | None = None  # of "model" the one that hears; of "verifier" the one whose decoder reads the traces
@@ -266,8 +264,7 @@ class Distill(_Training):
     teacher_labels: str | None = None  # "@label"; needed unless the gate is "never"
     student_labels: str | None = None  # the student's own letters, "@label"; None = no anti-forgetting loss
     switch: str | None = None  # "@switch"; what the gates "learned" and "oracle" look up
-    gate: Literal["always", "never", "learned", "oracle"] = "always"  # which clips follow the teacher; "oracle": by the
-    # true class
+    gate: Literal["always", "never", "learned", "oracle"] = "always"  # who follows the teacher; "oracle": by true class
     teacher_loss: Literal["ce", "kl", "kl+ce"] = "ce"  # on the teacher's letter | to its stored logits | their sum
     temperature: Positive = 2.0  # of the KL
 

@@ -28,8 +28,7 @@ from minixmd.train import Trainer
 
 def estimate(stage, model_info, prompt, gpus=1):
     """A stage's meta_tracer.Phases, in the order in which they run, of one of several processes. prompt: as long as any
-    that it makes, with its target where one is learnt; None of a Switch, as model_info. Raises ValueError: it cannot
-    train this model."""
+    that it makes, with its target; of a Switch None, as model_info. Raises ValueError: it cannot train this model."""
     if isinstance(stage, TRAINING):
         stage = replace(stage, batch_size=ceil(stage.batch_size / gpus))
     device = "cpu" if stage.device == "cpu" else "cuda"

@@ -54,7 +54,7 @@ class StagePlan:
     hours: float = 0.0  # on the GPUs
     serial: float = 0.0  # of them, those in which one works alone
     hours_of_one: float = 0.0  # on one GPU
-    same_as: str = ""  # the name of an earlier stage that takes the same memory
+    same_as: str = ""  # the name of the first stage that takes this memory
     fault: str = ""  # why the stage cannot run
 
     @property
@@ -66,8 +66,7 @@ class StagePlan:
 
 
 def dry_run(config, gpus=1):
-    """Prints what a config would do on so many GPUs. Returns the exit status: 1 where a stage cannot run, or its model
-    is unknown."""
+    """Prints what a config would do on so many GPUs. Returns the exit status: 1 where it surely cannot run."""
     clips = read_manifests(config)
     with tempfile.TemporaryDirectory() as scratch:
         write_stand_in_tokenizer(Path(scratch), config.stages, clips)
@@ -175,16 +174,15 @@ def estimate_memory(plans, gpus=1):
         settings = {name: value for name, value in vars(stage).items() if name not in NO_EFFECT_ON_MEMORY}
         is_set = [getattr(stage, name, None) is not None for name in ("traces", "val_manifest")]
         key = repr((type(stage), plan.model, plan.prompt and len(plan.prompt), settings, is_set))
-        if key in estimated:
-            plan.same_as, of_one, plan.phases = estimated[key]
-        else:
-            try:
+        try:
+            if key not in estimated:
                 of_one = estimate(stage, plan.model, plan.prompt)
-                plan.phases = estimate(stage, plan.model, plan.prompt, gpus) if gpus > 1 else of_one
-                estimated[key] = stage.name, of_one, plan.phases
-            except ValueError as error:
-                plan.fault = str(error)
-                continue
+                phases = estimate(stage, plan.model, plan.prompt, gpus) if gpus > 1 else of_one
+                estimated[key] = stage.name, of_one, phases
+        except ValueError as error:
+            plan.fault = str(error)
+            continue
+        plan.same_as, of_one, plan.phases = estimated[key]
         if stage.device != "cpu":
             plan.hours_of_one, _ = costs.stage_hours(stage, of_one, plan.clips, plan.others)
             plan.hours, plan.serial = costs.stage_hours(stage, plan.phases, plan.clips, plan.others, gpus)

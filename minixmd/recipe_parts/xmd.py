@@ -2,8 +2,7 @@
 
     before ─ switch ─ distilled ─ report        (`ablation` has every way to distil in place of `distilled`)
 
-`recipes/toy.py` has these stages written out; read that first. One model hears the clips ("audio"), the other sees them
-in silence ("video"); either may be the student."""
+`recipes/toy.py` has them written out; read that first. "audio" hears the clips, "video" sees them; either may learn."""
 from dataclasses import dataclass, field
 
 from minixmd.config import SFT, Distill, Evaluate, Label, Report, Switch
