@@ -32,10 +32,6 @@ def needed_gib(size):
     return size * (1 + OVERHEAD) / 2**30 + DRIVER_GIB
 
 
-def has_room(size, gib):
-    return needed_gib(size) <= gib
-
-
 def settings_to_lower(stage, phase_name, longest=1):
     """{field: smallest value} of the fields by which a phase takes less. longest: tokens that a pass must take."""
     slots = getattr(stage, "group_size", None) or getattr(stage, "num_samples", 1)
@@ -64,7 +60,7 @@ def to_lower(stage, phases, longest=1):
         for name in settings:
             saved |= SAVED.get(name, SAVED_BY_OTHERS)
         least = phase.total - sum(share * phase.bytes[category] for category, share in saved.items())
-        if any(has_room(least, gib) and not has_room(phase.total, gib) for gib in CARDS.values()):
+        if any(needed_gib(least) <= gib < needed_gib(phase.total) for gib in CARDS.values()):
             found |= settings
     return found
 

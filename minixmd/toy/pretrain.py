@@ -7,8 +7,7 @@ Trained on clips alone a decoder does not learn what the options are for. So tra
    the category's name, repeated, stands in for the clip
 2. tower alignment: each encoder learns to map a clip to the decoder's embedding of its category
 3. joint QA: encoder and decoder learn the question on clips
-4. chain of thought, with stage.thinking: the teacher learns to write a thought before its answer. The student meets
-   such texts, without a clip, in phase 3"""
+4. chain of thought, with stage.thinking: the teacher's; the student meets such text, without a clip, in phase 3"""
 from dataclasses import dataclass
 
 import numpy as np
