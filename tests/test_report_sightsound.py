@@ -12,8 +12,8 @@ from minixmd.inputs.examples import read_manifest
 from minixmd.recipe_parts.sightsound import LADDER, MODES
 from minixmd.report import clips as report_clips
 from minixmd.report import gather as report
-from minixmd.report.published import PAPERS
 from minixmd.report.render import page
+from minixmd.report.sections import PAPERS
 from minixmd.runner import main
 from minixmd.stages import evaluate, factcheck, traces
 from minixmd.tasks.benchmarks import TYPES

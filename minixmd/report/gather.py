@@ -4,9 +4,8 @@ from pathlib import Path
 from minixmd.inputs.examples import read_manifest
 from minixmd.report import sections
 from minixmd.report.clips import ROLE_KINDS, Media, answered_clips, gallery_kinds, read_judged_traces, show
-from minixmd.report.published import BENCHMARKS, BESIDE, PAPERS
 from minixmd.report.render import ROLES, markdown, page
-from minixmd.report.sections import cells_of
+from minixmd.report.sections import BENCHMARKS, BESIDE, PAPERS, cells_of
 from minixmd.runs.files import read_json, write_json, write_text
 from minixmd.runs.records import answers_beside
 from minixmd.runs.value_checks import check_fields
@@ -60,7 +59,7 @@ def gather(stage, folder):
     if stage.switch:
         report["switch"] = sections.switch(Path(stage.switch), paper.get("switch", {}))
     if stage.gallery:
-        rows = {**stage.tables, **(stage.ablation or {})}
+        rows = stage.tables | (stage.ablation or {})
         report["gallery"] = clips(stage, {row: rows[row] for row in stage.gallery}, media)
     elif stage.clips:
         report["clips"] = clips(stage, paths, media)

@@ -1,8 +1,8 @@
 """Sections of a report: benchmarks, classes, the switch, the teacher's traces, curves, as report.json holds them."""
 from collections import Counter
 from math import ceil
+from pathlib import Path
 
-from minixmd.report.published import MMAU_VERSION
 from minixmd.report.render import ROLES, words
 from minixmd.runs.files import read_json
 from minixmd.runs.records import DECISION, read_records
@@ -10,6 +10,15 @@ from minixmd.tasks.benchmarks import TYPES
 from minixmd.tasks.statistics import SUMMARY, groups, leads
 from minixmd.tasks.yes_no import tally
 
+# Figures that the papers published, in %. One stands beside an accuracy of this run only where row and column have the
+# paper's titles, as recipe_parts/ gives them; all stand on their own at the end of the report.
+PAPERS = read_json(Path(__file__).with_name("published.json"))  # Report.published -> "source", "tables", … of a paper
+BESIDE = {None: {}}  # Report.published -> "tables" | "ablation" -> the paper's rows for that table of the report
+BENCHMARKS = {None: {}}  # Report.published -> column -> the paper's rows for the breakdown of that benchmark
+for name, paper in PAPERS.items():
+    for key, rows_for in (("beside", BESIDE), ("benchmarks", BENCHMARKS)):
+        rows_for[name] = {place: paper["tables"][title] for place, title in paper.pop(key).items()}
+MMAU_VERSION = PAPERS["sightsound"].pop("mmau_version")
 BENCHMARK_NAMES = {"mmau": "MMAU", "music_avqa": "MUSIC-AVQA"}
 FUNNEL_SOURCES = {  # key of Report.funnel -> what only that stage's results.json holds, and the stage's name
     "traces": ("traces_of_unanimous", "a Traces"),
