@@ -44,7 +44,7 @@ def settings_to_lower(stage, phase_name, longest=1):
     found = {}
     for name, least in smallest.items():
         value = getattr(stage, name, least)
-        if value == "auto" and getattr(stage, "device", "auto") != "cpu":
+        if value == "auto" and stage.device != "cpu":
             value = "on"  # of checkpointing
         can_fall = value > least if isinstance(value, int) else value != least
         if can_fall and name in LOWERED[phase_name]:

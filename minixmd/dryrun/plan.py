@@ -48,6 +48,7 @@ class StagePlan:
     assumed: bool  # whether the number of clips is
     model: ModelInfo | None = None  # of a stage that runs one here
     prompt: Prompt | None = None  # as long as any that the stage makes
+    longest: int = 1  # tokens of it and of what a GRPO stage writes after it, which a pass must take
     shown: str = ""  # a typical prompt, as text
     writes: bool = False  # whether the model writes answers of its own
     phases: list = field(default_factory=list)  # meta_tracer.Phase
@@ -56,13 +57,6 @@ class StagePlan:
     hours_of_one: float = 0.0  # on one GPU
     same_as: str = ""  # the name of the first stage that takes this memory
     fault: str = ""  # why the stage cannot run
-
-    @property
-    def longest(self):
-        """Tokens of a clip and of what a GRPO stage writes after it, which a pass must take."""
-        if self.prompt is None:
-            return 1
-        return len(self.prompt) + (self.stage.max_new_tokens if isinstance(self.stage, GRPO) else 0)
 
 
 def dry_run(config, gpus=1):
@@ -120,6 +114,7 @@ def plan_stage(stage, stages, scratch, clips=NO_CLIPS):
             longest_trace = " the" * ((trace_tokens - 1) // len(processor.encode(" the")))
             room = stage.max_new_tokens if plan.writes else 0
             plan.prompt = example_prompt(stage, example, processor, longest_trace, room)
+            plan.longest = len(plan.prompt) + (stage.max_new_tokens if isinstance(stage, GRPO) else 0)
             ids = example_prompt(stage, example, processor, TRACE).ids_N.tolist()
             text = processor.tokenizer.decode(ids, skip_special_tokens=False)
             text = re.sub(r"(<\|\w+\|>)\1+", lambda run: f"{run[1]} x {len(run[0]) // len(run[1])}", text)
@@ -166,7 +161,7 @@ def write_stand_in_tokenizer(folder, stages, clips=NO_CLIPS):
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def estimate_memory(plans, gpus=1):
+def estimate_memory(plans, gpus):
     estimated = {}  # what memory depends on -> the first such stage's name and Phases, on one GPU and on several
     todo = [plan for plan in plans if plan.prompt or isinstance(plan.stage, Switch)]
     for plan in tqdm(todo, desc="memory", unit="stage", leave=False):
