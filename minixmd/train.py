@@ -117,7 +117,7 @@ class Trainer:
         return self.model.device.type == "cuda"
 
     def load_model(self, load):
-        return load(self.stage.model, **vars(runtime_of(self.stage)))
+        return load(self.stage.model, **runtime_of(self.stage))
 
     def distilled_vocabulary(self):
         """How many ids student and teacher share, and the suppressed ids, which the KL leaves out."""

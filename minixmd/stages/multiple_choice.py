@@ -44,7 +44,7 @@ class Writing:
 def load_model(stage):
     """(MultimodalLM, Processor) of a stage, where and as it says."""
     sharded = getattr(stage, "sharded", False) and rank_and_world_size()[1] > 1
-    return load(stage.model, **vars(runtime_of(stage)), sharded=sharded)
+    return load(stage.model, **runtime_of(stage), sharded=sharded)
 
 
 @dataclass
