@@ -35,6 +35,7 @@ from minixmd.runs.device import runtime_of
 from minixmd.runs.heartbeat import beat
 from minixmd.runs.records import append_jsonl
 from minixmd.runs.seeds import hash_seed
+from minixmd.runs.training_state import fill, tensor_files
 from minixmd.stages.multiple_choice import validation_accuracy
 
 GRPO_NOTE = ("the GRPO loss is about 0 while the ratio is 1, as it is in the first update after a rollout: what is "
@@ -586,7 +587,7 @@ class Trainer:
     def publish(self):
         """Writes best/: the best weights in validation (the last ones without it), as `load` and others read them."""
         if self.best_step:  # as this process knows it: the first one may not have written it yet
-            checkpoint.fill_weights(self.folder, self.parameters, self.best_step, self.rows())
+            fill(self.parameters, tensor_files(self.folder, "weights", self.best_step), self.rows())
         model = self.whole_model()
         if self.rank == 0:
             checkpoint.publish(self.folder, model, self.processor, self.stage.model)
