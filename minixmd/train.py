@@ -143,7 +143,7 @@ class Trainer:
         stage = self.stage
         self.announce(counts)
         self.items = items
-        self.samples = prefetch(self.build_sample, self.upcoming_items(), lambda item, error: steps.BadClip(error),
+        self.samples = prefetch(self.build_sample, self.upcoming_items(), lambda item, error: error,
                                 reading=stage.reading, ahead=2 * math.ceil(stage.batch_size / self.world_size))
         try:
             self.take_steps(validation)
@@ -165,13 +165,13 @@ class Trainer:
                 if self.step == self.steps:
                     break
                 began = time.perf_counter()
-                drawn = self.drawn or self.draw(self.step)
+                learnt_from, num_clips, errors = self.drawn or self.draw(self.step)
                 self.drawn = None
-                for error in drawn.errors:
+                for error in errors:
                     self.count_bad_clip(error)
                 metrics = {"loss": 0.0, "tokens": 0}  # of a step whose clips were all bad
-                if drawn.clips:
-                    metrics = take_step(drawn.learnt_from)
+                if num_clips:
+                    metrics = take_step(learnt_from)
                 self.step += 1
                 tokens_per_s = metrics["tokens"] / (time.perf_counter() - began)
                 self.log({"step": self.step, **metrics, "tokens_per_s": round(tokens_per_s)})
@@ -184,26 +184,23 @@ class Trainer:
 
     def upcoming_items(self):
         for step in range(self.step, self.steps):
-            for i in steps.deal(self.items, self.batch_indices(step)):
-                yield self.items[i]
+            yield from steps.deal(self.items, self.batch_indices(step))
 
     def draw(self, step):
-        """The Drawn of a step. All processes call it together."""
+        """(what this process learns from in a step: MicroBatches, or for a rollout [(Prompt, Item)]; how many clips all
+        learn from; the errors of all their bad ones). All processes call it together."""
         samples, errors = [], []
         for _ in steps.deal(self.items, self.batch_indices(step)):
             sample = next(self.samples)
-            if isinstance(sample, steps.BadClip):
-                errors.append(sample.error)
-            else:
-                samples.append(sample)
+            kind = errors if isinstance(sample, Exception) else samples
+            kind.append(sample)
         numbers, errors = zip(*distributed.gather((len(samples), errors)), strict=True)
         if self.sharded and any(numbers):
             self.spare = samples[0] if samples else None
-            if not all(numbers):  # who has none takes that of the first who has
-                given = distributed.broadcast(self.spare, source=[number > 0 for number in numbers].index(True))
-                self.spare = self.spare or given
+            if not all(numbers):  # then all take that of the first who has one
+                self.spare = distributed.broadcast(self.spare, source=[number > 0 for number in numbers].index(True))
         learnt_from = samples if isinstance(self.stage, GRPO) else self.micro_batches(samples)
-        return steps.Drawn(learnt_from, sum(numbers), sum(errors, []))
+        return learnt_from, sum(numbers), sum(errors, [])
 
     def announce(self, counts):
         """Says what will be learnt, on the screen and at a run's start in the log."""
@@ -311,7 +308,7 @@ class Trainer:
         for micro_batch in micro_batches:
             beat()
             batch = micro_batch.batch.to(self.model.device)
-            denominator = math.inf if micro_batch.filler else counts.targets
+            denominator = counts.targets if micro_batch.items else math.inf
             loss = self.cross_entropy(self.model(batch), batch, denominator)
             loss.backward()
             loss_sum += loss.detach()
@@ -331,7 +328,7 @@ class Trainer:
         """
         counts = steps.count(micro_batches)
         metrics = self.update(self.distill_gradients(micro_batches, counts))
-        sources = [item.source for micro_batch in micro_batches if not micro_batch.filler for item in micro_batch.items]
+        sources = [item.source for micro_batch in micro_batches for item in micro_batch.items]
         [from_teacher] = distributed.total(sources.count("teacher"))
         return {**metrics, "to_teacher": from_teacher, "tokens": counts.tokens}
 
@@ -342,7 +339,7 @@ class Trainer:
         for micro_batch in micro_batches:
             beat()
             num_targets, num_clips = counts.targets, counts.clips
-            if micro_batch.filler:
+            if not micro_batch.items:
                 num_targets = num_clips = math.inf
             batch = micro_batch.batch.to(self.model.device)
             hidden_ND = self.model(batch)
@@ -415,9 +412,8 @@ class Trainer:
         if prompts and self.rank == 0:
             self.show_completions(completions[0], items[0], rewards)
         rollout = policy.make_rollout(stage, prompts, completions, rewards["reward"])
-        passes, [learned] = distributed.gather(len(rollout.micro_batches)), distributed.total(rollout.learned)
-        if self.sharded and learned:
-            rollout.fill_up(self.spare[0], self.processor.end_id, max(passes))
+        if self.sharded and rollout.learned:
+            rollout.fill_up(self.spare[0], self.processor.end_id)
 
         sampled = time.perf_counter()
         scored_T = None  # what the policy says without gradients, before its first update
@@ -431,7 +427,7 @@ class Trainer:
 
         scored = time.perf_counter()
         metrics = Counter(loss=0.0)
-        for _ in range(stage.num_iterations if learned else 0):
+        for _ in range(stage.num_iterations if rollout.learned else 0):
             for name, value in self.policy_update(rollout).items():
                 metrics[name] += value / stage.num_iterations
         if self.model.device.type == "cuda":
@@ -440,9 +436,9 @@ class Trainer:
 
         metrics = dict(metrics)
         own = policy.rollout_metrics([item.example for item in items], completions, rewards, letters) if items else {}
-        metrics |= policy.mean_metrics(distributed.gather((len(items), own)))
-        metrics["learned"] = learned  # groups
-        if learned:  # what the sampler said of its tokens against the training pass: 0 but for rounding
+        metrics |= policy.mean_metrics(len(items), own)
+        metrics["learned"] = rollout.learned  # groups
+        if rollout.learned:  # what the sampler said of its tokens against the training pass: 0 but for rounding
             metrics |= self.logp_gaps(rollout, scored_T, first_update and self.reference is not None)
         metrics["rollout_s"] = round(sampled - started, 3)
         metrics["scoring_s"] = round(scored - sampled, 3)
@@ -511,9 +507,7 @@ class Trainer:
                 rollout.weight_T[rows],
                 clip_config,
                 self.model.backend,
-                vocabulary.temperature,
-                vocabulary.suppressed_Z,
-                vocabulary.vocab_limit,
+                *vocabulary,
                 lengths,
             )
             loss, part = self.model.head_loss(hidden_ND, batch.target_row_T, row_loss)
