@@ -13,6 +13,7 @@ import math
 import runpy
 import time
 from collections import Counter, defaultdict
+from contextlib import closing
 
 import torch
 from tqdm import tqdm
@@ -47,10 +48,8 @@ MAX_START_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-4}  # to the reference, 
 
 def train(stage, folder, log):
     """Runs a Distill, SFT or GRPO stage. Writes best/ (an adapter, or a whole model) and log.jsonl."""
-    examples = read_examples(stage.name, stage.manifest, stage.media, stage.allow_outside)
-    validation = []
-    if stage.val_manifest:
-        validation = read_examples(stage.name, stage.val_manifest, stage.media, stage.allow_outside)
+    examples = read_examples(stage)
+    validation = read_examples(stage, "val_manifest") if stage.val_manifest else []
     check_answers(validation, stage.val_manifest, "validate against")
     items, counts = targets.resolve_targets(stage, examples)
     trainer = Trainer(stage, len(items), folder, log)
@@ -145,10 +144,8 @@ class Trainer:
         self.items = items
         self.samples = prefetch(self.build_sample, self.upcoming_items(), lambda item, error: error,
                                 reading=stage.reading, ahead=2 * math.ceil(stage.batch_size / self.world_size))
-        try:
+        with closing(self.samples):  # its child processes end
             self.take_steps(validation)
-        finally:
-            self.samples.close()  # its child processes end
         if not any(self.optimizer.state.values()):
             raise ValueError(f"{stage.name}: no step had anything to learn: its clips were bad, or its groups left out")
 

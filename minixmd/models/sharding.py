@@ -73,11 +73,8 @@ def local_parameters(model):
     """{name: this process's part} of what trains: plain tensors in the model's memory, for the optimizer."""
     parts = {}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if isinstance(p, DTensor):
-            p = nn.Parameter(p.detach().to_local())
-        parts[name] = p
+        if p.requires_grad:
+            parts[name] = nn.Parameter(p.detach().to_local()) if isinstance(p, DTensor) else p
     return parts
 
 

@@ -28,8 +28,8 @@ PAPER = {"validation": 88.8, "training": 89.1}  # % of clips for which the paper
 
 
 def run(stage, folder, log):
-    examples = read_examples(stage.name, stage.manifest, "audio", stage.allow_outside)
-    clips = read_examples(stage.name, stage.train_manifest, "audio", stage.allow_outside)
+    examples = read_examples(stage)
+    clips = read_examples(stage, "train_manifest")
     gain = gains(stage, examples)
     results = count_classes(stage.name, gain, {example.label for example in examples})
     usable = [example for example in examples if example.label in gain]
