@@ -144,15 +144,9 @@ class Trainer:
         self.items = items
         self.samples = prefetch(self.build_sample, self.upcoming_items(), lambda item, error: error,
                                 reading=stage.reading, ahead=2 * math.ceil(stage.batch_size / self.world_size))
-        with closing(self.samples):  # its child processes end
-            self.take_steps(validation)
-        if not any(self.optimizer.state.values()):
-            raise ValueError(f"{stage.name}: no step had anything to learn: its clips were bad, or its groups left out")
-
-    def take_steps(self, validation):
-        stage = self.stage
         take_step = {Distill: self.distill_step, SFT: self.sft_step, GRPO: self.grpo_step}[type(stage)]
-        with tqdm(total=self.steps, initial=self.step, desc=stage.name, unit="step") as bar:
+        bar = tqdm(total=self.steps, initial=self.step, desc=stage.name, unit="step")
+        with closing(self.samples), bar:  # its child processes end
             while True:
                 if any(distributed.gather(distributed.stop_requested())):
                     self.save()
@@ -178,6 +172,8 @@ class Trainer:
                 save_due = stage.save_every and self.step % stage.save_every == 0
                 if save_due or self.validation_due():
                     self.save()
+        if not any(self.optimizer.state.values()):
+            raise ValueError(f"{stage.name}: no step had anything to learn: its clips were bad, or its groups left out")
 
     def upcoming_items(self):
         for step in range(self.step, self.steps):
@@ -264,7 +260,7 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {**metrics, "lr": lr}
+        return metrics | {"lr": lr}
 
     def clip_gradients(self, max_norm):
         """Leaves in self.parameters the gradients of all processes, clipped. Returns their norm before that."""
@@ -297,7 +293,7 @@ class Trainer:
         whole step's, so the gradient does not depend on how it is cut."""
         counts = steps.count(micro_batches)
         loss = self.sft_gradients(micro_batches, counts)
-        return {**self.update({"loss": loss}), "tokens": counts.tokens}
+        return self.update({"loss": loss}) | {"tokens": counts.tokens}
 
     def sft_gradients(self, micro_batches, counts):
         """Gradients of a step; returns the loss, on the model's device."""
@@ -327,7 +323,7 @@ class Trainer:
         metrics = self.update(self.distill_gradients(micro_batches, counts))
         sources = [item.source for micro_batch in micro_batches for item in micro_batch.items]
         [from_teacher] = distributed.total(sources.count("teacher"))
-        return {**metrics, "to_teacher": from_teacher, "tokens": counts.tokens}
+        return metrics | {"to_teacher": from_teacher, "tokens": counts.tokens}
 
     def distill_gradients(self, micro_batches, counts):
         """Gradients of a step: cross-entropy is a mean over its target tokens, the KL one over its clips. Returns
@@ -427,7 +423,7 @@ class Trainer:
         for _ in range(stage.num_iterations if rollout.learned else 0):
             for name, value in self.policy_update(rollout).items():
                 metrics[name] += value / stage.num_iterations
-        if self.model.device.type == "cuda":
+        if self.on_gpu():
             torch.cuda.synchronize()  # the optimizer's kernels too belong to the update's time
         updated = time.perf_counter()
 
@@ -474,8 +470,6 @@ class Trainer:
             A      = (r_i - mean(r)) / (std(r) + 1e-4), the advantage, over the completions of a prompt
             ratio  = exp(log pi_theta - log pi_theta_old), where old is the policy before the rollout's first update
             KL     = exp(d) - d - 1 with d = log pi_ref - log pi_theta (k3)
-
-        The denominators are the whole step's, so the gradient does not depend on how it is cut into micro-batches.
         """
         stage, device, vocabulary = self.stage, self.model.device, self.vocabulary
         rollout.send(device)
