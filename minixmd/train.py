@@ -30,7 +30,9 @@ from minixmd.learning.reference import Reference
 from minixmd.models import sharding
 from minixmd.models.checkpointing import set_checkpointing
 from minixmd.models.head import CrossEntropy, DistillTopK, PolicyLoss
-from minixmd.models.lora import make_trainable
+from minixmd.models.hub import pinned
+from minixmd.models.lora import adapted, make_trainable
+from minixmd.models.weights import save_adapter, save_model
 from minixmd.runs import distributed
 from minixmd.runs.device import runtime_of
 from minixmd.runs.heartbeat import beat
@@ -570,12 +572,17 @@ class Trainer:
                 self.validated_step = max(self.validated_step, line["step"])
 
     def publish(self):
-        """Writes best/: the best weights in validation (the last ones without it), as `load` and others read them."""
+        """Writes best/: the best weights in validation (the last ones without it), as `load` and others read them. An
+        adapter names what training started from, a model or an adapter."""
         if self.best_step:  # as this process knows it: the first one may not have written it yet
             fill(self.parameters, tensor_files(self.folder, "weights", self.best_step), self.rows())
         model = self.whole_model()
-        if self.rank == 0:
-            checkpoint.publish(self.folder, model, self.processor, self.stage.model)
+        if self.rank:
+            return
+        if adapted(model):
+            save_adapter(model, pinned(self.stage.model), self.folder / "best")
+        else:
+            save_model(model, self.processor.folder, self.folder / "best")
 
 
 if __name__ == "__main__":  # the command line is the runner's, which imports this module

@@ -35,10 +35,10 @@ class Completion:
 
 def prompt_key(prompt):
     """A digest of a Prompt's ids and media: the same question about the same clip draws the same randomness."""
-    digest = hashlib.blake2b(prompt.ids_N.cpu().numpy().tobytes(), digest_size=16)
+    digest = hashlib.blake2b(prompt.ids_N.cpu().numpy(), digest_size=16)
     for m in prompt.media:
-        as_bytes = m.features.contiguous().cpu().view(torch.uint8)  # numpy has no bf16
-        digest.update(as_bytes.numpy().tobytes())
+        as_bytes = m.features.cpu().flatten().view(torch.uint8)  # numpy has no bf16
+        digest.update(as_bytes.numpy())
     return digest.hexdigest()
 
 

@@ -36,7 +36,8 @@ def make_micro_batches(samples, most, device, spare=None):
     for cut in cuts:
         chosen = [samples[i] for i in cut]
         batch = pack([prompt for prompt, _ in chosen or [spare]])
-        batch = batch.pinned() if device.type == "cuda" else batch
+        if device.type == "cuda":
+            batch = batch.pinned()
         made.append(MicroBatch([item for _, item in chosen], batch))
     return made
 
