@@ -252,11 +252,9 @@ class Trainer:
         parts = [values.get(name, self.zero()).double() for name in names]
         read = torch.stack([*distributed.all_reduce(torch.stack(parts)), grad_norm.double()]).tolist()
         metrics = dict(zip([*names, "grad_norm"], read, strict=True))
-        if not math.isfinite(metrics["loss"]):
-            raise ValueError(f"{stage.name}: the loss at step {self.step + 1} is {metrics['loss']}; stopped")
-        if not math.isfinite(metrics["grad_norm"]):
-            raise ValueError(f"{stage.name}: the gradient's norm at step {self.step + 1} is {metrics['grad_norm']}; "
-                             "stopped")
+        for name, what in (("loss", "the loss"), ("grad_norm", "the gradient's norm")):
+            if not math.isfinite(metrics[name]):
+                raise ValueError(f"{stage.name}: {what} at step {self.step + 1} is {metrics[name]}; stopped")
         lr = optim.learning_rate(self.step, self.steps, stage.lr, stage.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
