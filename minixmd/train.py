@@ -12,7 +12,7 @@ weights, bit for bit on the CPU. The command line, and the other stages of a con
 import math
 import runpy
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from contextlib import closing
 
 import torch
@@ -30,15 +30,12 @@ from minixmd.learning.reference import Reference
 from minixmd.models import sharding
 from minixmd.models.checkpointing import set_checkpointing
 from minixmd.models.head import CrossEntropy, DistillTopK, PolicyLoss
-from minixmd.models.hub import pinned
-from minixmd.models.lora import adapted, make_trainable
-from minixmd.models.weights import save_adapter, save_model
-from minixmd.runs import distributed
+from minixmd.models.lora import make_trainable
+from minixmd.runs import distributed, training_state
 from minixmd.runs.device import runtime_of
 from minixmd.runs.heartbeat import beat
 from minixmd.runs.records import append_jsonl
 from minixmd.runs.seeds import hash_seed
-from minixmd.runs.training_state import fill, tensor_files
 from minixmd.stages.multiple_choice import validation_accuracy
 
 GRPO_NOTE = ("the GRPO loss is about 0 while the ratio is 1, as it is in the first update after a rollout: what is "
@@ -252,9 +249,11 @@ class Trainer:
         parts = [values.get(name, self.zero()).double() for name in names]
         read = torch.stack([*distributed.all_reduce(torch.stack(parts)), grad_norm.double()]).tolist()
         metrics = dict(zip([*names, "grad_norm"], read, strict=True))
-        for name, what in (("loss", "the loss"), ("grad_norm", "the gradient's norm")):
-            if not math.isfinite(metrics[name]):
-                raise ValueError(f"{stage.name}: {what} at step {self.step + 1} is {metrics[name]}; stopped")
+        if not math.isfinite(metrics["loss"]):
+            raise ValueError(f"{stage.name}: the loss at step {self.step + 1} is {metrics['loss']}; stopped")
+        if not math.isfinite(metrics["grad_norm"]):
+            raise ValueError(f"{stage.name}: the gradient's norm at step {self.step + 1} is {metrics['grad_norm']}; "
+                             "stopped")
         lr = optim.learning_rate(self.step, self.steps, stage.lr, stage.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -419,7 +418,7 @@ class Trainer:
                 self.check_reference(rollout.ref_T, scored_T)
 
         scored = time.perf_counter()
-        metrics = Counter(loss=0.0)
+        metrics = defaultdict(float, loss=0.0)
         for _ in range(stage.num_iterations if rollout.learned else 0):
             for name, value in self.policy_update(rollout).items():
                 metrics[name] += value / stage.num_iterations
@@ -570,17 +569,13 @@ class Trainer:
                 self.validated_step = max(self.validated_step, line["step"])
 
     def publish(self):
-        """Writes best/: the best weights in validation (the last ones without it), as `load` and others read them. An
-        adapter names what training started from, a model or an adapter."""
+        """Writes best/: the best weights in validation (the last ones without it), as `load` and others read them."""
         if self.best_step:  # as this process knows it: the first one may not have written it yet
-            fill(self.parameters, tensor_files(self.folder, "weights", self.best_step), self.rows())
+            saved = training_state.tensor_files(self.folder, "weights", self.best_step)
+            training_state.fill(self.parameters, saved, self.rows())
         model = self.whole_model()
-        if self.rank:
-            return
-        if adapted(model):
-            save_adapter(model, pinned(self.stage.model), self.folder / "best")
-        else:
-            save_model(model, self.processor.folder, self.folder / "best")
+        if self.rank == 0:
+            checkpoint.publish(self.folder, model, self.processor, self.stage.model)
 
 
 if __name__ == "__main__":  # the command line is the runner's, which imports this module

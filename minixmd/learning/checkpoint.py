@@ -1,5 +1,8 @@
-"""The state that a stopped training run resumes from: what trains, its optimizer and its logs."""
+"""What training writes: the state that a stopped run resumes from, and the finished model."""
 from minixmd.learning.optim import optimizer_rows, optimizer_tensors, restore_optimizer
+from minixmd.models.hub import pinned
+from minixmd.models.lora import adapted
+from minixmd.models.weights import save_adapter, save_model
 from minixmd.runs.distributed import broadcast, rank_and_world_size
 from minixmd.runs.training_state import fill, load_state, rewind_logs, save_state, tensor_files
 
@@ -22,3 +25,12 @@ def restore(folder, parameters, optimizer, rows=None):
         restore_optimizer(optimizer, parameters, tensor_files(folder, "optimizer", step), rows)
     lines = rewind_logs(folder, step) if rank_and_world_size()[0] == 0 else None
     return state, broadcast(lines)
+
+
+def publish(folder, model, processor, base):
+    """Writes best/, an adapter or a whole model. base: what training started from, a model or an adapter, which an
+    adapter names."""
+    if adapted(model):
+        save_adapter(model, pinned(base), folder / "best")
+    else:
+        save_model(model, processor.folder, folder / "best")

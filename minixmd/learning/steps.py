@@ -36,8 +36,7 @@ def make_micro_batches(samples, most, device, spare=None):
     for cut in cuts:
         chosen = [samples[i] for i in cut]
         batch = pack([prompt for prompt, _ in chosen or [spare]])
-        if device.type == "cuda":
-            batch = batch.pinned()
+        batch = batch.pinned() if device.type == "cuda" else batch
         made.append(MicroBatch([item for _, item in chosen], batch))
     return made
 
