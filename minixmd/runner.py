@@ -17,18 +17,8 @@ from minixmd.dryrun.shortage import describe_shortage, is_shortage
 from minixmd.models.attention import describe_attention
 from minixmd.models.hub import pinned
 from minixmd.report import gather as report
+from minixmd.runs import distributed
 from minixmd.runs.device import describe_device, prepare_backends
-from minixmd.runs.distributed import (
-    Stopped,
-    broadcast,
-    check_shared,
-    destroy,
-    first_to_fail,
-    gather,
-    init,
-    is_lost_process,
-    process_name,
-)
 from minixmd.runs.heartbeat import unwatched
 from minixmd.runs.records import append_jsonl
 from minixmd.runs.stage_directory import begin, finish
@@ -60,7 +50,7 @@ def main(argv=None):
     try:
         if args.dry_run:
             return dry_run(load_config(args.config, args.overrides), args.gpus)
-        rank = init(os.environ, args.timeout)
+        rank = distributed.init(os.environ, args.timeout)
         config = load_config(args.config, args.overrides)
         with open(os.devnull, "w") as nowhere, ExitStack() as quiet:
             if rank:  # what the first process says is enough
@@ -70,28 +60,25 @@ def main(argv=None):
             for stage in config.stages:
                 describe_device(stage)
                 model = getattr(stage, "model", None)
-                if model is not None and not model.startswith("@") and len(set(gather(pinned(model)))) > 1:
+                if model is not None and not model.startswith("@") and len(set(distributed.gather(pinned(model)))) > 1:
                     raise ValueError(f"{stage.name}: {model} is not the same for all processes: name a revision")
             check_inputs(config)
             for stage in config.stages:
                 run_stage(stage, config, rank)
-        destroy()
+        distributed.destroy()
     except (ValueError, OSError, RuntimeError) as error:
-        gone = is_lost_process(error)
+        gone = distributed.is_lost_process(error)
         if args.traceback or isinstance(error, RuntimeError) and not gone:
             raise
-        if first_to_fail():
+        if distributed.first_to_fail():
             cause = "another process has ended; torchrun names it below" if gone else str(error)
-            print(f"{process_name()}{shortened(cause)}", file=sys.stderr)
+            print(f"{distributed.process_name()}{shortened(cause)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, distributed.Stopped) as request:
+        how, status = ("interrupted", 130) if isinstance(request, KeyboardInterrupt) else ("stopped", 143)
         if rank == 0:
-            print("minixmd: interrupted; the same command goes on from where it stopped", file=sys.stderr)
-        return 130
-    except Stopped:
-        if rank == 0:
-            print("minixmd: stopped; the same command goes on from where it stopped", file=sys.stderr)
-        return 143
+            print(f"minixmd: {how}; the same command goes on from where it stopped", file=sys.stderr)
+        return status
     return 0
 
 
@@ -108,32 +95,27 @@ def run_stage(stage, config, rank):
     if rank == 0:
         hub_names = {field: pinned(path) for field, path in paths.items() if field == "model" and not path.exists()}
         folder = begin(config.run_dir, stage, paths, config.source, hub_names)
-    folder = broadcast(folder)
+    folder = distributed.broadcast(folder)
     if folder is None:
         if rank == 0:
             print(f"{stage.name}: finished before, skipped", flush=True)
         return
-    check_shared(folder)
-    if rank == 0 or not works_alone(stage):
-        where = describe_device(stage)
+    distributed.check_shared(folder)
+    where = describe_device(stage)
+    alone = not where  # it asks a server, or reads what others made: one process does
+    if rank == 0 or not alone:
         print(f"{stage.name}: runs in {folder}{where}{where and describe_attention(stage)}", flush=True)
         log = partial(append_jsonl, folder / "log.jsonl") if rank == 0 else lambda line: None
         try:
-            with unwatched() if works_alone(stage) else nullcontext():
+            with unwatched() if alone else nullcontext():
                 RUN[type(stage)](with_paths(stage, config), folder, log)
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
             raise ValueError(describe_shortage(error, stage, config.stages)) from error
-    gather(None)
+    distributed.gather(None)
     if rank == 0:
         finish(folder)
-
-
-def works_alone(stage):
-    """Whether one process does for a stage: it asks a server, or reads what others made."""
-    asks = getattr(stage, "endpoint", None) is not None
-    return asks or isinstance(stage, (Toy, Report)) or getattr(stage, "checker", None) == "verdicts"
 
 
 def with_paths(stage, config):

@@ -12,7 +12,8 @@ weights, bit for bit on the CPU. The command line, and the other stages of a con
 import math
 import runpy
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
+from contextlib import closing
 
 import torch
 from tqdm import tqdm
@@ -30,7 +31,7 @@ from minixmd.models import sharding
 from minixmd.models.checkpointing import set_checkpointing
 from minixmd.models.head import CrossEntropy, DistillTopK, PolicyLoss
 from minixmd.models.lora import make_trainable
-from minixmd.runs import distributed
+from minixmd.runs import distributed, training_state
 from minixmd.runs.device import runtime_of
 from minixmd.runs.heartbeat import beat
 from minixmd.runs.records import append_jsonl
@@ -46,10 +47,8 @@ MAX_START_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-4}  # to the reference, 
 
 def train(stage, folder, log):
     """Runs a Distill, SFT or GRPO stage. Writes best/ (an adapter, or a whole model) and log.jsonl."""
-    examples = read_examples(stage.name, stage.manifest, stage.media, stage.allow_outside)
-    validation = []
-    if stage.val_manifest:
-        validation = read_examples(stage.name, stage.val_manifest, stage.media, stage.allow_outside)
+    examples = read_examples(stage)
+    validation = read_examples(stage, "val_manifest") if stage.val_manifest else []
     check_answers(validation, stage.val_manifest, "validate against")
     items, counts = targets.resolve_targets(stage, examples)
     trainer = Trainer(stage, len(items), folder, log)
@@ -117,7 +116,7 @@ class Trainer:
         return self.model.device.type == "cuda"
 
     def load_model(self, load):
-        return load(self.stage.model, **vars(runtime_of(self.stage)))
+        return load(self.stage.model, **runtime_of(self.stage))
 
     def distilled_vocabulary(self):
         """How many ids student and teacher share, and the suppressed ids, which the KL leaves out."""
@@ -142,19 +141,11 @@ class Trainer:
         stage = self.stage
         self.announce(counts)
         self.items = items
-        self.samples = prefetch(self.build_sample, self.upcoming_items(), lambda item, error: steps.BadClip(error),
+        self.samples = prefetch(self.build_sample, self.upcoming_items(), lambda item, error: error,
                                 reading=stage.reading, ahead=2 * math.ceil(stage.batch_size / self.world_size))
-        try:
-            self.take_steps(validation)
-        finally:
-            self.samples.close()  # its child processes end
-        if not any(self.optimizer.state.values()):
-            raise ValueError(f"{stage.name}: no step had anything to learn: its clips were bad, or its groups left out")
-
-    def take_steps(self, validation):
-        stage = self.stage
         take_step = {Distill: self.distill_step, SFT: self.sft_step, GRPO: self.grpo_step}[type(stage)]
-        with tqdm(total=self.steps, initial=self.step, desc=stage.name, unit="step") as bar:
+        bar = tqdm(total=self.steps, initial=self.step, desc=stage.name, unit="step")
+        with closing(self.samples), bar:  # its child processes end
             while True:
                 if any(distributed.gather(distributed.stop_requested())):
                     self.save()
@@ -164,13 +155,13 @@ class Trainer:
                 if self.step == self.steps:
                     break
                 began = time.perf_counter()
-                drawn = self.drawn or self.draw(self.step)
+                learnt_from, num_clips, errors = self.drawn or self.draw(self.step)
                 self.drawn = None
-                for error in drawn.errors:
+                for error in errors:
                     self.count_bad_clip(error)
                 metrics = {"loss": 0.0, "tokens": 0}  # of a step whose clips were all bad
-                if drawn.clips:
-                    metrics = take_step(drawn.learnt_from)
+                if num_clips:
+                    metrics = take_step(learnt_from)
                 self.step += 1
                 tokens_per_s = metrics["tokens"] / (time.perf_counter() - began)
                 self.log({"step": self.step, **metrics, "tokens_per_s": round(tokens_per_s)})
@@ -180,29 +171,28 @@ class Trainer:
                 save_due = stage.save_every and self.step % stage.save_every == 0
                 if save_due or self.validation_due():
                     self.save()
+        if not any(self.optimizer.state.values()):
+            raise ValueError(f"{stage.name}: no step had anything to learn: its clips were bad, or its groups left out")
 
     def upcoming_items(self):
         for step in range(self.step, self.steps):
-            for i in steps.deal(self.items, self.batch_indices(step)):
-                yield self.items[i]
+            yield from steps.deal(self.items, self.batch_indices(step))
 
     def draw(self, step):
-        """The Drawn of a step. All processes call it together."""
+        """(what this process learns from in a step: MicroBatches, or for a rollout [(Prompt, Item)]; how many clips all
+        learn from; the errors of all their bad ones). All processes call it together."""
         samples, errors = [], []
         for _ in steps.deal(self.items, self.batch_indices(step)):
             sample = next(self.samples)
-            if isinstance(sample, steps.BadClip):
-                errors.append(sample.error)
-            else:
-                samples.append(sample)
+            kind = errors if isinstance(sample, Exception) else samples
+            kind.append(sample)
         numbers, errors = zip(*distributed.gather((len(samples), errors)), strict=True)
         if self.sharded and any(numbers):
             self.spare = samples[0] if samples else None
-            if not all(numbers):  # who has none takes that of the first who has
-                given = distributed.broadcast(self.spare, source=[number > 0 for number in numbers].index(True))
-                self.spare = self.spare or given
+            if not all(numbers):  # then all take that of the first who has one
+                self.spare = distributed.broadcast(self.spare, source=[number > 0 for number in numbers].index(True))
         learnt_from = samples if isinstance(self.stage, GRPO) else self.micro_batches(samples)
-        return steps.Drawn(learnt_from, sum(numbers), sum(errors, []))
+        return learnt_from, sum(numbers), sum(errors, [])
 
     def announce(self, counts):
         """Says what will be learnt, on the screen and at a run's start in the log."""
@@ -269,7 +259,7 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {**metrics, "lr": lr}
+        return metrics | {"lr": lr}
 
     def clip_gradients(self, max_norm):
         """Leaves in self.parameters the gradients of all processes, clipped. Returns their norm before that."""
@@ -302,7 +292,7 @@ class Trainer:
         whole step's, so the gradient does not depend on how it is cut."""
         counts = steps.count(micro_batches)
         loss = self.sft_gradients(micro_batches, counts)
-        return {**self.update({"loss": loss}), "tokens": counts.tokens}
+        return self.update({"loss": loss}) | {"tokens": counts.tokens}
 
     def sft_gradients(self, micro_batches, counts):
         """Gradients of a step; returns the loss, on the model's device."""
@@ -310,7 +300,7 @@ class Trainer:
         for micro_batch in micro_batches:
             beat()
             batch = micro_batch.batch.to(self.model.device)
-            denominator = math.inf if micro_batch.filler else counts.targets
+            denominator = counts.targets if micro_batch.items else math.inf
             loss = self.cross_entropy(self.model(batch), batch, denominator)
             loss.backward()
             loss_sum += loss.detach()
@@ -330,9 +320,9 @@ class Trainer:
         """
         counts = steps.count(micro_batches)
         metrics = self.update(self.distill_gradients(micro_batches, counts))
-        sources = [item.source for micro_batch in micro_batches if not micro_batch.filler for item in micro_batch.items]
+        sources = [item.source for micro_batch in micro_batches for item in micro_batch.items]
         [from_teacher] = distributed.total(sources.count("teacher"))
-        return {**metrics, "to_teacher": from_teacher, "tokens": counts.tokens}
+        return metrics | {"to_teacher": from_teacher, "tokens": counts.tokens}
 
     def distill_gradients(self, micro_batches, counts):
         """Gradients of a step: cross-entropy is a mean over its target tokens, the KL one over its clips. Returns
@@ -341,7 +331,7 @@ class Trainer:
         for micro_batch in micro_batches:
             beat()
             num_targets, num_clips = counts.targets, counts.clips
-            if micro_batch.filler:
+            if not micro_batch.items:
                 num_targets = num_clips = math.inf
             batch = micro_batch.batch.to(self.model.device)
             hidden_ND = self.model(batch)
@@ -414,9 +404,8 @@ class Trainer:
         if prompts and self.rank == 0:
             self.show_completions(completions[0], items[0], rewards)
         rollout = policy.make_rollout(stage, prompts, completions, rewards["reward"])
-        passes, [learned] = distributed.gather(len(rollout.micro_batches)), distributed.total(rollout.learned)
-        if self.sharded and learned:
-            rollout.fill_up(self.spare[0], self.processor.end_id, max(passes))
+        if self.sharded and rollout.learned:
+            rollout.fill_up(self.spare[0], self.processor.end_id)
 
         sampled = time.perf_counter()
         scored_T = None  # what the policy says without gradients, before its first update
@@ -429,19 +418,19 @@ class Trainer:
                 self.check_reference(rollout.ref_T, scored_T)
 
         scored = time.perf_counter()
-        metrics = Counter(loss=0.0)
-        for _ in range(stage.num_iterations if learned else 0):
+        metrics = defaultdict(float, loss=0.0)
+        for _ in range(stage.num_iterations if rollout.learned else 0):
             for name, value in self.policy_update(rollout).items():
                 metrics[name] += value / stage.num_iterations
-        if self.model.device.type == "cuda":
+        if self.on_gpu():
             torch.cuda.synchronize()  # the optimizer's kernels too belong to the update's time
         updated = time.perf_counter()
 
         metrics = dict(metrics)
         own = policy.rollout_metrics([item.example for item in items], completions, rewards, letters) if items else {}
-        metrics |= policy.mean_metrics(distributed.gather((len(items), own)))
-        metrics["learned"] = learned  # groups
-        if learned:  # what the sampler said of its tokens against the training pass: 0 but for rounding
+        metrics |= policy.mean_metrics(len(items), own)
+        metrics["learned"] = rollout.learned  # groups
+        if rollout.learned:  # what the sampler said of its tokens against the training pass: 0 but for rounding
             metrics |= self.logp_gaps(rollout, scored_T, first_update and self.reference is not None)
         metrics["rollout_s"] = round(sampled - started, 3)
         metrics["scoring_s"] = round(scored - sampled, 3)
@@ -480,8 +469,6 @@ class Trainer:
             A      = (r_i - mean(r)) / (std(r) + 1e-4), the advantage, over the completions of a prompt
             ratio  = exp(log pi_theta - log pi_theta_old), where old is the policy before the rollout's first update
             KL     = exp(d) - d - 1 with d = log pi_ref - log pi_theta (k3)
-
-        The denominators are the whole step's, so the gradient does not depend on how it is cut into micro-batches.
         """
         stage, device, vocabulary = self.stage, self.model.device, self.vocabulary
         rollout.send(device)
@@ -510,9 +497,7 @@ class Trainer:
                 rollout.weight_T[rows],
                 clip_config,
                 self.model.backend,
-                vocabulary.temperature,
-                vocabulary.suppressed_Z,
-                vocabulary.vocab_limit,
+                *vocabulary,
                 lengths,
             )
             loss, part = self.model.head_loss(hidden_ND, batch.target_row_T, row_loss)
@@ -586,7 +571,8 @@ class Trainer:
     def publish(self):
         """Writes best/: the best weights in validation (the last ones without it), as `load` and others read them."""
         if self.best_step:  # as this process knows it: the first one may not have written it yet
-            checkpoint.fill_weights(self.folder, self.parameters, self.best_step, self.rows())
+            saved = training_state.tensor_files(self.folder, "weights", self.best_step)
+            training_state.fill(self.parameters, saved, self.rows())
         model = self.whole_model()
         if self.rank == 0:
             checkpoint.publish(self.folder, model, self.processor, self.stage.model)

@@ -189,9 +189,9 @@ def texts(lengths):
 
 
 def launches_of_a_decode_step(device, layers, adapter):
-    processor = SimpleNamespace(end_id=1, decode=lambda ids: "")
+    processor = SimpleNamespace(end_id=1, decode=lambda ids: "", suppressed_ids=[0])
     rollout.decode(decoder_of(layers, adapter), processor, texts([5, 7]), None, num_samples=2, max_new_tokens=4,
-                   temperature=0, suppressed_ids=[0])
+                   temperature=0)
     return len(device.tape)
 
 
@@ -312,7 +312,7 @@ def suppressed_ids_left_behind(monkeypatch):
 
     def on_the_cpu(*args):
         vocabulary = of(*args)
-        return replace(vocabulary, suppressed_Z=vocabulary.suppressed_Z.cpu())
+        return vocabulary._replace(suppressed_Z=vocabulary.suppressed_Z.cpu())
 
     monkeypatch.setattr(SampledVocabulary, "of", on_the_cpu)
 

@@ -1,6 +1,7 @@
 """Where a manifest may lead: its folder, and the clips' folder that prepare_* recorded; no further unless told."""
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 from media_files import sine, write_wav
@@ -25,7 +26,7 @@ def test_a_path_outside_of_the_manifests_folder_is_refused_with_its_line(tmp_pat
     with pytest.raises(ValueError, match=said):
         read_manifest(manifest)
     with pytest.raises(ValueError, match=said):
-        read_examples("stage", manifest, "audio", allow_outside=False)
+        read_examples(SimpleNamespace(name="stage", manifest=manifest, allow_outside=False))
     expected = os.path.normpath(tmp_path / "data" / path)
     assert getattr(read_manifest(manifest, allow_outside=True)[0], field) == expected
 

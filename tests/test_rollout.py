@@ -511,8 +511,8 @@ def test_decode_hands_out_the_logits_after_each_prompt_in_order(speaker):
     model, processor = speaker
     prompts, seen = [processor(heard(i)) for i in range(5)], []
     uniform_BT = torch.stack([uniforms(0, 0, str(i), 0, 6) for i in range(5)])
-    decode(model, processor, prompts, uniform_BT, max_new_tokens=6, temperature=1.0,
-           suppressed_ids=processor.suppressed_ids, decode_slots=2, on_prompts=seen.append)
+    decode(model, processor, prompts, uniform_BT, max_new_tokens=6, temperature=1.0, decode_slots=2,
+           on_prompts=seen.append)
     batch = pack(prompts)
     wanted_BV = model.logits(model(batch)[[end - 1 for _, end in batch.spans]])
     torch.testing.assert_close(torch.cat(seen), wanted_BV, atol=2e-5, rtol=0)

@@ -134,10 +134,11 @@ def build_conversation(example, *, media, prompt, answer=None, trace="", video_o
     return turns
 
 
-def read_examples(name, manifest, media, allow_outside=False):
-    """read_manifest's Examples. Raises ValueError also for the first that lacks what stage `name` shows."""
-    examples = read_manifest(manifest, allow_outside)
-    check_media(name, manifest, media, examples)
+def read_examples(stage, field="manifest"):
+    """read_manifest's Examples of a stage's field. Raises ValueError also for the first that lacks what it shows."""
+    manifest = getattr(stage, field)
+    examples = read_manifest(manifest, stage.allow_outside)
+    check_media(stage.name, manifest, getattr(stage, "media", "audio"), examples)
     return examples
 
 

@@ -1,5 +1,5 @@
 """Log-probabilities of tokens as the sampler defines them: at its temperature and without suppressed ids."""
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -9,9 +9,8 @@ from minixmd.models.head import CHUNK
 from minixmd.runs.heartbeat import beat
 
 
-@dataclass(frozen=True)
-class SampledVocabulary:
-    """The ids that a policy can sample, and the temperature at which it does."""
+class SampledVocabulary(NamedTuple):
+    """The ids that a policy can sample, and the temperature at which it does, as the kernels take them."""
 
     temperature: float
     suppressed_Z: torch.Tensor | None  # ids below vocab_limit that are never sampled, on the model's device
@@ -20,17 +19,17 @@ class SampledVocabulary:
     @classmethod
     def of(cls, model, processor, temperature):
         limit, listed = split_suppressed(processor.suppressed_ids, model.config.text.vocab_size)
-        suppressed_Z = torch.tensor(listed, dtype=torch.long, device=model.device) if listed else None
+        suppressed_Z = torch.tensor(listed, device=model.device) if listed else None
         return cls(temperature, suppressed_Z, limit)
 
 
 @torch.no_grad()
 def token_logprobs(model, hidden_ND, batch, vocabulary):
     """(T,) log-probabilities of a batch's targets, in nats. hidden_ND: what the model gave for it."""
-    parts, options = [], (vocabulary.temperature, vocabulary.suppressed_Z, vocabulary.vocab_limit, model.backend)
+    parts = []
     rows, ids = batch.target_row_T.split(CHUNK), batch.target_id_T.split(CHUNK)
     for row_T, id_T in zip(rows, ids, strict=True):
-        parts.append(token_logprob(model.logits(hidden_ND[row_T]), id_T, *options))
+        parts.append(token_logprob(model.logits(hidden_ND[row_T]), id_T, *vocabulary, model.backend))
     return torch.cat(parts)
 
 

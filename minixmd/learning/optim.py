@@ -20,8 +20,8 @@ def learning_rate(step, steps, peak, warmup_ratio):
 class FusedAdamW(torch.optim.AdamW):
     """AdamW of kernels/adamw.py: bf16 parameters are updated as if they were fp32, moments may take 8 bits."""
 
-    def __init__(self, groups, *, lr, betas, eps, moments, backend):
-        super().__init__(groups, lr=lr, betas=betas, eps=eps)
+    def __init__(self, groups, *, moments, backend, **options):
+        super().__init__(groups, **options)
         self.moments = moments
         self.backend = backend
 
@@ -33,9 +33,7 @@ class FusedAdamW(torch.optim.AdamW):
                     continue
                 state = self.state[p]
                 if not state:
-                    state["step"] = torch.tensor(0.0, device="cpu")
-                    for key, (shape, dtype) in state_layout(p, moments_of(p, self.moments)).items():
-                        state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
+                    state.update(new_state(p, self.moments))
                 state["step"] += 1
                 adamw_update(
                     p, p.grad, state, int(state["step"]),
@@ -43,20 +41,25 @@ class FusedAdamW(torch.optim.AdamW):
                     backend=self.backend)
 
 
-def moments_of(p, moments):
-    """Of matrices as asked for; those of vectors are few, and in float32 any number of processes can divide them."""
-    return moments if p.ndim > 1 else "float32"
+def new_state(p, moments):
+    """A parameter's state before its first update, on its device; the step count stays on the CPU. moments: those of
+    matrices; of vectors they are few, and in float32 any number of processes can divide them."""
+    state = {"step": torch.tensor(0.0, device="cpu")}
+    for key, (shape, dtype) in state_layout(p, moments if p.ndim > 1 else "float32").items():
+        state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
+    return state
 
 
-def adamw(parameters, *, lr, betas, eps, weight_decay, moments="float32", backend="torch"):
+def adamw(parameters, *, weight_decay, moments="float32", backend="torch", **options):
     """AdamW over {name: parameter}, each fp32 or bf16; PyTorch's where all of them and their moments are fp32. Only
-    matrices decay, not biases or gains. moments: "float32" | "8bit". backend: of the kernel, "triton" | "torch"."""
+    matrices decay, not biases or gains. moments: "float32" | "8bit". backend: of the kernel, "triton" | "torch".
+    options: lr, betas and eps, as PyTorch's takes them."""
     matrices = [p for p in parameters.values() if p.ndim > 1]
     vectors = [p for p in parameters.values() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if moments == "float32" and all(p.dtype == torch.float32 for p in parameters.values()):
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
-    return FusedAdamW(groups, lr=lr, betas=betas, eps=eps, moments=moments, backend=backend)
+        return torch.optim.AdamW(groups, **options)
+    return FusedAdamW(groups, moments=moments, backend=backend, **options)
 
 
 def optimizer_tensors(optimizer, parameters):
@@ -87,16 +90,12 @@ def optimizer_rows(rows, parameters, optimizer):
 
 
 def restore_optimizer(optimizer, parameters, paths, rows=None):
-    """Puts back what optimizer_tensors gave and `paths` hold, tensor by tensor, on each parameter's device (the step
-    count stays on the CPU). rows: as fill's. Raises ValueError where the files do not fit the parameters."""
+    """Puts back what optimizer_tensors gave and `paths` hold. rows: as fill's. Raises ValueError where the files do not
+    fit the parameters."""
     moments = getattr(optimizer, "moments", "float32")  # PyTorch's AdamW holds the same names
     with open_tensors(paths[0]) as file:
         saved = set(file.keys())
     for name, p in parameters.items():
-        if f"{name}.step" not in saved:
-            continue  # it has had no gradient yet, as an encoder that no clip went through
-        state = {"step": torch.tensor(0.0)}
-        for key, (shape, dtype) in state_layout(p, moments_of(p, moments)).items():
-            state[key] = torch.empty(shape, dtype=dtype, device=p.device)
-        optimizer.state[p] = state
+        if f"{name}.step" in saved:  # else it has had no gradient yet, as an encoder that no clip went through
+            optimizer.state[p] = new_state(p, moments)
     fill(optimizer_tensors(optimizer, parameters), paths, rows and rows | optimizer_rows(rows, parameters, optimizer))

@@ -3,10 +3,11 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from minixmd.inputs.batch import Group, Prompt, send
+from minixmd.inputs.batch import Group, send
 from minixmd.inputs.prompts import cut_by_tokens
-from minixmd.runs.distributed import total
+from minixmd.runs.distributed import gather, total
 from minixmd.tasks.answers import parse_answer
 from minixmd.tasks.rewards import REWARDS
 
@@ -18,7 +19,7 @@ class Rollout:
     """A step's completions as the update reads them: T tokens, in the order in which `pack` makes them targets."""
 
     micro_batches: list[list[Group]]  # without what the switches leave out; a Group may hold a part of a prompt's
-    learned: int  # groups that are in it
+    learned: int  # groups that are in it and in those of the other processes
     tokens: int  # of all processes
     own_tokens: int  # of this one; those of fillers come after them
     advantage_T: torch.Tensor
@@ -32,15 +33,13 @@ class Rollout:
         vectors = [self.advantage_T, self.weight_T, self.sampled_T]
         self.advantage_T, self.weight_T, self.sampled_T = send(vectors, device)
 
-    def fill_up(self, prompt, end_id, passes):
-        """Adds micro-batches of weight 0 until there are so many. end_id: one that can be sampled."""
+    def fill_up(self, prompt, end_id):
+        """Adds micro-batches of weight 0 until all processes have as many. end_id: one that can be sampled."""
         filler = [Group(prompt, (torch.tensor([end_id]),))]
-        missing = passes - len(self.micro_batches)
+        missing = max(gather(len(self.micro_batches))) - len(self.micro_batches)
         self.micro_batches += [filler] * missing
-        none_T = torch.zeros(missing)
-        self.advantage_T = torch.cat([self.advantage_T, none_T])
-        self.weight_T = torch.cat([self.weight_T, none_T])
-        self.sampled_T = torch.cat([self.sampled_T, none_T])
+        vectors_3T = torch.stack([self.advantage_T, self.weight_T, self.sampled_T])
+        self.advantage_T, self.weight_T, self.sampled_T = F.pad(vectors_3T, (0, missing))
 
 
 def score_completions(completions, items, letters):
@@ -86,14 +85,6 @@ def token_weights(lengths, aggregation, constant=None):
     return weight_C.repeat_interleave(length_C)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A prompt and as many of its completions as fit a micro-batch."""
-
-    prompt: Prompt
-    numbers: list[int]  # of the completions
-
-
 def make_rollout(stage, prompts, completions, reward_PG):
     """This process's Rollout of a step, by the switches of a GRPO stage, maybe an empty one. All processes call it
     together.
@@ -105,7 +96,7 @@ def make_rollout(stage, prompts, completions, reward_PG):
     prompts: P Prompts. completions: P lists of G Completions. reward_PG: (P, G) fp32.
     """
     sampled, advantage, lengths = [], [], []  # of each completion that counts
-    pieces = []
+    pieces = []  # a prompt, and the numbers of as many of its completions as fit a micro-batch
     learned = 0
     for prompt, group, reward_G in zip(prompts, completions, reward_PG, strict=True):
         if stage.zero_variance == "skip" and no_variance(reward_G):
@@ -120,19 +111,18 @@ def make_rollout(stage, prompts, completions, reward_PG):
         advantage += advantages(reward_G, stage.scale_rewards).tolist()
         room = stage.micro_batch_tokens - len(prompt)
         for cut in cut_by_tokens([lengths[i] for i in kept], room):
-            pieces.append(Piece(prompt, [kept[i] for i in cut]))
+            pieces.append((prompt, [kept[i] for i in cut]))
         learned += bool(kept)
 
     order, micro_batches = [], []
     tokens = []
-    for piece in pieces:
-        written = sum(lengths[i] for i in piece.numbers)
-        tokens.append(len(piece.prompt) + written)
+    for prompt, numbers in pieces:
+        tokens.append(len(prompt) + sum(lengths[i] for i in numbers))
     for cut in cut_by_tokens(tokens, stage.micro_batch_tokens):
         groups = []
-        for piece in (pieces[i] for i in cut):
-            order += piece.numbers
-            groups.append(Group(piece.prompt, tuple(torch.tensor(sampled[i].ids) for i in piece.numbers)))
+        for prompt, numbers in (pieces[i] for i in cut):
+            order += numbers
+            groups.append(Group(prompt, tuple(torch.tensor(sampled[i].ids) for i in numbers)))
         micro_batches.append(groups)
     weights = token_weights(lengths, stage.aggregation, stage.max_new_tokens).split(lengths)
     advantage_of_token, weight_of_token, logprob_of_token = [], [], []
@@ -140,11 +130,9 @@ def make_rollout(stage, prompts, completions, reward_PG):
         advantage_of_token += [advantage[i]] * lengths[i]
         weight_of_token += weights[i].tolist()
         logprob_of_token += sampled[i].logprobs
-    [step_tokens] = total(len(weight_of_token))
     return Rollout(
         micro_batches,
-        learned,
-        step_tokens,
+        *total(learned, len(weight_of_token)),
         len(weight_of_token),
         advantage_T=torch.tensor(advantage_of_token),
         weight_T=torch.tensor(weight_of_token),
@@ -173,10 +161,11 @@ def rollout_metrics(examples, completions, rewards, letters):
     }
 
 
-def mean_metrics(shares):
-    """The rollout_metrics of a step: of [(prompts, rollout_metrics)], a process each, {} of no prompts."""
+def mean_metrics(num_prompts, metrics):
+    """The rollout_metrics of all processes together, of this one's, which are {} of no prompts."""
+    shares = gather((num_prompts, metrics))
     if len(shares) == 1:
-        return shares[0][1]
+        return metrics
     prompts = sum(count for count, _ in shares)
     means = Counter()
     for count, metrics in shares:

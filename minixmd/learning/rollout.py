@@ -35,10 +35,10 @@ class Completion:
 
 def prompt_key(prompt):
     """A digest of a Prompt's ids and media: the same question about the same clip draws the same randomness."""
-    digest = hashlib.blake2b(prompt.ids_N.cpu().numpy().tobytes(), digest_size=16)
+    digest = hashlib.blake2b(prompt.ids_N.cpu().numpy(), digest_size=16)
     for m in prompt.media:
-        as_bytes = m.features.contiguous().cpu().view(torch.uint8)  # numpy has no bf16
-        digest.update(as_bytes.numpy().tobytes())
+        as_bytes = m.features.cpu().flatten().view(torch.uint8)  # numpy has no bf16
+        digest.update(as_bytes.numpy())
     return digest.hexdigest()
 
 
@@ -176,13 +176,12 @@ def ends_turn(ids, processor, stop):
 
 
 @torch.inference_mode()
-def decode(model, processor, prompts, uniform_BT, *, num_samples=1, max_new_tokens, temperature, suppressed_ids,
-           stop=(), decode_slots=None, backend=None, captured=True, on_token=None, on_prompts=None):
+def decode(model, processor, prompts, uniform_BT, *, num_samples=1, max_new_tokens, temperature, stop=(),
+           decode_slots=None, backend=None, captured=True, on_token=None, on_prompts=None):
     """num_samples Completions of each Prompt, in order, in one list; arguments as generate, and
 
     uniform_BT: (num_samples len(prompts), max_new_tokens) fp64, the numbers that choose the tokens; None at temperature
-    0. suppressed_ids: ids that are never sampled, a list or an int64 tensor. on_prompts: function(logits_GV) that takes
-    the logits that follow the next G prompts."""
+    0. on_prompts: function(logits_GV) that takes the logits that follow the next G prompts."""
     n = num_samples
     num_completions = n * len(prompts)
     prompt_slots = len(prompts)
@@ -190,7 +189,8 @@ def decode(model, processor, prompts, uniform_BT, *, num_samples=1, max_new_toke
         prompt_slots = min(decode_slots // n, len(prompts))
     decoder = Decoder(
         model, prompt_slots, max(map(len, prompts)), n, max_new_tokens=max_new_tokens, temperature=temperature,
-        suppressed_ids=suppressed_ids, end_id=processor.end_id, backend=backend or model.backend, captured=captured)
+        suppressed_ids=processor.suppressed_ids, end_id=processor.end_id, backend=backend or model.backend,
+        captured=captured)
     if uniform_BT is None:
         uniform_BT = torch.zeros(num_completions, max_new_tokens, dtype=torch.float64)
     ids = [[] for _ in range(num_completions)]
@@ -287,6 +287,6 @@ def generate(model, processor, conversations, *, num_samples=1, max_new_tokens, 
     rows = [uniforms(seed, step, key, i, max_new_tokens) for key in keys for i in range(num_samples)]
     completions = decode(
         model, processor, prompts, torch.stack(rows), num_samples=num_samples, max_new_tokens=max_new_tokens,
-        temperature=temperature, suppressed_ids=processor.suppressed_ids, stop=stop, decode_slots=decode_slots,
-        backend=backend, captured=captured, on_token=on_token)
+        temperature=temperature, stop=stop, decode_slots=decode_slots, backend=backend, captured=captured,
+        on_token=on_token)
     return [completions[start:start + num_samples] for start in range(0, len(completions), num_samples)]

@@ -1,4 +1,5 @@
 """An optimizer step's clips, packed into micro-batches of a budget of tokens."""
+from collections import namedtuple
 from dataclasses import dataclass
 
 from minixmd.inputs.batch import Batch, pack
@@ -7,30 +8,14 @@ from minixmd.inputs.prompts import cut_by_tokens
 from minixmd.learning.targets import Item
 from minixmd.runs.distributed import gather, rank_and_world_size, total
 
-
-@dataclass(frozen=True)
-class BadClip:
-    """Stands where a sample would."""
-
-    error: MediaError
-
+StepCounts = namedtuple("StepCounts", "tokens targets clips")  # of an optimizer step, over all processes
 
 @dataclass(frozen=True)
 class MicroBatch:
     """What one forward and backward pass learns from."""
 
-    items: list[Item]
+    items: list[Item]  # none: a filler, a pass for the sake of those that other processes make
     batch: Batch  # of their Prompts, in this order, on the CPU; in pinned memory if a GPU learns
-    filler: bool = False  # learns nothing: a pass for the sake of those that other processes make
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What this process learns from in a step, and what all of them drew."""
-
-    learnt_from: list  # MicroBatches, or for a rollout [(Prompt, Item)]
-    clips: int  # that all processes learn from
-    errors: list  # of all their bad clips
 
 
 def check_length(prompt, example, max_new_tokens, most):
@@ -45,36 +30,28 @@ def make_micro_batches(samples, most, device, spare=None):
     """[(Prompt, Item)] as MicroBatches of at most `most` tokens, for a model on `device`. spare: a sample of which
     fillers are made, so that all processes have as many; they then call this together."""
     cuts = cut_by_tokens([len(prompt) for prompt, _ in samples], most)
-    passes = len(cuts) if spare is None else max(gather(len(cuts)))
+    if spare is not None:
+        cuts += [[]] * (max(gather(len(cuts))) - len(cuts))
     made = []
-    for number in range(passes):
-        filler = number >= len(cuts)
-        chosen = [spare] if filler else [samples[i] for i in cuts[number]]
-        batch = pack([prompt for prompt, _ in chosen])
+    for cut in cuts:
+        chosen = [samples[i] for i in cut]
+        batch = pack([prompt for prompt, _ in chosen or [spare]])
         batch = batch.pinned() if device.type == "cuda" else batch
-        made.append(MicroBatch([item for _, item in chosen], batch, filler))
+        made.append(MicroBatch([item for _, item in chosen], batch))
     return made
 
 
 def deal(items, indices):
-    """This process's share of a step's items, given by number: in turn, those with the longest targets first."""
+    """This process's share of a step's Items, given by number: in turn, those with the longest targets first."""
     rank, world_size = rank_and_world_size()
-    lengths = {i: len(items[i].target) if isinstance(items[i].target, str) else 0 for i in indices}
-    return sorted(indices, key=lambda i: -lengths[i])[rank::world_size]
-
-
-@dataclass(frozen=True)
-class StepCounts:
-    """Of an optimizer step, over all processes."""
-
-    tokens: int
-    targets: int
-    clips: int
+    chosen = [items[i] for i in indices]
+    chosen.sort(key=lambda item: -len(item.target) if isinstance(item.target, str) else 0)
+    return chosen[rank::world_size]
 
 
 def count(micro_batches):
     """The StepCounts of a step; all processes call it together."""
-    real = [micro_batch for micro_batch in micro_batches if not micro_batch.filler]
+    real = [micro_batch for micro_batch in micro_batches if micro_batch.items]
     tokens = sum(len(micro_batch.batch.ids_N) for micro_batch in real)
     targets = sum(len(micro_batch.batch.target_id_T) for micro_batch in real)
     clips = sum(len(micro_batch.items) for micro_batch in real)

@@ -6,10 +6,10 @@ import torch
 
 from minixmd.config import GRPO, SFT, Distill
 from minixmd.inputs.examples import SPECIAL_TOKEN, Example, check_answers
-from minixmd.learning.gate import follows_teacher
-from minixmd.runs.records import TRACE, read_labels, read_records
+from minixmd.runs.records import TRACE, read_decisions, read_labels, read_records
 
 TRACE_FILTERS = {"all": (None, None), "first": ("sample", 0), "unanimous": ("unanimous", True)}  # field, its value
+GATE_FIELDS = {"learned": "p_teacher", "oracle": "oracle"}  # gate -> what it reads of a clip in switch.jsonl
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ def resolve_targets(stage, examples):
 
 
 def label_items(stage, examples):
-    """The labels of the teacher. In a distillation the gate decides clip by clip whose label is the target (gate.py).
-    Where it does not send a clip to the teacher, the target is the student's own earlier letter, which keeps what the
-    student knew (the anti-forgetting loss); without the student's letters such a clip is left out."""
+    """The labels of the teacher. In a distillation the gate decides clip by clip whose label is the target. Where it
+    does not send a clip to the teacher, the target is the student's own earlier letter, which keeps what the student
+    knew (the anti-forgetting loss); without the student's letters such a clip is left out."""
     distills = isinstance(stage, Distill)
     paths = {"teacher": stage.teacher_labels, "student": stage.student_labels if distills else None}
     labels = {source: read_labels(path) for source, path in paths.items() if path}
-    to_teacher = follows_teacher(stage.gate, examples, stage.switch, stage.manifest) if distills else {}
+    to_teacher = follows_teacher(stage, examples) if distills else {}
     items, counts = [], Counter()
     for example in examples:
         source = "teacher" if to_teacher.get(example.id, True) else "student"
@@ -75,6 +75,23 @@ def label_items(stage, examples):
         items.append(Item(example, example.options.index(option), source, topk))
         counts[source] += 1
     return items, counts
+
+
+def follows_teacher(stage, examples):
+    """{example id: whether XMD's gate sends the clip to the teacher}. "learned" and "oracle" do where the switch's
+    p_teacher, or the true class's, is at least 0.5; "always" and "never" need no switch. Raises ValueError for a
+    switch.jsonl that has no decision that this gate reads, or none on an example."""
+    if stage.gate not in GATE_FIELDS:
+        return {example.id: stage.gate == "always" for example in examples}
+    field, decisions = GATE_FIELDS[stage.gate], read_decisions(stage.switch)
+    if not any(field in record for record in decisions.values()):
+        raise ValueError(f"{stage.switch}: no clip has the {field!r} that gate {stage.gate!r} goes by")
+    follows = {}
+    for example in examples:
+        if example.id not in decisions:
+            raise ValueError(f"{stage.switch}: no decision on example {example.id!r} of {stage.manifest}")
+        follows[example.id] = decisions[example.id].get(field, 0.0) >= 0.5
+    return follows
 
 
 def trace_items(examples, manifest, traces_path, trace_filter):

@@ -5,7 +5,6 @@ What is frozen in it, as the encoders under "decoder", stays whole in every proc
 holds, the decoder's blocks are sharded.
 """
 import math
-from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -16,8 +15,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minixmd.models.multimodal import frozen_copy
 from minixmd.runs.distributed import all_reduce
-
-NO_PARTS = MappingProxyType({})
 
 
 def blocks_of(model):
@@ -76,11 +73,8 @@ def local_parameters(model):
     """{name: this process's part} of what trains: plain tensors in the model's memory, for the optimizer."""
     parts = {}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if isinstance(p, DTensor):
-            p = nn.Parameter(p.detach().to_local())
-        parts[name] = p
+        if p.requires_grad:
+            parts[name] = nn.Parameter(p.detach().to_local()) if isinstance(p, DTensor) else p
     return parts
 
 
@@ -103,14 +97,13 @@ def move_gradients(model, parts):
             p.grad = None
 
 
-def whole(model, parts=NO_PARTS):
+def whole(model, parts=None):
     """A frozen copy with all weights in this process, which all processes make together; it shares what is not sharded.
     parts: {name: tensor} of other values, each this process's part."""
-    values = dict(parts)
+    values = dict(parts or {})
     for name, p in model.named_parameters():
         if isinstance(p, DTensor):
-            part = parts.get(name, p.detach().to_local())
-            sharded = DTensor.from_local(
-                part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+            part = values.get(name, p.detach().to_local())
+            sharded = DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
             values[name] = sharded.full_tensor()
     return frozen_copy(model, values)

@@ -1,15 +1,6 @@
 """Where a stage runs: its device, dtype and kernel backend, resolved once and printed. Nothing is chosen silently."""
-from dataclasses import dataclass
-
 import torch
 import triton
-
-
-@dataclass(frozen=True)
-class Runtime:
-    device: str  # "cpu" | "cuda"
-    dtype: torch.dtype
-    backend: str  # "triton" | "torch"
 
 
 def prepare_backends():
@@ -28,13 +19,13 @@ def resolve_device(name, device):
 
 
 def runtime_of(stage):
-    """The Runtime of a stage that runs a model here. Backend "auto" is Triton on a GPU and PyTorch on a CPU."""
+    """What a stage asks of `load`: device, dtype and backend, of which "auto" is Triton on a GPU, PyTorch on a CPU."""
     device, backend = resolve_device(stage.name, stage.device), stage.backend
     if backend == "auto":
         backend = "triton" if device == "cuda" else "torch"
     elif backend == "triton" and device == "cpu" and not triton.knobs.runtime.interpret:
         raise ValueError(f"config: {stage.name}: backend 'triton' needs a GPU, or TRITON_INTERPRET=1 (very slow)")
-    return Runtime(device, getattr(torch, stage.dtype), backend)
+    return {"device": device, "dtype": getattr(torch, stage.dtype), "backend": backend}
 
 
 def describe_device(stage):
@@ -44,7 +35,7 @@ def describe_device(stage):
     device = resolve_device(stage.name, stage.device)
     text = f" on {device}"
     if hasattr(stage, "backend"):
-        text += f", {stage.dtype}, kernels in {runtime_of(stage).backend}"
+        text += f", {stage.dtype}, kernels in {runtime_of(stage)['backend']}"
     if device == "cpu":
         text += f", {torch.get_num_threads()} threads"
     return text

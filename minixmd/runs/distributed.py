@@ -94,10 +94,8 @@ def all_reduce_gradients(parameters):
     """Gives each parameter the sum of its gradients on all processes, of which some may have none, in one message."""
     if rank_and_world_size()[1] == 1:
         return
-    having = torch.tensor([p.grad is not None for p in parameters])
-    chosen = [p for p, has in zip(parameters, torch.stack(gather(having)).any(0).tolist(), strict=True) if has]
-    if not chosen:
-        return
+    having = gather([p.grad is not None for p in parameters])
+    chosen = [p for p, *has in zip(parameters, *having, strict=True) if any(has)]
     flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in chosen])
     dist.all_reduce(flat)
     for p, part in zip(chosen, flat.split([p.numel() for p in chosen]), strict=True):

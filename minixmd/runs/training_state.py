@@ -8,17 +8,17 @@ Where weights are sharded, each of N processes writes its rows: weights-000012-0
 row, rows of the whole)} in its metadata. Any number of processes reads them.
 """
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from minixmd.runs.distributed import gather, rank_and_world_size
-from minixmd.runs.files import DTYPE_NAMES, parse_json, write_json, write_safetensors, write_text
+from minixmd.runs.files import parse_json, write_json, write_safetensors, write_text
 from minixmd.runs.records import read_jsonl
 
 STATE = "state.json"
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 LOGS = ("log.jsonl", "completions.jsonl")  # they grow line by line
 
 
@@ -91,7 +91,7 @@ def fill(tensors, paths, rows=None):
     """Copies files' tensors into {name: tensor}. paths: of tensor_files. rows: {name: (first, all)} of tensors that are
     some rows of one. Raises ValueError where the two differ in a name, shape or dtype, or rows are missing."""
     rank, world_size = rank_and_world_size()
-    copied = dict.fromkeys(tensors, 0)
+    copied = Counter()
     for number, path in enumerate(paths):
         with open_tensors(path) as file, torch.no_grad():
             if tensors.keys() != set(file.keys()):
@@ -107,27 +107,24 @@ def fill(tensors, paths, rows=None):
                                          f"{len(paths)} processes")
                     if number != rank:
                         continue
-                first, count = (rows or {}).get(name, (0, len(tensor) if tensor.ndim else 1))
-                copied[name] += _fill_rows(tensor, file.get_slice(name), first, count, sharded.get(name), path, name)
+                where = f"{path}: not a state of this model: {name}"
+                place = (rows or {}).get(name)
+                copied[name] += _copy_rows(tensor, place, file.get_tensor(name), sharded.get(name), where)
     for name, tensor in tensors.items():
         if tensor.ndim and copied[name] < len(tensor):
             raise ValueError(f"{paths[0]}: not a training state: rows of {name} are missing beside it; delete "
                              f"{paths[0].parent / STATE} to start the stage anew")
 
 
-def _fill_rows(tensor, saved, first, count, of_file, path, name):
-    """Copies to a tensor, rows from `first` on of `count`, what a file has of them; returns how many those are."""
-    shape, dtype = saved.get_shape(), TORCH_DTYPES.get(saved.get_dtype())
-    begin, whole = of_file or (0, shape[0] if shape else 1)
-    in_file = [whole, *shape[1:]] if shape else []
-    expected = [count, *tensor.shape[1:]] if tensor.ndim else []
-    if (in_file, dtype) != (expected, tensor.dtype):
-        raise ValueError(f"{path}: not a state of this model: {name} is {dtype} {in_file}, expected {tensor.dtype} "
-                         f"{expected}")
-    if not shape:
-        tensor.copy_(saved[...])
-        return 1
-    low, high = max(first, begin), min(first + len(tensor), begin + shape[0])
+def _copy_rows(tensor, place, saved, saved_place, where):
+    """Copies what `saved` has of a tensor's rows; returns how many. The places: (first row, all rows); None = all."""
+    tensor, saved = torch.atleast_1d(tensor, saved)
+    first, count = place or (0, len(tensor))
+    begin, whole = saved_place or (0, len(saved))
+    expected, found = [count, *tensor.shape[1:]], [whole, *saved.shape[1:]]
+    if (found, saved.dtype) != (expected, tensor.dtype):
+        raise ValueError(f"{where} is {saved.dtype} {found}, expected {tensor.dtype} {expected}")
+    low, high = max(first, begin), min(first + len(tensor), begin + len(saved))
     if low < high:
         tensor[low - first:high - first].copy_(saved[low - begin:high - begin])
     return max(high - low, 0)

@@ -21,7 +21,7 @@ LOGGED = ("count", "correct", "accuracy", "interval", "bad", "without_trace", "h
 
 
 def run(stage, folder, log):
-    examples = read_examples(stage.name, stage.manifest, stage.media, stage.allow_outside)
+    examples = read_examples(stage)
     check_answers(examples, stage.manifest, "evaluate against")
     benchmark = describe_benchmark(stage, examples)
     traces, without_trace = first_traces(stage, examples)

@@ -38,7 +38,7 @@ class Trace:
 
 
 def run(stage, folder, log):
-    examples = read_examples(stage.name, stage.manifest, "audio", stage.allow_outside)
+    examples = read_examples(stage)
     traces = select_traces(stage, {example.id: example for example in examples})
     calibration = None
     if stage.checker == "model":

@@ -7,8 +7,7 @@ from functools import lru_cache, partial
 
 from minixmd.config import TRAINING, Distill, Evaluate, FactCheck, Report, Switch
 from minixmd.inputs.examples import MEDIA_KINDS, check_answers, check_media, read_manifest
-from minixmd.learning.gate import follows_teacher
-from minixmd.learning.targets import resolve_targets
+from minixmd.learning.targets import follows_teacher, resolve_targets
 from minixmd.models.cnn14 import make_cnn14
 from minixmd.runs.records import TRACE, read_decisions, read_labels, read_records, read_verdicts
 from minixmd.stages.evaluate import first_traces
@@ -69,7 +68,7 @@ def check_stage(stage, read, look_for_clips):
         if isinstance(stage, Evaluate):
             first_traces(stage, clips)
     if clips and "switch" in needed and "switch" in files and isinstance(stage, Distill):
-        follows_teacher(stage.gate, clips, stage.switch, stage.manifest)
+        follows_teacher(stage, clips)
     if "weights" in files:
         make_cnn14(2, stage.width, 0, files["weights"])
 

@@ -13,7 +13,7 @@ from minixmd.stages.multiple_choice import load_model, score_letters
 
 def run(stage, folder, log):
     """The manifest's true answers are not read: a record depends on the clip, the question and the model alone."""
-    examples = read_examples(stage.name, stage.manifest, stage.media, stage.allow_outside)
+    examples = read_examples(stage)
     model, processor = load_model(stage)
     compute = partial(score_letters, model, processor, prompt_format=stage.prompt_format,
                       batch_tokens=stage.batch_tokens, top_k=stage.top_k, top_temperature=stage.temperature)

@@ -44,7 +44,7 @@ class Writing:
 def load_model(stage):
     """(MultimodalLM, Processor) of a stage, where and as it says."""
     sharded = getattr(stage, "sharded", False) and rank_and_world_size()[1] > 1
-    return load(stage.model, **vars(runtime_of(stage)), sharded=sharded)
+    return load(stage.model, **runtime_of(stage), sharded=sharded)
 
 
 @dataclass
@@ -131,7 +131,7 @@ def write_answers(model, processor, examples, prompt_format, writing, *, batch_t
             uniform += [uniforms(writing.seed, 0, example.id, i, writing.max_new_tokens) for i in range(n)]
         completions = decode(model, processor, [prompt for _, prompt in pairs], torch.stack(uniform), num_samples=n,
                              max_new_tokens=writing.max_new_tokens, temperature=writing.temperature, stop=writing.stop,
-                             suppressed_ids=processor.suppressed_ids, decode_slots=writing.decode_slots(batch_tokens),
+                             decode_slots=writing.decode_slots(batch_tokens),
                              on_prompts=partial(_read_first_logits, questions, iter(pairs)))
         for i, (example, _) in enumerate(pairs):
             own = completions[n * i:n * (i + 1)]

@@ -28,17 +28,15 @@ PAPER = {"validation": 88.8, "training": 89.1}  # % of clips for which the paper
 
 
 def run(stage, folder, log):
-    examples = read_examples(stage.name, stage.manifest, "audio", stage.allow_outside)
-    clips = read_examples(stage.name, stage.train_manifest, "audio", stage.allow_outside)
+    examples = read_examples(stage)
+    clips = read_examples(stage, "train_manifest")
     gain = gains(stage, examples)
     results = count_classes(stage.name, gain, {example.label for example in examples})
     usable = [example for example in examples if example.label in gain]
-    rank = rank_and_world_size()[0]
-    if rank == 0:  # one is enough: by the dry run a quarter of an hour in the paper's setting
-        model, results["validation"] = fit(stage, folder, log, usable, gain)
+    if rank_and_world_size()[0] == 0:  # one is enough: by the dry run a quarter of an hour in the paper's setting
+        results["validation"] = fit(stage, folder, log, usable, gain)
     gather(None)
-    if rank:
-        model, _ = restore(stage, folder)
+    model, _ = restore(stage, folder)
 
     def decide(clips):
         logmels, records = load_logmels(clips, stage)
@@ -151,8 +149,8 @@ def restore(stage, folder):
 
 
 def fit(stage, folder, log, examples, gain):
-    """(the trained Cnn14, the tally of its validation). All clips' frames are held in memory, 256 KB a clip of 10 s.
-    The state is saved after every epoch: a stopped stage resumes and, on the CPU, ends with the same weights."""
+    """Trains the Cnn14; returns the tally of its validation. All clips' frames are held in memory, 256 KB a clip of
+    10 s. The state is saved after every epoch: a stopped stage resumes and, on the CPU, ends with the same weights."""
     logmels, bad = load_logmels(examples, stage)
     count_bad([bad.get(example.id, {}) for example in examples], stage.name, stage.max_bad)
     train, val = split(stage.seed, examples)
@@ -187,7 +185,7 @@ def fit(stage, folder, log, examples, gain):
         log(lines[-1])
         progress = {"step": epoch, "log": lines}
         save_state(folder, model.state_dict(), optimizer_tensors(optimizer, parameters), progress)
-    return model, validate()
+    return validate()
 
 
 def batch_loss(model, logmels, gain, augment, examples, noise):

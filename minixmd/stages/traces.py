@@ -24,7 +24,7 @@ CLIPS = 64  # of a shard: their frames are held in memory, 13 MB a clip of 10 fr
 
 
 def run(stage, folder, log):
-    examples = read_examples(stage.name, stage.manifest, stage.media, stage.allow_outside)
+    examples = read_examples(stage)
     sample = sample_locally if stage.endpoint is None else sample_at_endpoint
     records = sample(stage, folder, examples)
     if records is not None:
