@@ -12,12 +12,10 @@ matrix product, so keys and values are read once for all n completions. The suff
 slot, kv head) and merges the prompt's parts into its own. A slot's arithmetic depends on its own lengths alone, not on
 the batch: the splits are fixed, and no sum runs over rows that only others need.
 
-Bytes per kv head, elements of i bytes: 2 K i (P + n C) for a prompt of P rows and n suffixes of C, against
-2 K i n (P + C) with a copy of the prompt each. For n = 8, P = 850, C = 256 and Qwen2-Audio-7B (H = J = 32, K = 128,
-bf16), parts included, that is 49 MB per layer against 145; counted.
+Bytes per kv head, elements of i bytes, counted: 2 K i (P + n C), against 2 K i n (P + C) with a prompt's copy for each.
+For n = 8, P = 850, C = 256 and Qwen2-Audio-7B (H = J = 32, K = 128, bf16), parts included, 49 MB a layer against 145.
 Dims: G prompt slots, n completions each, B = G n decode slots; H query heads, J kv heads, R = H / J, K head size; P and
-C rows that the pools of prompts and of completions have room for.
-"""
+C rows that the pools of prompts and of completions have room for."""
 import torch
 import triton
 import triton.language as tl

@@ -18,8 +18,7 @@ the gradient; lanes as in logit_rows.py. distill_topk.py does the same from a st
 
 Bytes per row, with student, teacher and gradient elements of i, j and o bytes: 2 (i + j) common_vocab + oV. From fp32
 and bf16 rows into fp32 that is 2.4 MB, or 0.6 ms for 1024 rows at 4.3 TB/s. Counted, not measured on a GPU.
-Dims: N rows, V and W columns of student and teacher, Z suppressed ids, K kept ids.
-"""
+Dims: N rows, V and W columns of student and teacher, Z suppressed ids, K kept ids."""
 import torch
 import triton
 import triton.language as tl
@@ -118,9 +117,8 @@ def distill_kl_grad(student_NV, teacher_NW, weight_N, common_vocab, suppressed_Z
     outside_s_N = logit_rows.outside_logsumexp(student_NV, *options)  # now: the gradient may overwrite the logits
     outside_t_N = logit_rows.outside_logsumexp(teacher_NW, *options)
     out_NV, weight_N = (out_NV, weight_N.contiguous()) if grad else (student_NV, loss_N)  # not used without a gradient
-    if N:
-        _kl_kernel[(N,)](
-            student_NV, teacher_NW, kept_V, weight_N, loss_N, lse_s_N, lse_t_N, out_NV, student_NV.stride(0),
-            teacher_NW.stride(0), out_NV.stride(0), common_vocab, V, W, temperature, BLOCK_V=BLOCK_V, GRAD=grad,
-            num_warps=NUM_WARPS, num_stages=NUM_STAGES)
+    _kl_kernel[(N,)](
+        student_NV, teacher_NW, kept_V, weight_N, loss_N, lse_s_N, lse_t_N, out_NV, student_NV.stride(0),
+        teacher_NW.stride(0), out_NV.stride(0), common_vocab, V, W, temperature, BLOCK_V=BLOCK_V, GRAD=grad,
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES)
     return loss_N, torch.sigmoid(outside_s_N - lse_s_N), torch.sigmoid(outside_t_N - lse_t_N)

@@ -16,10 +16,8 @@ over rows n = (i, t), where weight holds 1 / (G |o_i|), or the factor of another
 With one ratio per sequence (GSPO), exp of the mean of logp - old over its rows, c depends on all rows of the sequence.
 Then logprob.row_stats, grpo_coefficient on (N,) vectors and logprob.logits_grad do the same in three steps.
 
-Bytes per row, with V columns of i bytes and a gradient of o bytes: (2i + o)V, as in those three steps, which take about
-50 more launches on (N,) vectors.
-Dims: N rows (tokens), V vocabulary, S sequences, Z listed suppressed ids.
-"""
+Bytes per row, with V columns of i bytes and a gradient of o: (2i + o)V, as in those steps, with about 50 launches less.
+Dims: N rows (tokens), V vocabulary, S sequences, Z listed suppressed ids."""
 import torch
 import triton
 import triton.language as tl
@@ -154,7 +152,7 @@ def grpo_rows(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, clip_config,
                 grad_NV = torch.autograd.grad(loss, z_NV)[0]
                 out[at] = grad_NV.masked_fill_((weight_N[at] == 0)[:, None], 0)  # a row of weight 0 may hold NaN
             rows_6N[:, at] = torch.stack([*terms, logp_N, entropy_N])
-    elif N:
+    else:
         listed, Z = (id_N, 0) if suppressed_Z is None else (suppressed_Z.contiguous(), len(suppressed_Z))
         _grpo_kernel[(N,)](
             logits_NV, *((old_N if x is None else x).contiguous() for x in vectors), listed, rows_6N,

@@ -8,8 +8,7 @@ to, with one exponential for both cases, e = exp(-|a - m|),
     a <= m:   s + e,        u + e (a - m)
     a >  m:   s e + 1,      e (u - (a - m) s),        and m becomes a
 
-Dims: N rows, V columns, Z suppressed ids, K kept ids.
-"""
+Dims: N rows, V columns, Z suppressed ids, K kept ids."""
 import torch
 import triton
 import triton.language as tl
