@@ -1,8 +1,7 @@
 """Prompt, Batch and pack: padding does not exist; a batch is one row of tokens cut into segments.
 
 A segment sees itself (causally) and all of its parent. A Prompt is one segment; a Group's completions are children of
-its prompt, which is computed once for all of them.
-"""
+its prompt, which is computed once for all of them."""
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -22,7 +21,8 @@ class Media:
     grid_thw: tuple[int, int, int] | None = None  # video: patch grid, before the 2x2 merge
 
     def to(self, device):
-        return replace(self, features=self.features.to(device), rows_P=self.rows_P.to(device))
+        """The Media with its features on a device, as an encoder takes it."""
+        return replace(self, features=send([self.features], device)[0])
 
     def patches(self):
         """A video's patches_PC, cut on its frames' device; features that are patches already are taken as they are."""
