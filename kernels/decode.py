@@ -122,13 +122,12 @@ def _suffix_kernel(
 def decode_attention(q_BHK, prompt_k_GJPK, prompt_v_GJPK, prompt_length_G, k_BJCK, v_BJCK, length_B, backend="triton"):
     """softmax(q kᵀ / sqrt(K)) v of every decode slot b, over its prompt slot b // (B / G) and then its own rows.
 
-    Args:
-        q_BHK: (B, H, K) fp32 | bf16 | fp16, the query of one new token per decode slot. "torch" also takes fp64.
-        prompt_k_GJPK, prompt_v_GJPK: (G, J, P, K) of q's dtype; G divides B. prompt_length_G: (G,) int64 in [1, P].
-        k_BJCK, v_BJCK: (B, J, C, K), the completions' own rows, that of the new token included.
-        length_B: (B,) int64 in [0, C]. Lengths are not checked: it would synchronise. "triton" reads nothing past a
-            length and wants the last two dims packed; "torch" multiplies values there by 0, so they must be finite.
-        backend: "triton" | "torch".
+    q_BHK: (B, H, K) fp32 | bf16 | fp16, the query of one new token per decode slot. "torch" also takes fp64.
+    prompt_k_GJPK, prompt_v_GJPK: (G, J, P, K) of q's dtype; G divides B. prompt_length_G: (G,) int64 in [1, P].
+    k_BJCK, v_BJCK: (B, J, C, K), the completions' own rows, that of the new token included.
+    length_B: (B,) int64 in [0, C]. Lengths are not checked: it would synchronise. "triton" reads nothing past a
+        length and wants the last two dims packed; "torch" multiplies values there by 0, so they must be finite.
+    backend: "triton" | "torch".
     Returns (B, H, K) in q's dtype. Raises ValueError: shapes that do not fit together, strides, or backend."""
     (B, H, K), (G, J, P, _), C = q_BHK.shape, prompt_k_GJPK.shape, k_BJCK.shape[2]
     shapes = [tuple(x.shape) for x in (prompt_k_GJPK, prompt_v_GJPK, k_BJCK, v_BJCK, prompt_length_G, length_B)]

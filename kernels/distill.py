@@ -1,7 +1,6 @@
 """Distillation: KL(teacher || student) at a temperature, over the ids that both know, from two rows of logits.
 
-The kept ids K are those below `common_vocab` (where the two vocabularies begin to differ) that are not suppressed. At
-temperature T
+Kept ids K: those below `common_vocab` (where the two vocabularies begin to differ), not suppressed. At temperature T
 
     q = softmax(teacher / T over K)       p = softmax(student / T over K)
     loss[n] = T² sum_{v in K} q[v] (log q[v] - log p[v])      (T² makes the gradient as large as at T = 1)
@@ -92,16 +91,15 @@ def _kl_kernel(
 def distill_kl_grad(student_NV, teacher_NW, weight_N, common_vocab, suppressed_Z, temperature, out_NV, backend):
     """T² KL(teacher || student) of each row, at temperature T, over the kept ids, and its gradient in the same pass.
 
-    Args:
-        student_NV: (N, V) fp32 | bf16 | fp16, unit stride in V. teacher_NW: (N, W) likewise. They may hold -inf: a kept
-            id costs nothing if both rows have it, about infinity if the student alone does.
-        weight_N: (N,) fp32, the gradient's factors; a row of weight 0 gets exact zeros. The losses are not weighted.
-        common_vocab: ids below it mean the same in both vocabularies.
-        suppressed_Z: (Z,) int64, distinct, on the same device; those from common_vocab on change nothing. At least one
-            id must remain (not checked: it would synchronise).
-        temperature: > 0. backend: "triton" | "torch".
-        out_NV: (N, V) fp32 | bf16 | fp16, unit stride in V: takes weight_N[n] dloss[n]/dstudent. None = no gradient. It
-            may be student_NV itself, which is then overwritten, but must not share memory with it otherwise.
+    student_NV: (N, V) fp32 | bf16 | fp16, unit stride in V. teacher_NW: (N, W) likewise. They may hold -inf: a kept
+        id costs nothing if both rows have it, about infinity if the student alone does.
+    weight_N: (N,) fp32, the gradient's factors; a row of weight 0 gets exact zeros. The losses are not weighted.
+    common_vocab: ids below it mean the same in both vocabularies.
+    suppressed_Z: (Z,) int64, distinct, on the same device; those from common_vocab on change nothing. At least one
+        id must remain (not checked: it would synchronise).
+    temperature: > 0. backend: "triton" | "torch".
+    out_NV: (N, V) fp32 | bf16 | fp16, unit stride in V: takes weight_N[n] dloss[n]/dstudent. None = no gradient. It
+        may be student_NV itself, which is then overwritten, but must not share memory with it otherwise.
     Returns (loss_N, student_dropped_N, teacher_dropped_N), (N,) fp32, not differentiable; shares are in [0, 1]. Raises
     ValueError for a wrong shape, stride, common_vocab, temperature or backend."""
     logit_rows.check(student_NV, common_vocab, temperature, backend, weight_N, out_NV=out_NV)

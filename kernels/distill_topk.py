@@ -107,11 +107,10 @@ def distill_topk_grad(student_NV, id_NJ, logq_NJ, tail_N, weight_N, common_vocab
                       backend):
     """T² times the KL of each row's stored ids and tail against the student's, and its gradient in the same pass.
 
-    Args:
-        id_NJ: (N, J) integers, J <= 64: kept ids in any order, distinct in a row, or -1 in an unused column (not
-            checked: it would synchronise). logq_NJ: (N, J) their log q, at this T and over these kept ids.
-        tail_N: (N,) fp32 >= 0, the q of all other kept ids.
-        student_NV, weight_N, common_vocab, suppressed_Z, temperature, out_NV, backend: as in distill.distill_kl_grad.
+    id_NJ: (N, J) integers, J <= 64: kept ids in any order, distinct in a row, or -1 in an unused column (not
+        checked: it would synchronise). logq_NJ: (N, J) their log q, at this T and over these kept ids.
+    tail_N: (N,) fp32 >= 0, the q of all other kept ids.
+    student_NV, weight_N, common_vocab, suppressed_Z, temperature, out_NV, backend: as in distill.distill_kl_grad.
     Returns (loss_N, student_dropped_N), (N,) fp32, not differentiable; shares in [0, 1]. Raises as distill_kl_grad."""
     logit_rows.check(student_NV, common_vocab, temperature, backend, tail_N, weight_N, out_NV=out_NV)
     (N, V), J, grad = student_NV.shape, id_NJ.shape[-1], out_NV is not None

@@ -125,12 +125,11 @@ def grpo_rows(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, clip_config,
               vocab_limit=None, backend="triton", out=None):
     """Each row's loss and diagnostics, one ratio per token, and in `out` the gradient of sum_n weight_N[n] loss_N[n].
 
-    Args:
-        id_N: (N,) int64, the sampled tokens: in [0, V) and not suppressed (not checked: it would synchronise).
-        old_N, ref_N: (N,) fp32, log-probabilities at the same temperature over the same ids; ref_N None if beta is 0.
-        advantage_N, weight_N: (N,) fp32. A row of weight 0 counts for nothing and may hold NaN in these vectors.
-        logits_NV, temperature, suppressed_Z, vocab_limit, backend: as in logprob.row_stats.
-        out: as in logprob.logits_grad, but None = no gradient.
+    id_N: (N,) int64, the sampled tokens: in [0, V) and not suppressed (not checked: it would synchronise).
+    old_N, ref_N: (N,) fp32, log-probabilities at the same temperature over the same ids; ref_N None if beta is 0.
+    advantage_N, weight_N: (N,) fp32. A row of weight 0 counts for nothing and may hold NaN in these vectors.
+    logits_NV, temperature, suppressed_Z, vocab_limit, backend: as in logprob.row_stats.
+    out: as in logprob.logits_grad, but None = no gradient.
     Returns (logp_N, entropy_N, (loss_N, ratio_N, clipped_N, kl_N)), each (N,) fp32 and not differentiable. loss_N is
         before the weight; clipped_N is 1 where clipping stops the gradient of the first term; kl_N is 0 without a
         reference. The last four are 0 where the weight is. Raises as logprob.row_stats, and for beta without ref_N.

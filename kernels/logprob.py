@@ -84,8 +84,7 @@ def _logits_grad_kernel(
 
 
 def _masked(logits_NV, index_N, suppressed_Z, vocab_limit):
-    """For backend="torch": a copy in fp32 (or fp64) with LOWEST for suppressed ids and -inf; which indices are allowed,
-    (N,); the indices with 0 for those that are not, (N, 1)."""
+    """A wide copy, LOWEST for suppressed ids and -inf; which indices are allowed, (N,); the indices, else 0, (N, 1)."""
     z_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)).clamp(min=LOWEST.value)
     z_NV[:, vocab_limit:] = LOWEST.value
     ok_N = (index_N >= 0) & (index_N < vocab_limit)
@@ -98,12 +97,11 @@ def _masked(logits_NV, index_N, suppressed_Z, vocab_limit):
 def row_stats(logits_NV, index_N, temperature=1.0, suppressed_Z=None, vocab_limit=None, backend="triton"):
     """Log-probability of token index_N[n] under softmax(logits_NV[n] / temperature), the entropy, and the normaliser.
 
-    Args:
-        logits_NV: (N, V) fp32 | bf16 | fp16, unit stride in V. "torch" also takes fp64.
-        index_N: (N,) int64. For a suppressed id or one outside [0, V) logp is -inf, and its gradient -coef p / T.
-        temperature: > 0, a Python float. backend: "triton" | "torch".
-        suppressed_Z: (Z,) int64, sorted (not checked: it would synchronise), or None. vocab_limit: ids from here on are
-            suppressed too; None = V. split_suppressed makes both from one list.
+    logits_NV: (N, V) fp32 | bf16 | fp16, unit stride in V. "torch" also takes fp64.
+    index_N: (N,) int64. For a suppressed id or one outside [0, V) logp is -inf, and its gradient -coef p / T.
+    temperature: > 0, a Python float. backend: "triton" | "torch".
+    suppressed_Z: (Z,) int64, sorted (not checked: it would synchronise), or None. vocab_limit: ids from here on are
+        suppressed too; None = V. split_suppressed makes both from one list.
     Returns (logp_N, entropy_N, max_N, logsum_N), each (N,) fp32 and not differentiable (see logits_grad). logp_N <= 0
         and entropy_N >= 0 are in nats; max_N is the largest allowed logit, and max_N / temperature + logsum_N the row's
         log-sum-exp. Where every allowed logit is -inf, logp_N is -inf and the entropy is meaningless.

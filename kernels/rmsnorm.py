@@ -73,15 +73,14 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x_ND, w_D, eps, added_ND):
         ctx.set_materialize_grads(False)
         x_ND = _rows(x_ND)
-        (N, D), block = x_ND.shape, triton.next_power_of_2(x_ND.shape[1])
+        N, D = x_ND.shape
         y_ND = torch.empty(N, D, dtype=x_ND.dtype, device=x_ND.device)
         r_N = torch.empty(N, dtype=torch.float32, device=x_ND.device)
         s_ND, added = (x_ND, x_ND) if added_ND is None else (torch.empty_like(y_ND), _rows(added_ND))
         _rms_norm_kernel[(N,)](
             x_ND, added, w_D, s_ND, y_ND, r_N, x_ND.stride(0), added.stride(0), D, eps, HAS_ADDED=added_ND is not None,
-            BLOCK_D=block, num_warps=NUM_WARPS)
+            BLOCK_D=triton.next_power_of_2(D), num_warps=NUM_WARPS)
         ctx.save_for_backward(s_ND, w_D, r_N)
-        ctx.block = block
         return y_ND if added_ND is None else (y_ND, s_ND)
 
     @staticmethod
@@ -97,7 +96,7 @@ class _RMSNorm(torch.autograd.Function):
         dw_PD = torch.empty(programs if need_w else 0, D, dtype=torch.float32, device=s_ND.device)
         _rms_norm_grad_kernel[(programs,)](
             dy_ND, residual, s_ND, w_D, r_N, ds_ND, dw_PD, dy_ND.stride(0), residual.stride(0), s_ND.stride(0), N, D,
-            HAS_RESIDUAL=residual_ND is not None, HAS_DW=need_w, BLOCK_D=ctx.block, num_warps=NUM_WARPS)
+            HAS_RESIDUAL=residual_ND is not None, HAS_DW=need_w, BLOCK_D=triton.next_power_of_2(D), num_warps=NUM_WARPS)
         dw_D = dw_PD.sum(0).to(w_D.dtype) if need_w else None
         return ds_ND, dw_D, None, ds_ND if need_added else None
 
