@@ -9,6 +9,8 @@ import torch
 
 from minixmd.inputs.image import patchify
 
+INTEGERS = ("ids_N", "positions_3N", "target_row_T", "target_id_T", "target_segment_T")  # tensors of a Batch
+
 
 @dataclass(frozen=True)
 class Media:
@@ -106,9 +108,6 @@ class Batch:
             for i, features in zip(chosen, move([media[i].features for i in chosen]), strict=True):
                 media[i] = replace(media[i], features=features)
         return replace(self, media=tuple(media), **dict(zip(names, integers, strict=False)))
-
-
-INTEGERS = ("ids_N", "positions_3N", "target_row_T", "target_id_T", "target_segment_T")  # tensors of a Batch
 
 
 def _pinned_base(tensors):
