@@ -19,8 +19,7 @@ makes the rounding right on average; to the nearest, v would never fall, as beta
 half a level. It is a hash of the update's and the element's number: the same on both backends and after a stop.
 
 Bytes a parameter, bf16 with bf16 gradients: 26, with 8-bit moments 14, eager 98; of state 10, 4 and 12. Counted, not
-measured on a GPU. Dims: C blocks, B elements of a block.
-"""
+measured on a GPU. Dims: C blocks, B elements of a block."""
 import torch
 import triton
 import triton.language as tl

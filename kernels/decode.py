@@ -12,12 +12,10 @@ matrix product, so keys and values are read once for all n completions. The suff
 slot, kv head) and merges the prompt's parts into its own. A slot's arithmetic depends on its own lengths alone, not on
 the batch: the splits are fixed, and no sum runs over rows that only others need.
 
-Bytes per kv head, elements of i bytes: 2 K i (P + n C) for a prompt of P rows and n suffixes of C, against
-2 K i n (P + C) with a copy of the prompt each. For n = 8, P = 850, C = 256 and Qwen2-Audio-7B (H = J = 32, K = 128,
-bf16), parts included, that is 49 MB per layer against 145; counted.
+Bytes per kv head, elements of i bytes, counted: 2 K i (P + n C), against 2 K i n (P + C) with a prompt's copy for each.
+For n = 8, P = 850, C = 256 and Qwen2-Audio-7B (H = J = 32, K = 128, bf16), parts included, 49 MB a layer against 145.
 Dims: G prompt slots, n completions each, B = G n decode slots; H query heads, J kv heads, R = H / J, K head size; P and
-C rows that the pools of prompts and of completions have room for.
-"""
+C rows that the pools of prompts and of completions have room for."""
 import torch
 import triton
 import triton.language as tl
@@ -124,13 +122,12 @@ def _suffix_kernel(
 def decode_attention(q_BHK, prompt_k_GJPK, prompt_v_GJPK, prompt_length_G, k_BJCK, v_BJCK, length_B, backend="triton"):
     """softmax(q kᵀ / sqrt(K)) v of every decode slot b, over its prompt slot b // (B / G) and then its own rows.
 
-    Args:
-        q_BHK: (B, H, K) fp32 | bf16 | fp16, the query of one new token per decode slot. "torch" also takes fp64.
-        prompt_k_GJPK, prompt_v_GJPK: (G, J, P, K) of q's dtype; G divides B. prompt_length_G: (G,) int64 in [1, P].
-        k_BJCK, v_BJCK: (B, J, C, K), the completions' own rows, that of the new token included.
-        length_B: (B,) int64 in [0, C]. Lengths are not checked: it would synchronise. "triton" reads nothing past a
-            length and wants the last two dims packed; "torch" multiplies values there by 0, so they must be finite.
-        backend: "triton" | "torch".
+    q_BHK: (B, H, K) fp32 | bf16 | fp16, the query of one new token per decode slot. "torch" also takes fp64.
+    prompt_k_GJPK, prompt_v_GJPK: (G, J, P, K) of q's dtype; G divides B. prompt_length_G: (G,) int64 in [1, P].
+    k_BJCK, v_BJCK: (B, J, C, K), the completions' own rows, that of the new token included.
+    length_B: (B,) int64 in [0, C]. Lengths are not checked: it would synchronise. "triton" reads nothing past a
+        length and wants the last two dims packed; "torch" multiplies values there by 0, so they must be finite.
+    backend: "triton" | "torch".
     Returns (B, H, K) in q's dtype. Raises ValueError: shapes that do not fit together, strides, or backend."""
     (B, H, K), (G, J, P, _), C = q_BHK.shape, prompt_k_GJPK.shape, k_BJCK.shape[2]
     shapes = [tuple(x.shape) for x in (prompt_k_GJPK, prompt_v_GJPK, k_BJCK, v_BJCK, prompt_length_G, length_B)]

@@ -1,7 +1,6 @@
 """Distillation: KL(teacher || student) at a temperature, over the ids that both know, from two rows of logits.
 
-The kept ids K are those below `common_vocab` (where the two vocabularies begin to differ) that are not suppressed. At
-temperature T
+Kept ids K: those below `common_vocab` (where the two vocabularies begin to differ), not suppressed. At temperature T
 
     q = softmax(teacher / T over K)       p = softmax(student / T over K)
     loss[n] = T² sum_{v in K} q[v] (log q[v] - log p[v])      (T² makes the gradient as large as at T = 1)
@@ -18,8 +17,7 @@ the gradient; lanes as in logit_rows.py. distill_topk.py does the same from a st
 
 Bytes per row, with student, teacher and gradient elements of i, j and o bytes: 2 (i + j) common_vocab + oV. From fp32
 and bf16 rows into fp32 that is 2.4 MB, or 0.6 ms for 1024 rows at 4.3 TB/s. Counted, not measured on a GPU.
-Dims: N rows, V and W columns of student and teacher, Z suppressed ids, K kept ids.
-"""
+Dims: N rows, V and W columns of student and teacher, Z suppressed ids, K kept ids."""
 import torch
 import triton
 import triton.language as tl
@@ -93,16 +91,15 @@ def _kl_kernel(
 def distill_kl_grad(student_NV, teacher_NW, weight_N, common_vocab, suppressed_Z, temperature, out_NV, backend):
     """T² KL(teacher || student) of each row, at temperature T, over the kept ids, and its gradient in the same pass.
 
-    Args:
-        student_NV: (N, V) fp32 | bf16 | fp16, unit stride in V. teacher_NW: (N, W) likewise. They may hold -inf: a kept
-            id costs nothing if both rows have it, about infinity if the student alone does.
-        weight_N: (N,) fp32, the gradient's factors; a row of weight 0 gets exact zeros. The losses are not weighted.
-        common_vocab: ids below it mean the same in both vocabularies.
-        suppressed_Z: (Z,) int64, distinct, on the same device; those from common_vocab on change nothing. At least one
-            id must remain (not checked: it would synchronise).
-        temperature: > 0. backend: "triton" | "torch".
-        out_NV: (N, V) fp32 | bf16 | fp16, unit stride in V: takes weight_N[n] dloss[n]/dstudent. None = no gradient. It
-            may be student_NV itself, which is then overwritten, but must not share memory with it otherwise.
+    student_NV: (N, V) fp32 | bf16 | fp16, unit stride in V. teacher_NW: (N, W) likewise. They may hold -inf: a kept
+        id costs nothing if both rows have it, about infinity if the student alone does.
+    weight_N: (N,) fp32, the gradient's factors; a row of weight 0 gets exact zeros. The losses are not weighted.
+    common_vocab: ids below it mean the same in both vocabularies.
+    suppressed_Z: (Z,) int64, distinct, on the same device; those from common_vocab on change nothing. At least one
+        id must remain (not checked: it would synchronise).
+    temperature: > 0. backend: "triton" | "torch".
+    out_NV: (N, V) fp32 | bf16 | fp16, unit stride in V: takes weight_N[n] dloss[n]/dstudent. None = no gradient. It
+        may be student_NV itself, which is then overwritten, but must not share memory with it otherwise.
     Returns (loss_N, student_dropped_N, teacher_dropped_N), (N,) fp32, not differentiable; shares are in [0, 1]. Raises
     ValueError for a wrong shape, stride, common_vocab, temperature or backend."""
     logit_rows.check(student_NV, common_vocab, temperature, backend, weight_N, out_NV=out_NV)
@@ -118,9 +115,8 @@ def distill_kl_grad(student_NV, teacher_NW, weight_N, common_vocab, suppressed_Z
     outside_s_N = logit_rows.outside_logsumexp(student_NV, *options)  # now: the gradient may overwrite the logits
     outside_t_N = logit_rows.outside_logsumexp(teacher_NW, *options)
     out_NV, weight_N = (out_NV, weight_N.contiguous()) if grad else (student_NV, loss_N)  # not used without a gradient
-    if N:
-        _kl_kernel[(N,)](
-            student_NV, teacher_NW, kept_V, weight_N, loss_N, lse_s_N, lse_t_N, out_NV, student_NV.stride(0),
-            teacher_NW.stride(0), out_NV.stride(0), common_vocab, V, W, temperature, BLOCK_V=BLOCK_V, GRAD=grad,
-            num_warps=NUM_WARPS, num_stages=NUM_STAGES)
+    _kl_kernel[(N,)](
+        student_NV, teacher_NW, kept_V, weight_N, loss_N, lse_s_N, lse_t_N, out_NV, student_NV.stride(0),
+        teacher_NW.stride(0), out_NV.stride(0), common_vocab, V, W, temperature, BLOCK_V=BLOCK_V, GRAD=grad,
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES)
     return loss_N, torch.sigmoid(outside_s_N - lse_s_N), torch.sigmoid(outside_t_N - lse_t_N)

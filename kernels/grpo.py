@@ -16,10 +16,8 @@ over rows n = (i, t), where weight holds 1 / (G |o_i|), or the factor of another
 With one ratio per sequence (GSPO), exp of the mean of logp - old over its rows, c depends on all rows of the sequence.
 Then logprob.row_stats, grpo_coefficient on (N,) vectors and logprob.logits_grad do the same in three steps.
 
-Bytes per row, with V columns of i bytes and a gradient of o bytes: (2i + o)V, as in those three steps, which take about
-50 more launches on (N,) vectors.
-Dims: N rows (tokens), V vocabulary, S sequences, Z listed suppressed ids.
-"""
+Bytes per row, with V columns of i bytes and a gradient of o: (2i + o)V, as in those steps, with about 50 launches less.
+Dims: N rows (tokens), V vocabulary, S sequences, Z listed suppressed ids."""
 import torch
 import triton
 import triton.language as tl
@@ -127,12 +125,11 @@ def grpo_rows(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, clip_config,
               vocab_limit=None, backend="triton", out=None):
     """Each row's loss and diagnostics, one ratio per token, and in `out` the gradient of sum_n weight_N[n] loss_N[n].
 
-    Args:
-        id_N: (N,) int64, the sampled tokens: in [0, V) and not suppressed (not checked: it would synchronise).
-        old_N, ref_N: (N,) fp32, log-probabilities at the same temperature over the same ids; ref_N None if beta is 0.
-        advantage_N, weight_N: (N,) fp32. A row of weight 0 counts for nothing and may hold NaN in these vectors.
-        logits_NV, temperature, suppressed_Z, vocab_limit, backend: as in logprob.row_stats.
-        out: as in logprob.logits_grad, but None = no gradient.
+    id_N: (N,) int64, the sampled tokens: in [0, V) and not suppressed (not checked: it would synchronise).
+    old_N, ref_N: (N,) fp32, log-probabilities at the same temperature over the same ids; ref_N None if beta is 0.
+    advantage_N, weight_N: (N,) fp32. A row of weight 0 counts for nothing and may hold NaN in these vectors.
+    logits_NV, temperature, suppressed_Z, vocab_limit, backend: as in logprob.row_stats.
+    out: as in logprob.logits_grad, but None = no gradient.
     Returns (logp_N, entropy_N, (loss_N, ratio_N, clipped_N, kl_N)), each (N,) fp32 and not differentiable. loss_N is
         before the weight; clipped_N is 1 where clipping stops the gradient of the first term; kl_N is 0 without a
         reference. The last four are 0 where the weight is. Raises as logprob.row_stats, and for beta without ref_N.
@@ -154,7 +151,7 @@ def grpo_rows(logits_NV, id_N, old_N, ref_N, advantage_N, weight_N, clip_config,
                 grad_NV = torch.autograd.grad(loss, z_NV)[0]
                 out[at] = grad_NV.masked_fill_((weight_N[at] == 0)[:, None], 0)  # a row of weight 0 may hold NaN
             rows_6N[:, at] = torch.stack([*terms, logp_N, entropy_N])
-    elif N:
+    else:
         listed, Z = (id_N, 0) if suppressed_Z is None else (suppressed_Z.contiguous(), len(suppressed_Z))
         _grpo_kernel[(N,)](
             logits_NV, *((old_N if x is None else x).contiguous() for x in vectors), listed, rows_6N,

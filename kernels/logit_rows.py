@@ -8,8 +8,7 @@ to, with one exponential for both cases, e = exp(-|a - m|),
     a <= m:   s + e,        u + e (a - m)
     a >  m:   s e + 1,      e (u - (a - m) s),        and m becomes a
 
-Dims: N rows, V columns, Z suppressed ids, K kept ids.
-"""
+Dims: N rows, V columns, Z suppressed ids, K kept ids."""
 import torch
 import triton
 import triton.language as tl
@@ -77,10 +76,10 @@ def merge_lanes(m, s):
     return top, tl.sum(s * tl.exp(m - top), 0)
 
 
-def kept_mask(student_NV, common_vocab, suppressed_Z):
+def kept_mask(logits_NV, common_vocab, suppressed_Z):
     """int8: 1 for each kept id, then 0 to the end of the last block, and one more that takes the ids not in common."""
-    blocks = triton.cdiv(student_NV.shape[1], BLOCK_V)
-    kept_V = torch.zeros(blocks * BLOCK_V + 1, dtype=torch.int8, device=student_NV.device)
+    blocks = triton.cdiv(logits_NV.shape[1], BLOCK_V)
+    kept_V = torch.zeros(blocks * BLOCK_V + 1, dtype=torch.int8, device=logits_NV.device)
     kept_V[:common_vocab] = 1
     kept_V[suppressed_Z.clamp(max=common_vocab)] = 0
     return kept_V
@@ -97,9 +96,7 @@ def outside_logsumexp(logits_NV, common_vocab, suppressed_Z, temperature):
 
 def kept_log_softmax(logits_NV, common_vocab, suppressed_Z, temperature):
     """The kept ids, (K,); the log-softmax over them, (N, K); the share of the whole softmax outside them, (N,)."""
-    kept = torch.ones(common_vocab, dtype=torch.bool, device=logits_NV.device)
-    kept[suppressed_Z[suppressed_Z < common_vocab]] = False
-    id_K = kept.nonzero().squeeze(1)
+    id_K = kept_mask(logits_NV, common_vocab, suppressed_Z).nonzero().squeeze(1)
     a_NK = logits_NV[:, id_K].to(torch.promote_types(logits_NV.dtype, torch.float32)) / temperature  # sums need fp32
     outside_N = outside_logsumexp(logits_NV.detach(), common_vocab, suppressed_Z, temperature)
     return id_K, a_NK.log_softmax(-1), torch.sigmoid(outside_N - a_NK.detach().logsumexp(-1))

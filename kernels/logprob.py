@@ -14,8 +14,7 @@ row once (online softmax, logit_rows.py); logits_grad reads it once more and wri
 
 Bytes per row, with V columns of i bytes and a gradient of o bytes, counted: iV for row_stats, (i + o)V for logits_grad.
 At V = 152,064, fp32 in and bf16 out, that is 0.61 and 0.91 MB; eager fp32 moves at least 2.4 times as much.
-Dims: N rows (tokens), V vocabulary, Z listed suppressed ids.
-"""
+Dims: N rows (tokens), V vocabulary, Z listed suppressed ids."""
 import torch
 import torch.nn.functional as F
 import triton
@@ -85,8 +84,7 @@ def _logits_grad_kernel(
 
 
 def _masked(logits_NV, index_N, suppressed_Z, vocab_limit):
-    """For backend="torch": a copy in fp32 (or fp64) with LOWEST for suppressed ids and -inf; which indices are allowed,
-    (N,); the indices with 0 for those that are not, (N, 1)."""
+    """A wide copy, LOWEST for suppressed ids and -inf; which indices are allowed, (N,); the indices, else 0, (N, 1)."""
     z_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)).clamp(min=LOWEST.value)
     z_NV[:, vocab_limit:] = LOWEST.value
     ok_N = (index_N >= 0) & (index_N < vocab_limit)
@@ -99,12 +97,11 @@ def _masked(logits_NV, index_N, suppressed_Z, vocab_limit):
 def row_stats(logits_NV, index_N, temperature=1.0, suppressed_Z=None, vocab_limit=None, backend="triton"):
     """Log-probability of token index_N[n] under softmax(logits_NV[n] / temperature), the entropy, and the normaliser.
 
-    Args:
-        logits_NV: (N, V) fp32 | bf16 | fp16, unit stride in V. "torch" also takes fp64.
-        index_N: (N,) int64. For a suppressed id or one outside [0, V) logp is -inf, and its gradient -coef p / T.
-        temperature: > 0, a Python float. backend: "triton" | "torch".
-        suppressed_Z: (Z,) int64, sorted (not checked: it would synchronise), or None. vocab_limit: ids from here on are
-            suppressed too; None = V. split_suppressed makes both from one list.
+    logits_NV: (N, V) fp32 | bf16 | fp16, unit stride in V. "torch" also takes fp64.
+    index_N: (N,) int64. For a suppressed id or one outside [0, V) logp is -inf, and its gradient -coef p / T.
+    temperature: > 0, a Python float. backend: "triton" | "torch".
+    suppressed_Z: (Z,) int64, sorted (not checked: it would synchronise), or None. vocab_limit: ids from here on are
+        suppressed too; None = V. split_suppressed makes both from one list.
     Returns (logp_N, entropy_N, max_N, logsum_N), each (N,) fp32 and not differentiable (see logits_grad). logp_N <= 0
         and entropy_N >= 0 are in nats; max_N is the largest allowed logit, and max_N / temperature + logsum_N the row's
         log-sum-exp. Where every allowed logit is -inf, logp_N is -inf and the entropy is meaningless.
@@ -114,10 +111,9 @@ def row_stats(logits_NV, index_N, temperature=1.0, suppressed_Z=None, vocab_limi
     stats_4N = torch.empty(4, N, device=logits_NV.device, dtype=torch.promote_types(logits_NV.dtype, torch.float32))
     if backend == "triton":
         listed, Z = (index_N, 0) if suppressed_Z is None else (suppressed_Z.contiguous(), len(suppressed_Z))
-        if N:
-            _row_stats_kernel[(N,)](
-                logits_NV, index_N.contiguous(), listed, stats_4N, logits_NV.stride(0), N, V, vocab_limit, Z,
-                1.0 / temperature, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS)
+        _row_stats_kernel[(N,)](
+            logits_NV, index_N.contiguous(), listed, stats_4N, logits_NV.stride(0), N, V, vocab_limit, Z,
+            1.0 / temperature, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS)
         return tuple(stats_4N)
     for start in range(0, N, logit_rows.ROWS):
         rows = slice(start, start + logit_rows.ROWS)
@@ -153,11 +149,9 @@ def logits_grad(logits_NV, index_N, stats, coef_N, temperature=1.0, suppressed_Z
     out_NV = torch.empty_like(logits_NV) if out is None else out
     if backend == "triton":
         listed, Z = (index_N, 0) if suppressed_Z is None else (suppressed_Z.contiguous(), len(suppressed_Z))
-        if N:
-            _logits_grad_kernel[(N,)](
-                coef_N.contiguous(), logits_NV, index_N.contiguous(), listed, max_N, logsum_N, out_NV,
-                logits_NV.stride(0), out_NV.stride(0), V, vocab_limit, Z, 1.0 / temperature, BLOCK_V=BLOCK_V,
-                num_warps=NUM_WARPS)
+        _logits_grad_kernel[(N,)](
+            coef_N.contiguous(), logits_NV, index_N.contiguous(), listed, max_N, logsum_N, out_NV, logits_NV.stride(0),
+            out_NV.stride(0), V, vocab_limit, Z, 1.0 / temperature, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS)
         return out_NV
     for start in range(0, N, logit_rows.ROWS):
         rows = slice(start, start + logit_rows.ROWS)

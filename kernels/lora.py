@@ -12,8 +12,7 @@ not measurements, favour it:
         but ran at 76 to 86 % of the vendor's (triton #5726, fb-triton #1038): it breaks even at D = 1162 to 2254.
     scale g B and dB, if reading g once instead of twice moves 1.2 times fewer bytes (lora_triton.dy_pass_pays).
 
-Dims: N rows (tokens), D inputs, F outputs, R rank. Weights are (out, in), as in torch's Linear.
-"""
+Dims: N rows (tokens), D inputs, F outputs, R rank. Weights are (out, in), as in torch's Linear."""
 import torch
 import torch.nn.functional as F
 
@@ -87,11 +86,10 @@ def cast_adapters(As, Bs, dtype):
 
 
 def lora_linears(x_ND, layers, backend="torch", casts=None):
-    """lora_linear_ref of several layers on the same x, whose adapters share the reads of x: q, k and v, or gate and up.
-    The base products stay separate: one over all of them would need a copy of the weights. layers: [(w_FD, bias_F,
-    a_RD, b_FR, scale)]; F and R may differ. casts: cast_adapters of theirs in x's dtype, kept between calls; None =
-    made here. backend: "torch" | "triton" (module docstring). Returns a tuple of (N, F) in x's dtype. Raises
-    ValueError for an x not two-dimensional, or another backend."""
+    """lora_linear_ref of several layers on one x, whose adapters share the reads of x: q, k and v, or gate and up. The
+    base products stay separate: one over all would need a copy of the weights. layers: [(w_FD, bias_F, a_RD, b_FR,
+    scale)]; F and R may differ. casts: their cast_adapters in x's dtype, kept between calls; None = made here. backend:
+    "torch" | "triton". Returns a tuple of (N, F) in x's dtype. ValueError: x not two-dimensional, another backend."""
     if x_ND.ndim != 2:
         raise ValueError(f"lora_linears needs a two-dimensional x, got {tuple(x_ND.shape)}")
     if backend not in ("torch", "triton"):

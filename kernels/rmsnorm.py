@@ -8,8 +8,7 @@
 ds' is the gradient that reaches s from the residual stream. Statistics and sums are fp32.
 
 Bytes per row, elements of i bytes, counted: 4 i D forward and 4 i D backward, 4 for r; eager forward in bf16 42 D.
-Dims: N rows (tokens), D width.
-"""
+Dims: N rows (tokens), D width."""
 import torch
 import triton
 import triton.language as tl
@@ -74,16 +73,14 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x_ND, w_D, eps, added_ND):
         ctx.set_materialize_grads(False)
         x_ND = _rows(x_ND)
-        (N, D), block = x_ND.shape, triton.next_power_of_2(x_ND.shape[1])
+        N, D = x_ND.shape
         y_ND = torch.empty(N, D, dtype=x_ND.dtype, device=x_ND.device)
         r_N = torch.empty(N, dtype=torch.float32, device=x_ND.device)
         s_ND, added = (x_ND, x_ND) if added_ND is None else (torch.empty_like(y_ND), _rows(added_ND))
-        if N:
-            _rms_norm_kernel[(N,)](
-                x_ND, added, w_D, s_ND, y_ND, r_N, x_ND.stride(0), added.stride(0), D, eps,
-                HAS_ADDED=added_ND is not None, BLOCK_D=block, num_warps=NUM_WARPS)
+        _rms_norm_kernel[(N,)](
+            x_ND, added, w_D, s_ND, y_ND, r_N, x_ND.stride(0), added.stride(0), D, eps, HAS_ADDED=added_ND is not None,
+            BLOCK_D=triton.next_power_of_2(D), num_warps=NUM_WARPS)
         ctx.save_for_backward(s_ND, w_D, r_N)
-        ctx.block = block
         return y_ND if added_ND is None else (y_ND, s_ND)
 
     @staticmethod
@@ -99,7 +96,7 @@ class _RMSNorm(torch.autograd.Function):
         dw_PD = torch.empty(programs if need_w else 0, D, dtype=torch.float32, device=s_ND.device)
         _rms_norm_grad_kernel[(programs,)](
             dy_ND, residual, s_ND, w_D, r_N, ds_ND, dw_PD, dy_ND.stride(0), residual.stride(0), s_ND.stride(0), N, D,
-            HAS_RESIDUAL=residual_ND is not None, HAS_DW=need_w, BLOCK_D=ctx.block, num_warps=NUM_WARPS)
+            HAS_RESIDUAL=residual_ND is not None, HAS_DW=need_w, BLOCK_D=triton.next_power_of_2(D), num_warps=NUM_WARPS)
         dw_D = dw_PD.sum(0).to(w_D.dtype) if need_w else None
         return ds_ND, dw_D, None, ds_ND if need_added else None
 
@@ -111,10 +108,9 @@ def _rows(x_ND):
 def rms_norm(x_ND, w_D, eps, added_ND=None, backend="triton"):
     """RMSNorm of x, or of x + added.
 
-    x_ND: (N, D) fp32 | bf16 | fp16. w_D: (D,) of the same dtype. added_ND: of x's shape and dtype, or None. backend:
-    "triton" | "torch". Returns (y_ND, s_ND): the normed rows, and what was normed, x itself without `added`. Both
-    differentiable. Raises ValueError: shapes, dtypes or backend that do not fit.
-    Source: tests/test_passes.py compares both backends with fp64."""
+    x_ND: (N, D) fp32 | bf16 | fp16. w_D: (D,), added_ND: (N, D) or None, of its dtype. backend: "triton" | "torch".
+    Returns (y_ND, s_ND), both differentiable: the normed rows, and what was normed, x itself without `added`. Raises
+    ValueError: shapes, dtypes or backend that do not fit. Source: tests/test_passes.py compares both with fp64."""
     fit = x_ND.ndim == 2 and w_D.shape == x_ND.shape[1:] and (added_ND is None or added_ND.shape == x_ND.shape)
     if not fit or any(t is not None and t.dtype != x_ND.dtype for t in (w_D, added_ND)):
         raise ValueError(f"rms_norm needs rows, a gain and an addend of one dtype that fit, got {tuple(x_ND.shape)} of "

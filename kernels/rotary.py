@@ -7,8 +7,7 @@ in fp32, rounded once to x's dtype. The gradient of a rotation is the rotation b
 kept for it. cos and sin have no gradient.
 
 Bytes per row, elements of i bytes, counted: 2 i (H + J) K, and 4 K of angles; eager moves nine times as many at i = 2.
-Dims: N rows (tokens), H query and J key heads, K head size (even).
-"""
+Dims: N rows (tokens), H query and J key heads, K head size (even)."""
 import torch
 import triton
 import triton.language as tl
@@ -58,10 +57,9 @@ def _launch(q_NHK, k_NJK, cos_NK, sin_NK, sign):
     (N, H, K), J = q_NHK.shape, k_NJK.shape[1]
     q_NHK, k_NJK = (x if x.stride()[1:] == (K, 1) else x.contiguous() for x in (q_NHK, k_NJK))
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_NHK, k_NJK))
-    if N:
-        _rotate_kernel[(N, triton.cdiv(H + J, BLOCK_H))](
-            q_NHK, k_NJK, q_out, k_out, cos_NK, sin_NK, q_NHK.stride(0), k_NJK.stride(0), H, J, K, sign,
-            BLOCK_H=BLOCK_H, BLOCK_K=triton.next_power_of_2(K // 2), num_warps=NUM_WARPS)
+    _rotate_kernel[(N, triton.cdiv(H + J, BLOCK_H))](
+        q_NHK, k_NJK, q_out, k_out, cos_NK, sin_NK, q_NHK.stride(0), k_NJK.stride(0), H, J, K, sign, BLOCK_H=BLOCK_H,
+        BLOCK_K=triton.next_power_of_2(K // 2), num_warps=NUM_WARPS)
     return q_out, k_out
 
 
@@ -88,9 +86,8 @@ def rotate(q_NHK, k_NJK, cos_NK, sin_NK, backend="triton"):
     """Queries and keys, rotated, of their dtype.
 
     q_NHK, k_NJK: (N, H, K) and (N, J, K) of one dtype, fp32 | bf16 | fp16; rows may be strided. cos_NK, sin_NK: (N, K)
-    fp32, contiguous, each angle in both halves; not differentiated. backend: "triton" | "torch". Raises ValueError for
-    another, or an odd K.
-    Source: tests/test_passes.py compares both backends with fp64, tests/test_models.py with transformers."""
+    fp32, contiguous, each angle in both halves; without a gradient. backend: "triton" | "torch". ValueError: another,
+    or an odd K. Source: tests/test_passes.py compares both with fp64, tests/test_models.py with transformers."""
     if backend not in ("triton", "torch") or q_NHK.shape[-1] % 2:
         raise ValueError(f"rotate needs backend 'triton' or 'torch' and an even head size, got {backend!r} and "
                          f"{q_NHK.shape[-1]}")

@@ -3,8 +3,7 @@
     y = silu(g) u, silu(g) = g σ(g)        du = silu(g) dy        dg = σ(g) (1 + g (1 - σ(g))) u dy
 
 in fp32, rounded once to the dtype. Bytes an element of i bytes, counted: 3 i forward, 5 i backward; eager 5 i and 8 i.
-Dims: N rows (tokens), F hidden width.
-"""
+Dims: N rows (tokens), F hidden width."""
 import torch
 import torch.nn.functional as F
 import triton
@@ -42,8 +41,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, gate_NF, up_NF):
         gate_NF, up_NF = gate_NF.contiguous(), up_NF.contiguous()
         y_NF, size = torch.empty_like(gate_NF), gate_NF.numel()
-        if size:
-            _swiglu_kernel[(triton.cdiv(size, BLOCK),)](gate_NF, up_NF, y_NF, size, BLOCK=BLOCK, num_warps=NUM_WARPS)
+        _swiglu_kernel[(triton.cdiv(size, BLOCK),)](gate_NF, up_NF, y_NF, size, BLOCK=BLOCK, num_warps=NUM_WARPS)
         ctx.save_for_backward(gate_NF, up_NF)
         return y_NF
 
@@ -51,9 +49,8 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, dy_NF):
         gate_NF, up_NF = ctx.saved_tensors
         dgate_NF, dup_NF, size = torch.empty_like(gate_NF), torch.empty_like(up_NF), gate_NF.numel()
-        if size:
-            _swiglu_grad_kernel[(triton.cdiv(size, BLOCK),)](
-                gate_NF, up_NF, dy_NF.contiguous(), dgate_NF, dup_NF, size, BLOCK=BLOCK, num_warps=NUM_WARPS)
+        _swiglu_grad_kernel[(triton.cdiv(size, BLOCK),)](
+            gate_NF, up_NF, dy_NF.contiguous(), dgate_NF, dup_NF, size, BLOCK=BLOCK, num_warps=NUM_WARPS)
         return dgate_NF, dup_NF
 
 

@@ -1,7 +1,6 @@
 """Whisper's log-mel frames, as Qwen2-Audio takes them, without the reference's padding to 30 s; and resampling.
 
-Letters: S samples at 16 kHz, M = 128 mel bins, A mel frames of 10 ms.
-"""
+Letters: S samples at 16 kHz, M = 128 mel bins, A mel frames of 10 ms."""
 import functools
 import math
 from fractions import Fraction

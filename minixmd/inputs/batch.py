@@ -1,14 +1,15 @@
 """Prompt, Batch and pack: padding does not exist; a batch is one row of tokens cut into segments.
 
 A segment sees itself (causally) and all of its parent. A Prompt is one segment; a Group's completions are children of
-its prompt, which is computed once for all of them.
-"""
+its prompt, which is computed once for all of them."""
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 
 from minixmd.inputs.image import patchify
+
+INTEGERS = ("ids_N", "positions_3N", "target_row_T", "target_id_T", "target_segment_T")  # tensors of a Batch
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Media:
     grid_thw: tuple[int, int, int] | None = None  # video: patch grid, before the 2x2 merge
 
     def to(self, device):
-        return replace(self, features=self.features.to(device), rows_P=self.rows_P.to(device))
+        """The Media with its features on a device, as an encoder takes it."""
+        return replace(self, features=send([self.features], device)[0])
 
     def patches(self):
         """A video's patches_PC, cut on its frames' device; features that are patches already are taken as they are."""
@@ -106,9 +108,6 @@ class Batch:
             for i, features in zip(chosen, move([media[i].features for i in chosen]), strict=True):
                 media[i] = replace(media[i], features=features)
         return replace(self, media=tuple(media), **dict(zip(names, integers, strict=False)))
-
-
-INTEGERS = ("ids_N", "positions_3N", "target_row_T", "target_id_T", "target_segment_T")  # tensors of a Batch
 
 
 def _pinned_base(tensors):

@@ -2,9 +2,7 @@
 
 A cache is a folder of files named by a digest of the clip's content and of how it is read: sound as 16-bit FLAC, frames
 as uint8 in safetensors. Each of its 256 parts takes its share of the limit, and at most a file a child beyond it; all
-of it may be deleted at any time. With a cache sound is rounded to 16 bits and clipped at full scale whether it is found
-there or not.
-"""
+of it may be deleted at any time. With a cache all sound, found there or not, is rounded to 16 bits and clipped at 1."""
 import hashlib
 import io
 import os

@@ -1,8 +1,7 @@
 """Runs a function in child processes: a file whose decoder hangs, crashes or fills the memory costs that file alone.
 
 Threads call the function here; each waits for one child. Children are forked, without this process's locks, from a
-server that has imported the function's module once.
-"""
+server that has imported the function's module once."""
 import os
 import pickle
 import re
@@ -30,8 +29,7 @@ GRACE_S = 5  # a child whose parent died ends itself this much later than its pa
 
 def num_workers():
     """Children that this process may keep busy: its cores, shared with the other processes that torchrun started."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 class Contained:

@@ -3,8 +3,7 @@
 Containers with a length in their header: WAV, Wave64, AIFF, AU, CAF, AVI, MP4, Matroska, ASF. Ogg marks its last page;
 FLAC and, where an encoder left a Xing header, MP3 count samples. A placeholder (0, all bits set), as programs leave it
 that write to a pipe, is no length. ID3 tags in front are passed over. What stands behind the announced end is ignored
-where it is zeros, a tag, or less than 1 % of the file, and does not begin a file.
-"""
+where it is zeros, a tag, or less than 1 % of the file, and does not begin a file."""
 import re
 import struct
 import zlib

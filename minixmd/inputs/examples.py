@@ -24,16 +24,14 @@ class Example:
     video: str | None
     question: str
     options: tuple[str, ...]
-    answer: int | None = None  # index of the right option
+    answer: Annotated[int, ">= 0"] | None = None  # index of the right option
     label: str | None = None  # class name
     source: str | None = None  # data set and split it came from
     meta: dict = field(default_factory=dict)
 
 
-LINE = {  # what a manifest's line has, as check_fields takes it
-    "id": str, "audio?": str | None, "video?": str | None, "question": str, "options": tuple[str, ...],
-    "answer?": Annotated[int, ">= 0"] | None, "label?": str | None, "source?": str | None, "meta?": dict,
-}  # fmt: skip
+NEEDED = ("id", "question", "options")  # of a line of a manifest
+LINE = {f.name if f.name in NEEDED else f"{f.name}?": f.type for f in fields(Example)}  # as check_fields takes it
 META = {"video_question?": str, "group?": str | None}
 SPECIAL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")  # a media token or another special one: no such text may reach a prompt
 

@@ -1,9 +1,7 @@
 """Video frames to what Qwen2-VL's vision tower takes: which frames, at what size, as which patches.
 
 It follows qwen-vl-utils and the published processor. Letters: T frames, C channels, H and W pixels, P patches. A patch
-is 14 x 14 pixels of 2 frames. The tower merges 2 x 2 patches into one token, so sides are multiples of 28, and each
-four rows of patches_PC make one token.
-"""
+is 14 x 14 pixels of 2 frames. The tower merges 2 x 2 patches, four rows, into one token: sides are multiples of 28."""
 import math
 
 import torch

@@ -7,8 +7,7 @@ Broken files: nothing is repaired, and no part of a clip is passed off as the wh
 shorter than its own header says (containers.py) or when decoding fails after some frames came out; when none came out
 it is `unreadable`. It has the `wrong length` when a part that its header does not know follows: FFmpeg would stop
 before it. Sounds joined in formats without a header over the whole (MP3, AAC, Ogg, FLAC, MPEG-TS) are read to the end.
-Not noticed: errors that a video decoder hides, and a cut in a format that does not say how long it is.
-"""
+Not noticed: errors that a video decoder hides, and a cut in a format that does not say how long it is."""
 import math
 import os
 import stat
@@ -115,8 +114,7 @@ def read_frames(path, *, fps=1.0, nframes=None, fit=None):
     """Decode the frames that Qwen's rule picks (`image.sample_frames`) from the video track.
 
     Frames that decode count, not the header's number: clips cut without re-encoding list frames that an edit list
-    hides. The rate is the track's average. As in the reference's readers frames are turned as the file says, and a
-    sample aspect ratio is ignored.
+    hides. The rate is the track's average. As in the reference, frames are turned and sample aspect ratios ignored.
 
     fps: frames to pick per second of video. nframes: a fixed number instead, even and >= 2. fit: function((1, 3, H, W),
     T) that resizes each picked frame at once, so that few large ones are held. Returns (frames_TCHW, (T, 3, H, W) uint8

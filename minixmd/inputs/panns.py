@@ -2,8 +2,7 @@
 
 The spectrum is a convolution with the Fourier matrix, as in the original: an FFT takes half the time, but in quiet bins
 rounds to up to 0.0005 dB elsewhere.
-Letters: S samples at 16 kHz, A frames of 10 ms, F = 257 bins of the spectrum, M = 64 mel bins.
-"""
+Letters: S samples at 16 kHz, A frames of 10 ms, F = 257 bins of the spectrum, M = 64 mel bins."""
 import functools
 
 import numpy as np

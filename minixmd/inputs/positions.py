@@ -1,8 +1,7 @@
 """Rotary positions in three rows: time, height, width.
 
 Text and audio advance all three rows by one a token. A block (a video, or a video with its sound) has positions of its
-own, counted from the position reached; what follows resumes at the largest one used + 1, as in the models' training.
-"""
+own, counted from the position reached; what follows resumes at the largest one used + 1, as in the models' training."""
 import torch
 
 

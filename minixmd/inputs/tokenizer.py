@@ -34,7 +34,6 @@ class Draft:
     target: list = field(default_factory=list)
     media: list = field(default_factory=list)
     blocks: list = field(default_factory=list)  # as positions_of takes them
-    audios: int = 0  # so far
     first_clip: str = "prompt"  # its name, for messages
 
     def read(self, source, kind, options):
@@ -61,9 +60,8 @@ class Draft:
 class Processor:
     """Callable: conversation -> Prompt. Also holds what depends on the tokenizer: letters, suppressed ids, decoding.
 
-    folder: holds tokenizer.json. config: models.families.ModelConfig; the ids of its media tokens must be the
-    tokenizer's, its embedding must have a row for every token, and its context is the limit on a prompt's length.
-    Raises ValueError: no readable tokenizer.json, or one that belongs to another model."""
+    folder: holds tokenizer.json. config: models.families.ModelConfig, whose context limits a prompt's length. Raises
+    ValueError: no readable tokenizer.json, or one of another model: other media tokens, or more tokens than rows."""
 
     def __init__(self, folder, config):
         self.folder, self.config, self.family = Path(folder), config, config.family
@@ -119,9 +117,8 @@ class Processor:
         conversation: [{"role": "user", "content": [{"type": "audio", "audio": path}, {"type": "text", …}]}]; media are
         paths, 16 kHz mono waves (float tensor (S,)) or frames (uint8 tensor (T, 3, H, W)). A video part may carry fps,
         min_pixels, max_pixels, nframes, and `"use_audio": True` (Omni) for its sound track, in turns with the picture.
-        A last assistant turn is the target; without one the prompt ends where it would start.
-        load: reads a clip's file, as load_clip, such as a Contained one. max_new_tokens: tokens that will be written
-        after the prompt, for which there must be room.
+        A last assistant turn is the target; without one the prompt ends where it would start. load: reads a clip's
+        file, as load_clip. max_new_tokens: tokens to be written after the prompt, for which there must be room.
         Raises MediaError: a clip that cannot be used; "too long" for a prompt over the model's limit. ValueError: a
         malformed conversation, or media the family does not take."""
         if not conversation or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in conversation):
@@ -180,7 +177,6 @@ class Processor:
         if kind not in part:
             raise ValueError(f"turn {number}: {kind} part has no key {kind!r}")
         if kind == "audio":
-            draft.audios += 1
             media, offsets_3P = self._audio(part["audio"], draft), None
         else:
             media, offsets_3P = self._video(part, draft)
@@ -192,7 +188,8 @@ class Processor:
             draft.add(self.encode(text))
             self._add_sounded(draft, media, offsets_3P, self._audio(part["video"], draft))
             return ""
-        draft.add(self.encode(text + template.before.format(n=draft.audios)))
+        audios = sum(clip.kind == "audio" for clip in [*draft.media, media])
+        draft.add(self.encode(text + template.before.format(n=audios)))
         placeholder = self.tokenizer.token_to_id(template.placeholder)
         draft.add_clips([placeholder] * len(media.rows_P), [media], offsets_3P)
         return template.after

@@ -5,14 +5,10 @@ from itertools import chain, groupby
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from minixmd.inputs.batch import send
 from minixmd.runs.device import resolve_device
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # of torch before 2.10
-    varlen_attn = None
 
 
 def packed_attention(q_NHK, k_NJK, v_NJK, segments, causal=True):
@@ -27,22 +23,10 @@ def packed_attention(q_NHK, k_NJK, v_NJK, segments, causal=True):
     return attend_by_runs(q_NHK, k_NJK, v_NJK, segments, causal)
 
 
-# ---- one call for all segments ----
-
-
-@cache
-def varlen_options():
-    """{causal (bool): varlen_attn's keywords for what rows see}; None where torch has none, or one unknown here."""
-    known = inspect.signature(varlen_attn).parameters if varlen_attn else {}
-    if "window_size" in known and "enable_gqa" in known:
-        return {True: {"window_size": (-1, 0), "enable_gqa": True}, False: {"enable_gqa": True}}
-    return None
-
-
 @cache
 def takes_varlen(device):
-    """Whether varlen_attn can be used there: not on a GPU older than an A100."""
-    if varlen_options() is None:
+    """Whether varlen_attn can be used there: torch's has all that is needed, and the GPU is no older than an A100."""
+    if not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
         return False
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -87,7 +71,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_SJK):
-        (row_S,) = ctx.saved_tensors
+        [row_S] = ctx.saved_tensors
         grad_NJK = torch.zeros(ctx.count, *grad_SJK.shape[1:], dtype=torch.float32, device=grad_SJK.device)
         return grad_NJK.index_add_(0, row_S, grad_SJK.float()).to(grad_SJK.dtype), None
 
@@ -97,10 +81,8 @@ def attend_at_once(q_NHK, k_NJK, v_NJK, segments, causal=True, attend=None):
     *lengths, key_row_S = plan_of(segments, q_NHK.device)
     if key_row_S is not None:
         k_NJK, v_NJK = _Gather.apply(k_NJK, key_row_S), _Gather.apply(v_NJK, key_row_S)
-    return (attend or varlen_attn)(q_NHK, k_NJK, v_NJK, *lengths, **varlen_options()[causal])
-
-
-# ---- one call a run of like segments ----
+    seen = (-1, 0) if causal else (-1, -1)  # how many rows before and after a row's own; -1: all
+    return (attend or varlen_attn)(q_NHK, k_NJK, v_NJK, *lengths, window_size=seen, enable_gqa=True)
 
 
 def attend_by_runs(q_NHK, k_NJK, v_NJK, segments, causal=True):

@@ -2,8 +2,7 @@
 
 Attribute names equal the published file's, Cnn14_16k_mAP=0.438.pth. Three of its tensors are the front end's: frozen
 and unused, they are kept so that a file with another front end is refused.
-Letters: B clips, A frames of 10 ms, M = 64 mel bins, C channels, E the embedding's width, K classes.
-"""
+Letters: B clips, A frames of 10 ms, M = 64 mel bins, C channels, E the embedding's width, K classes."""
 import pickle
 from itertools import pairwise
 from pathlib import Path
@@ -41,8 +40,12 @@ class Cnn14(nn.Module):
     def __init__(self, classes=527, width=1.0):
         super().__init__()
         channels = [max(1, round(width * C)) for C in CHANNELS]
-        for name, tensor in front_end().items():
-            _register(self, name, nn.Parameter(tensor, requires_grad=False))
+        real, imag, filters = (nn.Parameter(tensor, requires_grad=False) for tensor in front_end().values())
+        stft = nn.ModuleDict()
+        stft["conv_real"] = nn.ParameterDict({"weight": real})
+        stft["conv_imag"] = nn.ParameterDict({"weight": imag})
+        self.spectrogram_extractor = nn.ModuleDict({"stft": stft})
+        self.logmel_extractor = nn.ParameterDict({"melW": filters})
         self.bn0 = nn.BatchNorm2d(MELS)
         for i, (C_in, C_out) in enumerate(pairwise([1, *channels]), 1):
             self.add_module(f"conv_block{i}", ConvBlock(C_in, C_out))
@@ -68,16 +71,6 @@ class Cnn14(nn.Module):
         x_BCA = x_BCAM.mean(3)
         x_BC = _dropout(x_BCA.max(2).values + x_BCA.mean(2), DROP_FC, generator)
         return _dropout(F.relu(self.fc1(x_BC)), DROP_FC, generator)
-
-
-def _register(model, name, parameter):
-    """model.a.b.c = parameter for the name "a.b.c"; modules that are missing on the way are added."""
-    *path, leaf = name.split(".")
-    for step in path:
-        if not hasattr(model, step):
-            model.add_module(step, nn.Module())
-        model = getattr(model, step)
-    model.register_parameter(leaf, parameter)
 
 
 def _dropout(x, p, generator):
@@ -146,8 +139,8 @@ def load_weights(model, path, head=True):
             tensors.pop(name, None)
             del state[name]
     faults = tensor_faults(tensors, state)
-    for name in front_end().keys() - faults.keys():
-        if not torch.allclose(tensors[name].float(), front_end()[name], rtol=0, atol=1e-5):
+    for name, tensor in front_end().items():
+        if name not in faults and not torch.allclose(tensors[name].float(), tensor, rtol=0, atol=1e-5):
             faults[name] = f"{name} is of another front end"
     if faults:
         listed = "; ".join(sorted(faults.values()))

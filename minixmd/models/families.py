@@ -1,9 +1,7 @@
 """The model families: what differs between them, as data, and config.json read into dataclasses.
 
-A field that is absent takes the reference's default. One that is not implemented here raises, unless it has the value
-under which it does not change the reference's model.
-"""
-from dataclasses import dataclass, field, fields, replace
+An absent field takes the reference's default; one that is not implemented raises, unless its value changes nothing."""
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -61,8 +59,7 @@ class ClipTemplate(NamedTuple):
     after: str
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     model_type: str
     text_defaults: TextConfig
     token_fields: dict[str, str]  # config field -> the token whose id it must hold
@@ -71,14 +68,14 @@ class Family:
     audio: ClipTemplate | None = None  # None: the model takes no audio
     max_audio_s: int = 0  # seconds of a clip that are used
     vision_defaults: VisionConfig | None = None
-    vision_names: dict[str, str] = field(default_factory=VISION_NAMES.copy)
+    vision_names: dict[str, str] = VISION_NAMES
     video: ClipTemplate | None = None
-    time_fields: dict[str, int] = field(default_factory=dict)  # config fields of sounded videos -> their defaults
+    time_fields: dict[str, int] = {}  # config fields of sounded videos -> their defaults
     sampled_fps: bool = True  # frames' times follow the rate of the chosen frames; False: the rate that was asked for
     split_qkv: bool = False  # the vision tower's queries, keys and values are three matrices in the file
-    checkpoint_prefixes: dict[str, str] = field(default_factory=lambda: {"": ""})  # our prefix -> the published file's
+    checkpoint_prefixes: dict[str, str] = {"": ""}  # our prefix -> the published file's
     section: str | None = None  # config.json describes several models; this field is the one that is built
-    skipped: dict[str, str] = field(default_factory=dict)  # tensor prefix of a part that is not built -> its name
+    skipped: dict[str, str] = {}  # tensor prefix of a part that is not built -> its name
 
     def checkpoint_name(self, name):
         """The published file's name for our parameter or module `name`."""
@@ -137,8 +134,8 @@ QWEN2_VL = Family(
     token_fields={"video_token_id": "<|video_pad|>", "image_token_id": "<|image_pad|>",
                   "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"},
 )  # fmt: skip
-QWEN2_5_VL = replace(QWEN2_VL, model_type="qwen2_5_vl", vision_names=VISION_NAMES,
-                     vision_defaults=replace(WINDOWED_VISION, tokens_per_second=4))
+QWEN2_5_VL = QWEN2_VL._replace(model_type="qwen2_5_vl", vision_names=VISION_NAMES,
+                               vision_defaults=replace(WINDOWED_VISION, tokens_per_second=4))
 OMNI_THINKER = Family(  # the model in Qwen2.5-Omni that listens, looks and writes; saved on its own
     model_type="qwen2_5_omni_thinker",
     text_defaults=TextConfig(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
@@ -152,8 +149,9 @@ OMNI_THINKER = Family(  # the model in Qwen2.5-Omni that listens, looks and writ
                   "vision_start_token_id": "<|vision_bos|>", "vision_end_token_id": "<|vision_eos|>"},
     time_fields={"position_id_per_seconds": 25, "seconds_per_chunk": 2}, sampled_fps=False, split_qkv=True,
 )  # fmt: skip
-OMNI = replace(OMNI_THINKER, model_type="qwen2_5_omni", section="thinker_config", checkpoint_prefixes={"": "thinker."},
-               skipped={"talker.": "talker", "token2wav.": "token2wav"})
+OMNI = OMNI_THINKER._replace(
+    model_type="qwen2_5_omni", section="thinker_config", checkpoint_prefixes={"": "thinker."},
+    skipped={"talker.": "talker", "token2wav.": "token2wav"})
 FAMILIES = {family.model_type: family for family in (QWEN2_AUDIO, QWEN2_VL, QWEN2_5_VL, OMNI_THINKER, OMNI)}
 
 CONFIG_FIELDS = read_json(Path(__file__).with_name("config_fields.json"))  # how those that build nothing are taken
@@ -218,8 +216,7 @@ def _text_section(family, section, path, ignored):
 
 
 def _read_fields(family, defaults, section, path, ignored):
-    """A section of config.json, which may be None, as a dataclass. path: its place, such as "vision_config.". ignored:
-    list to which unknown fields are added."""
+    """A section of config.json, or None, as a dataclass. path: as "vision_config.". ignored: takes unknown fields."""
     section = section or {}
     there = [f for f in fields(defaults) if getattr(defaults, f.name) is not None]
     known = {family.vision_names.get(f.name, f.name): f for f in there}  # by their names in config.json

@@ -4,8 +4,7 @@
 
 f is a row loss, which needs one row of logits and a few numbers of that token, so dz is known as soon as the row is.
 Each chunk is finished before the next starts: logits in fp32, a row kernel (kernels/) that gives loss and dz, then dh,
-and dW when the head trains. No logits are kept and none recomputed.
-"""
+and dW when the head trains. No logits are kept and none recomputed."""
 from dataclasses import dataclass
 
 import torch

@@ -1,8 +1,7 @@
 """A model's folder by path or by its name on the Hugging Face hub, "owner/name" or "owner/name@revision".
 
 Only what is read is fetched: config and tokenizer, the index, then the shards that hold tensors we build. It stays in
-the hub's own cache. A name without a revision stands for the commit that `main` is when this process first asks.
-"""
+the hub's own cache. A name without a revision stands for the commit that `main` is when this process first asks."""
 import sys
 from contextlib import suppress
 from functools import cache

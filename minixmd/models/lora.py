@@ -69,13 +69,12 @@ def add_lora(model, *, rank, alpha, targets, seed):
     if not layers:
         raise ValueError(f"lora_targets {targets!r} matches no linear layer of this model")
     for name, layer in layers.items():
-        out_features, in_features = layer.weight.shape
         device = layer.weight.device
         generator = torch.Generator().manual_seed(hash_seed(seed, name))
-        bound = in_features ** -0.5  # kaiming_uniform with a = sqrt(5), the field's convention
-        a_RD = (torch.rand(rank, in_features, generator=generator) * 2 - 1) * bound
+        bound = layer.in_features ** -0.5  # kaiming_uniform with a = sqrt(5), the field's convention
+        a_RD = (torch.rand(rank, layer.in_features, generator=generator) * 2 - 1) * bound
         layer.lora_A = nn.Parameter(a_RD.to(device))
-        layer.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
+        layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
         layer.scale = alpha / rank
 
 

@@ -1,14 +1,11 @@
 """MultimodalLM: encoder features take the place of their placeholder tokens in a Qwen2 decoder; an LM head reads it.
 
-What trains or samples never reaches for a submodule's parameters; only what checks does (minixmd.verify, bench/).
-"""
-from collections import OrderedDict
+What trains or samples never reaches for a submodule's parameters; only what checks does (minixmd.verify, bench/)."""
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from minixmd.inputs.batch import send
 from minixmd.models.attention import packed_attention
 from minixmd.models.head import CHUNK, head_loss, raw_logits
 from minixmd.models.lora import Linear, set_backend
@@ -30,8 +27,9 @@ class MultimodalLM(nn.Module):
         self.backend = "torch"  # of the kernels: lora.set_backend
         if config.audio is not None:
             self.audio_tower = Whisper(config.audio)
-            projector = OrderedDict(linear=Linear(config.audio.d_model, config.text.hidden_size))
-            self.multi_modal_projector = nn.Sequential(projector) if config.audio.output_dim is None else None
+            self.multi_modal_projector = nn.Sequential()  # empty where the tower has a projection of its own
+            if config.audio.output_dim is None:
+                self.multi_modal_projector.add_module("linear", Linear(config.audio.d_model, config.text.hidden_size))
         if config.vision is not None:
             self.visual = ViT(config.vision, config.family.split_qkv)
         self.model = Qwen2(config.text)
@@ -76,8 +74,7 @@ class MultimodalLM(nn.Module):
         if kind == "encoded":
             return torch.cat([m.features for m in media])
         if kind == "audio" and self.config.audio is not None:
-            features = self.audio_tower(media)
-            return features if self.multi_modal_projector is None else self.multi_modal_projector(features)
+            return self.multi_modal_projector(self.audio_tower(media))
         if kind == "video" and self.config.vision is not None:
             return self.visual(media)
         raise ValueError(f"a {self.config.family.model_type} model cannot take {kind}")
@@ -87,8 +84,8 @@ class MultimodalLM(nn.Module):
         """The Prompt with its clips replaced by the encoders' output, which later passes reuse; it has no gradient."""
         media = []
         for m in prompt.media:
-            [features] = send([m.features], self.device)
-            media.append(replace(m, features=self.encode(m.kind, [replace(m, features=features)]), kind="encoded"))
+            features_PD = self.encode(m.kind, [m.to(self.device)])
+            media.append(replace(m, features=features_PD, kind="encoded"))
         return replace(prompt, media=tuple(media))
 
     def logits(self, hidden_ND):

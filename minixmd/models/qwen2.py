@@ -101,7 +101,7 @@ class Qwen2(nn.Module):
         K = self.config.hidden_size // self.config.num_attention_heads
         exponent = torch.arange(0, K, 2, device=positions_3N.device).float() / K
         frequencies = 1.0 / self.config.rope_theta ** exponent
-        sections = frequencies.split(list(self.config.mrope_section or (K // 2,)))  # by time, height and width
+        sections = frequencies.split(self.config.mrope_section or (K // 2,))  # by time, height and width
         angles = [positions_3N[row].float()[:, None] * section for row, section in enumerate(sections)]
         angle_NK = torch.cat([*angles, *angles], dim=-1)
         return angle_NK.cos(), angle_NK.sin()

@@ -1,8 +1,7 @@
 """The vision tower: a ViT over frame pairs with two-dimensional rotary positions, then a 2x2 merge.
 
 Qwen2-VL: LayerNorm, a plain MLP, every block sees a whole frame pair. Qwen2.5-VL and Omni: RMSNorm, a gated MLP, and
-most blocks see windows of 112 pixels; the rows are put in window order once, so that a window is a run of neighbours.
-"""
+most blocks see windows of 112 pixels; the rows are put in window order once, so a window is a run of neighbours."""
 import torch
 from torch import nn
 
@@ -139,8 +138,7 @@ class ViT(nn.Module):
             return self.merger(x_PE)
         order, windows = self._windows(grids)
         order = order.to(x_PE.device)
-        rows_P = (MERGE**2 * order[:, None] + torch.arange(MERGE**2, device=order.device)).flatten()
-        x_PE, cos_PK, sin_PK = x_PE[rows_P], cos_PK[rows_P], sin_PK[rows_P]
+        x_PE, cos_PK, sin_PK = (x.unflatten(0, (-1, MERGE**2))[order].flatten(0, 1) for x in (x_PE, cos_PK, sin_PK))
         for i, block in enumerate(self.blocks):
             segments = frames if i in self.config.fullatt_block_indexes else windows
             x_PE = run_block(self, block, x_PE, cos_PK, sin_PK, segments)

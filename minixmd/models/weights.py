@@ -36,7 +36,7 @@ PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "mer
                    "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", SPEAKERS)
 SHARD_BYTES = 5_000_000_000  # a file's size at most, as on the hub
 BASE_FILE = "minixmd_base.json"  # beside an adapter: where its base lies from there, and a digest of it
-ADAPTER = {"r": Annotated[int, "> 0"], "lora_alpha": Annotated[float, "> 0"], "target_modules?": tuple[str, ...] | None}
+ADAPTER = {"r": Annotated[int, "> 0"], "lora_alpha": Annotated[float, "> 0"]}
 DTYPE_FIELDS = {"dtype", "torch_dtype"}  # of config.json, in transformers 5 and 4
 
 
@@ -59,12 +59,10 @@ def build(config):
 
 
 def load_model(folder, *, device="cpu", dtype=torch.float32, sharded=False):
-    """The frozen MultimodalLM of a folder, in `dtype` on `device`. Each tensor gets memory of its own, so the peak is
-    the model, and no parameter keeps a file open.
+    """The frozen MultimodalLM of a folder, in `dtype` on `device`. Each tensor is copied: the peak is the model.
 
-    folder: config.json and model.safetensors (or shards with their index; those that hold nothing that is built need
-    not be there). sharded: among the run's processes, by shard_frozen. Raises ValueError: unsupported config; a broken
-    file; or all tensors that do not fit."""
+    folder: config.json and model.safetensors, or an index and the shards of which anything is built; no file stays
+    open. sharded: by shard_frozen. ValueError: an unsupported config; a broken file; or all tensors that do not fit."""
     folder = Path(folder)
     config = config_of(folder)
     model = build(config).requires_grad_(False)
@@ -99,9 +97,8 @@ def load_model(folder, *, device="cpu", dtype=torch.float32, sharded=False):
 
 
 def save_model(model, processor_folder, folder, shard_bytes=SHARD_BYTES):
-    """Write a model without adapters in the published layout, with the tokenizer and processor files of its source; of
-    Qwen2.5-Omni the thinker. An older config.json is removed first, and the new one is written last: without it nothing
-    loads the folder, so a kill leaves no mixture.
+    """Write a model without adapters in the published layout, with its source's tokenizer and processor files; of Omni
+    the thinker. An older config.json goes first and the new one comes last: a kill leaves no mixture that loads.
 
     processor_folder: where the tokenizer's files are; may be `folder`. shard_bytes: the largest size of a weight file.
     Raises ValueError: the model carries an adapter, or `folder` holds one."""
@@ -189,8 +186,8 @@ def read_adapter(model, folder):
         values = CONFIG_FIELDS["adapter_values"].get(name, [value])
         if value not in values or value and name not in CONFIG_FIELDS["adapter"]:
             raise ValueError(f"{folder}: adapter_config.json {name} = {value!r} is not implemented")
-    check_fields(config, ADAPTER | ({"target_modules?": str} if isinstance(config.get("target_modules"), str) else {}),
-                 f"{folder}: adapter_config.json")
+    targets = str if isinstance(config.get("target_modules"), str) else tuple[str, ...] | None
+    check_fields(config, {**ADAPTER, "target_modules?": targets}, f"{folder}: adapter_config.json")
     layers = named_linears(model)
     paths = {name: _module_paths(model.config.family, name) for name in layers}
     name_of = {path: name for name, all_paths in paths.items() for path in all_paths}

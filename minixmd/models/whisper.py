@@ -2,8 +2,7 @@
 
 Qwen2-Audio pads a clip to 30 s and masks the keys beyond its end, so only the convolutions look there: at two mel
 frames, which the log-mel carries as a halo. Without the padding the clip's own frames give the same numbers. Omni has
-the same blocks, but cuts a clip into chunks of 2 s that do not see each other.
-"""
+the same blocks, but cuts a clip into chunks of 2 s that do not see each other."""
 import math
 from itertools import groupby
 
