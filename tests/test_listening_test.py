@@ -431,3 +431,39 @@ def test_a_test_of_45_trials_is_done_by_keys_and_clicks_and_survives_a_reload(cl
     assert list(result) == ["listening_test", "test", "participant", "started", "finished", "user_agent", "trials"]
     assert (result["listening_test"], result["test"], result["participant"]) == (1, known["test"], 2)
     assert "Chrome" in result["user_agent"] and list(expected[0]) == list(result["trials"][0])
+
+
+TOO_SMALL = """return [...document.querySelectorAll("button, label, input[type=number]")].filter(
+    element => element.offsetParent && element.getBoundingClientRect().height < 44).map(element => element.outerHTML)"""
+TOO_WIDE = "return document.documentElement.scrollWidth - 390"
+
+
+@pytest.mark.slow
+def test_on_a_telephone_nothing_is_too_wide_or_too_small_and_motion_waits_where_that_is_wished(clips, tmp_path):
+    out = make(clips / "manifest.jsonl", tmp_path / "out", "--conditions", "eyes")
+    known = in_page(out)
+    trials = known["participants"][4]
+    (out / known["clips"][trials[1]["clip"]]["files"]["eyes"]).unlink()
+    with browser(tmp_path) as page:
+        page.devtools("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True)
+        page.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-reduced-motion", "value": "reduce"}])
+        page.open((out / "index.html").as_uri() + "?participant=6")
+        assert page.script(TOO_WIDE) <= 0 and page.script(TOO_SMALL) == []
+        page.click("#intro .main")
+        assert page.script("return !document.querySelector('#intro').hidden")  # there are 5 participants
+        page.open((out / "index.html").as_uri() + "?participant=5")
+        page.click("#intro .main")  # without a volume check: no clip has sound
+        time.sleep(0.5)
+        assert page.text("#message") == "Press space or this button to play the clip."
+        assert page.script("return media.paused && state.begun === null && document.querySelector('#choice').disabled")
+        page.press("b" + ENTER)  # nothing to answer yet
+        assert page.text("#progress").startswith("1 of 9.") and page.text("#message") == "Choose an answer first."
+        page.press(" ")
+        page.wait("!document.querySelector('#choice').disabled")
+        assert page.script("return state.replays") == 0  # that was the first time
+        assert page.script(TOO_WIDE) <= 0 and page.script(TOO_SMALL) == []
+        page.press("b" + ENTER + " ")
+        page.wait("document.querySelector('#message').innerText.startsWith('This clip cannot be played: media/')")
+        page.click("#stop")
+        assert page.script(TOO_WIDE) <= 0 and page.script(TOO_SMALL) == []
+        assert len(check_file(page.script("return document.querySelector('#text').value"))["trials"]) == 1
