@@ -1,14 +1,15 @@
 """Ask any other multimodal model the questions of a manifest: python tools/answers_of.py MODEL MANIFEST OUT.jsonl
 
 MODEL, a folder or "owner/name" on the hub, is of any kind that transformers loads (tested with 5.24). Answers are
-greedy but for what its generation_config adds, such as a repetition penalty: lines {"id", "text", "finished"}, or {"id",
-"bad", "detail"} for a clip that cannot be used. OUT.json says what made them. Stopped and started again, it goes on.
+greedy, but for what its generation_config adds, such as a repetition penalty. A line of OUT.jsonl is {"id", "text",
+"finished"} or, of a clip that cannot be used, {"id", "bad", "detail"}; OUT.json says what made it. Stopped and started
+again, it goes on.
 """
 import argparse
 import sys
 from functools import partial
 from hashlib import sha256
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from minixmd.inputs.media import MediaError, read_audio, read_frames  # noqa: E4
 from minixmd.models.hub import pinned  # noqa: E402
 from minixmd.runs.files import read_json, write_json  # noqa: E402
 from minixmd.runs.records import append_jsonl, bad_record, drop_torn_line, read_records  # noqa: E402
+from minixmd.runs.stage_directory import versions  # noqa: E402
 
 ANSWER = {"id": str, "text": str, "finished": bool}
 CALLERS = {"auto": TransformersModel, "qwen-audio-chat": QwenAudioChat, "kimi-audio": KimiAudio}
@@ -49,20 +51,29 @@ def check_arguments(args):
 
 def answered_before(args, name, revision):
     """Records that OUT holds; ValueError if they were made otherwise. OUT.json then says what makes them."""
-    made_by = {field: getattr(args, field) for field in ("caller", "media", "prompt", "fps", "max_new_tokens", "dtype")}
-    made_by |= {package: version(package) for package in ("transformers", "torch", "minixmd")}
-    made_by |= {"model": name, "revision": revision, "manifest": str(args.manifest.resolve()),
-                "manifest_sha256": sha256(args.manifest.read_bytes()).hexdigest()}
+    made_by = {"model": name, "revision": revision}
+    for field in ("caller", "media", "prompt", "fps", "max_new_tokens", "dtype"):
+        made_by[field] = getattr(args, field)
+    made_by["manifest"] = str(args.manifest.resolve())
+    made_by["manifest_sha256"] = sha256(args.manifest.read_bytes()).hexdigest()
+    made_by |= {"transformers": transformers_version(), "torch": torch.__version__, "minixmd": versions()["minixmd"]}
     settings = args.out.with_suffix(".json")
     if args.out.exists():
-        before = read_json(settings)
+        before = read_json(settings) if settings.exists() else {}
         for field, value in made_by.items():
             if before.get(field) != value:
-                raise ValueError(f"{args.out}: was made with {field} {before.get(field)!r}, now it is {value!r}; delete "
-                                 "the file or name another one")
+                raise ValueError(f"{args.out}: was made with {field} {before.get(field)!r}, now it is {value!r}; "
+                                 "delete that file or name another one")
     write_json(settings, made_by)
     drop_torn_line(args.out, "; it is asked again")
     return read_records(args.out, ANSWER, own=True, key="id") if args.out.exists() else []
+
+
+def transformers_version():
+    try:
+        return version("transformers")
+    except PackageNotFoundError:
+        raise ValueError("transformers is not installed; pip install transformers") from None
 
 
 def first_line(error):
@@ -70,7 +81,7 @@ def first_line(error):
 
 
 def ask(args):
-    """Writes the answers that OUT lacks. Raises ValueError, OSError and ImportError for what is wrong with the input."""
+    """Writes the answers that OUT lacks. Raises ValueError and OSError for what is wrong with the input."""
     check_arguments(args)
     name, revision = pinned(f"{args.model}@{args.revision}" if args.revision else args.model), None
     if not Path(name).is_dir():
@@ -85,18 +96,17 @@ def ask(args):
             caller = CALLERS[args.caller](args, name, revision)
         except Exception as error:  # whatever the files and the code of a model raise
             raise ValueError(f"{args.model}: cannot be used: {first_line(error)}") from error
-        records += answer_all(args, caller, left)
+        answer_all(args, caller, left, records)
     bad = [record for record in records if "bad" in record]
     if len(bad) == len(records):
         raise ValueError(f"{args.out}: no clip can be used; the first: {bad[0]['detail']}")
     print(f"{args.out}: {len(records) - len(bad)} answers, {len(bad)} bad clips")
 
 
-def answer_all(args, caller, examples):
-    """The records of these examples, each appended to OUT at once."""
+def answer_all(args, caller, examples, records):
+    """Appends each example's record to `records` and to OUT."""
     readers = {"audio": Contained(partial(read_audio, sample_rate=caller.sample_rate), workers=1),
                "video": Contained(partial(read_frames, fps=args.fps), workers=1)}
-    records = []
     try:
         for example in tqdm(examples):
             [turn] = build_conversation(example, media=args.media, prompt=args.prompt)
@@ -108,14 +118,15 @@ def answer_all(args, caller, examples):
                 record = {"id": example.id, "text": text, "finished": finished}
             except MediaError as error:
                 record = bad_record(example, error)
-            except ValueError as error:  # of a processor, that takes no clip of this length or shape
-                record = {"id": example.id, "bad": "refused", "detail": f"{args.model}: {first_line(error)}"}
+            except ValueError as error:  # of the processor: no clip at all, or none of this length or shape
+                record = {"id": example.id, "bad": "refused", "detail": f"by the model: {first_line(error)}"}
+                if not any("text" in earlier for earlier in records):
+                    raise ValueError(f"{args.model}: example {example.id!r}: {first_line(error)}") from error
             append_jsonl(args.out, record)
             records.append(record)
     finally:
         for reader in readers.values():
             reader.stop()
-    return records
 
 
 def main(argv=None):
@@ -138,7 +149,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         ask(args)
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"answers_of: {first_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

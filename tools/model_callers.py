@@ -1,6 +1,8 @@
-"""Three ways to ask another model, for tools/answers_of.py. Each is made of (args, the model's folder or name on the hub,
-its commit there) and has a sample_rate and answer(content, clips): content is the user's turn of build_conversation, and
-clips what was read of each medium in it. It returns the text and whether the model ended it.
+"""Three ways to ask another model, for tools/answers_of.py.
+
+Each is made of the arguments, the model's folder or its name on the hub, and its commit there. It has a sample_rate and
+answer(content, clips), which returns the text and whether the model ended it. content: of the user's turn, as
+build_conversation makes it; clips: what was read of each medium in it.
 """
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,7 @@ class TransformersModel:
         import transformers
 
         transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
         self.args, source = args, {"revision": revision, "trust_remote_code": args.trust_remote_code}
         raw, _ = transformers.PretrainedConfig.get_config_dict(name, revision=revision)
         if "auto_map" in raw and not args.trust_remote_code:
@@ -49,34 +52,38 @@ class TransformersModel:
         if absent := sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]])):
             raise ValueError(f"{len(absent)} weights are not in its files as its config says, such as {absent[0]}")
         self.model = getattr(model, "thinker", model).to(args.device).eval()  # the part of an Omni model that writes
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:  # of a thinker
+            ends = self.processor.tokenizer.eos_token_id
+        self.ends = ends if isinstance(ends, list) else [ends]
 
     @torch.inference_mode()
     def answer(self, content, clips):
-        filled, options, limit = [], {}, self.args.max_new_tokens
+        filled, options = [], {}
         for part, clip in zip(content, [*clips, None], strict=True):
             if part["type"] == "audio":
                 part = {"type": "audio", "audio": clip.numpy()}
             elif part["type"] == "video":
-                frames = which_frames(part["video"], *clip, self.args.fps)
-                options = {"do_sample_frames": False, "video_metadata": [frames]}
-                part = {"type": "video", "video": clip[0].numpy()}
+                frames_TCHW, sampled_fps = clip
+                frames = which_frames(part["video"], len(frames_TCHW), sampled_fps, self.args.fps)
+                options = {"do_sample_frames": False, "fps": sampled_fps, "video_metadata": [frames]}
+                part = {"type": "video", "video": frames_TCHW.numpy()}
             filled.append(part)
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": filled}], add_generation_prompt=True, tokenize=True, return_dict=True,
             return_tensors="pt", processor_kwargs=options).to(self.model.device, self.model.dtype)
-        ids = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=limit)[0]
+        greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": self.args.max_new_tokens}
+        [ids] = self.model.generate(**inputs, **greedy, eos_token_id=self.ends)
         if not self.model.config.is_encoder_decoder:
             ids = ids[inputs["input_ids"].shape[1]:]
-        ends = self.model.generation_config.eos_token_id
-        finished = len(ids) < limit or int(ids[-1]) in (ends if isinstance(ends, list) else [ends])
-        return self.processor.decode(ids, skip_special_tokens=True), finished
+        return self.processor.decode(ids, skip_special_tokens=True), int(ids[-1]) in self.ends
 
 
-def which_frames(path, frames_TCHW, sampled_fps, fps):
-    """Which of a file's frames read_frames picked: processors write the time of each into the prompt."""
+def which_frames(path, count, sampled_fps, fps):
+    """Which `count` of a file's frames read_frames picked: processors write the time of each into the prompt."""
     with open_media(path, decodes_film=False) as container:
         rate = float(film(container, path).average_rate)
-    total = round(len(frames_TCHW) / sampled_fps * rate)
+    total = round(count / sampled_fps * rate)
     return {"fps": rate, "total_num_frames": total, "duration": total / rate,
             "frames_indices": sample_frames(total, rate, fps=fps)}
 
