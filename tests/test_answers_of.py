@@ -4,7 +4,7 @@ import importlib
 import json
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version
 from pathlib import Path
 
 import av
@@ -242,7 +242,7 @@ class Echo:
     asked = []
 
     def __init__(self, args, name, revision):
-        self.made_of = name, revision
+        Echo.made_of = name, revision
 
     def answer(self, content, clips):
         sound = clips[-1]
@@ -300,7 +300,21 @@ def test_what_made_the_answers_is_written_beside_them(tmp_path, clips, echo):
         "model": str(tmp_path), "revision": None, "caller": "auto", "media": "both", "prompt": "{options} {question}",
         "fps": 2.0, "max_new_tokens": LIMIT, "dtype": "float32", "manifest": str(clips),
         "manifest_sha256": hashlib.sha256(clips.read_bytes()).hexdigest(), "transformers": transformers.__version__,
-        "torch": torch.__version__, "minixmd": made_by["minixmd"]}  # fmt: skip
+        "torch": version("torch"), "minixmd": made_by["minixmd"]}  # fmt: skip
+
+
+def test_of_a_model_on_the_hub_the_commit_is_asked_and_written(tmp_path, clips, echo, monkeypatch):
+    given = []
+
+    def pinned(name):
+        given.append(name)
+        return "owner/name@0123abc"
+
+    monkeypatch.setattr(answers_of, "pinned", pinned)
+    assert run("owner/name", clips, tmp_path / "out.jsonl", "--revision", "v1") == 0
+    assert given == ["owner/name@v1"] and echo.made_of == ("owner/name", "0123abc")
+    made_by = json.loads((tmp_path / "out.json").read_text())
+    assert (made_by["model"], made_by["revision"]) == echo.made_of
 
 
 OTHERS = {  # field -> arguments of a second run that differs in it
@@ -328,7 +342,7 @@ def test_going_on_with_other_settings_is_refused(tmp_path, clips, echo, capsys, 
     if field == "manifest_sha256":
         manifest.write_text(manifest.read_text().replace("Which", "What"))
     if field == "transformers":
-        monkeypatch.setattr(answers_of, "version", lambda name: "4.31.0")
+        monkeypatch.setattr(answers_of, "version", lambda name: "4.31.0" if name == field else version(name))
     if field == "caller":  # OUT.json is gone
         before = before[0], None
         out.with_suffix(".json").unlink()
@@ -372,6 +386,7 @@ def test_a_run_without_one_answer_ends_with_an_error(tmp_path, clips, echo, caps
 ARGUMENTS = {  # what is wrong -> arguments, what stderr says
     "no gpu": (["--device", "cuda"], "torch sees no GPU; --device cpu"),
     "no length": (["--max-new-tokens", "0"], "--max-new-tokens and --limit must be 1 or more"),
+    "no question": (["--limit", "0"], "--max-new-tokens and --limit must be 1 or more"),
     "no rate": (["--fps", "nan"], "--fps above 0"),
     "prompt": (["--prompt", "{option}"], "prompt has no placeholder 'option'; did you mean 'options'?"),
     "no trust": (["--caller", "qwen-audio-chat"], "needs --trust-remote-code"),
@@ -451,11 +466,18 @@ def test_a_model_that_cannot_be_asked_is_one_line(tmp_path, clips, flamingo_fold
     assert line.startswith(f"answers_of: {folder}: cannot be used: ") and said in line, line
 
 
-def test_transformers_that_is_not_installed_is_one_line(tmp_path, clips, echo, capsys, monkeypatch):
-    def version(name):
-        raise PackageNotFoundError(name)
+@pytest.mark.parametrize("body", ["{{ raise_exception('no roles\\nhere') }}", "{{ messages[0].content + '' }}"])
+def test_a_template_that_refuses_the_question_is_one_line(tmp_path, clips, flamingo_folder, capsys, body):
+    folder = tmp_path / "model"
+    shutil.copytree(flamingo_folder, folder)
+    (folder / "chat_template.jinja").write_text(body)
+    assert run(folder, clips, tmp_path / "out.jsonl") == 1
+    line = capsys.readouterr().err.splitlines()[-1]  # after the progress bar
+    assert line.startswith(f"answers_of: {folder}: example 'clip0': ") and not (tmp_path / "out.jsonl").exists()
 
-    monkeypatch.setattr(answers_of, "version", version)
+
+def test_transformers_that_is_not_installed_is_one_line(tmp_path, clips, echo, capsys, monkeypatch):
+    monkeypatch.setattr(answers_of, "find_spec", lambda name: None)
     assert run(tmp_path, clips, tmp_path / "out.jsonl") == 1
     assert capsys.readouterr().err == "answers_of: transformers is not installed; pip install transformers\n"
 

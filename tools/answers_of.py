@@ -9,10 +9,12 @@ import argparse
 import sys
 from functools import partial
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
@@ -36,9 +38,11 @@ CALLERS = {"auto": TransformersModel, "qwen-audio-chat": QwenAudioChat, "kimi-au
 def check_arguments(args):
     """Raises ValueError for what can be known before a file is read."""
     check_prompt(args.prompt)
+    if find_spec("transformers") is None:
+        raise ValueError("transformers is not installed; pip install transformers")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no GPU; --device cpu does without")
-    if min(args.max_new_tokens, args.limit or 1) < 1 or not 0 < args.fps < float("inf"):
+    if args.max_new_tokens < 1 or args.limit is not None and args.limit < 1 or not 0 < args.fps < float("inf"):
         raise ValueError("--max-new-tokens and --limit must be 1 or more, and --fps above 0")
     if args.out.suffix != ".jsonl":
         raise ValueError(f"{args.out}: must end in .jsonl; what made it is written beside it as .json")
@@ -56,7 +60,7 @@ def answered_before(args, name, revision):
         made_by[field] = getattr(args, field)
     made_by["manifest"] = str(args.manifest.resolve())
     made_by["manifest_sha256"] = sha256(args.manifest.read_bytes()).hexdigest()
-    made_by |= {"transformers": transformers_version(), "torch": torch.__version__, "minixmd": versions()["minixmd"]}
+    made_by |= {"transformers": version("transformers"), "torch": version("torch"), "minixmd": versions()["minixmd"]}
     settings = args.out.with_suffix(".json")
     if args.out.exists():
         before = read_json(settings) if settings.exists() else {}
@@ -67,13 +71,6 @@ def answered_before(args, name, revision):
     write_json(settings, made_by)
     drop_torn_line(args.out, "; it is asked again")
     return read_records(args.out, ANSWER, own=True, key="id") if args.out.exists() else []
-
-
-def transformers_version():
-    try:
-        return version("transformers")
-    except PackageNotFoundError:
-        raise ValueError("transformers is not installed; pip install transformers") from None
 
 
 def first_line(error):
@@ -118,7 +115,7 @@ def answer_all(args, caller, examples, records):
                 record = {"id": example.id, "text": text, "finished": finished}
             except MediaError as error:
                 record = bad_record(example, error)
-            except ValueError as error:  # of the processor: no clip at all, or none of this length or shape
+            except (ValueError, TypeError, TemplateError) as error:  # of the processor, to this clip or to every one
                 record = {"id": example.id, "bad": "refused", "detail": f"by the model: {first_line(error)}"}
                 if not any("text" in earlier for earlier in records):
                     raise ValueError(f"{args.model}: example {example.id!r}: {first_line(error)}") from error

@@ -46,7 +46,7 @@ class TransformersModel:
                 raise ValueError(f"its {type(self.processor).__name__} takes no {kind}; choose another --media")
         if getattr(self.processor, "chat_template", None) is None:
             raise ValueError(f"its {type(self.processor).__name__} has no chat template")
-        self.sample_rate = getattr(hears, "sampling_rate", None)
+        self.sample_rate = hears.sampling_rate if hears is not None else None
         model, loaded = auto_class.from_pretrained(name, dtype=getattr(torch, args.dtype), output_loading_info=True,
                                                    **source)
         if absent := sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]])):
