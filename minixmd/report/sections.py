@@ -87,7 +87,8 @@ def parts_of(benchmark):
     for field, order in PARTS[benchmark["name"]].items():
         for name in (*order, *benchmark[field]):
             if name in benchmark[field]:
-                parts[name if "Average" in parts else name.capitalize()] = benchmark[field][name]
+                title = name if "Average" in parts else name.removeprefix("mix-").title()
+                parts[title] = benchmark[field][name]
         parts.setdefault("Average", benchmark["all"])
     return parts
 
