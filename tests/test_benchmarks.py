@@ -1,4 +1,4 @@
-"""tasks/benchmarks.py: how a written answer is scored on AVQA, MMAU and MUSIC-AVQA."""
+"""tasks/benchmarks.py: how a written answer is scored on AVQA, MMAU, MMAR and MUSIC-AVQA."""
 import json
 from pathlib import Path
 from string import ascii_uppercase
@@ -8,7 +8,9 @@ import pytest
 from minixmd.inputs.examples import Example
 from minixmd.tasks.benchmarks import WAYS, benchmark_of, meant, mmau_rule, mmau_table, music_table, same, vote
 
-MMAU = json.loads((Path(__file__).parent / "data" / "mmau-test-mini.json").read_text())  # ten real records
+DATA = Path(__file__).parent / "data"
+MMAU = json.loads((DATA / "mmau-test-mini.json").read_text())  # ten real records
+MMAR = json.loads((DATA / "MMAR-meta.json").read_text())  # eleven real records
 ANIMALS = ("cat", "dog", "dog barking", "sea lion")
 
 
@@ -70,6 +72,11 @@ def ask(record, form):
                                   "{letter}. {text}", "The answer is {letter}.", "<answer>{letter}: {text}</answer>"])
 def test_mmau_letters_stand_for_their_option(form):
     assert all(ask(record, form)[0] for record in MMAU)
+
+
+@pytest.mark.parametrize("form", ["{text}", "{letter}", "({letter}) {text}", "<answer>{letter}. {text}</answer>"])
+def test_mmaus_rule_finds_the_right_options_of_mmar(form):
+    assert all(ask(record, form)[0] for record in MMAR)
 
 
 def test_mmau_text_that_no_letter_explains_goes_to_the_official_rule_as_it_is():
@@ -149,9 +156,12 @@ def example(**meta):
 def test_a_manifest_is_a_benchmark_if_all_of_it_has_the_fields():
     mmau, music = dict(task="sound", difficulty="easy", sub_category="x"), dict(modality="Audio", type="Counting")
     assert benchmark_of([example(**mmau), example(**mmau, more=1)]) == "mmau"
+    mmar = dict(modality="sound", category="Signal Layer", sub_category="x")
     assert benchmark_of([example(**music)]) == "music_avqa"
+    assert benchmark_of([example(**mmar), example(**mmar, language=None)]) == "mmar"
     for examples in ([example()], [example(**mmau), example()], [example(**mmau), example(**music)],
-                     [example(**(mmau | {"task": ["sound"]}))], [example(type="Which", relation="Sound")]):
+                     [example(**mmar), example(**mmau)], [example(**(mmau | {"task": ["sound"]}))],
+                     [example(type="Which", relation="Sound")]):
         assert benchmark_of(examples) is None
 
 
@@ -163,6 +173,15 @@ def test_mmau_accuracies_are_by_task_difficulty_and_sub_category():
         "difficulty": {"easy": [True, False], "hard": [False]}, "sub_category": {"x": [True, False, False]}}
     with pytest.raises(ValueError):
         mmau_table(metas, [True])
+
+
+def test_mmar_accuracies_are_by_modality_category_and_sub_category():
+    metas = [{"modality": modality, "category": category, "sub_category": "x"} for modality, category in
+             (("sound", "Signal Layer"), ("mix-sound-speech", "Signal Layer"), ("sound", "Cultural Layer"))]
+    assert mmau_table(metas, [True, False, False], "mmar") == {
+        "all": [True, False, False], "modality": {"mix-sound-speech": [False], "sound": [True, False]},
+        "category": {"Cultural Layer": [False], "Signal Layer": [True, False]},
+        "sub_category": {"x": [True, False, False]}}
 
 
 def test_music_accuracies_are_by_type_over_what_is_heard_and_over_all():

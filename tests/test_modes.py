@@ -290,6 +290,40 @@ def test_mmau_is_scored_by_its_own_rule_and_broken_down(world, manifest, tmp_pat
     assert re.search(rf"\n  difficulty +medium +{100 * one['accuracy']:.1f} % of {one['count']} ", out)
 
 
+def mmar():
+    """Eight of the real records of MMAR as prepare_mmar writes them: changes to lines of a manifest."""
+    records = json.loads((DATA / "MMAR-meta.json").read_text())[:8]
+    return [dict(options=r["choices"], answer=r["choices"].index(r["answer"]), source="mmar/test", label=None,
+                 meta=dict(modality=r["modality"], category=r["category"], sub_category=r["sub-category"],
+                           language=r["language"], version="v1", sha256="abc")) for r in records]
+
+
+def test_mmar_is_scored_by_mmaus_rule_and_broken_down(world, manifest, tmp_path, monkeypatch, capsys):
+    lines = mmar()
+    hits = [i % 3 > 0 for i in range(8)]
+    said = []
+    for line, hit in zip(lines, hits, strict=True):
+        other = (line["answer"] + 1) % len(line["options"])
+        said.append(line["options"][line["answer"]].upper() if hit else f"({ascii_uppercase[other]})")
+    says(monkeypatch, said)
+    found, records = run(tmp_path / "run", world, manifest(lines), answer="generate", rule="mmau")
+    assert [record["right"] for record in records] == hits
+    table = found["benchmark"]
+    assert (table["name"], table["version"], table["sha256"]) == ("mmar", "v1", "abc")
+    assert (table["all"]["correct"], table["all"]["count"]) == (found["correct"], 8) == (5, 8)
+    for field in ("modality", "category", "sub_category"):
+        rights = {}
+        for line, hit in zip(lines, hits, strict=True):
+            rights.setdefault(line["meta"][field], []).append(hit)
+        assert {name: (one["correct"], one["count"]) for name, one in table[field].items()} == {
+            name: (sum(of_name), len(of_name)) for name, of_name in rights.items()}
+    out = capsys.readouterr().out
+    assert "asked: 62.5 % of 8 right on mmar v1 (95 % interval" in out and "asked: mmar v1\n" in out
+    assert "note" not in out
+    assert re.search(r"\n  modality +mix-sound-music-speech +100.0 % of 1 ", out)
+    assert re.search(r"\n  category +Cultural Layer +\d+.\d % of 4 ", out)
+
+
 def test_letters_and_votes_stand_for_options_by_mmaus_rule_too(world, manifest, tmp_path, monkeypatch):
     twins = mmau()[0] | dict(options=["cat, dog", "owl", "dog, cat"], answer=0)
     says(monkeypatch, ["C", "B", "B", "dog, cat", "B", "hm", "C", "B"])
@@ -350,10 +384,27 @@ def test_two_versions_of_mmau_are_not_mixed(world, manifest, tmp_path):
     assert (found["benchmark"]["version"], found["benchmark"]["sha256"]) == ("unknown", "unknown")
 
 
+def test_two_versions_of_mmar_are_not_mixed(world, manifest, tmp_path):
+    lines = mmar()
+    lines[3]["meta"] |= dict(version="v0", sha256="def")
+    with pytest.raises(ValueError, match="manifest.jsonl: mixes 2 versions of MMAR.*: v0 def; v1 abc"):
+        run(tmp_path, world, manifest(lines), model="nowhere")
+
+
+def test_mmaus_version_stands_beside_the_accuracy_that_is_printed(world, manifest, tmp_path, capsys):
+    run(tmp_path / "run", world, manifest(mmau()))
+    assert re.search(r"asked: \d+\.\d % of 10 right on mmau v1 \(95 % interval", capsys.readouterr().out)
+    run(tmp_path / "other", world, manifest([{}] * 2))
+    assert re.search(r"asked: \d+\.\d % of 2 right \(95 % interval", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("lines, more, said", [
     (mmau(), dict(rule="option"), r"note: .*manifest.jsonl is MMAU, and rule 'option' is not MMAU's own\n"),
     ([{}] * 2, dict(rule="mmau"), r"note: .*manifest.jsonl is not MMAU, and rule 'mmau' is MMAU's own\n"),
     ([line | {"source": None} for line in mmau()], dict(rule="mmau"), None),  # by its meta
+    (mmar(), dict(rule="option"), r"note: .*manifest.jsonl is MMAR, and rule 'option' is not MMAR's own\n"),
+    ([line | {"meta": {}} for line in mmar()], dict(rule="option"), r"note: .*manifest.jsonl is MMAR, and rule "),
+    (mmar(), dict(rule="mmau"), None),
     ([{}] * 2, dict(rule="option"), None),
     (mmau(), dict(answer="letters"), None),
 ])

@@ -418,7 +418,56 @@ def test_audioset_asks_for_unseen_classes_of_videos_that_vggsound_has_not(audios
     alone = [e for e in examples if e.meta["labels"] == ["Music"]]
     assert alone and not any("Techno" in e.options for e in alone)  # narrower, so that it may be true
     assert {e.meta["group"] for e in examples} == {"Things", "Animal", "Music"}
-    assert "video in VGGSound               2   eval 2" in capsys.readouterr().out
+    assert "video in VGGSound               2   eval 1, unseen 1" in capsys.readouterr().out
+
+
+def test_audiosets_whole_set_is_asked_too_but_for_videos_that_vggsound_trains_on(audioset, capsys):
+    assert run_audioset(audioset, "--no-open") == 0
+    examples, lines = manifest(audioset, "evaluation"), (audioset / "out" / "drops.jsonl").read_text().splitlines()
+    assert [(d["id"], d["reason"], d["detail"]) for d in map(json.loads, lines) if d["split"] == "eval"] == [
+        (f"{youtube(2)}_000030", "video in VGGSound", "train")]
+    assert len(examples) == 63 and {e.id for e in manifest(audioset, "unseen")} < {e.id for e in examples}
+    assert {e.id: e.meta["vggsound"] for e in examples if e.meta["vggsound"]} == {"-ab_defghij_000000": "test"}
+    right = {tuple(e.meta["labels"]): set() for e in examples}
+    offered = set()
+    for e in examples:
+        right[tuple(e.meta["labels"])].add(e.label)
+        wrong = {*e.options} - {e.label}
+        offered |= wrong
+        true = {*e.meta["labels"]}
+        for name, children in ONTOLOGY.items():  # broader ones, then those above them
+            true |= {name} if true & {*children} else set()
+        true |= {"Things"} if true & {"Vehicle", "Clock"} else set()
+        assert e.options[e.answer] == e.label and len(wrong) == 3 and not wrong & true and e.source == "audioset/eval"
+    # the most specific of all the clip's classes, seen ones and those of no sounding object included
+    assert right == {("Ship", "Vehicle"): {"Ship"}, ("Music", "Techno"): {"Techno"}, ("Dog", "Bark"): {"Bark"},
+                     ("Bang", "Toot"): {"Bang", "Toot"}, ("Cat", "Animal"): {"Cat"}, ("Clock", "Tick"): {"Tick"},
+                     ("Music",): {"Music"}, ("Ship", "Bell", "Car"): {"Ship", "Bell", "Car"}}
+    assert offered == {name for labels in right for name in labels}
+    assert not any("Techno" in e.options for e in examples if e.meta["labels"] == ["Music"])  # may be true
+    assert not any("Toot" in e.options for e in examples if "Car" in e.meta["labels"])
+    assert {e.meta["group"] for e in examples if e.label == "Bang"} == {"Source-ambiguous sounds"}
+    summary = json.loads((audioset / "out" / "summary.json").read_text())
+    assert summary["kept"] == {"unseen": 46, "evaluation": 63}
+    assert summary["dropped"]["video in VGGSound"] == {"eval": 1, "unseen": 1}
+    assert "evaluation: 63 clips, 1 of them in videos of VGGSound's test split" in capsys.readouterr().out
+
+
+def test_audioset_clips_are_opened_once_for_both_manifests(audioset):
+    for i in (100, 101, 102):  # Dog and Bark, which are seen; Bang and Toot too; Cat is not
+        write_wav(audioset / "clips" / f"Y{youtube(i)}.wav", sine(440, 1))
+    (audioset / "clips" / f"Y{youtube(101)}.wav").write_bytes(b"no media\n" * 9)
+    assert run_audioset(audioset) == 0
+    both = {name: [e.meta["youtube"] for e in manifest(audioset, name)] for name in ("unseen", "evaluation")}
+    assert both == {"unseen": [youtube(102)], "evaluation": [youtube(100), youtube(102)]}
+    opened = (audioset / "out" / "opened" / "00000.jsonl").read_text().splitlines()
+    ids = [f"{youtube(100)}_000060", f"{youtube(101)}_000090", f"{youtube(102)}_000120"]
+    assert sorted(json.loads(line)["id"] for line in opened) == ids
+    before = contents(audioset)
+    for i in (100, 102):
+        path = audioset / "clips" / f"Y{youtube(i)}.wav"
+        path.write_bytes(bytes(path.stat().st_size))  # opened, it would be no clip
+    assert run_audioset(audioset) == 0 and contents(audioset) == before
 
 
 def test_audioset_rewritten_without_blanks_and_quotes_is_the_same(audioset):

@@ -1,4 +1,4 @@
-"""tools/prepare_{avqa,mmau,music_avqa}.py: files of questions and clips to manifests, whatever is in them."""
+"""tools/prepare_{avqa,mmar,mmau,music_avqa}.py: files of questions and clips to manifests, whatever is in them."""
 import itertools
 import json
 import random
@@ -13,19 +13,22 @@ import soundfile
 from media_files import grey_frames, sine, write_mp4, write_wav
 
 from minixmd.inputs.examples import read_manifest
+from minixmd.tasks.benchmarks import benchmark_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"  # real records
 sys.path.insert(0, str(ROOT / "tools"))
 
 import prepare_avqa  # noqa: E402
+import prepare_mmar  # noqa: E402
 import prepare_mmau  # noqa: E402
 import prepare_music_avqa  # noqa: E402
 from prepare.questions import MAX_TEXT  # noqa: E402
 
-TOOLS = {"avqa": prepare_avqa, "mmau": prepare_mmau, "music_avqa": prepare_music_avqa}
-FILES = {"avqa": "train_qa.json", "mmau": "mmau-test-mini.json", "music_avqa": "avqa-test.json"}
-SPLITS = {"avqa": "train", "mmau": "test-mini", "music_avqa": "test"}
+TOOLS = {"avqa": prepare_avqa, "mmar": prepare_mmar, "mmau": prepare_mmau, "music_avqa": prepare_music_avqa}
+FILES = {"avqa": "train_qa.json", "mmar": "MMAR-meta.json", "mmau": "mmau-test-mini.json",
+         "music_avqa": "avqa-test.json"}
+SPLITS = {"avqa": "train", "mmar": "test", "mmau": "test-mini", "music_avqa": "test"}
 REAL = {name: json.loads((DATA / file).read_text()) for name, file in FILES.items()}
 
 
@@ -183,6 +186,68 @@ def test_mmau_records_that_cannot_be_asked_are_counted(tmp_path):
     assert len(manifest(tmp_path, "mmau")) == len(good)
 
 
+def test_mmar_keeps_what_scoring_needs_and_the_hash_of_the_file(tmp_path, capsys):
+    path = put(tmp_path, "mmar", [{**record, "thinking": "secret", "rubric": ["secret"]} for record in REAL["mmar"]])
+    sha = sha256(path.read_bytes()).hexdigest()
+    assert run(tmp_path, "mmar") == 0
+    examples = manifest(tmp_path, "mmar")
+    assert [e.id for e in examples] == [r["id"] for r in REAL["mmar"]] and drops(tmp_path) == []
+    assert [(e.question, list(e.options), e.options[e.answer]) for e in examples] == [
+        (r["question"], r["choices"], r["answer"]) for r in REAL["mmar"]]
+    assert examples[1].meta == {
+        "modality": "music", "category": "Cultural Layer", "sub_category": "Professional Knowledge and Reasoning",
+        "language": None, "source": "youtube", "url": REAL["mmar"][1]["url"], "timestamp": "00:01:32,00:02:02",
+        "version": f"sha256 {sha[:12]}", "sha256": sha, "group": "music"}
+    assert [e.meta["language"] for e in examples[7:9]] == ["en|ko", "zh"]
+    named = examples[8]  # not by its id
+    assert named.id == "BV1kx411m7UN_2-45_3-15" and named.audio.endswith("/audio/BV1kx411m7UN_00-02-45_00-03-15.wav")
+    assert all(e.video is None and e.label is None and e.source == "mmar/test" for e in examples)
+    assert "secret" not in (tmp_path / "out" / "test.jsonl").read_text(), "the reasoning is not for training"
+    assert benchmark_of(examples) == "mmar"
+    assert f"sha256 {sha}; accuracies compare on the same file only" in capsys.readouterr().out
+    assert summary(tmp_path)["sha256"] == {"MMAR-meta.json": sha}
+    lines = tmp_path / "MMAR-meta.jsonl"  # as it was published later
+    lines.write_text("".join(json.dumps(record) + "\n" for record in REAL["mmar"]))
+    assert run(tmp_path, "mmar", files=[lines]) == 0
+    assert [(e.id, e.options, e.answer) for e in manifest(tmp_path, "mmar")] == [
+        (e.id, e.options, e.answer) for e in examples]
+
+
+MMAR_REFUSALS = [
+    ({"answer": "no such option"}, "answer not among the options"),
+    ({"answer": None}, "no answer"),
+    ({"choices": []}, "no options"),
+    ({"choices": ["a"], "answer": "a"}, "too few options"),
+    ({"question": None}, "no question"),
+    ({"id": ""}, "no id"),
+    ({"modality": ["music"]}, "no modality"),
+    ({"category": None}, "no category"),
+    ({"sub-category": " "}, "no sub-category"),
+    ({"audio_path": None}, "no audio_path"),
+    ({"audio_path": "../../secret.wav"}, "no name of a file"),
+]
+
+
+def test_mmar_records_that_cannot_be_asked_are_counted(tmp_path):
+    good = REAL["mmar"]
+    put(tmp_path, "mmar", [*({**good[0], **change} for change, _ in MMAR_REFUSALS), *good])
+    assert run(tmp_path, "mmar") == 0
+    assert drops(tmp_path) == [(number, reason) for number, (_, reason) in enumerate(MMAR_REFUSALS, 1)]
+    assert len(manifest(tmp_path, "mmar")) == len(good)
+
+
+def test_mmars_sounds_are_opened_in_the_folder_audio_or_beside_and_may_be_long(tmp_path):
+    one, two, three = REAL["mmar"][:3]
+    (tmp_path / "clips" / "audio").mkdir(parents=True)
+    write_wav(tmp_path / "clips" / "audio" / Path(one["audio_path"]).name, sine(440, 31))
+    write_wav(tmp_path / "clips" / Path(two["audio_path"]).name, sine(440, 1))
+    put(tmp_path, "mmar", [one, two, three])
+    assert run(tmp_path, "mmar") == 0
+    assert [Path(e.audio).relative_to(tmp_path / "clips") for e in manifest(tmp_path, "mmar")] == [
+        Path(one["audio_path"]), Path(Path(two["audio_path"]).name)]
+    assert drops(tmp_path) == [(3, "missing")] and summary(tmp_path)["longer_than_30_s"] == 1
+
+
 def with_others(records):
     """MUSIC-AVQA's records, and each once more with another answer: types with one answer alone have no question."""
     return [record | {"anser": answer} for record in records for answer in (record["anser"], "other")]
@@ -336,7 +401,8 @@ def test_fuzzed_records_are_all_kept_or_counted(tmp_path, name, lines):
     (tmp_path / "clips").mkdir()
     files = set()
     for record in REAL[name]:
-        files.add(Path(record.get("audio_id") or f"{record.get('video_name') or record.get('video_id')}.wav").name)
+        sound = record.get("audio_id") or record.get("audio_path")
+        files.add(Path(sound or f"{record.get('video_name') or record.get('video_id')}.wav").name)
     shutil.copy(write_wav(tmp_path / "a.wav", sine(440, 1)), tmp_path / "clips" / "b.wav")
     for file in files:
         shutil.copy(tmp_path / "a.wav", tmp_path / "clips" / file)

@@ -432,7 +432,7 @@ FORM = set("""
     correct accuracy interval groups letters disagreement before teacher after left_out both only_a only_b neither
     difference chosen_on won tied lost bars to_teacher tallies validation training majority confusion steps step of
     verifier verdicts agreement auc roc what x lines column kinds title embed_mib id question options right media
-    kind path bytes embedded answers option text traces sample verdict score source columns notes others
+    kind path bytes embedded answers option text traces sample verdict score source columns notes others version
 """.split())  # keys of report.json that are not data
 FIXED = ("kind", "what", "x")  # keys whose values come from a short list of ours
 HOSTILE = "</script><b onload='x'>&amp;\"|\n\n# |"

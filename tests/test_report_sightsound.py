@@ -2,6 +2,7 @@
 files it reads are written by the stages themselves; only what models would say is made up."""
 import json
 import re
+from pathlib import Path
 
 import pytest
 from test_report import Page, check_escaping, data_uris, evaluated, manifest, pct, plain, shown, write_lines
@@ -257,12 +258,19 @@ def test_the_papers_figures_are_the_papers_and_the_recipes_titles_find_them(whol
 def test_other_published_figures_say_their_version_and_source(whole):
     _, found, html, marked = whole
     others = found["paper"]["others"]
-    assert [bool(re.match(r"MMAU test-mini (before )?v05\.15\.25", title)) for title in others] == [True, True, False]
+    versions = [bool(re.match(r"MMAU test-mini (before )?v05\.15\.25", title)) for title in others]
+    assert versions == [True, True, False, False]
     assert all(re.search(r"\(.*(homepage|of the same|README).*\)", title) for title in others)
-    new, old, _ = others.values()
+    new, old, mmar, _ = others.values()
     assert new["Qwen2-Audio-Instruct"] == {"Sound": 67.27, "Speech": 55.26, "Music": 56.29, "Average": 59.6,
                                            "average of the test set": 57.4}
     assert old["Qwen2-Audio-Instruct"]["Average"] == 49.2 and old["R1-AQA, its paper"]["Music"] == 66.77
+    sizes = {"Sound": 165, "Music": 206, "Speech": 294, "Sound-Music": 11, "Sound-Speech": 218, "Music-Speech": 82,
+             "Sound-Music-Speech": 24}  # of MMAR's modalities
+    for cells in mmar.values():
+        mean = sum(cells[name] * size for name, size in sizes.items()) / 1000
+        assert list(cells) == [*sizes, "Average"] and abs(mean - cells["Average"]) < 0.15
+    assert mmar["Qwen2-Audio-Instruct"]["Average"] == 30.0
     assert any("67.27" in row for table in html.tables for row in table) and "67.27" in marked
     ours = json.dumps([found["tables"], found["ablation"], found["benchmarks"]])
     assert "67.27" not in ours and "49.2" not in ours
@@ -310,6 +318,66 @@ def test_a_figure_of_mmau_stands_beside_the_papers_version_only(version, beside,
         assert said in text and said in marked
     assert ("of other questions, stand at the end alone" in text) != beside
     assert ("No row here is an experiment of the paper's" in text) != beside
+
+
+def test_mmaus_version_stands_in_every_table_with_an_accuracy_on_it(world, whole, tmp_path, capsys):
+    _, found, html, marked = whole
+    version = "MMAU v05.15.25 of 2025-08-09"
+    assert found["benchmarks"]["ablation"]["mmau"]["version"] == version
+    assert found["benchmarks"]["ablation"]["music_avqa"]["version"] == ""
+    headings = [heading for table in html.tables for heading in table[0]]
+    assert [heading for heading in headings if "mmau" in heading] == [f"mmau {version}, 12 clips"]
+    assert "music_avqa 27 clips" in headings
+    assert re.findall(r"\| (mmau[^|:]*?) *\|", marked) == [f"mmau ({version})"] and "| music_avqa " in marked
+
+    three = {"a": 0, "b": 1, "c": 2}
+    rows = {row: {column: f"{world}/{n}_{column}/results.json" for column in ("mmau", "music_avqa")}
+            for row, n in three.items()}
+    capsys.readouterr()
+    found, html, marked = made(tmp_path / "r", dict(tables=rows, roles=tuple(three), gap="mmau", bars=()))
+    assert list(found["gains"]) == ["mmau", "music_avqa"]
+    assert [row[0] for row in html.tables[-1]] == ["", f"mmau ({version})", "music_avqa"]
+    assert marked.count(f"| mmau ({version}) ") == 2, "in the accuracies and in the gains"
+    assert f"| mmau ({version})" in capsys.readouterr().out
+
+
+def test_mmar_is_broken_down_as_in_its_own_table(tmp_path, monkeypatch):
+    modalities = ("mix-sound-music-speech", "mix-sound-speech", "speech", "music", "sound", "mix-music-speech",
+                  "mix-sound-music")
+    metas = [dict(modality=modalities[i % 7], category=f"{layer} Layer", sub_category="x", language=None,
+                  version="sha256 121212121212", sha256="12" * 32)
+             for i, layer in enumerate(("Cultural", "Semantic", "Signal", "Perception") * 7)]
+    results = answered(monkeypatch, tmp_path / "e", asked(tmp_path, "mmar", metas, "mmar/test"), lambda i: i % 3 > 0,
+                       rule="mmau")
+    rows = {"Direct inference": {"mmar": results}}
+    found, html, marked = made(tmp_path / "r", dict(published="sightsound", tables=rows))
+    one, benchmark = found["benchmarks"]["tables"]["mmar"], json.loads(Path(results).read_text())["benchmark"]
+    parts = {"Sound": benchmark["modality"]["sound"], "Music": benchmark["modality"]["music"],
+             "Speech": benchmark["modality"]["speech"], "Sound-Music": benchmark["modality"]["mix-sound-music"],
+             "Sound-Speech": benchmark["modality"]["mix-sound-speech"],
+             "Music-Speech": benchmark["modality"]["mix-music-speech"],
+             "Sound-Music-Speech": benchmark["modality"]["mix-sound-music-speech"], "Average": benchmark["all"],
+             **{f"{layer} Layer": benchmark["category"][f"{layer} Layer"]
+                for layer in ("Signal", "Perception", "Semantic", "Cultural")}}
+    assert one["rows"]["Direct inference"] == parts and list(one["rows"]["Direct inference"]) == list(parts)
+    assert one["words"] == "" and one["version"] == "MMAR sha256 121212121212"
+    published = found["paper"]["others"]
+    [leaderboard] = [cells for title, cells in published.items() if title.startswith("MMAR")]
+    assert list(leaderboard["R1-AQA"]) == list(parts)[:8], "the same columns in the same order"
+    title = "mmar: MMAR sha256 121212121212 (sha256 121212121212…)"
+    assert title in html.text and title in marked
+    assert "mmar MMAR sha256 121212121212, 28 clips" in [heading for table in html.tables for heading in table[0]]
+
+
+def test_two_versions_of_mmar_do_not_stand_in_one_column(tmp_path, monkeypatch):
+    rows = {}
+    for name in ("old", "new"):
+        meta = dict(modality="sound", category="Signal Layer", sub_category="x", version=name, sha256=name * 20)
+        (tmp_path / name).mkdir()
+        path = asked(tmp_path / name, "mmar", [meta] * 4, "mmar/test")
+        rows[name] = {"mmar": answered(monkeypatch, tmp_path / name / "e", path, lambda i: i > 0, rule="mmau")}
+    with pytest.raises(ValueError, match="'old' and 'new' on 'mmar': MMAR old .* and MMAR new .* do not compare"):
+        made(tmp_path / "r", dict(tables=rows))
 
 
 # ---- the funnel and the verifier ----
@@ -452,7 +520,7 @@ def test_the_page_is_made_from_report_json_alone(whole):
 
 
 def test_every_string_of_the_report_is_escaped(whole):
-    check_escaping(whole[1], in_page=600, in_markdown=216)
+    check_escaping(whole[1], in_page=621, in_markdown=237)
 
 
 def test_inputs_that_are_not_what_they_should_be_are_one_clear_line(world, tmp_path, capsys):

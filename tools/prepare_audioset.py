@@ -1,19 +1,24 @@
-"""AudioSet's evaluation csv and a folder of clips to a manifest of classes that VGGSound does not have.
+"""AudioSet's evaluation csv and a folder of clips to two manifests: the whole set, and classes that VGGSound lacks.
 
     python tools/prepare_audioset.py AudioSet clips data/audioset --vggsound VGGSound/data --extract-audio
 
-Stopped and started again, it goes on where it was. A clip is left out when VGGSound has its video, in either split, or
-when none of its classes is unseen. A class is unseen unless it, a broader or a narrower one stands in
-tools/data/audioset_seen.csv; the branches "Source-ambiguous sounds" and "Channel, environment and background" name no
-sounding object and are neither asked for nor offered. The right option is one of the clip's most specific unseen
-classes; a wrong one is drawn by how often a class occurs in the csv, and is none of the clip's classes, none that is
-broader, and none that is narrower than its most specific ones.
+Stopped and started again, it goes on where it was. Each clip is opened once, for both.
+
+evaluation.jsonl  all clips but those in videos of VGGSound's train split, on which a model may have learnt; meta tells
+                  which are in videos of its test split. All classes are asked for and offered.
+unseen.jsonl      clips in no video of VGGSound, of an unseen class: neither it nor a broader or narrower one stands in
+                  tools/data/audioset_seen.csv. The branches "Source-ambiguous sounds" and "Channel, environment and
+                  background" name no sounding object and are neither asked for nor offered.
+
+The right option is one of the most specific of the clip's classes that are asked for; a wrong one is drawn by how often
+a class occurs in the csv, and is none of the clip's classes, none that is broader, and none that is narrower than its
+most specific ones. In drops.jsonl a clip with split "eval" is in neither, one with "unseen" in evaluation.jsonl alone.
 """
 import json
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prepare.clip_checks import Row, check_clips, dropped
@@ -145,35 +150,35 @@ def _announced_rows(path):
 # ---- rows and questions ----
 
 
-def rows_of(path, classes, unseen, in_vggsound, repeats):
-    """Yields the Row of every segment. unseen: ids of classes. in_vggsound: {YouTube id: split}."""
+def rows_of(path, classes, in_vggsound, repeats):
+    """Yields the Row of every segment. in_vggsound: {YouTube id: split}."""
     repeats.start_pass()
     for segment in audioset_segments(path, classes):
         drop = None
-        if segment.youtube in in_vggsound:
-            drop = dropped("video in VGGSound", in_vggsound[segment.youtube])
+        if in_vggsound.get(segment.youtube) == "train":
+            drop = dropped("video in VGGSound", "train")
         elif repeats.is_repeat(segment.id):
             drop = dropped("repeated row")
-        elif not unseen & set(segment.labels):
-            drop = dropped("no unseen class")
         facts = {"youtube": segment.youtube, "start_s": segment.start_s,
                  "labels": [classes[label] for label in segment.labels]}
         yield Row(segment.id, "eval", segment.file_names(), facts, drop)
 
 
-def build_question(row, ids, unseen, ontology, options):
-    """(id of the right class, options, index of the right one) for a clip with an unseen class. ids: {name: id}."""
+def build_question(row, ids, asked, ontology, sampler):
+    """{"label", "options", "answer", "group"} for a clip with one of the classes `asked` for. ids: {name: id}."""
     names = {id: name for name, id in ids.items()}
     labels = {ids[name] for name in row.facts["labels"]}
-    candidates = sorted(_most_specific(labels & unseen, ontology))
-    right = candidates[int(next(uniforms(options.seed, "class", row.id)) * len(candidates))]
+    candidates = sorted(_most_specific(labels & asked, ontology))
+    right = candidates[int(next(uniforms(sampler.seed, "class", row.id)) * len(candidates))]
     true = set(labels)  # all classes that are or may be heard in the clip
     for id in labels:
         true |= ontology.broader[id]
     for id in _most_specific(labels, ontology):
         true |= ontology.narrower[id]
     excluded = frozenset(names[id] for id in true if id in names)
-    return right, *options.draw(row.id, names[right], excluded)
+    options, answer = sampler.draw(row.id, names[right], excluded)
+    roots = ontology.roots(right)
+    return {"label": names[right], "options": options, "answer": answer, "group": min(roots - NO_OBJECT or roots)}
 
 
 def _most_specific(ids, ontology):
@@ -197,25 +202,35 @@ def prepare(args):
     in_vggsound = {segment.youtube: segment.split for segment in official_segments(args.vggsound)}
     if "train" not in in_vggsound.values():
         print(f"note: {args.vggsound} lists no train split, so that videos of VGGSound's train split are not left out")
-    frequency, repeats = Counter({name: 0 for name in objects.values()}), RepeatedIds()
+    frequency, repeats = Counter({name: 0 for name in ids}), RepeatedIds()
     num_rows = 0
     for segment in audioset_segments(segments_csv, classes):
-        frequency.update(objects[label] for label in segment.labels if label in objects)
+        frequency.update(classes[label] for label in segment.labels)
         repeats.add(segment.id)
         num_rows += 1
-    options = OptionSampler(frequency, args.options, args.seed)
-    print(f"{num_rows:,} rows; {len(unseen)} of {len(classes)} classes are unseen in VGGSound; {len(options.names)} "
-          "are drawn from")
-    rows = rows_of(segments_csv, classes, unseen, in_vggsound, repeats)
-    with ManifestWriter(args, "audioset", ["unseen"]) as writer:
+    of_objects = OptionSampler({name: frequency[name] for name in objects.values()}, args.options, args.seed)
+    of_all = OptionSampler(frequency, args.options, args.seed)
+    print(f"{num_rows:,} rows; {len(unseen)} of {len(classes)} classes are unseen in VGGSound; "
+          f"{len(of_objects.names)} are drawn from, for evaluation.jsonl {len(of_all.names)}")
+    rows = rows_of(segments_csv, classes, in_vggsound, repeats)
+    with ManifestWriter(args, "audioset", ["unseen", "evaluation"]) as writer:
         for row, verdict in check_clips(rows, args, num_rows, "opening clips"):
             if "reason" in verdict:
                 writer.drop(row, verdict)
                 continue
-            right, drawn, answer = build_question(row, ids, unseen, ontology, options)
-            writer.keep_class("unseen", row, verdict, label=classes[right], options=drawn, answer=answer,
-                              group=min(ontology.roots(right) - NO_OBJECT), labels=row.facts["labels"])
+            labels, split = row.facts["labels"], in_vggsound.get(row.facts["youtube"])
+            question = build_question(row, ids, set(classes), ontology, of_all)
+            writer.keep_class("evaluation", row, verdict, **question, labels=labels, vggsound=split)
+            if split:
+                writer.drop(replace(row, split="unseen"), dropped("video in VGGSound", split))
+            elif unseen.isdisjoint(ids[name] for name in labels):
+                writer.drop(replace(row, split="unseen"), dropped("no unseen class"))
+            else:
+                question = build_question(row, ids, unseen, ontology, of_objects)
+                writer.keep_class("unseen", row, verdict, **question, labels=labels)
+    in_test = writer.dropped["video in VGGSound", "unseen"]
     print(f"unseen: {writer.kept['unseen']:,} clips")
+    print(f"evaluation: {writer.kept['evaluation']:,} clips, {in_test:,} of them in videos of VGGSound's test split")
     inputs = [segments_csv, classes_csv, ontology_json, args.seen, *csv_files(args.vggsound).values()]
     writer.summarise(inputs, unseen=sorted(classes[id] for id in unseen))
 

@@ -31,12 +31,6 @@ KNOWN_VERSIONS = {  # sha256 of the file -> its version
 
 def read_question(record, sha):
     """The Question of a record. sha: SHA-256 of its file."""
-    texts, oddities = options_field(record, "choices")
-    options, right = [text for text in texts if text], text_field(record, "answer")
-    if right not in options:
-        raise UnusableRecord("answer not among the options", right[:60])
-    sound = PurePosixPath(text_field(record, "audio_id"))
-    path = "/".join(check_file_name(part) for part in sound.parts)
     meta = {name: text_field(record, key) for name, key in META.items()}
     category = record.get("category")
     if isinstance(category, list) and len(category) == 1:  # so in 13 records
@@ -45,6 +39,18 @@ def read_question(record, sha):
     meta["version"] = KNOWN_VERSIONS.get(sha, f"sha256 {sha[:12]}")
     meta["sha256"] = sha
     meta["group"] = meta["task"]
+    return question_of(record, "audio_id", meta)
+
+
+def question_of(record, sound_field, meta):
+    """The Question of a record of MMAU or of another set in its form. sound_field: name of the field with the sound's
+    path."""
+    texts, oddities = options_field(record, "choices")
+    options, right = [text for text in texts if text], text_field(record, "answer")
+    if right not in options:
+        raise UnusableRecord("answer not among the options", right[:60])
+    sound = PurePosixPath(text_field(record, sound_field))
+    path = "/".join(check_file_name(part) for part in sound.parts)
     return Question(id_field(record, "id"), check_file_name(sound.stem), tuple(dict.fromkeys([path, sound.name])),
                     text_field(record, "question"), options, options.index(right), meta, oddities)
 

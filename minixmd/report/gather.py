@@ -9,7 +9,7 @@ from minixmd.report.sections import BENCHMARKS, BESIDE, PAPERS, cells_of
 from minixmd.runs.files import read_json, write_json, write_text
 from minixmd.runs.records import answers_beside
 from minixmd.runs.value_checks import check_fields
-from minixmd.tasks.benchmarks import FIELDS
+from minixmd.tasks.benchmarks import FIELDS, NAMES
 from minixmd.tasks.statistics import SUMMARY, compare, pairs
 
 RESULTS = SUMMARY | {"groups": dict[str, SUMMARY], "classes": dict[str, SUMMARY], "letters?": SUMMARY,
@@ -80,10 +80,9 @@ def read_results(stage):
             check_fields(result, RESULTS, f"{path}: not the results of an Evaluate stage: it")
             benchmark = result.get("benchmark") or {}
             if column in BENCHMARKS[stage.published] and benchmark.get("name") != column:
-                name = sections.BENCHMARK_NAMES[column]
                 needed = ", ".join(FIELDS[column])
-                raise ValueError(f"{stage.name}: {row!r} on {column!r}: its results.json has no 'benchmark' of {name}: "
-                                 f"every clip's meta must have {needed}")
+                raise ValueError(f"{stage.name}: {row!r} on {column!r}: its results.json has no 'benchmark' of "
+                                 f"{NAMES[column]}: every clip's meta must have {needed}")
             title = sections.benchmark_title(benchmark)
             answers = answers_beside(path)
             first_row, first_answers, first_title = first.setdefault(column, (row, answers, title))

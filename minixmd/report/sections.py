@@ -6,7 +6,7 @@ from pathlib import Path
 from minixmd.report.render import ROLES, words
 from minixmd.runs.files import read_json
 from minixmd.runs.records import DECISION, read_records
-from minixmd.tasks.benchmarks import TYPES
+from minixmd.tasks.benchmarks import NAMES, TYPES, VERSIONED
 from minixmd.tasks.statistics import SUMMARY, groups, leads
 from minixmd.tasks.yes_no import tally
 
@@ -19,7 +19,11 @@ for name, paper in PAPERS.items():
     for key, rows_for in (("beside", BESIDE), ("benchmarks", BENCHMARKS)):
         rows_for[name] = {place: paper["tables"][title] for place, title in paper.pop(key).items()}
 MMAU_VERSION = PAPERS["sightsound"].pop("mmau_version")
-BENCHMARK_NAMES = {"mmau": "MMAU", "music_avqa": "MUSIC-AVQA"}
+PARTS = {  # of a benchmark that is broken down by fields: the two that are shown, and the order of their values
+    "mmau": {"task": ("sound", "speech", "music"), "difficulty": ("easy", "medium", "hard")},
+    "mmar": {"modality": ("sound", "music", "speech", "mix-sound-music", "mix-sound-speech", "mix-music-speech"),
+             "category": ("Signal Layer", "Perception Layer", "Semantic Layer", "Cultural Layer")},
+}
 FUNNEL_SOURCES = {  # key of Report.funnel -> what only that stage's results.json holds, and the stage's name
     "traces": ("traces_of_unanimous", "a Traces"),
     "checked": ("clips_with_accepted", "a FactCheck"),
@@ -50,17 +54,20 @@ def summary_of(results):
 
 
 def benchmark_title(benchmark):
-    """What an accuracy is on: a benchmark, MMAU with version and hash. benchmark: of results.json, {} for none."""
+    """What an accuracy is on: a benchmark, MMAU and MMAR with version and hash. benchmark: of results.json, {} for
+    none."""
     if not benchmark:
         return "no benchmark"
-    if benchmark["name"] == "mmau":
-        return f"MMAU {benchmark['version']} (sha256 {benchmark['sha256'][:12]}…)"
-    return BENCHMARK_NAMES[benchmark["name"]]
+    title = NAMES[benchmark["name"]]
+    if benchmark["name"] in VERSIONED:
+        title += f" {benchmark['version']} (sha256 {benchmark['sha256'][:12]}…)"
+    return title
 
 
 def breakdowns(results, figures):
-    """{column: {"name", "words", "rows": {row: {part: summary}}}} of the benchmarks in {row: {column: results.json}}.
-    figures: the paper's, {column: {row: {part: figure}}}; "paper" in a summary where the version may be theirs."""
+    """{column: {"name", "version", "words", "rows": {row: {part: summary}}}} of the benchmarks in {row: {column:
+    results.json}}. version: "" for a benchmark that has none. figures: the paper's, {column: {row: {part: figure}}};
+    "paper" in a summary where the version may be theirs."""
     found = {}
     for row, column, result in cells_of(results):
         benchmark = result.get("benchmark")
@@ -70,7 +77,8 @@ def breakdowns(results, figures):
         same = benchmark["name"] != "mmau" or f"{benchmark['version']} ".startswith(f"{MMAU_VERSION} ")
         if column not in found:
             remark = words("benchmark", benchmark["name"], bool(published), same, MMAU_VERSION)
-            found[column] = {"name": benchmark_title(benchmark), "words": remark, "rows": {}}
+            version = f"{NAMES[benchmark['name']]} {benchmark['version']}" if "version" in benchmark else ""
+            found[column] = {"name": benchmark_title(benchmark), "version": version, "words": remark, "rows": {}}
         found[column]["rows"][row] = parts = {}
         for part, summary in parts_of(benchmark).items():
             parts[part] = summary_of(summary)
@@ -80,18 +88,17 @@ def breakdowns(results, figures):
 
 
 def parts_of(benchmark):
-    """{title: summary} of a "benchmark" of results.json, in the order of the paper's Table 2."""
+    """{title: summary} of a "benchmark" of results.json, in the order of its paper's table."""
     if benchmark["name"] == "music_avqa":
         heard = benchmark["audio"]
         return {kind: heard[kind] for kind in TYPES} | {"Average": heard["all"], "All": benchmark["every"]["all"]}
-    tasks, difficulties, parts = benchmark["task"], benchmark["difficulty"], {}
-    for name in ("sound", "speech", "music", *tasks):
-        if name in tasks:
-            parts[name.capitalize()] = tasks[name]
-    parts["Average"] = benchmark["all"]
-    for name in ("easy", "medium", "hard", *difficulties):
-        if name in difficulties:
-            parts[name] = difficulties[name]
+    parts = {}
+    for field, order in PARTS[benchmark["name"]].items():
+        for name in (*order, *benchmark[field]):
+            if name in benchmark[field]:
+                title = name if "Average" in parts else name.removeprefix("mix-").title()
+                parts[title] = benchmark[field][name]
+        parts.setdefault("Average", benchmark["all"])
     return parts
 
 

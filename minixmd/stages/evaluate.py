@@ -1,4 +1,4 @@
-"""Stage Evaluate: accuracies with Wilson intervals, overall, by class, group and the fields of MMAU and MUSIC-AVQA."""
+"""Stage Evaluate: accuracies with Wilson intervals, overall, by class, group and the fields of a benchmark."""
 from collections import Counter
 from functools import partial
 
@@ -10,11 +10,12 @@ from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
 from minixmd.runs.records import TRACE, count_bad, read_records, write_jsonl
 from minixmd.stages.multiple_choice import Writing, load_model, score_letters, write_answers
-from minixmd.tasks.benchmarks import WAYS, benchmark_of, mmau_table, music_table, same
+from minixmd.tasks.benchmarks import NAMES, VERSIONED, WAYS, benchmark_of, mmau_table, music_table, same
 from minixmd.tasks.statistics import digest, summary, tabulate
 
 PRINTED_TABLES = {  # tables of a benchmark that are printed, and as what
     "mmau": {"task": "task", "difficulty": "difficulty"},
+    "mmar": {"modality": "modality", "category": "category"},
     "music_avqa": {"audio": "audio, audio-visual", "every": "all modalities"},
 }
 LOGGED = ("count", "correct", "accuracy", "interval", "bad", "without_trace", "how", "unfinished", "disagreement")
@@ -115,28 +116,31 @@ def first_traces(stage, examples):
 
 
 def describe_benchmark(stage, examples):
-    """{"name", of MMAU also "version", "sha256"} of a manifest's benchmark, or None. ValueError: two MMAU versions."""
+    """{"name", of MMAU and MMAR also "version", "sha256"} of a manifest's benchmark, or None. ValueError: two versions
+    of it."""
     name = benchmark_of(examples)
-    official = name == "mmau" or any((e.source or "").casefold().startswith("mmau") for e in examples)
-    if stage.answer == "generate" and official != (stage.rule == "mmau"):
-        tqdm.write(f"{stage.name}: note: {stage.manifest} is {'' if official else 'not '}MMAU, and rule {stage.rule!r} "
-                   f"is {'not ' if official else ''}MMAU's own")
-    if name != "mmau":
+    sources = {(e.source or "").casefold()[:4] for e in examples}
+    official = [other for other in VERSIONED if other == name or other in sources]
+    if stage.answer == "generate" and bool(official) != (stage.rule == "mmau"):
+        title = NAMES[official[0] if official else "mmau"]
+        tqdm.write(f"{stage.name}: note: {stage.manifest} is {'' if official else 'not '}{title}, and rule "
+                   f"{stage.rule!r} is {'not ' if official else ''}{title}'s own")
+    if name not in VERSIONED:
         return name and {"name": name}
     versions = {tuple(str(e.meta.get(key, "unknown")) for key in ("version", "sha256")) for e in examples}
     if len(versions) > 1:
         listed = "; ".join(" ".join(version) for version in sorted(versions))
-        raise ValueError(f"{stage.manifest}: mixes {len(versions)} versions of MMAU, whose accuracies do not compare: "
-                         f"{listed}")
+        raise ValueError(f"{stage.manifest}: mixes {len(versions)} versions of {NAMES[name]}, whose accuracies do not "
+                         f"compare: {listed}")
     [(version, sha256)] = versions
     return {"name": name, "version": version, "sha256": sha256}
 
 
 def breakdown(name, metas, rights):
     """The tables of a benchmark with a summary for each list, from the meta of all good clips and a boolean each."""
-    group = mmau_table if name == "mmau" else music_table
+    grouped = music_table(metas, rights) if name == "music_avqa" else mmau_table(metas, rights, name)
     tables = {}
-    for title, table in group(metas, rights).items():
+    for title, table in grouped.items():
         if isinstance(table, list):
             tables[title] = summary(table)
         else:
@@ -145,7 +149,9 @@ def breakdown(name, metas, rights):
 
 
 def print_results(stage, results):
-    line = f"{stage.name}: {percent(results)} of {results['count']} right"
+    benchmark = results.get("benchmark", {})
+    title = " ".join(benchmark[key] for key in ("name", "version") if key in benchmark)
+    line = f"{stage.name}: {percent(results)} of {results['count']} right" + (f" on {title}" if title else "")
     if stage.num_samples > 1:
         line += f" by the majority of {stage.num_samples}"
     line += f" (95 % interval {interval(results)})"
@@ -155,14 +161,12 @@ def print_results(stage, results):
     if results.get("without_trace"):
         line += f"; asked without a trace: {results['without_trace']}"
     tqdm.write(line + (f", bad: {results['bad']}" if results["bad"] else ""))
-    if "benchmark" in results:
-        benchmark = results["benchmark"]
-        title = " ".join(benchmark[key] for key in ("name", "version") if key in benchmark)
+    if benchmark:
         tqdm.write(f"{stage.name}: {title}")
         for table, heading in PRINTED_TABLES[benchmark["name"]].items():
             for name, row in benchmark[table].items():
                 if row["count"]:
-                    tqdm.write(f"  {heading:22}{name:14}{percent(row):>7} of {row['count']:<5} ({interval(row)})")
+                    tqdm.write(f"  {heading:22}{name:24}{percent(row):>7} of {row['count']:<5} ({interval(row)})")
 
 
 def percent(part):

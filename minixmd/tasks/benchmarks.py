@@ -1,9 +1,10 @@
-"""How the benchmarks of SightSound-R1 read a written answer, and what their accuracies are broken down by.
+"""How the benchmarks of SightSound-R1, and MMAR, read a written answer, and what their accuracies are broken down by.
 
 A rule says which option an answer means, and how it was read. No answer is a wrong one, read as "none".
 
 option   AVQA, MUSIC-AVQA: answers.extract. MUSIC-AVQA has no official rule for text; this is ours.
-mmau     The official rule, over the option's text where the answer is a letter: "letter" or "text"."""
+mmau     The official rule, over the option's text where the answer is a letter: "letter" or "text". MMAR's derives from
+         it."""
 import re
 from collections import Counter
 from string import ascii_lowercase
@@ -12,7 +13,10 @@ from minixmd.tasks import answers
 
 WAYS = {"option": answers.WAYS, "mmau": ("letter", "text", "none")}
 TYPES = ("Temporal", "Comparative", "Counting", "Existential", "Location")  # of MUSIC-AVQA; the paper's table has four
-FIELDS = {"mmau": ("task", "difficulty", "sub_category"), "music_avqa": ("modality", "type")}  # of the Examples' meta
+NAMES = {"mmau": "MMAU", "mmar": "MMAR", "music_avqa": "MUSIC-AVQA"}
+FIELDS = {"mmau": ("task", "difficulty", "sub_category"), "mmar": ("modality", "category", "sub_category"),
+          "music_avqa": ("modality", "type")}  # of the Examples' meta
+VERSIONED = ("mmau", "mmar")  # read by rule "mmau"; a manifest's meta has the version of the official file
 
 
 def meant(text, options, rule, letters=True):
@@ -90,17 +94,17 @@ def _tokens(text):
 
 
 def benchmark_of(examples):
-    """"mmau" or "music_avqa", where the meta of all Examples has what its accuracies are broken down by; else None."""
+    """A key of FIELDS, where the meta of all Examples has what its accuracies are broken down by; else None."""
     for name, fields in FIELDS.items():
         if all(isinstance(example.meta.get(field), str) for example in examples for field in fields):
             return name
     return None
 
 
-def mmau_table(metas, rights):
-    """{"all": rights, "task" | "difficulty" | "sub_category": {name: rights}} of Examples' metas and booleans."""
+def mmau_table(metas, rights, benchmark="mmau"):
+    """{"all": rights, field of FIELDS[benchmark]: {name: rights}} of Examples' metas and booleans. Also of "mmar"."""
     table = {"all": list(rights)}
-    for field in FIELDS["mmau"]:
+    for field in FIELDS[benchmark]:
         table[field] = _group([meta[field] for meta in metas], rights)
     return table
 

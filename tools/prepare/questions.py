@@ -146,8 +146,8 @@ def prepare_questions(args, source, keys, read, max_seconds=MAX_SECONDS, inputs=
 
 
 def split_name(path):
-    """train_qa.json -> train, avqa-test.json -> test, mmau-test-mini.json -> test-mini."""
-    return re.sub(r"^(avqa|mmau)-|_qa$", "", path.stem)
+    """train_qa.json -> train, avqa-test.json -> test, mmau-test-mini.json -> test-mini, MMAR-meta.json -> test."""
+    return re.sub(r"^(avqa|mmau)-|_qa$", "", path.stem.replace("MMAR-meta", "test"))
 
 
 def _read_file(path, split, keys, read, clips):
