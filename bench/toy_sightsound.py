@@ -22,7 +22,7 @@ from minixmd import load
 from minixmd.config import FactCheck
 from minixmd.inputs.examples import read_manifest
 from minixmd.recipe_parts.sightsound import CONTROLS, LADDER
-from minixmd.recipes.toy_sightsound_ablation import MODES
+from minixmd.recipes import toy_sightsound_ablation
 from minixmd.runs.files import read_json
 from minixmd.runs.records import read_jsonl
 from minixmd.runs.seeds import hash_seed
@@ -33,7 +33,8 @@ from minixmd.tasks.rewards import REWARDS
 from minixmd.tasks.statistics import compare, summary
 from minixmd.tasks.yes_no import auc
 
-ROWS = {title: f"{name}_test" for title, name in (LADDER | CONTROLS).items()}  # title -> Evaluate stage, as in MODES
+MODES = {title: row.name for title, row in toy_sightsound_ablation.MODES.items()}  # title -> Evaluate stage
+ROWS = {title: f"{name}_test" for title, name in (LADDER | CONTROLS).items()}  # likewise
 DIFFERENCES = {  # title -> (Evaluate stage, stage subtracted from it)
     "GRPO less SFT": ("grpo_test", "sft_test"),
     "GRPO less SFT continued": ("grpo_test", "continued_test"),

@@ -9,9 +9,9 @@ from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 
-from minixmd.config import GRPO, SFT, Distill, Evaluate, FactCheck, Label, Report, Switch, Toy, Traces
+from minixmd.config import GRPO, SFT, Answers, Distill, Evaluate, FactCheck, Label, Report, Switch, Toy, Traces
 from minixmd.config.load import load_config
-from minixmd.config.references import check_files, input_paths, resolve
+from minixmd.config.references import check_files, dependencies, input_paths, resolve, select
 from minixmd.dryrun.plan import dry_run
 from minixmd.dryrun.shortage import describe_shortage, is_shortage
 from minixmd.models.attention import describe_attention
@@ -22,13 +22,13 @@ from minixmd.runs.device import describe_device, prepare_backends
 from minixmd.runs.heartbeat import unwatched
 from minixmd.runs.records import append_jsonl
 from minixmd.runs.stage_directory import begin, finish
-from minixmd.stages import evaluate, factcheck, label, switch, traces
-from minixmd.stages.input_checks import check_inputs
-from minixmd.toy import pretrain
+from minixmd.stages import answers, evaluate, factcheck, label, switch, traces
+from minixmd.stages.input_checks import check_inputs, manifest_reader
+from minixmd.toy import pretrain, trial
 from minixmd.train import train
 
-RUN = {Toy: pretrain.run, Evaluate: evaluate.run, Label: label.run, Traces: traces.run, FactCheck: factcheck.run,
-       Switch: switch.run, Distill: train, SFT: train, GRPO: train, Report: report.run}
+RUN = {Toy: pretrain.run, Evaluate: evaluate.run, Answers: answers.run, Label: label.run, Traces: traces.run,
+       FactCheck: factcheck.run, Switch: switch.run, Distill: train, SFT: train, GRPO: train, Report: report.run}
 
 
 def main(argv=None):
@@ -40,6 +40,11 @@ def main(argv=None):
                         help="also field=value (every stage that has the field) and run_dir=path")
     parser.add_argument("--dry-run", action="store_true",
                         help="only check the config and print its prompts, memory and hours; needs no weights or data")
+    parser.add_argument("--trial", action="store_true",
+                        help="run every stage on a few clips, with stand-ins for models and data that are not here")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="run these stages and what they need")
+    parser.add_argument("--keep-going", action="store_true",
+                        help="run also after a stage has failed what does not need it; the status is then 1")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="of --dry-run: on how many (default 1)")
     parser.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS",
                         help="of several processes: one that makes no progress for so long ends the run (default 1800)")
@@ -47,24 +52,30 @@ def main(argv=None):
     args = parser.parse_intermixed_args(argv)  # overrides may follow a flag
     prepare_backends()
     rank = 0
+    failed = {}  # name of a stage -> why it failed; with --keep-going alone
     try:
-        if args.dry_run:
-            return dry_run(load_config(args.config, args.overrides), args.gpus)
-        rank = distributed.init(os.environ, args.timeout)
+        rank = 0 if args.dry_run else distributed.init(os.environ, args.timeout)
         config = load_config(args.config, args.overrides)
+        if args.only:
+            config = replace(config, stages=select(config.stages, args.only))
+        if args.dry_run:
+            return dry_run(config, args.gpus)
+        if args.keep_going and distributed.rank_and_world_size()[1] > 1:
+            raise ValueError("--keep-going works in one process: what fails in one of several ends all of them")
         with open(os.devnull, "w") as nowhere, ExitStack() as quiet:
             if rank:  # what the first process says is enough
                 quiet.enter_context(redirect_stdout(nowhere))
                 quiet.enter_context(redirect_stderr(nowhere))
-            check_files(config.stages)  # what is missing here, on the hub or the device, before the first hour of work
-            for stage in config.stages:
-                describe_device(stage)
-                model = getattr(stage, "model", None)
-                if model is not None and not model.startswith("@") and len(set(distributed.gather(pinned(model)))) > 1:
-                    raise ValueError(f"{stage.name}: {model} is not the same for all processes: name a revision")
-            check_inputs(config)
-            for stage in config.stages:
-                run_stage(stage, config, rank)
+            if args.trial:
+                stand_ins = trial.world_config(config)
+                run_stage(stand_ins, rank, failed, *stand_ins.stages)
+                config = distributed.broadcast(trial.shrink(config) if rank == 0 else None)
+            # what is missing here, on the hub or the device, and then every file, before the first hour of work
+            read = manifest_reader()
+            for check in (lambda stage: check_files((stage,)), check_machine,
+                          lambda stage: check_inputs(replace(config, stages=(stage,)), read=read)):
+                for_each(config.stages, check, failed, args.keep_going)
+            for_each(config.stages, partial(run_stage, config, rank, failed), failed, args.keep_going)
         distributed.destroy()
     except (ValueError, OSError, RuntimeError) as error:
         gone = distributed.is_lost_process(error)
@@ -79,7 +90,32 @@ def main(argv=None):
         if rank == 0:
             print(f"minixmd: {how}; the same command goes on from where it stopped", file=sys.stderr)
         return status
-    return 0
+    if failed:
+        print(f"minixmd: not made: {', '.join(failed)}; the same command makes what is missing", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def for_each(stages, function, failed, keep_going):
+    """Calls function(stage) for every stage that has not failed. keep_going: an error is printed and noted in `failed`,
+    {name: why}, where it would else end the run."""
+    for stage in stages:
+        if stage.name in failed:
+            continue
+        try:
+            function(stage)
+        except (ValueError, OSError) as error:
+            if not keep_going:
+                raise
+            failed[stage.name] = shortened(str(error))
+            print(f"minixmd: {failed[stage.name]}", file=sys.stderr)
+
+
+def check_machine(stage):
+    """Raises ValueError for a device that this machine lacks, or a model that is not one for all processes."""
+    describe_device(stage)
+    model = getattr(stage, "model", None)
+    if model is not None and not model.startswith("@") and len(set(distributed.gather(pinned(model)))) > 1:
+        raise ValueError(f"{stage.name}: {model} is not the same for all processes: name a revision")
 
 
 def shortened(message):
@@ -88,8 +124,18 @@ def shortened(message):
     return message if len(message) <= 2000 else f"{message[:1000]} … {message[-900:]}"
 
 
-def run_stage(stage, config, rank):
-    """Runs a stage in its directory, if it is not finished. All processes call this together."""
+def run_stage(config, rank, failed, stage):
+    """Runs a stage in its directory, if it is not finished. All processes call this together. failed: {name: why} of
+    earlier stages. Raises ValueError for a stage that needs one of them."""
+    missing = {name: why for name, why in failed.items() if name in dependencies(stage)}
+    if missing:
+        consequence = "not run"
+        if isinstance(stage, Report):
+            folder = config.run_dir / f"{stage.name}-partial"
+            folder.mkdir(parents=True, exist_ok=True)
+            report.run(with_paths(report.without(stage, missing), config), folder, lambda line: None)
+            consequence = f"made without some rows, in {folder}"
+        raise ValueError(f"{stage.name}: {consequence}, since it needs {', '.join(missing)}")
     paths = input_paths(stage, config.run_dir, config.stages)
     folder = None
     if rank == 0:

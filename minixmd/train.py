@@ -21,7 +21,7 @@ from tqdm import tqdm
 from minixmd import generate, load, pack
 from minixmd.config import GRPO, SFT, Distill
 from minixmd.inputs.batch import send
-from minixmd.inputs.examples import check_answers, read_examples
+from minixmd.inputs.examples import read_examples
 from minixmd.inputs.prompts import build_prompt, prefetch
 from minixmd.inputs.tokenizer import common_vocab_size
 from minixmd.kernels.grpo import ClipConfig
@@ -36,11 +36,12 @@ from minixmd.runs.device import runtime_of
 from minixmd.runs.heartbeat import beat
 from minixmd.runs.records import append_jsonl
 from minixmd.runs.seeds import hash_seed
-from minixmd.stages.multiple_choice import validation_accuracy
+from minixmd.stages.multiple_choice import read_validation, validation_accuracy
 
 GRPO_NOTE = ("the GRPO loss is about 0 while the ratio is 1, as it is in the first update after a rollout: what is "
              "left is the KL and the mean of the advantages, 0 where all completions weigh the same. Its gradient is "
              "not 0; watch the reward")
+MIN_VARIED_STEPS = 20  # of a GRPO stage, among which rewards must differ at least once
 SHOWN_COMPLETIONS = 4  # of a step, written as text
 MAX_START_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-4}  # to the reference, before the first update
 
@@ -48,8 +49,7 @@ MAX_START_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-4}  # to the reference, 
 def train(stage, folder, log):
     """Runs a Distill, SFT or GRPO stage. Writes best/ (an adapter, or a whole model) and log.jsonl."""
     examples = read_examples(stage)
-    validation = read_examples(stage, "val_manifest") if stage.val_manifest else []
-    check_answers(validation, stage.val_manifest, "validate against")
+    validation = read_validation(stage)
     items, counts = targets.resolve_targets(stage, examples)
     trainer = Trainer(stage, len(items), folder, log)
     trainer.resume()
@@ -96,6 +96,7 @@ class Trainer:
         self.best_accuracy = -1.0  # in validation
         self.best_step = 0  # after which it was reached; 0 = never
         self.validated_step = 0  # the last one after which validation was finished
+        self.varied = False  # whether rewards of a prompt's completions ever differed
         self.num_bad = 0  # clips that could not be read, over all epochs so far
         self.items = None  # of `fit`
         self.samples = None  # what prefetch makes of them
@@ -430,6 +431,10 @@ class Trainer:
         own = policy.rollout_metrics([item.example for item in items], completions, rewards, letters) if items else {}
         metrics |= policy.mean_metrics(len(items), own)
         metrics["learned"] = rollout.learned  # groups
+        self.varied = self.varied or metrics["zero_variance"] < 1
+        if not self.varied and self.step + 1 >= MIN_VARIED_STEPS:
+            raise ValueError(f"{stage.name}: in none of {self.step + 1} steps did rewards differ among a prompt's "
+                             "completions, so they teach nothing: completions.jsonl shows some")
         if rollout.learned:  # what the sampler said of its tokens against the training pass: 0 but for rounding
             metrics |= self.logp_gaps(rollout, scored_T, first_update and self.reference is not None)
         metrics["rollout_s"] = round(sampled - started, 3)
@@ -549,7 +554,8 @@ class Trainer:
         tqdm.write(f"{stage.name}: step {self.step}, validation accuracy {100 * accuracy:.1f} %")
 
     def save(self):
-        progress = {"step": self.step, "best": self.best_accuracy, "best_step": self.best_step, "bad": self.num_bad}
+        progress = {"step": self.step, "best": self.best_accuracy, "best_step": self.best_step, "bad": self.num_bad,
+                    "varied": self.varied}
         checkpoint.save(self.folder, self.parameters, self.optimizer, progress, self.rows())
 
     def rows(self):
@@ -564,6 +570,7 @@ class Trainer:
             self.best_accuracy = progress["best"]
             self.best_step = progress["best_step"]
             self.num_bad = progress["bad"]
+            self.varied = progress["varied"]
         for line in log_lines:
             if "val_accuracy" in line:
                 self.validated_step = max(self.validated_step, line["step"])

@@ -81,7 +81,7 @@ def test_an_unknown_field_like_no_other_is_named_alone():
 
 
 def test_a_field_that_is_not_given_is_named():
-    assert message(Evaluate, name="before") == "config: evaluate 'before' needs 'model' and 'manifest'"
+    assert message(Evaluate, name="before") == "config: evaluate 'before' needs 'manifest'"
     assert message(Evaluate, model="m", manifest="d") == "config: evaluate needs 'name'"
 
 
@@ -140,7 +140,7 @@ def test_the_stage_that_was_all_three_is_answered_with_the_class_of_its_objectiv
     (Distill, "traces", "t.jsonl", "Evaluate, FactCheck, SFT, Report"), (Distill, "beta", 0.0, "GRPO"),
     (Distill, "truncated", "mask", "GRPO"), (GRPO, "student_labels", "@s", "Distill"),
     (GRPO, "switch", "@w", "Distill, Report"), (GRPO, "teacher_loss", "kl", "Distill"),
-    (Label, "answer", "generate", "Evaluate"),
+    (Label, "num_samples", "8", "Evaluate, Traces"),
 ])
 def test_a_field_of_another_stage_is_answered_with_the_stages_that_have_it(cls, field, value, owners):
     base = GIVEN.get(cls, EVALUATE)
@@ -191,7 +191,7 @@ def test_report_tables_are_dicts_of_dicts_of_str():
 
 
 @pytest.mark.parametrize("cls, given, said", [
-    (SFT, dict(media="text"), "media must be 'audio', 'video', 'both' or 'sounded', got 'text'"),
+    (SFT, dict(media="text"), "media must be 'audio', 'video', 'both', 'sounded' or 'none', got 'text'"),
     (SFT, dict(device="gpu"), "device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
     (SFT, dict(dtype="fp32"), "dtype must be 'float32', 'bfloat16' or 'float16', got 'fp32'"),
     (SFT, dict(trainable="all"), "trainable must be 'lora', 'decoder' or 'full', got 'all'"),
@@ -326,9 +326,9 @@ def test_the_default_prompt_and_doubled_braces_are_allowed():
     assert Evaluate(**EVALUATE, prompt="{{json}} {options}").prompt == "{{json}} {options}"
 
 
-def test_label_asks_with_the_fields_and_defaults_of_evaluate_but_scores_letters_only():
+def test_label_asks_with_the_fields_and_defaults_of_evaluate_but_one_greedy_answer():
     evaluate, label = ({f.name: (f.type, f.default) for f in fields(cls)} for cls in (Evaluate, Label))
-    own = {"answer", "max_new_tokens", "rule", "num_samples", "stop", "traces"}, {"top_k"}
+    own = {"rule", "num_samples", "stop", "traces"}, {"top_k"}
     assert (evaluate.keys() - label.keys(), label.keys() - evaluate.keys()) == own
     shared = evaluate.keys() & label.keys() - {"temperature"}  # of the sampling; of what is stored for distillation
     assert all(evaluate[name] == label[name] for name in shared)

@@ -127,6 +127,29 @@ def test_written_answers_are_read_counted_and_set_beside_the_letters(puppet, tmp
     assert log[-1]["how"] == found["how"] and log[-1]["disagreement"] == found["disagreement"]
 
 
+def test_a_label_may_be_what_is_written_and_stores_the_letters_logits_all_the_same(puppet, tmp_path):
+    manifest = puppet / "manifest.jsonl"
+    for name in ("written", "labels", "letters"):
+        (tmp_path / name).mkdir()
+    run(tmp_path / "written", evaluate, puppet, manifest, answer="generate", max_bad=1.0)
+    run(tmp_path / "labels", label, puppet, manifest, Label, answer="generate", top_k=5, max_bad=1.0)
+    run(tmp_path / "letters", label, puppet, manifest, Label, top_k=5, max_bad=1.0)
+    _, written = results(tmp_path / "written")
+    labels, letters = (read_jsonl(tmp_path / name / "labels.jsonl") for name in ("labels", "letters"))
+    ways = set()
+    for record, made, by_letter in zip(written, labels, letters, strict=True):
+        if "bad" in record:
+            assert made == by_letter == {key: value for key, value in record.items() if key != "question"}
+        elif record["option"] is None:
+            assert made["bad"] == "no option" and repr(record["text"]) in made["detail"]
+            ways.add("none")
+        else:
+            assert (made["option"], made["text"]) == (record["option"], record["text"])
+            assert made["top"]["ids"] == by_letter["top"]["ids"]
+            ways.add(made["option"] == by_letter["option"])
+    assert ways == {"none", True, False}
+
+
 def test_a_stop_string_ends_a_written_answer(puppet, tmp_path):
     run(tmp_path, evaluate, puppet, puppet / "manifest.jsonl", answer="generate", max_new_tokens=4, stop=("m ",))
     found, records = results(tmp_path)
@@ -186,8 +209,8 @@ def test_wrong_ways_to_answer_are_refused():
                         (dict(answer="generate", stop=("x", "")), "a stop string must not be empty, got ''")):
         with pytest.raises(ConfigError, match=said):
             stage("m", "d", **given)
-    with pytest.raises(ConfigError, match="label 'asked' has no field 'max_new_tokens'"):
-        stage("m", "d", Label, max_new_tokens=4)
+    with pytest.raises(ConfigError, match="label 'asked' has no field 'stop'"):
+        stage("m", "d", Label, stop=("x",))
 
 
 # ---- shards ----

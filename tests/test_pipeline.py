@@ -265,8 +265,8 @@ def test_the_stages_fields_say_who_is_asked():
             given[0](**given[1], endpoint="localhost:8000", served="m")
         with pytest.raises(ValueError, match="attempts must be >= 1, got 0"):
             given[0](**given[1], **remote, attempts=0)
-    with pytest.raises(ValueError, match="media must be 'video' or 'audio', got 'both'"):
-        Traces(name="t", manifest="m", media="both", **remote)
+    with pytest.raises(ValueError, match="shown 'video' or 'audio', 'both' or 'none', got 'sounded'"):
+        Traces(name="t", manifest="m", media="sounded", **remote)
     for name, value in dict(fps=2.0, min_pixels=3136, max_pixels=602_112, nframes=8).items():
         with pytest.raises(ValueError, match=f"at an endpoint chooses the frames and does not use {name}, got {value}"):
             Traces(name="t", manifest="m", **remote, **{name: value})

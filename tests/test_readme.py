@@ -18,7 +18,7 @@ def blocks(language):
 
 def test_the_example_configs_load(tmp_path):
     configs = [block for block in blocks("python") if "stages = " in block]
-    for config, stages in zip(configs, (8, 14, 5), strict=True):
+    for config, stages in zip(configs, (8, 25, 5), strict=True):
         (tmp_path / "mine.py").write_text(config)
         assert len(load_config(tmp_path / "mine.py").stages) == stages
 

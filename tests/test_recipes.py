@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import minixmd.recipes
-from minixmd.config import GRPO, SFT, TRAINING, Distill, Evaluate, FactCheck, Label, Report, Switch, Traces
+from minixmd.config import GRPO, SFT, TRAINING, Answers, Distill, Evaluate, FactCheck, Label, Report, Switch, Traces
 from minixmd.config.load import load_config
 from minixmd.recipe_parts.sightsound import LADDER, avqa
 
@@ -65,7 +65,14 @@ def test_the_other_models_are_shown_what_the_paper_shows_them():
     assert {s.media for name, s in asked.items() if name.startswith("qwen25_vl_")} == {"video"}
     assert {s.media for name, s in asked.items() if name.startswith("omni_")} == {"sounded"}
     (report,) = stages_of("xmd_models", Report).values()
-    assert {"Qwen2.5-VL-7B-Instruct", "Qwen2.5-Omni"} <= report.tables.keys() and report.name == "models_report"
+    assert report.tables.keys() == {
+        "Qwen2-VL-7B-Instruct", "Qwen2-Audio-7B-Instruct",
+        "Qwen2-Audio-7B-Instruct distilled from Qwen2-VL-7B-Instruct", "Qwen2.5-VL-7B-Instruct", "Qwen2.5-Omni",
+        "Qwen2-Audio-7B-Instruct, without options", "Qwen-Audio-Chat (7B)", "Kimi-Audio-7B-Instruct", "VideoLLaMA 3",
+        "Qwen2-Audio-7B-Instruct, question alone", "Qwen2-VL-7B-Instruct, question alone"}  # fmt: skip
+    assert report.name == "models_report" and "{options}" not in asked["audio_open_analysis"].prompt
+    people = [stage.condition for stage in stages_of("xmd_models", Answers).values() if stage.condition]
+    assert people == ["ears", "eyes", "both"] and [len(bars) for bars in report.senses.values()] == [6, 3]
 
 
 @pytest.mark.parametrize("recipe, student, teacher, name, switch", [
@@ -85,8 +92,9 @@ def test_the_directions_differ_by_who_learns(recipe, student, teacher, name, swi
     assert (decides.epochs, decides.batch_size, decides.lr, decides.warmup_ratio) == (30, 32, 1e-4, 0.1)
     assert decides.width == 1.0
     evaluated = [stage for stage in stages.values() if isinstance(stage, Evaluate)]
-    assert len(evaluated) == 9 and all(stage.answer == "generate" for stage in evaluated)
-    assert all(stage.top_k == 64 for stage in stages.values() if isinstance(stage, Label))
+    assert len(evaluated) == 4 * 5 and all(stage.answer == "generate" for stage in evaluated)
+    labels = [stage for stage in stages.values() if isinstance(stage, Label)]
+    assert all((stage.top_k, stage.answer) == (64, "generate") for stage in labels)
     assert len([stage for stage in stages.values() if isinstance(stage, Switch)]) == 1
 
 
@@ -101,7 +109,7 @@ def test_the_three_share_their_stages_so_that_one_run_directory_serves_them():
 
 def test_sightsound_reads_the_manifests_that_readmes_commands_write():
     written = set()
-    for command in re.findall(r"^python (tools/prepare_(?:avqa|mmau|music_avqa)\.py .*)$",
+    for command in re.findall(r"^python (tools/prepare_(?:avqa|mmau|mmar|music_avqa)\.py .*)$",
                               (ROOT / "README.md").read_text(), re.MULTILINE):
         _, *given = shlex.split(command.partition(" --")[0])
         *files, _, out = given
@@ -110,7 +118,7 @@ def test_sightsound_reads_the_manifests_that_readmes_commands_write():
         stages = load_config(recipe).stages
         read = {value for stage in stages for name in ("manifest", "val_manifest", "clips")
                 if (value := getattr(stage, name, None)) is not None}
-        assert read == written and len(written) == 4
+        assert read == written and len(written) == 5
 
 
 def test_sightsound_trains_the_rows_of_the_papers_table_2():
@@ -175,8 +183,9 @@ def test_a_reports_rows_are_models_and_its_columns_are_manifests(recipe):
         assert len(set(results)) == len(results), "no result stands twice in a table"
         for row in table.values():
             evaluated = {column: stages[cell.removeprefix("@")] for column, cell in row.items()}
-            assert all(isinstance(stage, Evaluate) for stage in evaluated.values())
-            assert len({(stage.model, stage.media, stage.prompt) for stage in evaluated.values()}) == 1
+            assert all(isinstance(stage, Evaluate | Answers) for stage in evaluated.values())
+            if any(isinstance(stage, Evaluate) for stage in evaluated.values()):
+                assert len({(stage.model, stage.media, stage.prompt) for stage in evaluated.values()}) == 1
             for column, stage in evaluated.items():
                 assert manifests.setdefault(column, stage.manifest) == stage.manifest
     assert report.clips == manifests[report.clips_of]
@@ -249,8 +258,10 @@ def test_the_ladders_titles_stand_for_what_they_say(recipe):
     if recipe == "toy_sightsound":  # two rows, under other titles
         wanted = {"SFT": wanted["TTS + AGFV + SFT"], "SFT, then GRPO": wanted["TTS + AGFV + SFT + GRPO"]}
     ladder = report.ablation or report.tables
-    before, *trained = ladder
-    assert trained_for(stages, ladder[before]) is None and set(trained) <= set(wanted) and len(trained) >= 2
+    alone, before, *trained = ladder
+    assert stages[next(iter(ladder[alone].values()))[1:]].media == "none"
+    assert trained_for(stages, ladder[alone]) is trained_for(stages, ladder[before]) is None
+    assert set(trained) <= set(wanted) and len(trained) >= 2
     for title in trained:
         stage = trained_for(stages, ladder[title])
         assert {name: getattr(stage, name) for name in wanted[title]} == wanted[title], title
@@ -270,6 +281,9 @@ def test_table_1s_titles_name_the_model_and_what_it_is_shown():
         name, _, shown = name.partition(" (")
         model = "Qwen/Qwen2-Audio-7B-Instruct" if stage.model == "@truth" else stage.model
         assert model == f"Qwen/{name}", title
+        if mode == "question alone":
+            assert stage.media == "none"
+            continue
         media = "video" if "-VL-" in name else "audio" if "Audio" in name else shown.removesuffix(")") or "sounded"
         assert stage.media == media, title
         assert ("Think" in stage.prompt) == ("zero-shot" in mode), title

@@ -17,7 +17,7 @@ from minixmd.report import clips as report_clips
 from minixmd.report import gather as report
 from minixmd.report.render import ROLES, markdown, page, ticks
 from minixmd.runner import main
-from minixmd.stages.evaluate import letters_beside
+from minixmd.stages.evaluate import how_read
 from minixmd.tasks.statistics import digest, groups, tabulate, wilson
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +102,7 @@ def evaluated(folder, examples, right, *, generate=False):
         if right(i) is None:
             records[-1] = {"id": e.id, "bad": "empty", "detail": "no frames"}
     results = {"model": "m", "manifest": "x", "media": "audio", "bad": {}, **tabulate(examples, records)}
-    results |= letters_beside(examples, records) if generate else {}
+    results |= how_read(examples, records)
     for e, record in zip(examples, records, strict=True):
         record["question"] = digest(e)
         if "bad" not in record:
@@ -433,6 +433,7 @@ FORM = set("""
     difference chosen_on won tied lost bars to_teacher tallies validation training majority confusion steps step of
     verifier verdicts agreement auc roc what x lines column kinds title embed_mib id question options right media
     kind path bytes embedded answers option text traces sample verdict score source columns notes others version
+    missing senses averages people
 """.split())  # keys of report.json that are not data
 FIXED = ("kind", "what", "x")  # keys whose values come from a short list of ours
 HOSTILE = "</script><b onload='x'>&amp;\"|\n\n# |"
@@ -478,6 +479,41 @@ def test_every_string_of_the_report_is_escaped(whole):
     check_escaping(whole[1], in_page=296, in_markdown=83)
 
 
+def asked_of_people(folder, world, condition, right):
+    """Results as stage Answers writes them, of people who are right on every class in `right`."""
+    examples = read_manifest(world / "analysis.jsonl")
+    path = evaluated(folder, examples, lambda i: examples[i].label in right)
+    results = json.loads(Path(path).read_text())
+    Path(path).write_text(json.dumps(results | {"condition": condition}))
+    return str(path)
+
+
+def test_models_and_people_stand_side_by_side_on_classes_that_models_chose(world, whole, tmp_path):
+    long = SEEN[4]
+    ears = asked_of_people(tmp_path / "ears", world, "ears", {"bee", long})
+    eyes = asked_of_people(tmp_path / "eyes", world, "eyes", {"cat", ODD})
+    bars = {f"{name} <i>": f"{world}/{n}_{{}}/results.json" for n, name in ((1, "hears"), (0, "sees"))}
+    senses = {split: {bar: path.format(split) for bar, path in bars.items()} for split in ("analysis", "test")}
+    senses["analysis"] |= {"Human ears": ears, "Human eyes": eyes}
+    stage = Report(tables=tables(world), roles=tuple(ROWS), senses=senses, published="xmd", missing={"lost": "<u>"})
+    found, html = made(stage, tmp_path / "report")
+    section = found["senses"]["analysis"]
+    groups = {title: list(classes) for title, classes in section["groups"].items()}
+    assert groups == {"The teacher is ahead": [ODD, "cat"], "The student is ahead": [long, "bee"],
+                      "The smallest gaps among the others": ["dog", "owl"]}  # fmt: skip
+    assert section["averages"]["Human ears"] == section["averages"]["Human eyes"] == 1 / 3
+    assert section["people"] == [
+        "In 2 of the 2 classes that the teacher leads people's eyes are better than their ears (the paper: 8 of 10).",
+        "In 2 of the 2 classes that the student leads people's ears are better than their eyes (the paper: 10 of 10).",
+        "In 0 of the 2 classes that the teacher leads the student is worse than people's ears (the paper: 9 of 10)."]
+    assert found["senses"]["test"]["people"] == [] and list(found["senses"]["test"]["averages"]) == list(bars)
+    written = (tmp_path / "report" / "report.md").read_text()
+    for text in (html.text, written):
+        assert section["people"][0] in text and "Human ears 33.3 %" in text and "lost" in text
+    hostile = made_hostile(found)
+    assert {tag for tag, _ in Page(page(hostile, {})).tags} <= TAGS
+
+
 def test_the_page_needs_no_script_and_nothing_from_elsewhere(whole):
     folder, _, html = whole
     text = (folder / "report.html").read_text()
@@ -513,11 +549,11 @@ def test_the_papers_figures_stand_beside_rows_of_its_titles_only(world, whole, t
 
 PAPER = """
 Qwen2-Audio-7B-Instruct 71.9 69.0 60.0
-Qwen2-Audio distilled from Qwen2-VL 92.6 89.4 72.3
+Qwen2-Audio-7B-Instruct distilled from Qwen2-VL-7B-Instruct 92.6 89.4 72.3
 Qwen-Audio-Chat (7B) 63.2 60.4 -
 Kimi-Audio-7B-Instruct 70.6 66.7 -
 Qwen2-VL-7B-Instruct 88.5 80.8 -
-Qwen2-VL distilled from Qwen2-Audio 91.4 83.9 -
+Qwen2-VL-7B-Instruct distilled from Qwen2-Audio-7B-Instruct 91.4 83.9 -
 Qwen2.5-VL-7B-Instruct 88.8 81.0 -
 VideoLLaMA 3 83.4 76.4 -
 Qwen2.5-Omni 92.6 89.7 -

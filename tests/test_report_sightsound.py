@@ -16,7 +16,7 @@ from minixmd.report import gather as report
 from minixmd.report.render import page
 from minixmd.report.sections import PAPERS
 from minixmd.runner import main
-from minixmd.stages import evaluate, factcheck, traces
+from minixmd.stages import evaluate, factcheck, multiple_choice, traces
 from minixmd.tasks.benchmarks import TYPES
 from minixmd.tasks.statistics import wilson
 from minixmd.tasks.yes_no import agreement
@@ -55,8 +55,8 @@ def answered(patch, folder, path, right, **fields):
         text = f"<think>I hear {ODD}.</think><answer>{'ABC'[answer]}</answer>"
         records.append({"id": e.id, "answer": answer, "option": e.options[answer], "logits": [0.0] * 3,
                         "by_letters": 0, "how": "letter", "text": text, "finished": True})
-    patch.setattr(evaluate, "load_model", lambda *_: (None, None))
-    patch.setattr(evaluate, "compute_shards", lambda *_, **__: records)
+    patch.setattr(multiple_choice, "load_model", lambda *_: (None, None))
+    patch.setattr(multiple_choice, "compute_shards", lambda *_, **__: records)
     folder.mkdir()
     evaluate.run(Evaluate(name=folder.name, model="m", manifest=str(path), answer="generate", **fields), folder,
                  lambda line: None)
@@ -247,7 +247,9 @@ def test_the_papers_figures_are_the_papers_and_the_recipes_titles_find_them(whol
     figures = [[word for word in line if re.fullmatch(r"\d\d\.\d", word)] for line in two]
     mmau = [[name, *row[:4]] for name, row in zip(names, figures, strict=True)]
     music = [[name, *row[4:]] for name, row in zip(names, figures, strict=True) if row[4:]]
-    assert list(MODES) == [row[0] for row in one] and list(LADDER) == [row[0] for row in music]
+    names = dict(student="Qwen2-Audio-7B-Instruct", teacher="Qwen2.5-VL-32B-Instruct")
+    titles = [title.format(**names) for title, row in MODES.items() if row.name != "alone_avqa"]
+    assert titles == [row[0] for row in one] and list(LADDER) == [row[0] for row in music]
     for rows, head in ((one, ["avqa"]), (mmau, ["Sound", "Speech", "Music", "Average"]),
                        (music, ["Temporal", "Comparative", "Counting", "Existential", "Average"])):
         assert [["", *head], *rows] in html.tables

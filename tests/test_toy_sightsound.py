@@ -12,7 +12,7 @@ from bench import toy_sightsound  # noqa: E402
 
 CHECKED = {"clips": 9, "calibrated_on": 9, "traces": 9, "true": 5, "auc": 0.9, "auc_shuffled": 0.5, "checker_auc": 1.0}
 RIGHT = dict(before=90, truth=140, labels=140, grpo_labels=100, first=90, checked_first=95, sft=100, continued=110,
-             grpo=150, grpo_traced=120, cot=60, test_time=80, teacher=120, teacher_cot=120)
+             grpo=150, grpo_traced=120, cot=60, alone=30, test_time=80, teacher=120, teacher_cot=120)
 GOOD = dict(right={}, rewards=[1.4, 1.6] + [1.8] * 8, false=(60, 4), verifier={})
 
 

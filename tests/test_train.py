@@ -480,7 +480,7 @@ def test_a_new_best_writes_no_tensor_and_its_weights_are_published(world, tmp_pa
     saved = [2, 3, 4, 6, 8]
     assert written == [f"{kind}-{step:06d}.safetensors" for step in saved for kind in ("weights", "optimizer")]
     folder = tmp_path / "run" / "student"
-    assert load_state(folder) == {"step": 8, "best": 0.75, "best_step": 4, "bad": 0}  # the earliest of two
+    assert load_state(folder) == {"step": 8, "best": 0.75, "best_step": 4, "bad": 0, "varied": False}  # earliest
     assert state_files(folder) == ["optimizer-000008.safetensors", "state.json", "weights-000004.safetensors",
                                    "weights-000008.safetensors"]
     model, _ = minixmd.load(folder / "best")

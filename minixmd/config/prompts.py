@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 PROMPT = "{question}\n{options}\nRespond only with a single letter from {first} to {last}."
+OPEN_PROMPT = "What makes the sound in this clip? Answer with its name alone."  # without options
 # the form that GRPO rewards; also zero-shot chain of thought, for a model that has not learnt it
 THINK_PROMPT = ("{question}\n{options}\nThink first, between <think> and </think>. Then give the letter of your "
                 "answer, from {first} to {last}, between <answer> and </answer>.")

@@ -8,12 +8,13 @@ from minixmd.runs.hub_names import parse_hub_name
 
 # what a bare "@name" means; of factcheck the traces that were accepted
 OUTPUTS = {"distill": "best", "sft": "best", "grpo": "best", "label": "labels.jsonl", "switch": "switch.jsonl",
-           "evaluate": "results.json", "traces": "traces.jsonl", "factcheck": "traces.jsonl"}
+           "evaluate": "results.json", "answers": "results.json", "traces": "traces.jsonl", "factcheck": "traces.jsonl"}
 INPUTS = {  # the fields that name a file or folder, and the kinds of stage that a bare "@name" in them may be
     "model": "distill sft grpo", "traces": "traces factcheck", "switch": "switch",
     **dict.fromkeys(("teacher_labels", "student_labels"), "label"),
-    **dict.fromkeys(("teacher", "student", "tables", "ablation"), "evaluate"),
-    **dict.fromkeys(("manifest", "val_manifest", "train_manifest", "clips", "weights", "verdicts", "curves", "funnel")),
+    **dict.fromkeys(("teacher", "student", "tables", "ablation", "senses"), "evaluate answers"),
+    **dict.fromkeys(("manifest", "val_manifest", "train_manifest", "clips", "weights", "verdicts", "curves", "funnel",
+                     "file")),
 }  # fmt: skip
 
 
@@ -39,6 +40,24 @@ def check_files(stages):
             if not (on_hub or value.startswith("@") or Path(value).exists()):
                 moved = "" if "." in field else f"; if it moved, add {item.name}.{field}=PATH to the command"
                 raise ConfigError(f"config: {kind(type(item))} {item.name!r} {field} {value!r} does not exist{moved}")
+
+
+def dependencies(item):
+    """Names of the stages that a stage reads."""
+    return {value[1:].partition("/")[0] for _, value, _ in _inputs(item) if value.startswith("@")}
+
+
+def select(stages, names):
+    """The stages of these names and all that they need, in order. Raises ConfigError for an unknown name."""
+    known = [item.name for item in stages]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"config: --only {name}: no stage has that name{nearest(name, known)}")
+    wanted = set(names)
+    for item in reversed(stages):
+        if item.name in wanted:
+            wanted |= dependencies(item)
+    return tuple(item for item in stages if item.name in wanted)
 
 
 def check_references(stages):
@@ -68,8 +87,10 @@ def _inputs(item):
     """(field, value, kind of stage that a bare "@name" must be) of every field that names a file and is set."""
     for field in fields(item):
         value, needs = getattr(item, field.name), INPUTS.get(field.name)
+        if field.name not in INPUTS or value is None:
+            continue
         if isinstance(value, dict):
             for row, cells in value.items():
                 yield from ((f"{field.name}.{row}.{column}", cell, needs) for column, cell in cells.items())
-        elif field.name in INPUTS and value is not None:
+        else:
             yield field.name, value, needs

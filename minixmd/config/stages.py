@@ -11,7 +11,7 @@ NonNegativeInt = Annotated[int, ">= 0"]
 Positive = Annotated[float, "> 0"]
 NonNegative = Annotated[float, ">= 0"]
 Share = Annotated[float, ">= 0", "<= 1"]
-Media = Literal["audio", "video", "both", "sounded"]
+Media = Literal["audio", "video", "both", "sounded", "none"]
 
 
 @stage
@@ -71,6 +71,7 @@ class _Prompted(_LocalModel):
     model: str  # folder, hub name or "@stage"
     manifest: str  # JSONL file
     media: Media = "audio"  # "audio" | "video" | "both", one after the other | "sounded", a video with its track (Omni)
+    # | "none", the question alone
     prompt: str = PROMPT  # format string over {question} {options} {first} {last}
     # video
     fps: Positive = 1.0  # frames a second
@@ -89,35 +90,6 @@ class _Prompted(_LocalModel):
     def prompt_format(self):
         video_options = {name: getattr(self, name) for name in ("fps", "min_pixels", "max_pixels", "nframes")}
         return PromptFormat(self.media, self.prompt, video_options, self.reading)
-
-
-@stage
-class Evaluate(_Prompted, _Sharded):
-    """A model's accuracy on a manifest."""
-    # how it answers
-    answer: Literal["letters", "generate"] = "letters"  # by the letters' logits | by what it writes
-    max_new_tokens: Annotated[int, ">= 2"] = 32  # tokens of a written answer: at least a letter and the end of turn
-    rule: Literal["option", "mmau"] = "option"  # how it is read: letter or most similar option | by MMAU's own rule
-    num_samples: Count = 1  # answers sampled, of which the most frequent counts; 1 = one
-    temperature: NonNegative = 0.0  # of the sampling; 0 = greedy
-    stop: tuple[str, ...] = ()  # strings that end an answer, beside the end of turn
-    traces: str | None = None  # "@traces": the clip's first trace fills the prompt's {trace}; None = none
-
-    def check(self):
-        super().check(("options",) if self.traces is None else ("options", "trace"))
-        if self.answer == "letters":
-            check_unused(self, "answer 'letters'", "rule num_samples temperature stop")
-        else:
-            check_unused(self, "answer 'generate'", "sharded")
-        if self.num_samples > 1 and self.temperature == 0:
-            raise ConfigError(f"config: num_samples {self.num_samples} at temperature 0.0 would give equal answers")
-
-
-@stage
-class Label(_Prompted, _Sharded):
-    """A model's predicted letters on a manifest, with the letters' logits."""
-    top_k: Annotated[int, ">= 0", "<= 64"] = 0  # best ids of the vocabulary stored with each letter, for KL; 0 = none
-    temperature: Positive = 2.0  # of the distillation: the mass of all other ids is stored at this temperature
 
 
 @stage
@@ -144,15 +116,82 @@ class _Endpoint:
             if not valid:  # without a scheme the client would take it for a model on the hub
                 raise ConfigError(f"config: endpoint {self.endpoint!r} is no URL such as http://localhost:8000/v1")
             check_unused(self, "an endpoint", "cache")
+            if getattr(self, "media", "audio") == "sounded":
+                raise ConfigError("config: an endpoint is shown 'video' or 'audio', 'both' or 'none', got 'sounded'")
+            if hasattr(self, "fps"):
+                check_unused(self, "the server at an endpoint chooses the frames and",
+                             "fps min_pixels max_pixels nframes")
         if (self.endpoint is None) != (self.served is None):
             raise ConfigError(f"config: endpoint {self.endpoint!r} with served {self.served!r}: both or neither")
+
+
+@stage
+class _Answering(_Prompted, _Sharded, _Endpoint):
+    """Fields of a stage that puts multiple-choice questions."""
+    model: str | None = None  # folder, hub name or "@stage"; None = an endpoint
+    answer: Literal["letters", "generate"] = "letters"  # by the letters' logits | by what it writes
+    max_new_tokens: Annotated[int, ">= 2"] = 32  # tokens of a written answer: at least a letter and the end of turn
+
+    def check(self, placeholders=()):
+        if self.answer == "letters":
+            placeholders = ("options", *placeholders)
+        else:
+            check_unused(self, "answer 'generate'", "sharded")
+        super().check(placeholders)
+        self.check_endpoint(self.model)
+        if self.endpoint is not None:
+            check_unused(self, "an endpoint", "sharded")
+
+
+@stage
+class Evaluate(_Answering):
+    """A model's accuracy on a manifest."""
+    rule: Literal["option", "mmau"] = "option"  # how it is read: letter or most similar option | by MMAU's own rule
+    num_samples: Count = 1  # answers sampled, of which the most frequent counts; 1 = one
+    temperature: NonNegative = 0.0  # of the sampling; 0 = greedy
+    stop: tuple[str, ...] = ()  # strings that end an answer, beside the end of turn
+    traces: str | None = None  # "@traces": the clip's first trace fills the prompt's {trace}; None = none
+
+    def check(self):
+        super().check(() if self.traces is None else ("trace",))
+        if self.answer == "letters":
+            check_unused(self, "answer 'letters'", "rule num_samples temperature stop")
+        if self.endpoint is not None:
+            check_unused(self, "an endpoint", "stop")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ConfigError(f"config: num_samples {self.num_samples} at temperature 0.0 would give equal answers")
+
+
+@stage
+class Label(_Answering):
+    """A model's predicted letters on a manifest, with the letters' logits."""
+    top_k: Annotated[int, ">= 0", "<= 64"] = 0  # best ids of the vocabulary stored with each letter, for KL; 0 = none
+    temperature: Positive = 2.0  # of the distillation: the mass of all other ids is stored at this temperature
+
+    def check(self):
+        super().check()
+        if self.endpoint is not None:
+            check_unused(self, "an endpoint", "top_k")
+
+
+@stage
+class Answers:
+    """Answers that were given elsewhere, by another system or by people, as the results that Evaluate gives."""
+    name: str
+    manifest: str  # JSONL file of the questions
+    file: str  # JSONL file of {"id", "answer" or "text"}; or a folder of participants' files (tools/listening_test.py)
+    condition: Literal["ears", "eyes", "both"] | None = None  # of participants' trials; None = of another system
+    rule: Literal["option", "mmau"] = "option"  # how a text is read, as in Evaluate
+    letters: bool = True  # whether a text may give its option's letter
+    max_bad: Share = 0.01  # share of unanswered questions above which the stage fails; 1 = never
+    allow_outside: bool = False  # as in Evaluate
 
 
 @stage
 class Traces(_Prompted, _Endpoint):
     """A teacher's chains of thought on a manifest, several a clip; clips on which all samples agree are marked."""
     model: str | None = None  # folder, hub name or "@stage"; None = an endpoint
-    media: Media = "video"  # as in Evaluate; an endpoint is shown "video" or "audio"
+    media: Media = "video"  # as in Evaluate
     prompt: str = AUDIO_COT_PROMPT  # as in Evaluate
     # how it samples
     num_samples: Count = 8  # samples a clip
@@ -165,10 +204,6 @@ class Traces(_Prompted, _Endpoint):
         self.check_endpoint(self.model)
         if self.decode_slots is not None and self.decode_slots < self.num_samples:
             raise ConfigError(f"config: decode_slots {self.decode_slots} is below num_samples {self.num_samples}")
-        if self.endpoint is not None:
-            if self.media not in ("video", "audio"):
-                raise ConfigError(f"config: media must be 'video' or 'audio', got {self.media!r}")
-            check_unused(self, "the server at an endpoint chooses the frames and", "fps min_pixels max_pixels nframes")
 
 
 @stage
@@ -220,6 +255,7 @@ class Switch(_Local, _Cnn14):
 class _Training(_Prompted):
     """Fields that Distill, SFT and GRPO share."""
     val_manifest: str | None = None  # JSONL file; None = no validation
+    val_limit: Count = 1000  # clips of it that are validated on, a sample by seed that stays the same
     # what trains
     trainable: Literal["lora", "decoder", "full"] = "lora"  # "decoder": encoders and projector stay frozen
     lora_rank: Count = 16
@@ -348,11 +384,14 @@ class Report:
     name: str = "report"
     tables: dict[str, dict[str, str]]  # row title -> {column title: "@evaluate"}
     ablation: dict[str, dict[str, str]] | None = None  # a second table of the same form; None = none
+    missing: dict[str, str] | None = None  # row title or stage -> why it is not there; --keep-going sets it
     published: Literal["xmd", "sightsound"] | None = None  # a paper whose figures stand beside rows of its titles
     # class by class and clip by clip
     roles: tuple[str, str, str] | None = None  # rows of tables: teacher, student before, student after; None = off
     gap: str = "analysis"  # column on which the teacher's lead over the student before chooses the classes
     bars: tuple[str, ...] = ("test",)  # columns whose classes are drawn
+    senses: dict[str, dict[str, str]] | None = None  # column -> {bar: "@evaluate" or "@answers"}: XMD's Figure 1, of
+    # models and people, on the classes that roles and gap choose; None = none
     clips: str | None = None  # JSONL file: manifest of the column clips_of, for clips to play; None = none
     clips_of: str = "test"  # column
     allow_outside: bool = False  # whether it may name files beside its folder and that of prepare_*'s clips
@@ -380,6 +419,8 @@ class Report:
             if unknown := set(steps) - {"traces", "checked", "verifier"}:
                 raise ConfigError(f"config: funnel {title!r} must be of 'traces', 'checked' and 'verifier', got "
                                   f"{unknown.pop()!r}")
+        if self.senses is not None and self.roles is None:
+            raise ConfigError("config: senses needs roles, by which its classes are chosen, got None")
         columns = [self.gap, *self.bars] + ([] if self.clips is None else [self.clips_of])
         for row in self.roles or ():
             for column in columns:

@@ -85,7 +85,7 @@ def sequences_of(stage, clips, others, gpus=1):
     steps = min(stage.epochs * clips / stage.batch_size, stage.max_steps or inf)
     read = steps * ceil(stage.batch_size / gpus)
     updates = getattr(stage, "num_iterations", 1)
-    validated = others * (ceil(steps / stage.eval_every) if stage.eval_every else 1)
+    validated = min(others, stage.val_limit) * (ceil(steps / stage.eval_every) if stage.eval_every else 1)
     return {"rollout": read, "scoring": read, "update": read * updates, "optimizer": steps * updates,
             "validation": validated / gpus}
 

@@ -55,11 +55,13 @@ def trace_answers(tracer, stage, model, prompt):
     if isinstance(stage, FactCheck):
         tracer.category = "activations"
         prompt = model.encode_media(prompt)  # once for all traces of a clip
-    writes = isinstance(stage, Traces) or getattr(stage, "answer", "letters") == "generate"
-    writing = Writing(stage.max_new_tokens, stage.num_samples, stage.temperature) if writes else None
+    writing = None
     if isinstance(stage, Traces):
+        writing = Writing(stage.max_new_tokens, stage.num_samples, stage.temperature)
         prompts, slots = [prompt] * CLIPS, stage.decode_slots or 8 * stage.num_samples
     else:
+        if getattr(stage, "answer", "letters") == "generate":
+            writing = Writing.of(stage)
         prompts = [prompt] * max(1, stage.batch_tokens // len(prompt))
         slots = writing and writing.decode_slots(stage.batch_tokens)
     trace_batch(tracer, "generate" if writing else "forward", model, prompts, writing, slots)

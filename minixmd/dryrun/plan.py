@@ -33,9 +33,9 @@ EXAMPLE = Example("example", "clip", "clip", "Which of these makes the sound tha
                   ("a dog that barks", "a car that passes", "people who talk", "rain on a roof"), 0)
 TRACE = "<think>I hear it bark twice.</think><answer>A</answer>"
 NO_EFFECT_ON_MEMORY = frozenset(  # fields of stages; of "traces" and "val_manifest" only whether they are set matters
-    "name model manifest val_manifest prompt teacher_labels student_labels switch gate traces trace_filter rule limit "
-    "threshold lr warmup_ratio weight_decay max_grad_norm betas eps epochs max_steps eval_every save_every max_bad "
-    "seed completions_every".split())
+    "name model manifest val_manifest val_limit prompt teacher_labels student_labels switch gate traces trace_filter "
+    "rule limit threshold lr warmup_ratio weight_decay max_grad_norm betas eps epochs max_steps eval_every save_every "
+    "max_bad seed completions_every".split())
 NO_CLIPS = {}  # no manifest is here
 TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
 

@@ -84,8 +84,10 @@ def local_rows(model):
     for name, p in model.named_parameters():
         if isinstance(p, DTensor):
             chunk = math.ceil(len(p) / p.device_mesh.size())  # as torch.chunk cuts
-            first = p.device_mesh.get_local_rank() * chunk
-            rows[name] = min(first, len(p)), len(p)
+            rank = p.device_mesh.get_local_rank()
+            first = rank * chunk
+            first = min(first, len(p))
+            rows[name] = first, len(p)
     return rows
 
 

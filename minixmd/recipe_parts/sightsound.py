@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from minixmd.config import GRPO, SFT, Distill, Evaluate, FactCheck, Label, Report, Traces
 from minixmd.config.prompts import AUDIO_COT_PROMPT, CHECK_PROMPT, PROMPT, THINK_PROMPT, TRACE_PROMPT
+from minixmd.recipe_parts.xmd import short_name
 
 LADDER = {  # row of Table 2 -> its training stage; "before" is the student itself
     "Direct inference": "before",
@@ -18,25 +19,38 @@ LADDER = {  # row of Table 2 -> its training stage; "before" is the student itse
     "TTS + AGFV + SFT": "sft",
     "TTS + AGFV + SFT + GRPO": "grpo",
 }
+ALONE = {"Question alone": "alone"}  # ours: the student without the clip
 CONTROLS = {"SFT continued": "continued", "SFT, then GRPO, on the traces' clips alone": "grpo_traced"}  # ours
-MODES = {  # row of Table 1 -> its Evaluate stage, of `modes`, `others` and `ladder`
-    "Qwen2.5-Omni-3B (audio), direct": "omni3b_audio",
-    "Qwen2.5-Omni-7B (audio), direct": "omni7b_audio",
-    "Qwen2-Audio-7B-Instruct, direct": "before_avqa",
-    "Qwen2-Audio-7B-Instruct, zero-shot CoT": "cot",
-    "Qwen2-Audio-7B-Instruct, test-time CoT distillation": "test_time",
-    "Qwen2-Audio-7B-Instruct, SFT (ground truth)": "truth_avqa",
-    "Qwen2.5-Omni-3B (video), direct": "omni3b_video",
-    "Qwen2.5-Omni-7B (video), direct": "omni7b_video",
-    "Qwen2.5-VL-7B-Instruct, direct": "vl7b",
-    "Qwen2.5-VL-32B-Instruct, direct": "teacher",
-    "Qwen2.5-VL-32B-Instruct, zero-shot CoT": "teacher_cot",
-    "Qwen2.5-VL-32B-Instruct, zero-shot audio CoT": "teacher_audio_cot",
-    "Qwen2.5-Omni-3B, direct": "omni3b",
-    "Qwen2.5-Omni-7B, direct": "omni7b",
-}
 TEACHER, VL_7B = "Qwen/Qwen2.5-VL-32B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"
 OMNI_3B, OMNI_7B = "Qwen/Qwen2.5-Omni-3B", "Qwen/Qwen2.5-Omni-7B"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How an Evaluate stage without training asks on the main split."""
+    name: str  # of the stage
+    model: str | None = None  # a checkpoint, "student" or "teacher"; None = the ladder has that stage
+    mode: str = "direct"  # key of PROMPTS
+    media: str = "audio"
+
+
+MODES = {  # row of Table 1 -> its stage
+    "Qwen2.5-Omni-3B (audio), direct": Mode("omni3b_audio", OMNI_3B),
+    "Qwen2.5-Omni-7B (audio), direct": Mode("omni7b_audio", OMNI_7B),
+    "{student}, question alone": Mode("alone_avqa"),
+    "{student}, direct": Mode("before_avqa"),
+    "{student}, zero-shot CoT": Mode("cot", "student", "think"),
+    "{student}, test-time CoT distillation": Mode("test_time", "student", "trace"),
+    "{student}, SFT (ground truth)": Mode("truth_avqa"),
+    "Qwen2.5-Omni-3B (video), direct": Mode("omni3b_video", OMNI_3B, media="video"),
+    "Qwen2.5-Omni-7B (video), direct": Mode("omni7b_video", OMNI_7B, media="video"),
+    "Qwen2.5-VL-7B-Instruct, direct": Mode("vl7b", VL_7B, media="video"),
+    "{teacher}, direct": Mode("teacher", "teacher", media="video"),
+    "{teacher}, zero-shot CoT": Mode("teacher_cot", "teacher", "think", "video"),
+    "{teacher}, zero-shot audio CoT": Mode("teacher_audio_cot", "teacher", "audio_cot", "video"),
+    "Qwen2.5-Omni-3B, direct": Mode("omni3b", OMNI_3B, media="sounded"),
+    "Qwen2.5-Omni-7B, direct": Mode("omni7b", OMNI_7B, media="sounded"),
+}
 PROMPTS = {"direct": PROMPT, "think": THINK_PROMPT, "audio_cot": AUDIO_COT_PROMPT, "trace": TRACE_PROMPT,
            "check": CHECK_PROMPT}  # fmt: skip
 
@@ -51,6 +65,7 @@ class Row:
     mode: str = "think"  # | "direct"
 
 
+UNTRAINED = {"before": "audio", "alone": "none"}  # rows of the student itself -> what it is shown
 LETTERS = dict(teacher_labels="@teacher_labels")  # of every clip of the train split
 VOTES = dict(teacher_labels="@traces/labels.jsonl")  # the answers on which all traces of a clip agree
 UNANIMOUS = dict(traces="@checked", trace_filter="unanimous")  # the accepted traces of such clips
@@ -142,47 +157,44 @@ class SightSound:
 
     def evaluated(self, name):
         """`{name}_{column}` for every column: direct or thinking, as the row was trained."""
-        model, mode = (self.student, "direct") if name == "before" else (f"@{name}", ROWS[name].mode)
-        return [self.evaluate(f"{name}_{split}", model, mode, split=split) for split in self.splits]
-
-    def modes(self):
-        """Table 1's rows without training: the student thinking or shown the teacher's thoughts, the teacher itself."""
-        stages = [self.evaluate("cot", self.student, "think"), *self.test_traces(),
-                  self.evaluate("test_time", self.student, "trace", traces="@test_traces"),
-                  self.evaluate("teacher", self.teacher, "direct", "video"),
-                  self.evaluate("teacher_cot", self.teacher, "think", "video")]
-        if self.asked("audio_cot") != self.asked("think"):
-            stages.append(self.evaluate("teacher_audio_cot", self.teacher, "audio_cot", "video"))
+        model, mode, media = self.student, "direct", UNTRAINED.get(name, "audio")
+        if name not in UNTRAINED:
+            model, mode = f"@{name}", ROWS[name].mode
+        stages = []
+        for split in self.splits:
+            stages.append(self.evaluate(f"{name}_{split}", model, mode, media, split))
         return stages
 
-    def others(self):
-        return [
-            self.evaluate("omni3b_audio", OMNI_3B, "direct"),
-            self.evaluate("omni7b_audio", OMNI_7B, "direct"),
-            self.evaluate("omni3b_video", OMNI_3B, "direct", "video"),
-            self.evaluate("omni7b_video", OMNI_7B, "direct", "video"),
-            self.evaluate("vl7b", VL_7B, "direct", "video"),
-            self.evaluate("omni3b", OMNI_3B, "direct", "sounded"),
-            self.evaluate("omni7b", OMNI_7B, "direct", "sounded"),
-        ]
+    def modes(self, rows):
+        """The rows of MODES, or of others like it, that have a model, and the teacher's thoughts on the main split."""
+        stages = self.test_traces()
+        for row in rows.values():
+            if row.model is not None:
+                model = {"student": self.student, "teacher": self.teacher}.get(row.model, row.model)
+                shown = dict(traces="@test_traces") if row.mode == "trace" else {}
+                stages.append(self.evaluate(row.name, model, row.mode, row.media, **shown))
+        return stages
 
     def ladder(self, *rows):
         """Training and Evaluate stages of rows of LADDER or CONTROLS, named by stage; of all of LADDER, if none is."""
         stages = []
         for name in rows or LADDER.values():
-            if name != "before":
+            if name not in UNTRAINED:
                 stages += self.trained(name)
             stages += self.evaluated(name)
         return stages
 
     def report(self, rows=LADDER, modes=None, verifier=False):
-        """rows: {title: training stage}, a table of all columns. modes: {title: Evaluate stage}, of the main split."""
+        """rows: {title: training stage}, a table of all columns. modes: as MODES, a table of the main split."""
         ladder, curves = {}, {"GRPO": {}, "SFT": {}}
         for title, name in rows.items():
             ladder[title] = {split: f"@{name}_{split}" for split in self.splits}
-            if name != "before":
+            if name not in UNTRAINED:
                 curves["GRPO" if "GRPO" in title else "SFT"][title] = f"@{name}/log.jsonl"
-        tables = {title: {self.main_split: f"@{name}"} for title, name in (modes or {}).items()}
+        names = dict(student=short_name(self.student), teacher=short_name(self.teacher))
+        tables = {}
+        for title, row in (modes or {}).items():
+            tables[title.format(**names)] = {self.main_split: f"@{row.name}"}
         learned = {"traces": "@traces/results.json", "checked": "@checked/results.json"}
         tested = {"traces": "@test_traces/results.json", "checked": "@test_traces_checked/results.json"}
         if verifier:
@@ -217,7 +229,8 @@ def avqa(*, data="data", **changes):
         val=f"{data}/avqa/val.jsonl",
         splits={"avqa": dict(manifest=f"{data}/avqa/val.jsonl"),
                 "mmau": dict(manifest=f"{data}/mmau/test-mini.jsonl", rule="mmau"),
-                "music_avqa": dict(manifest=f"{data}/music_avqa/test.jsonl")},
+                "music_avqa": dict(manifest=f"{data}/music_avqa/test.jsonl"),
+                "mmar": dict(manifest=f"{data}/mmar/test.jsonl", rule="mmau")},
         main_split="avqa",
         device_fields=dict(device="cuda", dtype="bfloat16"),
         video_fields=dict(fps=1.0, min_pixels=100_352, max_pixels=262_144),  # not stated; XMD's

@@ -5,7 +5,7 @@
 `recipes/toy.py` has them written out; read that first. "audio" hears the clips, "video" sees them; either may learn."""
 from dataclasses import dataclass, field
 
-from minixmd.config import SFT, Distill, Evaluate, Label, Report, Switch
+from minixmd.config import SFT, Answers, Distill, Evaluate, Label, Report, Switch
 
 OTHER = {"audio": "video", "video": "audio"}
 ABLATION = {  # row, by its name in the paper's Table 2 where it has one -> its training stage
@@ -28,6 +28,12 @@ ABLATED = {  # stage -> the fields by which it differs from "distilled", the def
 }
 
 
+def short_name(model):
+    """How a table calls a checkpoint: its last part, without a revision."""
+    path, _, _ = model.partition("@")
+    return path.rpartition("/")[2]
+
+
 @dataclass(frozen=True)
 class XMD:
     """The two models, their data, and fields for their stages."""
@@ -36,23 +42,44 @@ class XMD:
     truth: str  # the same clips with labels: for the upper bound, the oracle, and to judge the switch
     splits: dict[str, str]  # {column of the tables: manifest}; "analysis" is the split that the switch learns from
     model_fields: dict[str, dict]  # {"audio", "video"}: fields of every stage that runs that model, media included
-    evaluate_fields: dict = field(default_factory=dict)  # more fields of Evaluate
+    evaluate_fields: dict = field(default_factory=dict)  # more fields of Evaluate and Label
     train_fields: dict = field(default_factory=dict)  # of Distill and SFT
     switch_fields: dict = field(default_factory=dict)  # of Switch
 
-    def evaluated(self, name, model, media):
-        """`{name}_{split}`: a model's accuracy on every split."""
-        fields = self.model_fields[media] | self.evaluate_fields
-        return [Evaluate(name=f"{name}_{split}", model=model, manifest=manifest, **fields)
-                for split, manifest in self.splits.items()]
+    def evaluated(self, name, model, medium, splits=None, **changes):
+        """`{name}_{split}`: a model's accuracy on every split, or on those of `splits`. changes: fields of Evaluate."""
+        fields = self.model_fields[medium] | self.evaluate_fields | changes
+        stages = []
+        for split in splits or self.splits:
+            stages.append(Evaluate(name=f"{name}_{split}", model=model, manifest=self.splits[split], **fields))
+        return stages
 
     def before(self):
-        """Both models: `{media}_{split}`, and `{media}_labels`, answers on the train split with the KL's logits."""
+        """Both models: `{medium}_{split}`; `{medium}_alone_{split}`, answers to the question without a clip; and
+        `{medium}_labels`, answers on the train split with the KL's logits."""
         stages = []
-        for media, model in self.models.items():
-            fields = self.model_fields[media]
-            stages += self.evaluated(media, model, media)
-            stages.append(Label(name=f"{media}_labels", model=model, manifest=self.train, top_k=64, **fields))
+        for medium, model in self.models.items():
+            fields = self.model_fields[medium] | self.evaluate_fields
+            stages += self.evaluated(medium, model, medium)
+            stages += self.evaluated(f"{medium}_alone", model, medium, media="none")
+            stages.append(Label(name=f"{medium}_labels", model=model, manifest=self.train, top_k=64, **fields))
+        return stages
+
+    def answered(self, name, folder, splits=("analysis", "test")):
+        """`{name}_{split}`: another system's answers. folder: with {name}_{split}.jsonl of tools/answers_of.py."""
+        stages = []
+        for split in splits:
+            stage = f"{name}_{split}"
+            stages.append(Answers(name=stage, manifest=self.splits[split], file=f"{folder}/{stage}.jsonl"))
+        return stages
+
+    def people(self, folder):
+        """people_ears, people_eyes, people_both. folder: as tools/listening_test.py made it, with `returned`, the files
+        that were sent back."""
+        fields = dict(manifest=f"{folder}/manifest.jsonl", file=f"{folder}/returned", max_bad=1.0)
+        stages = []
+        for condition in ("ears", "eyes", "both"):
+            stages.append(Answers(name=f"people_{condition}", condition=condition, **fields))
         return stages
 
     def switch(self, student, name="switch"):
@@ -83,26 +110,35 @@ class XMD:
                 stages += self.distilled(student, name, **ABLATED.get(name, {}))
         return stages
 
-    def cells(self, name):
-        return {split: f"@{name}_{split}" for split in self.splits}
+    def cells(self, name, splits=None):
+        return {split: f"@{name}_{split}" for split in splits or self.splits}
 
-    def report(self, titles, student, name="distilled", switch="@switch", *, rows=None, ablation=False):
-        """titles: of the rows "audio", "video", "distilled". rows: {title: cells} of more. ablation: adds its table."""
+    def titles(self, student):
+        """Of the rows "audio", "video" and "distilled": the names of the models, as the papers write them."""
+        names = {}
+        for medium, model in self.models.items():
+            names[medium] = short_name(model)
+        return names | {"distilled": f"{names[student]} distilled from {names[OTHER[student]]}"}
+
+    def report(self, student, name="distilled", switch="@switch", *, titles=None, rows=None, ablation=False,
+               senses=None):
+        """titles: in place of self.titles. rows: {title: cells} of more. ablation: adds its table. senses: Report's."""
+        titles = titles or self.titles(student)
         stages = {OTHER[student]: OTHER[student], student: student, "distilled": name}
-        tables = {titles[key]: self.cells(stage) for key, stage in stages.items()}
+        roles = {titles[key]: self.cells(stage) for key, stage in stages.items()}
+        alone = {}
+        for medium in self.models:
+            alone[f"{titles[medium]}, question alone"] = self.cells(f"{medium}_alone")
         trained = ABLATION if ablation else {titles["distilled"]: name}
         curves = {title: f"@{stage}/log.jsonl" for title, stage in trained.items()}
         return [Report(
             name="ablation_report" if ablation else f"{name}_report", published="xmd",
-            tables=tables | (rows or {}), roles=tuple(tables),
+            tables=roles | (rows or {}) | alone, roles=tuple(roles),
             ablation={title: self.cells(stage) for title, stage in trained.items()} if ablation else None,
-            bars=tuple(split for split in self.splits if split != "analysis"),
+            bars=tuple(split for split in ("test", "unseen") if split in self.splits),
             clips=self.splits["test"], switch=switch,
-            curves={"Distillation": curves, "Switch": {"switch": f"{switch}/log.jsonl"}},
+            curves={"Distillation": curves, "Switch": {"switch": f"{switch}/log.jsonl"}}, senses=senses,
         )]  # fmt: skip
-
-
-TITLES = {"audio": "Qwen2-Audio-7B-Instruct", "video": "Qwen2-VL-7B-Instruct"}  # of the rows, as in the paper
 
 
 def vggsound(*, audio="Qwen/Qwen2-Audio-7B-Instruct", video="Qwen/Qwen2-VL-7B-Instruct", data="data",
@@ -118,8 +154,12 @@ def vggsound(*, audio="Qwen/Qwen2-Audio-7B-Instruct", video="Qwen/Qwen2-VL-7B-In
         models={"audio": audio, "video": video},
         train=f"{data}/vggsound/train.jsonl",
         truth=f"{data}/vggsound/train.jsonl",
-        splits={"analysis": f"{data}/vggsound/analysis.jsonl", "test": f"{data}/vggsound/test.jsonl",
-                "unseen": f"{data}/audioset/unseen.jsonl"},
+        splits={
+            "analysis": f"{data}/vggsound/analysis.jsonl",
+            "test": f"{data}/vggsound/test.jsonl",
+            "unseen": f"{data}/audioset/unseen.jsonl",
+            "audioset": f"{data}/audioset/evaluation.jsonl",
+        },
         model_fields={"audio": dict(media="audio", **gpu), "video": dict(media="video", **frames),
                       "sounded": dict(media="sounded", **frames)},
         evaluate_fields=dict(answer="generate"),

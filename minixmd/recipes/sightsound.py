@@ -11,7 +11,8 @@ GRPO. GRPO of the whole decoder takes 67 GiB with 8-bit moments and its referenc
 grpo.moments=float32 grpo.reference=device (and grpo_labels's): 125 GiB. All but the 32B and GRPO fits 48 GB. As in the
 paper, the split of Table 1 also chooses the best weights. The report has the paper's figures.
 """
-from minixmd.recipe_parts.sightsound import LADDER, MODES, avqa
+from minixmd.recipe_parts.sightsound import ALONE, LADDER, MODES, avqa
 
 sound = avqa()
-stages = sound.traces() + sound.labels() + sound.modes() + sound.others() + sound.ladder() + sound.report(LADDER, MODES)
+rows = ALONE | LADDER
+stages = sound.traces() + sound.labels() + sound.modes(MODES) + sound.ladder(*rows.values()) + sound.report(rows, MODES)

@@ -12,10 +12,11 @@ Answers are kept: no request is repeated once it was answered. One CUDA GPU of 8
 by --dry-run; data as in recipe sightsound. Not measured by anybody yet: 8 thoughts of 40,000 clips are 320,000 requests
 to the server, and the checker gets one request for each trace that is left.
 """
-from minixmd.recipe_parts.sightsound import LADDER, TEACHER, avqa
+from minixmd.recipe_parts.sightsound import ALONE, LADDER, TEACHER, avqa
 
 remote = dict(checker="endpoint", endpoint="https://api.openai.com/v1", served="gpt-4o-audio-preview")
 sound = avqa(checker_fields=remote, traces_fields=dict(num_samples=8, temperature=1.0),
              server_fields=dict(endpoint="http://localhost:8000/v1", served=TEACHER, api_key_env="TEACHER_API_KEY"))
-rows = {title: name for title, name in LADDER.items() if name in ("before", "first", "checked_first", "sft", "grpo")}
+shown = "before", "first", "checked_first", "sft", "grpo"
+rows = ALONE | {title: name for title, name in LADDER.items() if name in shown}
 stages = sound.traces() + sound.test_traces() + sound.ladder(*rows.values()) + sound.report(rows)

@@ -17,6 +17,7 @@ stages = [
       for split in ("analysis", "test", "unseen")),
     *(Evaluate(name=f"student_{split}", model="@toy/student", manifest=f"@toy/{split}.jsonl", **AUDIO)
       for split in ("analysis", "test", "unseen")),
+    Evaluate(name="student_alone", model="@toy/student", manifest="@toy/test.jsonl", media="none"),
     # each model's own answers on the train split, which has no true labels
     Label(name="teacher_labels", model="@toy/teacher", manifest="@toy/train.jsonl", **VIDEO),
     Label(name="student_labels", model="@toy/student", manifest="@toy/train.jsonl", **AUDIO),
@@ -33,6 +34,7 @@ stages = [
         "teacher (video)": {split: f"@teacher_{split}" for split in ("analysis", "test", "unseen")},
         "student before (audio)": {split: f"@student_{split}" for split in ("analysis", "test", "unseen")},
         "student after (audio)": {split: f"@distilled_{split}" for split in ("analysis", "test", "unseen")},
+        "student before, question alone": {"test": "@student_alone"},
     }, published="xmd", roles=("teacher (video)", "student before (audio)", "student after (audio)"),
         bars=("test", "unseen"), clips="@toy/test.jsonl", switch="@switch",
         curves={"Distillation": {"distilled": "@distilled/log.jsonl"}, "Switch": {"switch": "@switch/log.jsonl"}}),

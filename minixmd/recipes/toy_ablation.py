@@ -22,4 +22,4 @@ titles = {"audio": "audio model before", "video": "video model before", "distill
 other = dict(name="video_distilled", switch="@video_switch")
 stages = [Toy(name="toy")] + xmd.before() + xmd.switch("audio") + xmd.switch("video", "video_switch")
 stages += xmd.ablation("audio") + xmd.distilled("video", **other)
-stages += xmd.report(titles, "audio", rows={"video model after": xmd.cells("video_distilled")}, ablation=True)
+stages += xmd.report("audio", titles=titles, rows={"video model after": xmd.cells("video_distilled")}, ablation=True)

@@ -10,6 +10,6 @@ from minixmd.config import Toy
 from minixmd.recipe_parts.sightsound import toy
 
 sound = toy(updates=50)
-stages = [Toy(name="toy", thinking=True)] + sound.traces() + sound.labels() + sound.ladder("before", "sft", "grpo")
-stages += sound.test_traces(num_samples=1)
-stages += sound.report({"before": "before", "SFT": "sft", "SFT, then GRPO": "grpo"})
+rows = {"question alone": "alone", "before": "before", "SFT": "sft", "SFT, then GRPO": "grpo"}
+stages = [Toy(name="toy", thinking=True)] + sound.traces() + sound.labels() + sound.ladder(*rows.values())
+stages += sound.test_traces(num_samples=1) + sound.report(rows)

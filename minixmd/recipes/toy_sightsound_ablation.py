@@ -7,12 +7,18 @@ checks the claims. On seeds 0 to 2 the student is right on 71 % of the test clip
 88 %. Controls: 77 % after as many more steps of SFT as GRPO has, 78 % after GRPO on the clips with traces alone.
 """
 from minixmd.config import Toy
-from minixmd.recipe_parts.sightsound import CONTROLS, LADDER, toy
+from minixmd.recipe_parts.sightsound import ALONE, CONTROLS, LADDER, Mode, toy
 
 sound = toy()
-MODES = {"student, direct": "before_test", "student, zero-shot CoT": "cot", "student, test-time CoT": "test_time",
-         "teacher, direct": "teacher", "teacher, CoT": "teacher_cot"}
-stages = [Toy(name="toy", thinking=True)] + sound.traces() + sound.labels() + sound.modes()
+MODES = {
+    "student, question alone": Mode("alone_test"),
+    "student, direct": Mode("before_test"),
+    "student, zero-shot CoT": Mode("cot", "student", "think"),
+    "student, test-time CoT": Mode("test_time", "student", "trace"),
+    "teacher, direct": Mode("teacher", "teacher", media="video"),
+    "teacher, CoT": Mode("teacher_cot", "teacher", "think", "video"),
+}
+stages = [Toy(name="toy", thinking=True)] + sound.traces() + sound.labels() + sound.modes(MODES)
 stages += sound.verifier(limit=640, width=1 / 16, clip_s=1.0, epochs=30, lr=3e-3)
-stages += sound.ladder() + sound.ladder(*CONTROLS.values())
-stages += sound.report(LADDER | CONTROLS, MODES, verifier=True)
+stages += sound.ladder() + sound.ladder(*(ALONE | CONTROLS).values())
+stages += sound.report(ALONE | LADDER | CONTROLS, MODES, verifier=True)

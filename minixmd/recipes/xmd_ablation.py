@@ -6,9 +6,8 @@ Data and checkpoints as in xmd_audio. One CUDA GPU of 24 GB or more; the paper h
 Not measured by anybody yet. By --dry-run, on an H200 at 40 % of its peak: seven distillations beside xmd_audio's, 2
 hours each, and 0.3 each to evaluate. The report has the paper's figures.
 """
-from minixmd.recipe_parts.xmd import TITLES, vggsound
+from minixmd.recipe_parts.xmd import vggsound
 
 xmd = vggsound()
-titles = TITLES | {"distilled": "Qwen2-Audio distilled from Qwen2-VL"}
 stages = xmd.before() + xmd.switch("audio") + xmd.ablation("audio")
-stages += xmd.report(titles, "audio", ablation=True)
+stages += xmd.report("audio", ablation=True)

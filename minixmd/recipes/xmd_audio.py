@@ -9,8 +9,7 @@ One CUDA GPU of 24 GB or more; the paper had an L40 of 48 GB. Not measured by an
 clips to train on, on an H200 at 40 % of its peak: evaluating both models on every split 2 hours, labelling 5 (4 of them
 by Qwen2-VL), the switch 0.3, distillation 2; at most 21 GiB, in evaluation. The report has the paper's figures.
 """
-from minixmd.recipe_parts.xmd import TITLES, vggsound
+from minixmd.recipe_parts.xmd import vggsound
 
 xmd = vggsound()
-titles = TITLES | {"distilled": "Qwen2-Audio distilled from Qwen2-VL"}
-stages = xmd.before() + xmd.switch("audio") + xmd.distilled("audio") + xmd.report(titles, "audio")
+stages = xmd.before() + xmd.switch("audio") + xmd.distilled("audio") + xmd.report("audio")

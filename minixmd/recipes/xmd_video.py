@@ -7,10 +7,9 @@ Data and checkpoints as in xmd_audio. One CUDA GPU of 24 GB or more. Not measure
 H200 at 40 % of its peak: 7 hours for the stages that xmd_audio has too, 11 for distillation on 1,660 tokens a clip; at
 most 21 GiB. The report has the paper's figures.
 """
-from minixmd.recipe_parts.xmd import TITLES, vggsound
+from minixmd.recipe_parts.xmd import vggsound
 
 xmd = vggsound()
-titles = TITLES | {"distilled": "Qwen2-VL distilled from Qwen2-Audio"}
 names = dict(name="video_distilled", switch="@video_switch")
 stages = (xmd.before() + xmd.switch("video", "video_switch") + xmd.distilled("video", **names)
-          + xmd.report(titles, "video", **names))  # fmt: skip
+          + xmd.report("video", **names))  # fmt: skip

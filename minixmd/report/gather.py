@@ -1,4 +1,5 @@
 """Stage Report: every figure of a run in one dict, report.json, from which alone report.html and report.md are made."""
+from dataclasses import replace
 from pathlib import Path
 
 from minixmd.inputs.examples import read_manifest
@@ -29,6 +30,24 @@ def run(stage, folder, log):
     print(f"(in brackets the 95 % interval; written to {folder / 'report.html'}, .json and .md)", flush=True)
 
 
+def without(stage, failed):
+    """The tables and curves of a Report that need no failed stage; its `missing` says what is left out. failed: {name:
+    why}. Raises ValueError: no row is left."""
+    missing, changes = {}, {}
+    for name in ("tables", "ablation", "funnel", "curves"):
+        table = changes[name] = dict(getattr(stage, name) or {})
+        for title, cells in list(table.items()):
+            for cell in cells.values():
+                needed = cell[1:].partition("/")[0]
+                if needed in failed:
+                    missing[title] = failed[needed]
+                    table.pop(title, None)
+    if not changes["tables"]:
+        raise ValueError(f"{stage.name}: no row could be made")
+    return replace(stage, missing=missing, roles=None, clips=None, gallery=(), traces=None, verdicts=None, switch=None,
+                   senses=None, **changes)
+
+
 def gather(stage, folder):
     """(report.json, {path: data URI} of the media in the page). ValueError: a wrong file, or two on other questions."""
     results = read_results(stage)
@@ -41,7 +60,8 @@ def gather(stage, folder):
         "ablation": accuracies(results["ablation"], beside.get("ablation", {})),
         "benchmarks": {which: sections.breakdowns(rows, BENCHMARKS[stage.published])
                        for which, rows in results.items()},
-        **dict.fromkeys(("roles", "switch", "funnel", "curves", "clips", "gallery")),
+        **dict.fromkeys(("roles", "senses", "switch", "funnel", "curves", "clips", "gallery")),
+        "missing": stage.missing or {},
         "paper": PAPERS.get(stage.published),
     }
     paper = report["paper"] or {}
@@ -56,6 +76,8 @@ def gather(stage, folder):
                 report["gains"][column] = {"before": compare(after, before), "teacher": compare(after, teacher)}
         by_role = {role: results["tables"][row] for role, row in report["roles"].items()}
         report["classes"] = sections.classes(by_role, stage.gap, stage.bars, paper.get("classes"))
+        if stage.senses:
+            report["senses"] = sections.senses(stage.senses, by_role, stage.gap, paper.get("people"))
     if stage.switch:
         report["switch"] = sections.switch(Path(stage.switch), paper.get("switch", {}))
     if stage.gallery:

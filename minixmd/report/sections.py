@@ -123,6 +123,65 @@ def classes(by_role, gap, bars, published):
     return section
 
 
+def senses(paths, by_role, gap, published):
+    """XMD's Figure 1: {column: {"groups": {title: {class: {bar: summary}}}, "averages": {bar: mean accuracy over these
+    classes}, "people": sentences}}. paths: {column: {bar: results.json}}. The groups of classes are chosen by the lead
+    on `gap`, by models alone. published: the paper's counts of classes in which people agree, or None."""
+    chosen = groups(leads(by_role["teacher"][gap]["classes"], by_role["before"][gap]["classes"]))
+    section = {}
+    for column, bars in paths.items():
+        by_bar, people = {}, {}
+        for bar, path in bars.items():
+            result = read_json(path)
+            by_bar[bar] = result["classes"]
+            if "condition" in result:
+                people[result["condition"]] = bar
+        shown = {title: {} for title in chosen}
+        shares = {bar: [] for bar in bars}
+        for title, names in chosen.items():
+            for name in names:
+                cells = {}
+                for bar, classes in by_bar.items():
+                    if name in classes:
+                        cells[bar] = classes[name]
+                if len(cells) < len(bars):
+                    continue
+                shown[title][name] = cells
+                for bar, cell in cells.items():
+                    shares[bar].append(cell["accuracy"])
+        averages = {}
+        for bar, of_bar in shares.items():
+            averages[bar] = sum(of_bar) / len(of_bar) if of_bar else None
+        section[column] = {"chosen_on": gap, "groups": shown, "averages": averages, "people": []}
+        if {"ears", "eyes"} <= people.keys():
+            section[column]["people"] = agreements(shown, people, by_role["before"][gap]["classes"], published or {})
+    return section
+
+
+def agreements(shown, people, student, published):
+    """In how many classes people's ears and eyes differ as the models do, as sentences beside the paper's counts."""
+    ahead, behind, _ = shown.values()  # for the teacher
+    ears, eyes = people["ears"], people["eyes"]
+    counts = Counter()
+    for name, cells in ahead.items():
+        heard = cells[ears]["accuracy"]
+        counts["ahead"] += cells[eyes]["accuracy"] > heard
+        counts["short"] += student[name]["accuracy"] < heard
+    for cells in behind.values():
+        counts["behind"] += cells[ears]["accuracy"] > cells[eyes]["accuracy"]
+    said = {
+        "ahead": "that the teacher leads people's eyes are better than their ears",
+        "behind": "that the student leads people's ears are better than their eyes",
+        "short": "that the teacher leads the student is worse than people's ears",
+    }
+    sentences = []
+    for key, what in said.items():
+        total = len(behind) if key == "behind" else len(ahead)
+        paper = f" (the paper: {published[key]})" if key in published else ""
+        sentences.append(f"In {counts[key]} of the {total} classes {what}{paper}.")
+    return sentences
+
+
 def switch(path, published):
     """Where the clips of a switch.jsonl went, and tallies of its decisions against the table of classes: those in the
     results.json beside it; the training clips' is made here if it lacks and records hold the right decision, "oracle".

@@ -12,7 +12,7 @@ from minixmd.inputs.prompts import prefetch
 from minixmd.learning.optim import learning_rate
 from minixmd.runs.heartbeat import beat
 from minixmd.runs.records import bad_record
-from minixmd.runs.seeds import hash_seed
+from minixmd.runs.seeds import hash_seed, shuffled
 
 
 def load_logmel(path, clip_s, cache=None):
@@ -34,12 +34,6 @@ def load_logmels(examples, stage):
         kind = bad if isinstance(found, dict) else logmels
         kind[example.id] = found
     return logmels, bad
-
-
-def shuffled(items, *seed):
-    """The items in a random order, which depends on the parts of the seed alone."""
-    generator = torch.Generator().manual_seed(hash_seed(*seed))
-    return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
 
 
 def train_epochs(stage, model, optimizer, batch_loss, items, batch_size, first_epoch=0):

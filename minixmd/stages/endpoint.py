@@ -50,7 +50,7 @@ class Request:
 def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logprobs=False, is_usable=bool):
     """Makes every request that `path` does not answer yet, with a progress bar.
 
-    stage: Traces or FactCheck. path: JSONL file that grows by a line an answer: the records below that are not bad.
+    stage: that asks. path: JSONL file that grows by a line an answer: the records below that are not bad.
     OSError: it cannot. logprobs: ask for the first token's log-probs too. is_usable: function(text) -> bool; an
     unusable answer is nonsense.
     Returns a record a request, in order: {"key", "text", "finished": the model ended its turn}, with log-probs, where
@@ -193,8 +193,9 @@ class _Client:
 def messages(example, media, prompt, trace, load):
     """Chat messages that show an Example's clip, as `load` encodes it, and ask; arguments as build_conversation."""
     [turn] = build_conversation(example, media=media, prompt=prompt, trace=trace)
-    clip, text = turn["content"]
-    return [{"role": "user", "content": [load(clip[media], media), text]}]
+    *clips, text = turn["content"]
+    parts = [load(clip[clip["type"]], clip["type"]) for clip in clips]
+    return [{"role": "user", "content": [*parts, text]}]
 
 
 def clip_part(path, kind):

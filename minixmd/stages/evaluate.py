@@ -1,15 +1,12 @@
 """Stage Evaluate: accuracies with Wilson intervals, overall, by class, group and the fields of a benchmark."""
 from collections import Counter
-from functools import partial
 
 from tqdm import tqdm
 
 from minixmd.inputs.examples import SPECIAL_TOKEN, check_answers, read_examples
-from minixmd.models.sharding import finish_passes
-from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
 from minixmd.runs.records import TRACE, count_bad, read_records, write_jsonl
-from minixmd.stages.multiple_choice import Writing, load_model, score_letters, write_answers
+from minixmd.stages.multiple_choice import answer_examples
 from minixmd.tasks.benchmarks import NAMES, VERSIONED, WAYS, benchmark_of, mmau_table, music_table, same
 from minixmd.tasks.statistics import digest, summary, tabulate
 
@@ -26,36 +23,31 @@ def run(stage, folder, log):
     check_answers(examples, stage.manifest, "evaluate against")
     benchmark = describe_benchmark(stage, examples)
     traces, without_trace = first_traces(stage, examples)
-    model, processor = load_model(stage)
-    ask = score_letters
-    if stage.answer == "generate":
-        writing = Writing(stage.max_new_tokens, stage.num_samples, stage.temperature, stage.stop, stage.rule,
-                          stage.seed)
-        ask = partial(write_answers, writing=writing)
-    compute = partial(ask, model, processor, prompt_format=stage.prompt_format, batch_tokens=stage.batch_tokens,
-                      traces=traces)
-    records = compute_shards(compute, examples, folder / "shards", stage.name, "clip",
-                             finish=partial(finish_passes, model))
-    if records is not None:
-        collect(stage, folder, log, examples, records, without_trace, benchmark)
-
-
-def collect(stage, folder, log, examples, records, without_trace, benchmark):
-    """Writes results.json and answers.jsonl: a record a clip, with a digest of the question and whether it is right."""
-    results = {"model": stage.model, "manifest": stage.manifest, "media": stage.media}
+    records = answer_examples(stage, folder, examples, traces)
+    if records is None:
+        return
+    asked = {"model": stage.model or stage.served, "manifest": stage.manifest, "media": stage.media}
     if stage.traces is not None:
-        results["traces"] = stage.traces
-        results["without_trace"] = dict(Counter(without_trace.values()).most_common())
-    results["bad"] = count_bad(records, stage.name, stage.max_bad)
-    results |= tabulate(examples, records, stage.rule)
+        asked["traces"] = stage.traces
+        asked["without_trace"] = dict(Counter(without_trace.values()).most_common())
+        for record in records:
+            if record["id"] in without_trace:
+                record["without_trace"] = without_trace[record["id"]]
     if stage.answer == "generate":
-        results |= writing_fields(stage) | letters_beside(examples, records, stage.rule)
+        asked |= writing_fields(stage)
+    collect(stage, folder, log, examples, records, asked, benchmark)
+
+
+def collect(stage, folder, log, examples, records, asked, benchmark):
+    """Writes results.json and answers.jsonl: a record a clip, with a digest of the question and whether it is right.
+    asked: who answered what and how, for results.json. Returns the results."""
+    results = asked | {"bad": count_bad(records, stage.name, stage.max_bad)}
+    results |= tabulate(examples, records, stage.rule)
+    results |= how_read(examples, records, stage.rule)
     metas = []
     rights = []
     for example, record in zip(examples, records, strict=True):
         record["question"] = digest(example)
-        if example.id in without_trace:
-            record["without_trace"] = without_trace[example.id]
         if "bad" not in record:
             record["right"] = same(example.options, record["answer"], example.answer, stage.rule)
             metas.append(example.meta)
@@ -66,6 +58,7 @@ def collect(stage, folder, log, examples, records, without_trace, benchmark):
     write_json(folder / "results.json", results)
     log({name: results[name] for name in LOGGED if name in results})
     print_results(stage, results)
+    return results
 
 
 def writing_fields(stage):
@@ -80,18 +73,23 @@ def writing_fields(stage):
     return {name: getattr(stage, name) for name in names}
 
 
-def letters_beside(examples, records, rule="option"):
-    """{"how": {way: answers read so; "none" counts as wrong}, "unfinished": answers cut at max_new_tokens,
-    "disagreement": share of answers that are not the letter with the largest logit, "letters": their tabulate}."""
-    ways, unfinished, differ = Counter(), 0, 0
-    for example, record in zip(examples, records, strict=True):
-        if "bad" not in record:
-            ways[record["how"]] += 1
-            unfinished += not record["finished"]
+def how_read(examples, records, rule="option"):
+    """Of written answers {"how": {way: answers read so; "none" counts as wrong}, "unfinished": answers cut at
+    max_new_tokens} and, where their letters' logits are known, "disagreement": share of answers that are not the letter
+    with the largest logit, and "letters": their tabulate. Empty where none was written."""
+    written = [(example, record) for example, record in zip(examples, records, strict=True) if "how" in record]
+    if not written:
+        return {}
+    ways = Counter(record["how"] for _, record in written)
+    found = {"how": {way: ways[way] for way in WAYS[rule]},
+             "unfinished": sum(not record["finished"] for _, record in written)}  # fmt: skip
+    if all("by_letters" in record for _, record in written):
+        differ = 0
+        for example, record in written:
             differ += not same(example.options, record["answer"], record["by_letters"], rule)
-    letters = [{**record, "answer": record.get("by_letters")} for record in records]
-    return {"how": {way: ways[way] for way in WAYS[rule]}, "unfinished": unfinished,
-            "disagreement": differ / ways.total(), "letters": tabulate(examples, letters, rule)}
+        letters = [{**record, "answer": record.get("by_letters")} for record in records]
+        found |= {"disagreement": differ / len(written), "letters": tabulate(examples, letters, rule)}
+    return found
 
 
 def first_traces(stage, examples):
@@ -121,7 +119,7 @@ def describe_benchmark(stage, examples):
     name = benchmark_of(examples)
     sources = {(e.source or "").casefold()[:4] for e in examples}
     official = [other for other in VERSIONED if other == name or other in sources]
-    if stage.answer == "generate" and bool(official) != (stage.rule == "mmau"):
+    if getattr(stage, "answer", "generate") == "generate" and bool(official) != (stage.rule == "mmau"):
         title = NAMES[official[0] if official else "mmau"]
         tqdm.write(f"{stage.name}: note: {stage.manifest} is {'' if official else 'not '}{title}, and rule "
                    f"{stage.rule!r} is {'not ' if official else ''}{title}'s own")
@@ -152,12 +150,14 @@ def print_results(stage, results):
     benchmark = results.get("benchmark", {})
     title = " ".join(benchmark[key] for key in ("name", "version") if key in benchmark)
     line = f"{stage.name}: {percent(results)} of {results['count']} right" + (f" on {title}" if title else "")
-    if stage.num_samples > 1:
-        line += f" by the majority of {stage.num_samples}"
+    if results.get("num_samples", 1) > 1:
+        line += f" by the majority of {results['num_samples']}"
     line += f" (95 % interval {interval(results)})"
-    if stage.answer == "generate":
+    if "letters" in results:
         line += (f"; by the letters' logits {percent(results['letters'])}, which differ on "
-                 f"{100 * results['disagreement']:.1f} % (read by {results['how']})")
+                 f"{100 * results['disagreement']:.1f} %")
+    if "how" in results:
+        line += f"; read by {results['how']}"
     if results.get("without_trace"):
         line += f"; asked without a trace: {results['without_trace']}"
     tqdm.write(line + (f", bad: {results['bad']}" if results["bad"] else ""))

@@ -5,11 +5,12 @@ What an earlier stage has yet to write ("@name") cannot be checked; a field besi
 import os
 from functools import lru_cache, partial
 
-from minixmd.config import TRAINING, Distill, Evaluate, FactCheck, Report, Switch
+from minixmd.config import TRAINING, Answers, Distill, Evaluate, FactCheck, Report, Switch
 from minixmd.inputs.examples import MEDIA_KINDS, check_answers, check_media, read_manifest
 from minixmd.learning.targets import follows_teacher, resolve_targets
 from minixmd.models.cnn14 import make_cnn14
 from minixmd.runs.records import TRACE, read_decisions, read_labels, read_records, read_verdicts
+from minixmd.stages import answers
 from minixmd.stages.evaluate import first_traces
 from minixmd.stages.factcheck import select_traces
 from minixmd.stages.switch import check_labels
@@ -24,24 +25,30 @@ READERS = {
 }
 
 
-def check_inputs(config, clips=True):
+def check_inputs(config, clips=True, read=None):
     """Checks the files of a Config's unfinished stages. Raises ValueError. Files that are not there are passed over:
-    references.check_files names those. clips: whether a manifest's must be there, for a stage that has read none."""
-    read = lru_cache(4)(read_manifest)  # many stages read one manifest
+    references.check_files names those. clips: whether a manifest's must be there, for a stage that has read none. read:
+    manifest_reader's, of several calls."""
+    read = read or manifest_reader()
     for stage in config.stages:
         folder = config.run_dir / stage.name
         if not (folder / "done.json").exists():
             check_stage(stage, read, clips and not (folder / "shards").exists())
 
 
+def manifest_reader():
+    """read_manifest, which remembers the last ones, since many stages read one."""
+    return lru_cache(4)(read_manifest)
+
+
 def check_stage(stage, read, look_for_clips):
-    """Checks one stage's files. read: read_manifest, which may remember what it read."""
+    """Checks one stage's files. read: manifest_reader's."""
     files = {}  # field -> path of a file that is there; others, and outputs to come, are left out
     for name in (*MANIFESTS, *READERS, "weights"):
         path = getattr(stage, name, None)
         if path and not path.startswith("@") and os.path.exists(path):
             files[name] = path
-    media = getattr(stage, "media", "none" if isinstance(stage, Report) else "audio")
+    media = getattr(stage, "media", "none" if isinstance(stage, (Answers, Report)) else "audio")
     examples = {}
     for name in MANIFESTS:
         if name in files:
@@ -52,7 +59,7 @@ def check_stage(stage, read, look_for_clips):
     check_answers(examples.get("val_manifest", ()), files.get("val_manifest"), "validate against")
     clips = examples.get("manifest", ())
     needed = [name for name in READERS if getattr(stage, name, None)]
-    if isinstance(stage, Evaluate):
+    if isinstance(stage, (Answers, Evaluate)):
         check_answers(clips, stage.manifest, "evaluate against")
     if isinstance(stage, Switch):
         check_labels(stage, clips)
@@ -62,6 +69,8 @@ def check_stage(stage, read, look_for_clips):
     for name in needed:
         if name in files:
             READERS[name](files[name])
+    if clips and isinstance(stage, Answers) and os.path.exists(stage.file):
+        answers.read(stage, clips)
     if clips and "traces" in files:
         if isinstance(stage, FactCheck):
             select_traces(stage, {example.id: example for example in clips})

@@ -1,22 +1,28 @@
 """Puts a manifest's multiple-choice questions to a model: by the letters' logits, or by what the model writes. A clip
 that cannot be used becomes a record with the reason."""
+import math
+import shutil
 from dataclasses import dataclass, field
 from functools import partial
+from string import ascii_uppercase
 
 import torch
 
 from minixmd import load
-from minixmd.config import GRPO
+from minixmd.config import GRPO, Label
 from minixmd.config.prompts import PromptFormat
 from minixmd.inputs.batch import pack
-from minixmd.inputs.examples import Example
+from minixmd.inputs.examples import Example, check_answers, read_examples
 from minixmd.inputs.prompts import batch_by_tokens, build_prompt, prefetch
 from minixmd.inputs.tokenizer import Processor
 from minixmd.learning.rollout import decode, uniforms
+from minixmd.models.sharding import finish_passes
 from minixmd.runs.device import runtime_of
-from minixmd.runs.distributed import gather, rank_and_world_size
+from minixmd.runs.distributed import compute_shards, gather, rank_and_world_size
 from minixmd.runs.heartbeat import beat
 from minixmd.runs.records import bad_record, count_bad
+from minixmd.runs.seeds import hash_seed, shuffled
+from minixmd.stages.endpoint import Request, ask_endpoint, messages
 from minixmd.tasks.answers import parse_answer
 from minixmd.tasks.benchmarks import vote
 from minixmd.tasks.statistics import tabulate
@@ -34,6 +40,13 @@ class Writing:
     rule: str = "option"  # "option" | "mmau", by which answers are read (tasks/benchmarks.py)
     seed: int = 0  # a sampled token depends on (seed, the example's id, the sample's number, the position) alone
 
+    @classmethod
+    def of(cls, stage):
+        """How an Evaluate or Label stage's answers are written; a label is one greedy answer."""
+        if isinstance(stage, Label):
+            return cls(stage.max_new_tokens)
+        return cls(stage.max_new_tokens, stage.num_samples, stage.temperature, stage.stop, stage.rule, stage.seed)
+
     def decode_slots(self, batch_tokens):
         """Answers decoded at once: those of a whole batch where they are greedy (None), else as many as fit."""
         if not self.temperature:
@@ -47,6 +60,64 @@ def load_model(stage):
     return load(stage.model, **runtime_of(stage), sharded=sharded)
 
 
+def answer_examples(stage, folder, examples, traces=None):
+    """The records of an Evaluate or Label stage's examples, in order, by its model or endpoint; None on all processes
+    but the first. traces: as in Questions."""
+    if stage.endpoint is not None:
+        return ask_for_answers(stage, folder, examples, traces or {})
+    model, processor = load_model(stage)
+    ask = score_letters
+    if stage.answer == "generate":
+        ask = partial(write_answers, writing=Writing.of(stage))
+    top = {}
+    if isinstance(stage, Label):
+        top = dict(top_k=stage.top_k, top_temperature=stage.temperature)
+    compute = partial(ask, model, processor, prompt_format=stage.prompt_format, batch_tokens=stage.batch_tokens,
+                      traces=traces, **top)
+    records = compute_shards(compute, examples, folder / "shards", stage.name, "clip",
+                             finish=partial(finish_passes, model))
+    if records is not None and top.get("top_k"):  # the tokenizer says what the stored ids mean
+        shutil.copyfile(processor.folder / "tokenizer.json", folder / "tokenizer.json")
+    return records
+
+
+def ask_for_answers(stage, folder, examples, traces):
+    """As answer_examples, from the stage's endpoint; endpoint.jsonl keeps the answers."""
+    writing, letters = Writing.of(stage), stage.prompt_format.asks_for_letter
+    by_letters = stage.answer == "letters"
+    requests = []
+    for example in examples:
+        ask = partial(messages, example, stage.media, stage.prompt, traces.get(example.id, ""))
+        for i in range(writing.num_samples):
+            requests.append(Request(f"{example.id}/{i}", ask, hash_seed(stage.seed, example.id, i) % 2**31))
+    answers = ask_endpoint(stage, requests, folder / "endpoint.jsonl", "answer", max_tokens=writing.max_new_tokens,
+                           temperature=writing.temperature, logprobs=by_letters)
+    records = []
+    for i, example in enumerate(examples):
+        record = {"id": example.id}
+        own = answers[writing.num_samples * i:writing.num_samples * (i + 1)]
+        good = [(answer["text"], answer["finished"]) for answer in own if "bad" not in answer]
+        if not good:
+            record.update(bad=own[0]["bad"], detail=own[0]["detail"])
+        elif by_letters:
+            read_logprobs(record, example, own[0].get("top", {}))
+        else:
+            read_texts(record, example, good, writing.rule, letters)
+        records.append(record)
+    return records
+
+
+def read_logprobs(record, example, top):
+    """Adds to an example's record the option whose letter is likeliest. top: {token: log-prob} of the first token."""
+    logprobs = [max((p for token, p in top.items() if token.strip() == letter), default=-math.inf)
+                for letter in ascii_uppercase[:len(example.options)]]
+    best = max(range(len(logprobs)), key=logprobs.__getitem__)
+    if logprobs[best] == -math.inf:
+        record.update(bad="no letter", detail="the endpoint gives no log-prob of a letter; set answer='generate'")
+    else:
+        record.update(answer=best, option=example.options[best])
+
+
 @dataclass
 class Questions:
     """Examples whose questions are put to a model: the Prompts of those that can be used, and a record of each."""
@@ -55,6 +126,8 @@ class Questions:
     prompt_format: PromptFormat
     max_new_tokens: int = 0  # room that each prompt leaves for an answer; 0 = none is written
     traces: dict = field(default_factory=dict)  # {id: text for the prompt's {trace}}; empty for an id that is not there
+    top_k: int = 0  # best ids to keep that are not suppressed, with the logsumexp of all such at `top_temperature`
+    top_temperature: float = 1.0
     records: dict = field(default_factory=dict)  # {id: record}, filled while the examples are computed
 
     def prompts(self):
@@ -78,7 +151,14 @@ class Questions:
                              f"{self.processor.folder} are broken, or too large for the dtype they were loaded as")
         best = int(letters.argmax())
         logits = [round(logit, 4) for logit in letters.tolist()]
-        self.records[example.id] = {"id": example.id, "answer": best, "option": example.options[best], "logits": logits}
+        record = {"id": example.id, "answer": best, "option": example.options[best], "logits": logits}
+        if self.top_k:
+            allowed_V = logits_V.index_fill(0, torch.tensor(self.processor.suppressed_ids), -torch.inf)
+            logits_K, ids_K = allowed_V.topk(self.top_k)
+            logsumexp = (allowed_V / self.top_temperature).logsumexp(0).item()
+            record["top"] = {"ids": ids_K.tolist(), "logits": [round(logit, 4) for logit in logits_K.tolist()],
+                             "temperature": self.top_temperature, "logsumexp": round(logsumexp, 5)}
+        self.records[example.id] = record
 
     def in_order(self):
         return [self.records[example.id] for example in self.examples]
@@ -95,35 +175,29 @@ def next_token_logits(model, prompts):
 @torch.inference_mode()
 def score_letters(model, processor, examples, prompt_format, *, batch_tokens=BATCH_TOKENS, traces=None, top_k=0,
                   top_temperature=1.0):
-    """Reads the letters' logits where the answer would start, in one forward pass a batch. prompt_format, traces: as in
-    Questions. top_k: best ids to keep that are not suppressed, with the logsumexp of all such at `top_temperature`.
+    """Reads the letters' logits where the answer would start, in one forward pass a batch. prompt_format, traces and
+    top_k, top_temperature: as in Questions.
 
     Returns a JSON-able record an example, in order: {"id", "answer": index, "option", "logits"} or {"id", "bad",
     "detail"}; with top_k also "top": {"ids", "logits", "temperature", "logsumexp"}. Raises ValueError for an example
     that lacks the medium, a prompt over the limit, or logits that are not finite."""
-    questions = Questions(processor, examples, prompt_format, traces=traces or {})
-    suppressed = torch.tensor(processor.suppressed_ids, dtype=torch.long)
+    questions = Questions(processor, examples, prompt_format, 0, traces or {}, top_k, top_temperature)
     for pairs in batch_by_tokens(questions.prompts(), batch_tokens):
         logits_BV = next_token_logits(model, [prompt for _, prompt in pairs])
         for (example, _), logits_V in zip(pairs, logits_BV, strict=True):
             questions.read_letters(example, logits_V)
-            if top_k:
-                allowed_V = logits_V.index_fill(0, suppressed, -torch.inf)
-                logits_K, ids_K = allowed_V.topk(top_k)
-                logsumexp = (allowed_V / top_temperature).logsumexp(0).item()
-                questions.records[example.id]["top"] = {
-                    "ids": ids_K.tolist(), "logits": [round(logit, 4) for logit in logits_K.tolist()],
-                    "temperature": top_temperature, "logsumexp": round(logsumexp, 5)}
     return questions.in_order()
 
 
 @torch.inference_mode()
-def write_answers(model, processor, examples, prompt_format, writing, *, batch_tokens=BATCH_TOKENS, traces=None):
+def write_answers(model, processor, examples, prompt_format, writing, *, batch_tokens=BATCH_TOKENS, traces=None,
+                  top_k=0, top_temperature=1.0):
     """Lets the model write its answers, and reads which option each means. Returns and raises as score_letters, where
     "answer" and "option" may be None, with "by_letters": index by the logits, "how": one of benchmarks.WAYS, "text",
     and "finished": the model ended its turn or wrote a stop. With num_samples > 1 those are of the sample that was
     chosen by vote, beside "votes": {option: count} and all "texts"."""
-    questions = Questions(processor, examples, prompt_format, writing.max_new_tokens, traces or {})
+    questions = Questions(processor, examples, prompt_format, writing.max_new_tokens, traces or {}, top_k,
+                          top_temperature)
     n, letters = writing.num_samples, prompt_format.asks_for_letter
     for pairs in batch_by_tokens(questions.prompts(), batch_tokens):
         uniform = []
@@ -135,15 +209,21 @@ def write_answers(model, processor, examples, prompt_format, writing, *, batch_t
                              on_prompts=partial(_read_first_logits, questions, iter(pairs)))
         for i, (example, _) in enumerate(pairs):
             own = completions[n * i:n * (i + 1)]
-            texts = [completion.text for completion in own]
-            chosen, index, how, votes = vote(texts, example.options, writing.rule, letters)
-            option = None if index is None else example.options[index]
             record = questions.records[example.id]
-            record.update(by_letters=record["answer"], answer=index, how=how, text=texts[chosen], option=option,
-                          finished=own[chosen].finished)
-            if n > 1:
-                record.update(votes=votes, texts=texts)
+            record["by_letters"] = record["answer"]
+            read_texts(record, example, [(c.text, c.finished) for c in own], writing.rule, letters)
     return questions.in_order()
+
+
+def read_texts(record, example, completions, rule, letters):
+    """Adds to an example's record what most of its completions, [(text, finished)], mean. rule, letters: as of
+    benchmarks.vote."""
+    texts = [text for text, _ in completions]
+    chosen, index, how, votes = vote(texts, example.options, rule, letters)
+    option = None if index is None else example.options[index]
+    record.update(answer=index, option=option, how=how, text=texts[chosen], finished=completions[chosen][1])
+    if len(texts) > 1:
+        record.update(votes=votes, texts=texts)
 
 
 def _read_first_logits(questions, pairs, logits_GV):
@@ -151,6 +231,17 @@ def _read_first_logits(questions, pairs, logits_GV):
     for logits_V in logits_GV.cpu():
         example, _ = next(pairs)
         questions.read_letters(example, logits_V)
+
+
+def read_validation(stage):
+    """The Examples that a training stage validates on: val_manifest's or, of more than val_limit, a sample by seed."""
+    if stage.val_manifest is None:
+        return []
+    examples = read_examples(stage, "val_manifest")
+    check_answers(examples, stage.val_manifest, "validate against")
+    if len(examples) <= stage.val_limit:
+        return examples
+    return shuffled(examples, stage.seed, "validation")[:stage.val_limit]
 
 
 def validation_accuracy(model, processor, examples, stage):

@@ -19,8 +19,9 @@ from minixmd.runs.device import resolve_device
 from minixmd.runs.distributed import compute_shards, gather, rank_and_world_size
 from minixmd.runs.files import write_json
 from minixmd.runs.records import answers_beside, count_bad, write_jsonl
+from minixmd.runs.seeds import shuffled
 from minixmd.runs.training_state import fill, load_state, save_state, tensor_files
-from minixmd.stages.cnn14_training import load_logmels, shuffled, train_epochs
+from minixmd.stages.cnn14_training import load_logmels, train_epochs
 from minixmd.tasks.statistics import digest, leads, pairs, tabulate
 from minixmd.tasks.yes_no import tally
 
@@ -73,6 +74,8 @@ def collect(stage, folder, log, clips, records, gain, results):
             tqdm.write(f"{stage.name}: right for {100 * right:.1f} % of the {part} clips (the paper: {paper} %); "
                        f"always giving the more frequent answer would be for {100 * majority:.1f} %")
     bad = f", bad: {results['bad']}" if results["bad"] else ""
+    if not results["clips_to_teacher"]:
+        tqdm.write(f"{stage.name}: note: no clip goes to the teacher: by this switch a student learns its own answers")
     tqdm.write(f"{stage.name}: {results['clips_to_teacher']} of {results['clips']} clips go to the teacher{bad}")
 
 

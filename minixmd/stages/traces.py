@@ -77,6 +77,8 @@ def collect(stage, folder, log, examples, records):
     line = (f"{stage.name}: {count:,} samples of {len(examples):,} clips, {len(traces):,} usable "
             f"({results['unusable'] or 'no other'}); clips: {results['clips_by']}")
     tqdm.write(line + (f", bad: {bad}" if bad else ""))
+    if not traces:
+        tqdm.write(f"{stage.name}: note: no sample is usable: a stage that learns from these traces will stop")
 
 
 def use_of(sample):

@@ -20,8 +20,8 @@ from minixmd.inputs.batch import Prompt, pack
 from minixmd.inputs.positions import positions_of
 from minixmd.inputs.prompts import batch_by_tokens
 from minixmd.models.cnn14 import make_cnn14, spec_augment
-from minixmd.runs.seeds import hash_seed
-from minixmd.stages.cnn14_training import shuffled, train_epochs
+from minixmd.runs.seeds import hash_seed, shuffled
+from minixmd.stages.cnn14_training import train_epochs
 from minixmd.tasks.yes_no import agreement
 
 WIDTH = 128  # C: of the space in which a clip and a trace are compared

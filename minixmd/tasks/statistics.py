@@ -3,6 +3,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from math import sqrt
+from random import Random
 
 from minixmd.tasks.benchmarks import same
 
@@ -26,6 +27,20 @@ def summary(hits):
     low, high = wilson(correct, len(hits))
     accuracy = correct / len(hits) if hits else None
     return {"count": len(hits), "correct": correct, "accuracy": accuracy, "interval": [low, high]}
+
+
+def clustered_interval(clusters, draws=2000):
+    """95 % interval of the share of true ones in lists of booleans that are not independent within a list, as one
+    person's answers: percentiles of a bootstrap of whole lists, always the same. One list: (0, 1)."""
+    if len(clusters) < 2:
+        return [0.0, 1.0]
+    random = Random(0)
+    shares = []
+    for _ in range(draws):
+        drawn = random.choices(clusters, k=len(clusters))
+        shares.append(sum(map(sum, drawn)) / sum(map(len, drawn)))
+    shares.sort()
+    return [shares[draws // 40], shares[-draws // 40 - 1]]
 
 
 def tabulate(examples, records, rule="option"):
