@@ -4,7 +4,9 @@ Under torchrun every process computes its share of a stage's shards; the first d
 """
 import argparse
 import os
+import shutil
 import sys
+import traceback
 from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -55,9 +57,10 @@ def main(argv=None):
     failed = {}  # name of a stage -> why it failed; with --keep-going alone
     try:
         rank = 0 if args.dry_run else distributed.init(os.environ, args.timeout)
-        config = load_config(args.config, args.overrides)
-        if args.only:
-            config = replace(config, stages=select(config.stages, args.only))
+        only = [name for name in args.only or () if "=" not in name]
+        config = load_config(args.config, [*args.overrides, *(set(args.only or ()) - set(only))])
+        if only:
+            config = replace(config, stages=select(config.stages, only))
         if args.dry_run:
             return dry_run(config, args.gpus)
         if args.keep_going and distributed.rank_and_world_size()[1] > 1:
@@ -68,7 +71,8 @@ def main(argv=None):
                 quiet.enter_context(redirect_stderr(nowhere))
             if args.trial:
                 stand_ins = trial.world_config(config)
-                run_stage(stand_ins, rank, failed, *stand_ins.stages)
+                if stand_ins is not None:
+                    run_stage(stand_ins, rank, failed, *stand_ins.stages)
                 config = distributed.broadcast(trial.shrink(config) if rank == 0 else None)
             # what is missing here, on the hub or the device, and then every file, before the first hour of work
             read = manifest_reader()
@@ -103,9 +107,11 @@ def for_each(stages, function, failed, keep_going):
             continue
         try:
             function(stage)
-        except (ValueError, OSError) as error:
+        except Exception as error:
             if not keep_going:
                 raise
+            if not isinstance(error, (ValueError, OSError)):
+                traceback.print_exc()
             failed[stage.name] = shortened(str(error))
             print(f"minixmd: {failed[stage.name]}", file=sys.stderr)
 
@@ -131,7 +137,7 @@ def run_stage(config, rank, failed, stage):
     if missing:
         consequence = "not run"
         if isinstance(stage, Report):
-            folder = config.run_dir / f"{stage.name}-partial"
+            folder = partial_report(config, stage)
             folder.mkdir(parents=True, exist_ok=True)
             report.run(with_paths(report.without(stage, missing), config), folder, lambda line: None)
             consequence = f"made without some rows, in {folder}"
@@ -162,6 +168,12 @@ def run_stage(config, rank, failed, stage):
     distributed.gather(None)
     if rank == 0:
         finish(folder)
+        shutil.rmtree(partial_report(config, stage), ignore_errors=True)
+
+
+def partial_report(config, stage):
+    """The folder of a Report without what could not be made."""
+    return config.run_dir / f"{stage.name}-partial"
 
 
 def with_paths(stage, config):

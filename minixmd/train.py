@@ -41,7 +41,7 @@ from minixmd.stages.multiple_choice import read_validation, validation_accuracy
 GRPO_NOTE = ("the GRPO loss is about 0 while the ratio is 1, as it is in the first update after a rollout: what is "
              "left is the KL and the mean of the advantages, 0 where all completions weigh the same. Its gradient is "
              "not 0; watch the reward")
-MIN_VARIED_STEPS = 20  # of a GRPO stage, among which rewards must differ at least once
+MAX_EQUAL_GROUPS = 400  # of a GRPO stage's first ones, among which rewards must differ at least once
 SHOWN_COMPLETIONS = 4  # of a step, written as text
 MAX_START_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-4}  # to the reference, before the first update
 
@@ -53,7 +53,12 @@ def train(stage, folder, log):
     items, counts = targets.resolve_targets(stage, examples)
     trainer = Trainer(stage, len(items), folder, log)
     trainer.resume()
-    trainer.fit(items, counts, validation)
+    if items:
+        trainer.fit(items, counts, validation)
+    else:
+        note = f"nothing to learn ({counts}): its model is the one before"
+        log({"step": 0, "nothing_to_learn": note})
+        tqdm.write(f"{stage.name}: {note}")
     trainer.publish()
 
 
@@ -174,6 +179,8 @@ class Trainer:
                     self.save()
         if not any(self.optimizer.state.values()):
             raise ValueError(f"{stage.name}: no step had anything to learn: its clips were bad, or its groups left out")
+        if isinstance(stage, GRPO) and not self.varied:
+            tqdm.write(f"{stage.name}: note: rewards differed in no group: nothing was learnt from them")
 
     def upcoming_items(self):
         for step in range(self.step, self.steps):
@@ -432,9 +439,10 @@ class Trainer:
         metrics |= policy.mean_metrics(len(items), own)
         metrics["learned"] = rollout.learned  # groups
         self.varied = self.varied or metrics["zero_variance"] < 1
-        if not self.varied and self.step + 1 >= MIN_VARIED_STEPS:
-            raise ValueError(f"{stage.name}: in none of {self.step + 1} steps did rewards differ among a prompt's "
-                             "completions, so they teach nothing: completions.jsonl shows some")
+        groups = (self.step + 1) * stage.batch_size
+        if not self.varied and groups >= MAX_EQUAL_GROUPS:
+            raise ValueError(f"{stage.name}: in none of {groups} groups did the completions' rewards differ, so they "
+                             "teach nothing: completions.jsonl shows some")
         if rollout.learned:  # what the sampler said of its tokens against the training pass: 0 but for rounding
             metrics |= self.logp_gaps(rollout, scored_T, first_update and self.reference is not None)
         metrics["rollout_s"] = round(sampled - started, 3)

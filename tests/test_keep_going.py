@@ -59,13 +59,14 @@ def test_what_needs_a_failed_stage_alone_is_missing_and_later_made_alone(world, 
     assert error.endswith("minixmd: not made: lost, gone, report; the same command makes what is missing\n")
     partial = json.loads((run / "report-partial" / "report.json").read_text())
     assert list(partial["tables"]) == ["ears", "eyes", "after"]
-    assert partial["missing"] == {"gone": "gone: not run, since it needs lost"}
+    assert partial["notes"] == {"gone, test": "gone: not run, since it needs lost"}
     for name in ("report.html", "report.md"):
         assert "not run, since it needs lost" in (run / "report-partial" / name).read_text()
     times = {path: path.stat().st_mtime_ns for path in run.glob("*/done.json")}
     wrong.write_text((run / "labels" / "labels.jsonl").read_text())
     assert main([*command, "--keep-going"]) == 0
     assert made(run) == {*(path.parent.name for path in times), "lost", "gone", "report"}
+    assert not (run / "report-partial").exists()
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
 
@@ -80,17 +81,25 @@ def test_a_stage_that_fails_while_it_runs_costs_only_its_own(world, tmp_path, ca
     assert capsys.readouterr().err.endswith("not made: eyes, report; the same command makes what is missing\n")
 
 
-def test_a_report_keeps_the_rows_and_curves_that_do_not_need_the_failed():
-    cells = {row: {"test": f"@{row}"} for row in "abc"}
+def test_a_report_keeps_all_that_does_not_need_the_failed():
+    cells = {row: {"test": f"@{row}", "more": f"@{row}_more"} for row in "abc"}
     report = Report(tables=cells, roles=("a", "b", "c"), gap="test", clips="clips.jsonl", gallery=("a", "b"),
-                    traces="@traces", verdicts="@checked/verdicts.jsonl", switch="@switch",
-                    curves={"x": {"a": "@a/log.jsonl"}, "y": {"c": "@c/log.jsonl"}})  # fmt: skip
-    kept = without(report, {"c": "it burnt", "traces": "empty"})
-    assert list(kept.tables) == ["a", "b"] and list(kept.curves) == ["x"]
-    assert (kept.roles, kept.clips, kept.gallery, kept.traces, kept.switch) == (None, None, (), None, None)
-    assert kept.missing == {"c": "it burnt", "y": "it burnt"}
+                    traces="@traces", verdicts="@checked/verdicts.jsonl", switch="@switch", notes={"first": "said"},
+                    senses={"test": {"x": "@a", "y": "@c"}},
+                    curves={"x": {"a": "@a/log.jsonl", "c": "@c/log.jsonl"}, "y": {"c": "@c/log.jsonl"}})  # fmt: skip
+    kept = without(report, {"c": "it burnt", "a_more": "lost", "traces": "empty"})
+    assert kept.tables == {"a": {"test": "@a"}, "b": cells["b"], "c": {"more": "@c_more"}}
+    assert kept.curves == {"x": {"a": "@a/log.jsonl"}} and kept.switch == "@switch"
+    assert (kept.roles, kept.senses, kept.clips, kept.gallery) == (None, None, "clips.jsonl", ("a", "b"))
+    assert (kept.traces, kept.verdicts) == (None, None)
+    assert kept.notes == {"first": "said", "c, test": "it burnt", "a, more": "lost", "test, y": "it burnt",
+                          "x, c": "it burnt", "y, c": "it burnt", "traces": "empty",
+                          "class by class": "a row of its roles is not whole"}  # fmt: skip
+    whole = without(report, {"a_more": "lost", "switch": "lost too"})
+    assert (whole.roles, whole.switch) == (report.roles, None) and whole.senses == report.senses
+    assert without(report, {"a": "x", "b": "y"}).clips is None  # nobody is left to show
     with pytest.raises(ValueError, match="report: no row could be made"):
-        without(report, dict.fromkeys("abc", "x"))
+        without(report, dict.fromkeys(["a", "a_more", "b", "b_more", "c", "c_more"], "x"))
 
 
 def test_only_names_stages():
@@ -98,3 +107,24 @@ def test_only_names_stages():
     assert select((stage,), ["a"]) == (stage,)
     with pytest.raises(ConfigError, match="--only b: no stage has that name"):
         select((stage,), ["b"])
+
+
+def test_a_distillation_with_nothing_to_learn_is_a_row_that_says_so(world, tmp_path):
+    decisions = tmp_path / "switch.jsonl"
+    decisions.write_text("".join(f'{{"id": "clip{i}", "p_teacher": 0.1}}\n' for i in range(12)))
+    config = write_config(tmp_path / "config.py", """[
+        Evaluate(name="before", model={audio!r}, manifest={manifest!r}),
+        Label(name="labels", model={audio!r}, manifest={manifest!r}),
+        Distill(name="taught", model={audio!r}, manifest={manifest!r}, teacher_labels="@labels", gate="learned",
+                switch={switch!r}, max_steps=1),
+        Evaluate(name="after", model="@taught", manifest={manifest!r}),
+        Report(tables={{"before": {{"test": "@before"}}, "after": {{"test": "@after"}}}},
+               curves={{"Distillation": {{"after": "@taught/log.jsonl"}}}})]""".format(**world, switch=str(decisions)))
+    assert main([str(config), f"run_dir={tmp_path / 'run'}"]) == 0
+    report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    assert report["notes"] == {
+        "after": "nothing to learn ({'left out: switch open': 12}): its model is the one before"}
+    for name in ("report.html", "report.md"):
+        assert "its model is the one before" in (tmp_path / "run" / "report" / name).read_text()
+    answers = [(tmp_path / "run" / name / "answers.jsonl").read_text() for name in ("before", "after")]
+    assert answers[0] == answers[1]

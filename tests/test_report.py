@@ -433,7 +433,7 @@ FORM = set("""
     difference chosen_on won tied lost bars to_teacher tallies validation training majority confusion steps step of
     verifier verdicts agreement auc roc what x lines column kinds title embed_mib id question options right media
     kind path bytes embedded answers option text traces sample verdict score source columns notes others version
-    missing senses averages people
+    senses averages people
 """.split())  # keys of report.json that are not data
 FIXED = ("kind", "what", "x")  # keys whose values come from a short list of ours
 HOSTILE = "</script><b onload='x'>&amp;\"|\n\n# |"
@@ -495,7 +495,7 @@ def test_models_and_people_stand_side_by_side_on_classes_that_models_chose(world
     bars = {f"{name} <i>": f"{world}/{n}_{{}}/results.json" for n, name in ((1, "hears"), (0, "sees"))}
     senses = {split: {bar: path.format(split) for bar, path in bars.items()} for split in ("analysis", "test")}
     senses["analysis"] |= {"Human ears": ears, "Human eyes": eyes}
-    stage = Report(tables=tables(world), roles=tuple(ROWS), senses=senses, published="xmd", missing={"lost": "<u>"})
+    stage = Report(tables=tables(world), roles=tuple(ROWS), senses=senses, published="xmd", notes={"lost": "<u>"})
     found, html = made(stage, tmp_path / "report")
     section = found["senses"]["analysis"]
     groups = {title: list(classes) for title, classes in section["groups"].items()}

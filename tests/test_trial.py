@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from mini import write_clips, write_config, write_model
+from mini import CLASSES, write_clips, write_config, write_model
 
 from minixmd import runner
 from minixmd.config import Toy
@@ -32,13 +32,13 @@ def small_world(tmp_path, monkeypatch):
 def test_all_of_xmds_table_1_and_figure_1_come_out_of_nothing(small_world, capsys):
     command = ["xmd_models", "--trial", "audio_labels.answer=letters", "video_labels.answer=letters"]  # random ones
     assert runner.main(command) == 0  # write no answer
-    report = json.loads(Path("runs/xmd_models-trial/models_report/report.json").read_text())
+    report = json.loads(Path("runs/xmd_models/trial/models_report/report.json").read_text())
     assert len(report["tables"]) == 11 and {len(cells) for cells in report["tables"].values()} == {4, 2, 1}
     assert len(report["senses"]["analysis"]["averages"]) == 6 and len(report["senses"]["analysis"]["people"]) == 3
-    note = report["missing"]["The real run"]
+    note = report["notes"]["No result"]
     assert "Qwen/Qwen2-Audio-7B-Instruct" in note and "data/vggsound/test.jsonl" in note
     for name in ("report.html", "report.md"):
-        assert "no figure here means anything" in Path(f"runs/xmd_models-trial/models_report/{name}").read_text()
+        assert "no figure here means anything" in Path(f"runs/xmd_models/trial/models_report/{name}").read_text()
     capsys.readouterr()
     assert runner.main(command) == 0  # all of it is finished
     assert capsys.readouterr().out.count("finished before, skipped") == 44
@@ -54,11 +54,11 @@ def test_what_is_here_is_used_a_few_clips_of_it(small_world, tmp_path):
     SFT(name="sft", model="nowhere/model", manifest="nowhere/train.jsonl", epochs=9, batch_size=64, dtype="bfloat16"),
     Report(tables={{"own": {{"test": "@own"}}}})]""")
     assert runner.main([str(config), "--trial"]) == 0
-    run = tmp_path / "runs" / "own-trial"
+    run = tmp_path / "runs" / "own" / "trial"
     own, sft = (json.loads((run / name / "config.json").read_text()) for name in ("own", "sft"))
-    assert own["model"] == str(model) and own["manifest"].endswith("clips/here/test.jsonl")
-    assert len((run / "clips" / "here" / "test.jsonl").read_text().splitlines()) == trial.REAL_CLIPS
+    assert own["model"] == str(model) and own["manifest"].endswith("here/test.jsonl")
+    assert len(Path(own["manifest"]).read_text().splitlines()) == len(CLASSES) * trial.REAL_CLIPS
     assert (sft["max_steps"], sft["epochs"], sft["batch_size"]) == (2, 1, 8)
     assert sft["model"].endswith("runs/trial-world/toy/student")
-    assert json.loads((run / "report" / "report.json").read_text())["missing"]["The real run"].endswith(
-        "in for them: nowhere/model, nowhere/train.jsonl")
+    assert json.loads((run / "report" / "report.json").read_text())["notes"]["No result"].endswith(
+        "stand in for: nowhere/model, nowhere/train.jsonl")

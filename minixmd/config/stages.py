@@ -384,7 +384,7 @@ class Report:
     name: str = "report"
     tables: dict[str, dict[str, str]]  # row title -> {column title: "@evaluate"}
     ablation: dict[str, dict[str, str]] | None = None  # a second table of the same form; None = none
-    missing: dict[str, str] | None = None  # row title or stage -> why it is not there; --keep-going sets it
+    notes: dict[str, str] | None = None  # row title or other subject -> what to know; --keep-going, --trial set them
     published: Literal["xmd", "sightsound"] | None = None  # a paper whose figures stand beside rows of its titles
     # class by class and clip by clip
     roles: tuple[str, str, str] | None = None  # rows of tables: teacher, student before, student after; None = off

@@ -26,8 +26,8 @@ def resolve_targets(stage, examples):
     SFT learns the manifest's own answers or a teacher's traces; GRPO is rewarded for the manifest's or the teacher's
     answers; Distill learns what the gate says (label_items).
 
-    Raises ValueError: an example without an answer, labels, decisions or traces of other clips, labels without stored
-    logits, or nothing left to learn."""
+    No Items at all where a gate leaves every clip out. Raises ValueError: an example without an answer, labels,
+    decisions or traces of other clips, labels without stored logits, or nothing else left to learn."""
     if isinstance(stage, SFT) and stage.traces is not None:
         items, counts = trace_items(examples, stage.manifest, stage.traces, stage.trace_filter)
     elif isinstance(stage, SFT) or isinstance(stage, GRPO) and stage.teacher_labels is None:
@@ -36,7 +36,7 @@ def resolve_targets(stage, examples):
         counts = Counter(manifest=len(items))
     else:
         items, counts = label_items(stage, examples)
-    if not items:
+    if not items and not counts["left out: switch open"]:
         raise ValueError(f"{stage.name}: no clip is left to learn from ({dict(counts)})")
     return items, dict(counts)
 

@@ -211,7 +211,7 @@ class SightSound:
 
 def avqa(*, data="data", **changes):
     """The paper's models, data and settings; "not stated" marks what the paper leaves open. data: folder with avqa/,
-    mmau/ and music_avqa/ as tools/prepare_*.py write them. changes: fields of SightSound, in place of those below."""
+    mmau/, mmar/ and music_avqa/ as tools/prepare_*.py write them. changes: fields of SightSound, others than here."""
     # not stated: where LoRA is put (here every projection of the decoder), weight decay, warm-up, clipping
     training = dict(weight_decay=0.0, warmup_ratio=0.05, max_grad_norm=1.0, epochs=100)
     sft = dict(lora_rank=8, lora_alpha=16.0, lr=5e-5, batch_size=64, micro_batch_tokens=6912, max_steps=2000,

@@ -61,7 +61,7 @@ class XMD:
         for medium, model in self.models.items():
             fields = self.model_fields[medium] | self.evaluate_fields
             stages += self.evaluated(medium, model, medium)
-            stages += self.evaluated(f"{medium}_alone", model, medium, media="none")
+            stages += self.evaluated(f"{medium}_alone", model, medium, media="none", batch_tokens=4096)
             stages.append(Label(name=f"{medium}_labels", model=model, manifest=self.train, top_k=64, **fields))
         return stages
 

@@ -2,8 +2,9 @@
 
     python -m minixmd.train sightsound            (prompts, shapes and memory alone: … sightsound --dry-run)
 
-First tools/prepare_avqa.py, prepare_mmau.py and prepare_music_avqa.py write data/avqa, data/mmau and data/music_avqa
-(README). The checker is a local Qwen2.5-Omni-7B; recipe sightsound_endpoint uses one like the paper's GPT-4o-audio.
+First tools/prepare_avqa.py, prepare_mmau.py, prepare_mmar.py and prepare_music_avqa.py write data/avqa, data/mmau,
+data/mmar and data/music_avqa (README). The checker is a local Qwen2.5-Omni-7B; recipe sightsound_endpoint uses one like
+the paper's GPT-4o-audio.
 
 One CUDA GPU of 80 GB; the paper had eight A40. Not measured by anybody yet. By --dry-run, for 40,425 clips to train on
 and 16,910 of AVQA to test on, on an H200 at 40 % of its peak: 195 hours, 66 of them the 32B's traces, 44 each SFT and

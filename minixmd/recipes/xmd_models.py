@@ -7,9 +7,12 @@ that are not built here answer through tools/answers_of.py, for each of the spli
 
     python tools/answers_of.py MODEL data/vggsound/test.jsonl data/answers/NAME_test.jsonl
 
-with NAME qwen_audio_chat, kimi_audio or videollama3. People answer through tools/listening_test.py, OUT being
-data/people; what they send back goes to data/people/returned. With --keep-going the report is made without the rows
-whose files are not there, and names them.
+with NAME qwen_audio_chat, kimi_audio or videollama3. People answer about the classes that the models chose
+
+    python tools/listening_test.py data/vggsound/analysis.jsonl data/people --classes RUN/distilled_report/classes.txt
+
+with RUN runs/xmd_audio; what they send back goes to data/people/returned. With --keep-going the report is made without
+what is not there, and names it.
 
 One CUDA GPU of 24 GB or more. Not measured by anybody yet. By --dry-run, on an H200 at 40 % of its peak: 3 hours beside
 xmd_audio's; at most 21 GiB, a model at a time; figures in the report.

@@ -8,7 +8,7 @@ from minixmd.report.clips import ROLE_KINDS, Media, answered_clips, gallery_kind
 from minixmd.report.render import ROLES, markdown, page
 from minixmd.report.sections import BENCHMARKS, BESIDE, PAPERS, cells_of
 from minixmd.runs.files import read_json, write_json, write_text
-from minixmd.runs.records import answers_beside
+from minixmd.runs.records import answers_beside, read_jsonl
 from minixmd.runs.value_checks import check_fields
 from minixmd.tasks.benchmarks import FIELDS, NAMES
 from minixmd.tasks.statistics import SUMMARY, compare, pairs
@@ -22,6 +22,8 @@ def run(stage, folder, log):
     write_json(folder / "report.json", report)
     write_text(folder / "report.md", markdown(report))
     write_text(folder / "report.html", page(report, media))
+    if report["classes"]:  # for tools/listening_test.py --classes
+        write_text(folder / "classes.txt", "".join(f"{name}\n" for name in report["classes"]["chosen"]))
     log({row: {column: cell["accuracy"] for column, cell in cells.items()}
          for row, cells in report["tables"].items()})
     for which in ("tables", "ablation"):
@@ -31,21 +33,48 @@ def run(stage, folder, log):
 
 
 def without(stage, failed):
-    """The tables and curves of a Report that need no failed stage; its `missing` says what is left out. failed: {name:
-    why}. Raises ValueError: no row is left."""
-    missing, changes = {}, {}
-    for name in ("tables", "ablation", "funnel", "curves"):
-        table = changes[name] = dict(getattr(stage, name) or {})
-        for title, cells in list(table.items()):
-            for cell in cells.values():
-                needed = cell[1:].partition("/")[0]
-                if needed in failed:
-                    missing[title] = failed[needed]
-                    table.pop(title, None)
+    """The Report without what failed stages should have made, of which its `notes` tell. failed: {name: why}. Raises
+    ValueError: no row is left."""
+    notes = dict(stage.notes or {})
+    changes = {}
+
+    def lost(path):
+        name, _, _ = path[1:].partition("/")
+        return failed.get(name)
+
+    for field in ("tables", "ablation", "senses", "funnel", "curves"):
+        table = {}
+        for title, cells in (getattr(stage, field) or {}).items():
+            for key, path in cells.items():
+                if lost(path):
+                    notes[f"{title}, {key}"] = lost(path)
+                else:
+                    table.setdefault(title, {})[key] = path
+        changes[field] = table
     if not changes["tables"]:
         raise ValueError(f"{stage.name}: no row could be made")
-    return replace(stage, missing=missing, roles=None, clips=None, gallery=(), traces=None, verdicts=None, switch=None,
-                   senses=None, **changes)
+    for field in ("clips", "traces", "verdicts", "switch"):
+        changes[field] = path = getattr(stage, field)
+        if path and lost(path):
+            notes[field] = lost(path)
+            changes[field] = None
+    rows = changes["ablation"] | changes["tables"]
+    changes["gallery"] = tuple(row for row in stage.gallery if stage.clips_of in rows.get(row, {}))
+    changes["roles"] = stage.roles
+    columns = {stage.gap, *stage.bars, stage.clips_of}
+    for row in stage.roles or ():
+        if not columns <= changes["tables"].get(row, {}).keys():
+            notes["class by class"] = "a row of its roles is not whole"
+            changes["roles"] = None
+    if not changes["roles"] or not changes["senses"]:
+        changes["senses"] = None
+    if not changes["gallery"]:
+        changes["traces"] = None
+        if not changes["roles"]:
+            changes["clips"] = None
+    if not changes["traces"]:
+        changes["verdicts"] = None
+    return replace(stage, notes=notes, **changes)
 
 
 def gather(stage, folder):
@@ -60,8 +89,8 @@ def gather(stage, folder):
         "ablation": accuracies(results["ablation"], beside.get("ablation", {})),
         "benchmarks": {which: sections.breakdowns(rows, BENCHMARKS[stage.published])
                        for which, rows in results.items()},
-        **dict.fromkeys(("roles", "senses", "switch", "funnel", "curves", "clips", "gallery")),
-        "missing": stage.missing or {},
+        **dict.fromkeys(("roles", "classes", "senses", "switch", "funnel", "curves", "clips", "gallery")),
+        "notes": dict(stage.notes or {}),
         "paper": PAPERS.get(stage.published),
     }
     paper = report["paper"] or {}
@@ -89,6 +118,11 @@ def gather(stage, folder):
         report["funnel"] = {title: sections.funnel(paths) for title, paths in stage.funnel.items()}
     if stage.curves:
         report["curves"] = {title: sections.curves(logs) for title, logs in stage.curves.items()}
+    for logs in (stage.curves or {}).values():
+        for title, path in logs.items():
+            for line in read_jsonl(path):
+                if "nothing_to_learn" in line:
+                    report["notes"][title] = line["nothing_to_learn"]
     return report, media.data_uris
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from minixmd.report.render import ROLES, words
 from minixmd.runs.files import read_json
 from minixmd.runs.records import DECISION, read_records
+from minixmd.runs.value_checks import check_fields
 from minixmd.tasks.benchmarks import NAMES, TYPES, VERSIONED
 from minixmd.tasks.statistics import SUMMARY, groups, leads
 from minixmd.tasks.yes_no import tally
@@ -107,7 +108,8 @@ def classes(by_role, gap, bars, published):
     they share none, on itself. by_role: {role: {column: results.json}}. published: {"won", "of"} or None."""
     lead = leads(by_role["teacher"][gap]["classes"], by_role["before"][gap]["classes"])
     signs = Counter((x > 0) - (x < 0) for x in lead.values())
-    section = {"chosen_on": gap, "won": signs[1], "tied": signs[0], "lost": signs[-1], "bars": {}}
+    chosen = sum(groups(lead).values(), [])  # of Figure 1
+    section = {"chosen_on": gap, "chosen": chosen, "won": signs[1], "tied": signs[0], "lost": signs[-1], "bars": {}}
     section["words"] = words("classes", section, published)
     for column in bars:
         of_role = {role: by_role[role][column]["classes"] for role in ROLES}
@@ -133,10 +135,11 @@ def senses(paths, by_role, gap, published):
         by_bar, people = {}, {}
         for bar, path in bars.items():
             result = read_json(path)
+            check_fields(result, {"classes": dict[str, SUMMARY], "condition?": str}, f"{path}: no results: it")
             by_bar[bar] = result["classes"]
             if "condition" in result:
                 people[result["condition"]] = bar
-        shown = {title: {} for title in chosen}
+        shown, left_out = {title: {} for title in chosen}, []
         shares = {bar: [] for bar in bars}
         for title, names in chosen.items():
             for name in names:
@@ -145,6 +148,7 @@ def senses(paths, by_role, gap, published):
                     if name in classes:
                         cells[bar] = classes[name]
                 if len(cells) < len(bars):
+                    left_out.append(name)
                     continue
                 shown[title][name] = cells
                 for bar, cell in cells.items():
@@ -155,6 +159,8 @@ def senses(paths, by_role, gap, published):
         section[column] = {"chosen_on": gap, "groups": shown, "averages": averages, "people": []}
         if {"ears", "eyes"} <= people.keys():
             section[column]["people"] = agreements(shown, people, by_role["before"][gap]["classes"], published or {})
+        if left_out:
+            section[column]["people"].append(f"Left out, since not all of these were asked about them: {left_out}.")
     return section
 
 

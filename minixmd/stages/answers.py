@@ -5,16 +5,16 @@ it wrote}, or {"id", "bad": why it could not be asked}; tools/answers_of.py writ
 folder with a file a participant, as the page of tools/listening_test.py makes it.
 """
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 from minixmd.inputs.examples import check_answers, read_manifest
-from minixmd.runs.files import read_json, write_json
+from minixmd.runs.files import read_json
 from minixmd.runs.records import BAD, numbered_records
 from minixmd.runs.value_checks import check_fields
 from minixmd.stages.evaluate import collect, describe_benchmark
 from minixmd.stages.multiple_choice import read_texts
-from minixmd.tasks.statistics import clustered_interval, digest
+from minixmd.tasks.statistics import digest
 
 TRIAL = {"id": str, "condition": str, "question": str, "answer": int, "ms": int, "replays": int}
 PARTICIPANT = {"listening_test": int, "test": str, "participant": int, "finished": str | None,
@@ -29,13 +29,7 @@ def run(stage, folder, log):
     asked = {"file": stage.file, "manifest": stage.manifest, "rule": stage.rule}
     if sessions:
         asked |= {"condition": stage.condition, "sessions": sessions}
-    results = collect(stage, folder, log, examples, records, asked, describe_benchmark(stage, examples))
-    if sessions:  # answers of one person are no independent ones
-        rights = defaultdict(list)
-        for record in records:
-            if "bad" not in record:
-                rights[record["participant"]].append(record["right"])
-        write_json(folder / "results.json", results | {"interval": clustered_interval(list(rights.values()))})
+    collect(stage, folder, log, examples, records, asked, describe_benchmark(stage, examples))
 
 
 def read(stage, examples):
@@ -85,7 +79,7 @@ def read_trials(stage, examples):
     ValueError for a file that was changed, of another test, or twice the same, and for a question answered twice."""
     by_id = {example.id: example for example in examples}
     found, files, test, sessions = {}, {}, None, Counter(finished=0, stopped=0)
-    for path in sorted(Path(stage.file).glob("*.json")):
+    for path in sorted(path for path in Path(stage.file).iterdir() if path.suffix in (".json", ".txt")):
         session = read_json(path)
         check_fields(session, PARTICIPANT, f"{path}: not a participant's file: it")
         if session["checksum"] != checksum(session):

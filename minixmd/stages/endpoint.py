@@ -37,6 +37,7 @@ DETAIL_CHARS = 300  # of the server's words that a failed request's record quote
 CACHED_CLIPS = 16  # encoded clips that are kept: all requests about a clip are made in a row
 REASONS = {400: "rejected", 408: "timed out", 413: "rejected", 422: "rejected", 429: "rate limited"}
 ENDPOINT_FAULTS = ("timed out", "no connection", "rate limited", "server error")
+WITHOUT_LOGPROBS = "answer='generate', and another run_dir"
 CLIP_FAULTS = ("rejected", "nonsense")
 
 
@@ -80,6 +81,8 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
                                      "answers, and the same command goes on from there")
                 records[record["key"]] = record
                 bar.update()
+                if logprobs and "top" not in record and "bad" not in record and not hasattr(stage, "logprobs"):
+                    raise ValueError(f"{stage.name}: {stage.endpoint} gives no log-probs; set {WITHOUT_LOGPROBS}")
         finally:
             client.stop.set()
             client.contained.stop()
@@ -185,7 +188,8 @@ class _Client:
             raise ValueError(f"{self.stage.name}: {self.stage.endpoint} refuses model {self.stage.served!r}, asked "
                              f"with {key}: {detail}") from None
         if "logprobs" in self.options and reason == "rejected" and "logprob" in response.text.lower():
-            detail += " (if the server gives no log-probs, set logprobs=False)"
+            how = "logprobs=False" if hasattr(self.stage, "logprobs") else WITHOUT_LOGPROBS
+            detail += f" (if the server gives no log-probs, set {how})"
         pause = response.headers.get("Retry-After", "")
         return reason or "server error", detail, float(pause) if pause.isdecimal() else 0.0
 

@@ -1,5 +1,5 @@
 """Stage Evaluate: accuracies with Wilson intervals, overall, by class, group and the fields of a benchmark."""
-from collections import Counter
+from collections import Counter, defaultdict
 
 from tqdm import tqdm
 
@@ -8,7 +8,7 @@ from minixmd.runs.files import write_json
 from minixmd.runs.records import TRACE, count_bad, read_records, write_jsonl
 from minixmd.stages.multiple_choice import answer_examples
 from minixmd.tasks.benchmarks import NAMES, VERSIONED, WAYS, benchmark_of, mmau_table, music_table, same
-from minixmd.tasks.statistics import digest, summary, tabulate
+from minixmd.tasks.statistics import clustered_interval, digest, summary, tabulate
 
 PRINTED_TABLES = {  # tables of a benchmark that are printed, and as what
     "mmau": {"task": "task", "difficulty": "difficulty"},
@@ -40,25 +40,29 @@ def run(stage, folder, log):
 
 def collect(stage, folder, log, examples, records, asked, benchmark):
     """Writes results.json and answers.jsonl: a record a clip, with a digest of the question and whether it is right.
-    asked: who answered what and how, for results.json. Returns the results."""
+    asked: who answered what and how, for results.json."""
     results = asked | {"bad": count_bad(records, stage.name, stage.max_bad)}
     results |= tabulate(examples, records, stage.rule)
     results |= how_read(examples, records, stage.rule)
     metas = []
     rights = []
+    clusters = defaultdict(list)
     for example, record in zip(examples, records, strict=True):
         record["question"] = digest(example)
         if "bad" not in record:
             record["right"] = same(example.options, record["answer"], example.answer, stage.rule)
             metas.append(example.meta)
             rights.append(record["right"])
+            if "participant" in record:
+                clusters[record["participant"]].append(record["right"])
+    if clusters:  # answers of one person are no independent ones
+        results["interval"] = clustered_interval(list(clusters.values()))
     if benchmark:
         results["benchmark"] = benchmark | breakdown(benchmark["name"], metas, rights)
     write_jsonl(folder / "answers.jsonl", records)
     write_json(folder / "results.json", results)
     log({name: results[name] for name in LOGGED if name in results})
     print_results(stage, results)
-    return results
 
 
 def writing_fields(stage):

@@ -18,6 +18,8 @@ def run(stage, folder, log):
             detail = f"its answer names none: {record['text']!r}"
             records[i] = {"id": record["id"], "bad": "no option", "detail": detail}
             bad["no option"] = bad.get("no option", 0) + 1
+    if sum(bad.values()) == len(records):
+        raise ValueError(f"{stage.name}: no clip is labelled: {bad}, such as {records[0]}")
     write_jsonl(folder / "labels.jsonl", records)
     log({"count": len(records), "bad": bad})
     tqdm.write(f"{stage.name}: {len(records) - sum(bad.values())} clips labelled" + (f", bad: {bad}" if bad else ""))

@@ -113,7 +113,7 @@ def read_logprobs(record, example, top):
                 for letter in ascii_uppercase[:len(example.options)]]
     best = max(range(len(logprobs)), key=logprobs.__getitem__)
     if logprobs[best] == -math.inf:
-        record.update(bad="no letter", detail="the endpoint gives no log-prob of a letter; set answer='generate'")
+        record.update(bad="no letter", detail=f"none among the likeliest first tokens: {list(top)}")
     else:
         record.update(answer=best, option=example.options[best])
 
@@ -210,7 +210,8 @@ def write_answers(model, processor, examples, prompt_format, writing, *, batch_t
         for i, (example, _) in enumerate(pairs):
             own = completions[n * i:n * (i + 1)]
             record = questions.records[example.id]
-            record["by_letters"] = record["answer"]
+            if "{options}" in prompt_format.template:  # else no letter was shown
+                record["by_letters"] = record["answer"]
             read_texts(record, example, [(c.text, c.finished) for c in own], writing.rule, letters)
     return questions.in_order()
 

@@ -31,16 +31,21 @@ def summary(hits):
 
 def clustered_interval(clusters, draws=2000):
     """95 % interval of the share of true ones in lists of booleans that are not independent within a list, as one
-    person's answers: percentiles of a bootstrap of whole lists, always the same. One list: (0, 1)."""
+    person's answers: percentiles of a bootstrap of whole lists, always the same, and at least the interval that they
+    would have if they were. One list: (0, 1)."""
     if len(clusters) < 2:
         return [0.0, 1.0]
     random = Random(0)
     shares = []
     for _ in range(draws):
         drawn = random.choices(clusters, k=len(clusters))
-        shares.append(sum(map(sum, drawn)) / sum(map(len, drawn)))
+        correct = sum(map(sum, drawn))
+        shares.append(correct / sum(map(len, drawn)))
     shares.sort()
-    return [shares[draws // 40], shares[-draws // 40 - 1]]
+    correct = sum(map(sum, clusters))
+    count = sum(map(len, clusters))
+    low, high = wilson(correct, count)
+    return [min(low, shares[draws // 40]), max(high, shares[-draws // 40 - 1])]
 
 
 def tabulate(examples, records, rule="option"):

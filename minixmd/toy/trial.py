@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 from minixmd.config import (
     AUDIO_COT_PROMPT,
@@ -21,17 +22,19 @@ from minixmd.config import (
 from minixmd.config.load import Config
 from minixmd.inputs.examples import MEDIA_KINDS, manifest_text, read_manifest
 from minixmd.runs.files import write_json, write_text
-from minixmd.runs.records import write_jsonl
+from minixmd.runs.hub_names import parse_hub_name
+from minixmd.runs.records import read_jsonl, write_jsonl
+from minixmd.runs.seeds import hash_seed
 from minixmd.stages.answers import checksum
 from minixmd.tasks.statistics import digest
 from minixmd.toy import world
 
 WORLD = Path("runs/trial-world")  # one for all trials
 CLASSES = CLIPS = 12  # of a manifest that stands in
-REAL_CLIPS = 24  # of a manifest that is here
+REAL_CLASSES, REAL_CLIPS = 4, 6  # of a manifest that is here; without labels so many clips in all
 MANIFESTS = ("manifest", "val_manifest", "train_manifest", "clips")
 MOST = {"max_steps": 2, "epochs": 1, "batch_size": 8, "eval_every": 2, "save_every": 2, "num_samples": 2, "limit": 24,
-        "group_size": 4, "max_new_tokens": 40, "top_k": 16}  # fmt: skip
+        "group_size": 4, "top_k": 16}  # fmt: skip
 PROMPTS = {THINK_PROMPT: world.THINK_PROMPT, AUDIO_COT_PROMPT: world.THINK_PROMPT, CHECK_PROMPT: world.CHECK_PROMPT,
            TRACE_PROMPT: "{trace}\n" + PROMPT}  # as the toy's models have learnt them
 METAS = {  # folder of a benchmark's manifest -> what its clips' meta holds, by their number
@@ -44,47 +47,85 @@ METAS = {  # folder of a benchmark's manifest -> what its clips' meta holds, by 
 }  # fmt: skip
 
 
+def is_absent(name, value):
+    """Whether a field's value names something that the user must bring and has not."""
+    if value is None or value.startswith("@") or os.path.exists(value):
+        return False
+    repo_revision = parse_hub_name(value) if name == "model" else None
+    return repo_revision is None or not isinstance(try_to_load_from_cache(repo_revision[0], "config.json"), str)
+
+
 def world_config(config):
-    """The Config that makes what stands in."""
-    return Config(WORLD, (Toy(thinking=True),), config.source)
+    """The Config that makes what stands in; None where nothing has to. Raises ValueError for a recipe of the toy."""
+    if any(isinstance(stage, Toy) for stage in config.stages):
+        raise ValueError("--trial is for real models and data: a config with stage Toy runs in minutes as it is")
+    for stage in config.stages:
+        if any(is_absent(name, getattr(stage, name, None)) for name in (*MANIFESTS, "model", "file")):
+            return Config(WORLD, (Toy(thinking=True),), config.source)
+    return None
 
 
 def shrink(config):
-    """The Config of a trial. Writes the clips' manifests, and what stands in for other files, into its run_dir."""
-    run_dir = config.run_dir.with_name(f"{config.run_dir.name}-trial")
-    absent, changes_of = set(), {}
+    """The Config of a trial. Writes the clips' manifests, and what stands in for other files, into run_dir/trial."""
+    run_dir = config.run_dir / "trial"
+    absent, stand_ins, stages = set(), set(), []  # stand_ins: stages with a model that stands in, or that was one
     for stage in config.stages:
-        changes = changes_of[stage.name] = smaller(stage)
-        for name in (*MANIFESTS, "model", "weights", "file"):
+        changes, ids = smaller(stage), None
+        for name in MANIFESTS:
             path = getattr(stage, name, None)
-            if path is None or path.startswith("@"):
-                continue
-            is_here = os.path.exists(path)
-            if not is_here:
-                absent.add(path)
-            if name in MANIFESTS:
-                changes[name] = str(handful(Path(path), run_dir))
-                changes["allow_outside"] = True
-            elif is_here:
-                continue
-            elif name == "model":
-                changes |= stand_in_model(stage)
-            elif name == "weights":
-                changes |= {"weights": None, "width": 1 / 16, "clip_s": 1.0}
-            else:
-                changes[name] = str(make_answers(stage, Path(changes["manifest"]), run_dir))
-    note = ("A trial, of 2 steps and a few clips a stage: no figure here means anything. Not here, so others stand "
-            f"in for them: {', '.join(sorted(absent)) or 'nothing'}")
+            if path and not path.startswith("@"):
+                manifest = handful(path, run_dir)
+                changes |= {name: str(manifest), "allow_outside": True}
+                ids = ids or {example.id for example in read_manifest(manifest, allow_outside=True)}
+        for name in (*MANIFESTS, "model", "weights", "file"):
+            if is_absent(name, getattr(stage, name, None)):
+                absent.add(getattr(stage, name))
+        for name in ("file", "traces", "teacher_labels", "student_labels", "switch", "verdicts"):
+            path = getattr(stage, name, None)
+            if path and ids and os.path.isfile(path):
+                changes[name] = str(only_of(path, ids, run_dir))
+        model = getattr(stage, "model", None)
+        if is_absent("model", model):
+            changes |= stand_in_model(stage)
+            stand_ins.add(stage.name)
+        elif model and model[1:].partition("/")[0] in stand_ins:
+            stand_ins.add(stage.name)
+        if stage.name in stand_ins and hasattr(stage, "prompt"):
+            changes["prompt"] = PROMPTS.get(stage.prompt, stage.prompt)
+            if hasattr(stage, "max_new_tokens"):
+                changes["max_new_tokens"] = min(stage.max_new_tokens, 40)
+        if is_absent("weights", getattr(stage, "weights", None)):
+            changes |= {"weights": None, "width": 1 / 16, "clip_s": 1.0}
+        if is_absent("file", getattr(stage, "file", None)) and "manifest" in changes:
+            changes["file"] = str(make_answers(stage, Path(changes["manifest"]), run_dir))
+        if getattr(stage, "traces", "") is None and hasattr(stage, "trace_filter"):
+            changes.pop("max_new_tokens", None)  # of SFT on letters, which writes nothing
+        stages.append((stage, changes))
+    note = ("this is a trial, of 2 steps and a few clips a stage: no figure here means anything. What is not here and "
+            f"others stand in for: {', '.join(sorted(absent)) or 'nothing'}")
     print(f"minixmd: {note}", flush=True)
-    stages = []
-    for stage in config.stages:
-        changes = changes_of[stage.name]
+    made = []
+    for stage, changes in stages:
         if isinstance(stage, Report):
-            changes["missing"] = {"The real run": note}
-        if absent and getattr(stage, "prompt", None) in PROMPTS:
-            changes["prompt"] = PROMPTS[stage.prompt]
-        stages.append(replace(stage, **changes))
-    return Config(run_dir, tuple(stages), config.source)
+            changes["notes"] = {"No result": note}
+        made.append(replace(stage, **changes))
+    return Config(run_dir, tuple(made), config.source)
+
+
+def place_for(path, run_dir):
+    """Where a trial keeps its own form of a file: by the file's place, and whether it is there."""
+    path = Path(path)
+    key = f"{hash_seed(str(path.resolve()), path.exists()):016x}"
+    out = run_dir / "inputs" / key / path.parent.name / path.name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def only_of(path, ids, run_dir):
+    """The lines of a JSONL file that are about these clips."""
+    out = place_for(path, run_dir)
+    write_jsonl(out, [record for record in read_jsonl(path) if record.get("id") in ids])
+    return out
 
 
 def smaller(stage):
@@ -97,8 +138,8 @@ def smaller(stage):
                 changes[name] = min(value, most)
             elif name == "max_steps":
                 changes[name] = most
-    if getattr(stage, "traces", "") is None and hasattr(stage, "trace_filter"):
-        changes.pop("max_new_tokens", None)  # of SFT on letters, which writes nothing
+    if hasattr(stage, "max_bad"):
+        changes["max_bad"] = 1.0
     if hasattr(stage, "device"):
         changes["device"] = "auto"
     if hasattr(stage, "dtype") and not torch.cuda.is_available():
@@ -117,43 +158,48 @@ def stand_in_model(stage):
 
 def handful(path, run_dir):
     """The manifest of a few clips of one or, where there is none, of the toy's."""
-    out = run_dir / "clips" / path.parent.name / path.name
-    if out.exists():
-        return out
+    out, path = place_for(path, run_dir), Path(path)
     if path.exists():
-        examples = read_manifest(path, allow_outside=True)
-        examples = examples[::max(1, len(examples) // REAL_CLIPS)][:REAL_CLIPS]
+        examples = few(read_manifest(path, allow_outside=True), REAL_CLASSES, REAL_CLIPS)
     else:
         known = {"train": "train_truth", "analysis": "analysis", "unseen": "unseen", "val": "val"}
         split = known.get(path.stem, "test")
-        examples, counts = [], Counter()
-        for example in read_manifest(WORLD / "toy" / f"{split}.jsonl"):
-            counts[example.label] += 1
-            if counts[example.label] <= CLIPS and list(counts).index(example.label) < CLASSES:
-                meta = example.meta | METAS.get(path.parent.name, lambda i: {})(len(examples))
-                examples.append(replace(example, meta=meta))
+        examples = few(read_manifest(WORLD / "toy" / f"{split}.jsonl"), CLASSES, CLIPS)
+        if path.parent.name in METAS:
+            make_meta = METAS[path.parent.name]
+            examples = [replace(example, meta=example.meta | make_meta(i)) for i, example in enumerate(examples)]
     relative = []
     for example in examples:
         files = {}
         for kind in ("audio", "video"):
-            path = getattr(example, kind)
-            if path is not None:
-                files[kind] = os.path.relpath(path, out.parent)
+            file = getattr(example, kind)
+            if file is not None:
+                files[kind] = os.path.relpath(file, out.parent)
         relative.append(replace(example, **files))
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, manifest_text(relative))
     return out
+
+
+def few(examples, classes, clips):
+    """So many clips of each of so many classes; without labels as many in all."""
+    counts, chosen = Counter(), []
+    for example in examples:
+        label = example.label
+        is_full = label is not None and counts[label] == clips or len(chosen) == classes * clips
+        if is_full or label not in counts and len(counts) == classes:
+            continue
+        counts[label] += 1
+        chosen.append(example)
+    return chosen
 
 
 def make_answers(stage, manifest, run_dir):
     """Answers of another system or of three participants, two of three right."""
     examples = read_manifest(manifest, allow_outside=True)
+    out = place_for(stage.file, run_dir)
     if stage.condition is None:
-        out = run_dir / "answers" / Path(stage.file).name
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(out, [{"id": example.id, "answer": made_up(example, i)} for i, example in enumerate(examples)])
         return out
-    out = run_dir / "people"
     out.mkdir(parents=True, exist_ok=True)
     for number in (1, 2, 3):
         session = {"listening_test": 1, "test": "made up", "participant": number, "finished": "made up", "trials": []}
