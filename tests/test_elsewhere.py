@@ -5,11 +5,13 @@ import pytest
 from fake_endpoint import FakeEndpoint
 from mini import CLASSES, write_clips, write_config, write_model
 
-from minixmd.config import Answers, Evaluate, Label
+from minixmd import train
+from minixmd.config import SFT, Answers, Evaluate, Label
 from minixmd.inputs.examples import read_manifest
 from minixmd.runner import main
 from minixmd.runs.records import read_jsonl
 from minixmd.stages import answers, evaluate, label
+from minixmd.stages.multiple_choice import read_validation
 from minixmd.tasks.statistics import clustered_interval, digest, wilson
 
 
@@ -95,6 +97,26 @@ def test_a_prompt_without_options_is_for_written_answers_alone(model, clips, tmp
         Evaluate(**fields)
     results, _ = made(Evaluate(**fields, answer="generate"), tmp_path)
     assert results["how"]["letter"] == 0 and results["count"] == 12
+
+
+def test_validation_is_on_a_sample_that_stays_the_same(clips):
+    def sample(**fields):
+        stage = SFT(name="s", model="m", manifest=str(clips), val_manifest=str(clips), **fields)
+        return [example.id for example in read_validation(stage)]
+
+    assert sample() == [f"clip{i}" for i in range(12)]
+    five = sample(val_limit=5)
+    assert len(set(five)) == 5 and five == sample(val_limit=5) != sample(val_limit=5, seed=1)
+
+
+def test_rewards_that_never_differ_stop_grpo(model, clips, tmp_path, capsys, monkeypatch):
+    config = write_config(tmp_path / "config.py", f"""[GRPO(name="g", model={model!r}, manifest={str(clips)!r},
+        batch_size=2, group_size=2, max_new_tokens=3, max_steps=4)]""")  # a random model earns nothing
+    assert main([str(config), f"run_dir={tmp_path / 'run'}"]) == 0
+    assert "rewards differed in no group" in capsys.readouterr().out
+    monkeypatch.setattr(train, "MAX_EQUAL_GROUPS", 6)
+    assert main([str(config), f"run_dir={tmp_path / 'stopped'}"]) == 1
+    assert "g: in none of 6 groups did the completions' rewards differ" in capsys.readouterr().err
 
 
 # ---- files ----

@@ -4,7 +4,7 @@
 
 Data and checkpoints as in xmd_audio. One CUDA GPU of 24 GB or more; the paper had an L40 of 48 GB.
 Not measured by anybody yet. By --dry-run, on an H200 at 40 % of its peak: seven distillations beside xmd_audio's, 2
-hours each, and 0.3 each to evaluate. The report has the paper's figures.
+hours each, and 0.5 each to evaluate. The report has the paper's figures.
 """
 from minixmd.recipe_parts.xmd import vggsound
 

@@ -14,7 +14,7 @@ with NAME qwen_audio_chat, kimi_audio or videollama3. People answer about the cl
 with RUN runs/xmd_audio; what they send back goes to data/people/returned. With --keep-going the report is made without
 what is not there, and names it.
 
-One CUDA GPU of 24 GB or more. Not measured by anybody yet. By --dry-run, on an H200 at 40 % of its peak: 3 hours beside
+One CUDA GPU of 24 GB or more. Not measured by anybody yet. By --dry-run, on an H200 at 40 % of its peak: 6 hours beside
 xmd_audio's; at most 21 GiB, a model at a time; figures in the report.
 """
 from dataclasses import replace

@@ -4,8 +4,8 @@
     python -m minixmd.train xmd_video run_dir=runs/xmd_audio       (after xmd_audio, whose finished stages it reuses)
 
 Data and checkpoints as in xmd_audio. One CUDA GPU of 24 GB or more. Not measured by anybody yet. By --dry-run, on an
-H200 at 40 % of its peak: 7 hours for the stages that xmd_audio has too, 11 for distillation on 1,660 tokens a clip; at
-most 21 GiB. The report has the paper's figures.
+H200 at 40 % of its peak: 13 hours for the stages that xmd_audio has too, 11 for distillation on 1,660 tokens a clip, 3
+to evaluate it; at most 21 GiB. The report has the paper's figures.
 """
 from minixmd.recipe_parts.xmd import vggsound
 
