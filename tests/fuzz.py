@@ -340,7 +340,7 @@ def fact_check(folder):
     stage = FactCheck(name="z", traces=f"{folder}/traces.jsonl", manifest=f"{folder}/manifest.jsonl",
                       checker="verdicts", verdicts=f"{folder}/verdicts.jsonl")  # fmt: skip
     check_stages(folder, stage)
-    run_stage(stage, Config(folder / "out", (stage,), folder / "summary.json"), 0)
+    run_stage(Config(folder / "out", (stage,), folder / "summary.json"), 0, {}, stage)
 
 
 def switch_gains(folder):
