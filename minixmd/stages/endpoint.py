@@ -48,12 +48,13 @@ class Request:
     seed: int = 0  # of the server's sampling
 
 
-def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logprobs=False, is_usable=bool):
+def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logprobs=False, needs_logprobs=False,
+                 is_usable=bool):
     """Makes every request that `path` does not answer yet, with a progress bar.
 
-    stage: that asks. path: JSONL file that grows by a line an answer: the records below that are not bad.
-    OSError: it cannot. logprobs: ask for the first token's log-probs too. is_usable: function(text) -> bool; an
-    unusable answer is nonsense.
+    stage: that asks. path: JSONL file that grows by a line an answer: the records below that are not bad. OSError: it
+    cannot. logprobs: ask for the first token's log-probs too; needs_logprobs: a server that gives none stops the stage
+    at once. is_usable: function(text) -> bool; an unusable answer is nonsense.
     Returns a record a request, in order: {"key", "text", "finished": the model ended its turn}, with log-probs, where
     the server gave any, also "top": {token: logprob}; or {"key", "bad": reason, "detail"}. Raises ValueError: a
     malformed line of `path`; a wrong URL, key or model; more than max_bad failed requests; or an endpoint that is down:
@@ -81,7 +82,7 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
                                      "answers, and the same command goes on from there")
                 records[record["key"]] = record
                 bar.update()
-                if logprobs and "top" not in record and "bad" not in record and not hasattr(stage, "logprobs"):
+                if needs_logprobs and "top" not in record and "bad" not in record:
                     raise ValueError(f"{stage.name}: {stage.endpoint} gives no log-probs; set {WITHOUT_LOGPROBS}")
         finally:
             client.stop.set()

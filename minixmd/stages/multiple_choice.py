@@ -91,7 +91,7 @@ def ask_for_answers(stage, folder, examples, traces):
         for i in range(writing.num_samples):
             requests.append(Request(f"{example.id}/{i}", ask, hash_seed(stage.seed, example.id, i) % 2**31))
     answers = ask_endpoint(stage, requests, folder / "endpoint.jsonl", "answer", max_tokens=writing.max_new_tokens,
-                           temperature=writing.temperature, logprobs=by_letters)
+                           temperature=writing.temperature, logprobs=by_letters, needs_logprobs=by_letters)
     records = []
     for i, example in enumerate(examples):
         record = {"id": example.id}
