@@ -58,7 +58,8 @@ def main(argv=None):
     try:
         rank = 0 if args.dry_run else distributed.init(os.environ, args.timeout)
         only = [name for name in args.only or () if "=" not in name]
-        config = load_config(args.config, [*args.overrides, *(set(args.only or ()) - set(only))])
+        overrides = args.overrides + [name for name in args.only or () if "=" in name]  # which stood behind --only
+        config = load_config(args.config, overrides)
         if only:
             config = replace(config, stages=select(config.stages, only))
         if args.dry_run:
@@ -108,7 +109,7 @@ def for_each(stages, function, failed, keep_going):
         try:
             function(stage)
         except Exception as error:
-            if not keep_going:
+            if not keep_going or isinstance(error, distributed.Stopped):
                 raise
             if not isinstance(error, (ValueError, OSError)):
                 traceback.print_exc()
@@ -168,7 +169,8 @@ def run_stage(config, rank, failed, stage):
     distributed.gather(None)
     if rank == 0:
         finish(folder)
-        shutil.rmtree(partial_report(config, stage), ignore_errors=True)
+        if isinstance(stage, Report):
+            shutil.rmtree(partial_report(config, stage), ignore_errors=True)
 
 
 def partial_report(config, stage):

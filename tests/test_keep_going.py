@@ -102,6 +102,18 @@ def test_a_report_keeps_all_that_does_not_need_the_failed():
         without(report, dict.fromkeys(["a", "a_more", "b", "b_more", "c", "c_more"], "x"))
 
 
+def test_a_stage_named_like_a_partial_report_stays_and_the_last_override_behind_only_wins(world, tmp_path):
+    config = write_config(tmp_path / "config.py", """[
+        Evaluate(name="ears-partial", model={audio!r}, manifest={manifest!r}),
+        Evaluate(name="ears", model={audio!r}, manifest={manifest!r}),
+        Evaluate(name="more", model={audio!r}, manifest={manifest!r})]""".format(**world))
+    run = tmp_path / "run"
+    overrides = [f"seed={i}" for i in range(9)]
+    assert main([str(config), "--only", "ears-partial", "ears", f"run_dir={run}", *overrides]) == 0
+    assert made(run) == {"ears-partial", "ears"}
+    assert json.loads((run / "ears" / "config.json").read_text())["seed"] == 8
+
+
 def test_only_names_stages():
     stage = Evaluate(name="a", model="m", manifest="x")
     assert select((stage,), ["a"]) == (stage,)

@@ -42,9 +42,15 @@ def check_files(stages):
                 raise ConfigError(f"config: {kind(type(item))} {item.name!r} {field} {value!r} does not exist{moved}")
 
 
+def stage_of(value):
+    """The name of the stage that a field's value refers to; None for a path of the user's."""
+    name, _, _ = value[1:].partition("/")
+    return name if value.startswith("@") else None
+
+
 def dependencies(item):
     """Names of the stages that a stage reads."""
-    return {value[1:].partition("/")[0] for _, value, _ in _inputs(item) if value.startswith("@")}
+    return {stage_of(value) for _, value, _ in _inputs(item)} - {None}
 
 
 def select(stages, names):

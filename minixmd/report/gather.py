@@ -2,6 +2,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from minixmd.config.references import stage_of
 from minixmd.inputs.examples import read_manifest
 from minixmd.report import sections
 from minixmd.report.clips import ROLE_KINDS, Media, answered_clips, gallery_kinds, read_judged_traces, show
@@ -39,8 +40,7 @@ def without(stage, failed):
     changes = {}
 
     def lost(path):
-        name, _, _ = path[1:].partition("/")
-        return failed.get(name)
+        return failed.get(stage_of(path))
 
     for field in ("tables", "ablation", "senses", "funnel", "curves"):
         table = {}

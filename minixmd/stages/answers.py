@@ -78,8 +78,13 @@ def read_trials(stage, examples):
     """(a record an example, how many participants {"finished", "stopped"}) of a folder of participants' files. Raises
     ValueError for a file that was changed, of another test, or twice the same, and for a question answered twice."""
     by_id = {example.id: example for example in examples}
-    found, files, test, sessions = {}, {}, None, Counter(finished=0, stopped=0)
-    for path in sorted(path for path in Path(stage.file).iterdir() if path.suffix in (".json", ".txt")):
+    sessions = Counter(finished=0, stopped=0)
+    found = {}  # id of an example -> its record
+    files = {}  # number of a participant -> the file
+    test = None  # which all files are of
+    for path in sorted(Path(stage.file).iterdir()):
+        if path.suffix not in (".json", ".txt"):
+            continue
         session = read_json(path)
         check_fields(session, PARTICIPANT, f"{path}: not a participant's file: it")
         if session["checksum"] != checksum(session):

@@ -16,8 +16,9 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
+from types import MappingProxyType
 
 import av
 import soundfile
@@ -30,6 +31,7 @@ from minixmd.inputs.contained import Contained
 from minixmd.inputs.examples import build_conversation
 from minixmd.inputs.media import AV_ERRORS, MediaError, film, open_media, read_audio, read_frames
 from minixmd.runs.records import append_jsonl, read_endpoint_answers
+from minixmd.runs.seeds import hash_seed
 
 TOP_LOGPROBS = 20  # of the first token; OpenAI and vLLM give no more
 MAX_RETRY_AFTER_S = 60.0  # a server that asks for a longer pause is asked again after so long
@@ -38,6 +40,7 @@ CACHED_CLIPS = 16  # encoded clips that are kept: all requests about a clip are 
 REASONS = {400: "rejected", 408: "timed out", 413: "rejected", 422: "rejected", 429: "rate limited"}
 ENDPOINT_FAULTS = ("timed out", "no connection", "rate limited", "server error")
 WITHOUT_LOGPROBS = "answer='generate', and another run_dir"
+NO_TRACES = MappingProxyType({})
 CLIP_FAULTS = ("rejected", "nonsense")
 
 
@@ -95,6 +98,19 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
                          f"max_bad {stage.max_bad}; the first: {failures[0]['detail']}; the same command asks for "
                          "those again, and with a larger max_bad goes on without them")
     return results
+
+
+def ask_about(stage, examples, path, unit, *, num_samples, traces=NO_TRACES, **options):
+    """[an Example's answers, `num_samples` records of ask_endpoint], in order. traces: {id: text for the prompt's
+    {trace}}. options: of ask_endpoint."""
+    requests = []
+    for example in examples:
+        make_messages = partial(messages, example, stage.media, stage.prompt, traces.get(example.id, ""))
+        for i in range(num_samples):
+            seed = hash_seed(stage.seed, example.id, i) % 2**31
+            requests.append(Request(f"{example.id}/{i}", make_messages, seed))
+    answers = ask_endpoint(stage, requests, path, unit, **options)
+    return [answers[i:i + num_samples] for i in range(0, len(answers), num_samples)]
 
 
 def key_from(variable, name):

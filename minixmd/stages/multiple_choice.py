@@ -21,8 +21,8 @@ from minixmd.runs.device import runtime_of
 from minixmd.runs.distributed import compute_shards, gather, rank_and_world_size
 from minixmd.runs.heartbeat import beat
 from minixmd.runs.records import bad_record, count_bad
-from minixmd.runs.seeds import hash_seed, shuffled
-from minixmd.stages.endpoint import Request, ask_endpoint, messages
+from minixmd.runs.seeds import shuffled
+from minixmd.stages.endpoint import ask_about
 from minixmd.tasks.answers import parse_answer
 from minixmd.tasks.benchmarks import vote
 from minixmd.tasks.statistics import tabulate
@@ -85,17 +85,12 @@ def ask_for_answers(stage, folder, examples, traces):
     """As answer_examples, from the stage's endpoint; endpoint.jsonl keeps the answers."""
     writing, letters = Writing.of(stage), stage.prompt_format.asks_for_letter
     by_letters = stage.answer == "letters"
-    requests = []
-    for example in examples:
-        ask = partial(messages, example, stage.media, stage.prompt, traces.get(example.id, ""))
-        for i in range(writing.num_samples):
-            requests.append(Request(f"{example.id}/{i}", ask, hash_seed(stage.seed, example.id, i) % 2**31))
-    answers = ask_endpoint(stage, requests, folder / "endpoint.jsonl", "answer", max_tokens=writing.max_new_tokens,
-                           temperature=writing.temperature, logprobs=by_letters, needs_logprobs=by_letters)
+    answers = ask_about(stage, examples, folder / "endpoint.jsonl", "answer", num_samples=writing.num_samples,
+                        traces=traces, max_tokens=writing.max_new_tokens, temperature=writing.temperature,
+                        logprobs=by_letters, needs_logprobs=by_letters)
     records = []
-    for i, example in enumerate(examples):
+    for example, own in zip(examples, answers, strict=True):
         record = {"id": example.id}
-        own = answers[writing.num_samples * i:writing.num_samples * (i + 1)]
         good = [(answer["text"], answer["finished"]) for answer in own if "bad" not in answer]
         if not good:
             record.update(bad=own[0]["bad"], detail=own[0]["detail"])

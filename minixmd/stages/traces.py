@@ -5,7 +5,6 @@ Section 3.1 of SightSound-R1. A sample is usable if it ended in time and has the
 unanimous, and their answer is the teacher's label. A sample depends on (seed, clip, sample number) alone.
 """
 from collections import Counter
-from functools import partial
 
 from tqdm import tqdm
 
@@ -14,7 +13,6 @@ from minixmd.inputs.examples import SPECIAL_TOKEN, read_examples
 from minixmd.runs.distributed import compute_shards
 from minixmd.runs.files import write_json
 from minixmd.runs.records import count_bad, write_jsonl
-from minixmd.runs.seeds import hash_seed
 from minixmd.stages import endpoint
 from minixmd.stages.multiple_choice import Questions, load_model
 from minixmd.tasks.answers import parse_answer
@@ -124,25 +122,18 @@ def sample_locally(stage, folder, examples):
 
 def sample_at_endpoint(stage, folder, examples):
     """As sample_locally, from the stage's endpoint; endpoint.jsonl keeps the answers. A clip without any is bad."""
-    requests = []
-    n = stage.num_samples
-    for example in examples:
-        ask = partial(endpoint.messages, example, stage.media, stage.prompt, "")
-        for i in range(n):
-            seed = hash_seed(stage.seed, example.id, i) % 2**31
-            requests.append(endpoint.Request(f"{example.id}/{i}", ask, seed))
-    answers = endpoint.ask_endpoint(stage, requests, folder / "endpoint.jsonl", "sample",
-                                    max_tokens=stage.max_new_tokens, temperature=stage.temperature)
+    answers = endpoint.ask_about(stage, examples, folder / "endpoint.jsonl", "sample", num_samples=stage.num_samples,
+                                 max_tokens=stage.max_new_tokens, temperature=stage.temperature)
     records = []
-    for i, example in enumerate(examples):
+    for example, own in zip(examples, answers, strict=True):
         samples = []
-        for answer in answers[n * i:n * (i + 1)]:
+        for answer in own:
             if "bad" in answer:
                 samples.append({"text": "", "finished": False, "bad": answer["bad"]})
             else:
                 samples.append({"text": answer["text"].strip(), "finished": answer["finished"]})
         if all("bad" in sample for sample in samples):
-            records.append({"id": example.id, "bad": samples[0]["bad"], "detail": answers[n * i]["detail"]})
+            records.append({"id": example.id, "bad": samples[0]["bad"], "detail": own[0]["detail"]})
         else:
             records.append({"id": example.id, "samples": samples})
     return records

@@ -20,6 +20,7 @@ from minixmd.config import (
     Toy,
 )
 from minixmd.config.load import Config
+from minixmd.config.references import stage_of
 from minixmd.inputs.examples import MEDIA_KINDS, manifest_text, read_manifest
 from minixmd.runs.files import write_json, write_text
 from minixmd.runs.hub_names import parse_hub_name
@@ -88,7 +89,7 @@ def shrink(config):
         if is_absent("model", model):
             changes |= stand_in_model(stage)
             stand_ins.add(stage.name)
-        elif model and model[1:].partition("/")[0] in stand_ins:
+        elif model and stage_of(model) in stand_ins:
             stand_ins.add(stage.name)
         if stage.name in stand_ins and hasattr(stage, "prompt"):
             changes["prompt"] = PROMPTS.get(stage.prompt, stage.prompt)
