@@ -126,7 +126,8 @@ class Sides:
         with mock.patch.object(time, "perf_counter", time.process_time):  # with which grpo_step times its parts
             metrics = self.trainer.grpo_step([(self.prompt, ITEM)])
         self.trainer.step += 1
-        return {"rollout": metrics["rollout_s"], "update": metrics["scoring_s"] + metrics["update_s"],
+        rollout_s = metrics["encode_s"] + metrics["prefill_s"] + metrics["decode_s"]
+        return {"rollout": rollout_s, "update": metrics["scoring_s"] + metrics["update_s"],
                 "whole": time.process_time() - began, "wall": time.monotonic() - wall}
 
     def our_scores(self, groups):

@@ -144,6 +144,10 @@ def time_stage(stage, folder):
     return ended
 
 
+def rollout_seconds(line):
+    return line["encode_s"] + line["prefill_s"] + line["decode_s"]
+
+
 def rates(title, shares):
     """{what: how much a second} of one launch."""
     wall = max(share[-1][0] for share in shares) - min(share[0][0] for share in shares)
@@ -156,7 +160,7 @@ def rates(title, shares):
     if title.startswith("SFT"):
         tokens = sum(line["tokens"] for line in steps)
         return {"SFT: tokens": tokens / wall, "SFT: tokens, CPU time": tokens / cpu}
-    rollouts_s = sum(max(line["rollout_s"] for line in lines) for lines in zip(*done, strict=True))
+    rollouts_s = sum(max(rollout_seconds(line) for line in lines) for lines in zip(*done, strict=True))
     return {"GRPO: rollouts": len(steps) / rollouts_s, "GRPO: steps": len(steps) / wall,
             "GRPO: steps, CPU time": len(steps) / cpu}
 

@@ -16,6 +16,7 @@ from minixmd.config.load import load_config
 from minixmd.config.references import check_files, dependencies, input_paths, resolve, select
 from minixmd.dryrun.plan import dry_run
 from minixmd.dryrun.shortage import describe_shortage, is_shortage
+from minixmd.dryrun.slots import settle_slots
 from minixmd.models.attention import describe_attention
 from minixmd.models.hub import pinned
 from minixmd.report import gather as report
@@ -160,6 +161,7 @@ def run_stage(config, rank, failed, stage):
         print(f"{stage.name}: runs in {folder}{where}{where and describe_attention(stage)}", flush=True)
         log = partial(append_jsonl, folder / "log.jsonl") if rank == 0 else lambda line: None
         try:
+            stage = settle_slots(stage, config.stages, folder)
             with unwatched() if alone else nullcontext():
                 RUN[type(stage)](with_paths(stage, config), folder, log)
         except (RuntimeError, MemoryError) as error:

@@ -27,6 +27,7 @@ from minixmd.inputs.tokenizer import common_vocab_size
 from minixmd.kernels.grpo import ClipConfig
 from minixmd.learning import checkpoint, logprobs, optim, policy, steps, targets
 from minixmd.learning.reference import Reference
+from minixmd.learning.rollout import Usage
 from minixmd.models import sharding
 from minixmd.models.checkpointing import set_checkpointing
 from minixmd.models.head import CrossEntropy, DistillTopK, PolicyLoss
@@ -34,7 +35,6 @@ from minixmd.models.lora import make_trainable
 from minixmd.runs import distributed, training_state
 from minixmd.runs.device import runtime_of
 from minixmd.runs.heartbeat import beat
-from minixmd.runs.records import append_jsonl
 from minixmd.runs.seeds import hash_seed
 from minixmd.stages.multiple_choice import read_validation, validation_accuracy
 
@@ -42,7 +42,6 @@ GRPO_NOTE = ("the GRPO loss is about 0 while the ratio is 1, as it is in the fir
              "left is the KL and the mean of the advantages, 0 where all completions weigh the same. Its gradient is "
              "not 0; watch the reward")
 MAX_EQUAL_GROUPS = 400  # of a GRPO stage's first ones, among which rewards must differ at least once
-SHOWN_COMPLETIONS = 4  # of a step, written as text
 MAX_START_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-4}  # to the reference, before the first update
 
 
@@ -106,6 +105,8 @@ class Trainer:
         self.items = None  # of `fit`
         self.samples = None  # what prefetch makes of them
         self.drawn = None  # of the coming step: draw's
+        self.waited_s = 0.0  # for clips, in the step
+        self.seconds = defaultdict(float)  # of the steps, and their parts
         self.spare = None  # a sample of which fillers are made, where weights are sharded
         if isinstance(stage, Distill) and stage.teacher_loss != "ce":
             self.common_vocab, self.suppressed_ids = self.distilled_vocabulary()
@@ -169,7 +170,13 @@ class Trainer:
                 if num_clips:
                     metrics = take_step(learnt_from)
                 self.step += 1
-                tokens_per_s = metrics["tokens"] / (time.perf_counter() - began)
+                step_s = time.perf_counter() - began
+                tokens_per_s = metrics["tokens"] / step_s
+                metrics |= {"data_s": round(self.waited_s, 3), "step_s": round(step_s, 3)}
+                self.waited_s = 0.0
+                for name, value in metrics.items():
+                    if name.endswith("_s"):
+                        self.seconds[name] += value
                 self.log({"step": self.step, **metrics, "tokens_per_s": round(tokens_per_s)})
                 shown = "reward" if isinstance(stage, GRPO) else "loss"
                 bar.set_postfix_str(f"{shown} {metrics.get(shown, 0):.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
@@ -177,6 +184,10 @@ class Trainer:
                 save_due = stage.save_every and self.step % stage.save_every == 0
                 if save_due or self.validation_due():
                     self.save()
+        whole = self.seconds.pop("step_s", 0.0)
+        if whole:
+            parts = [f"{name.removesuffix('_s')} {100 * part / whole:.0f} %" for name, part in self.seconds.items()]
+            tqdm.write(f"{stage.name}: of its steps' time {', '.join(parts)}")
         if not any(self.optimizer.state.values()):
             raise ValueError(f"{stage.name}: no step had anything to learn: its clips were bad, or its groups left out")
         if isinstance(stage, GRPO) and not self.varied:
@@ -191,7 +202,9 @@ class Trainer:
         learn from; the errors of all their bad ones). All processes call it together."""
         samples, errors = [], []
         for _ in steps.deal(self.items, self.batch_indices(step)):
+            began = time.perf_counter()
             sample = next(self.samples)
+            self.waited_s += time.perf_counter() - began
             kind = errors if isinstance(sample, Exception) else samples
             kind.append(sample)
         numbers, errors = zip(*distributed.gather((len(samples), errors)), strict=True)
@@ -400,17 +413,18 @@ class Trainer:
         sampler = self.whole_model()  # the policy itself: where its weights are sharded, gathered for the rollout
         if self.model.encoders_frozen():  # sampling, scoring and learning then share the encoders' output
             prompts = [sampler.encode_media(prompt) for prompt in prompts]
-        completions = []
+        completions, usage = [], Usage()
         if prompts:
             completions = generate(
                 sampler, self.processor, prompts, num_samples=stage.group_size, max_new_tokens=stage.max_new_tokens,
                 temperature=stage.temperature, seed=stage.seed, step=self.step, stop=stage.stop,
-                keys=[item.example.id for item in items], decode_slots=stage.decode_slots)
+                keys=[item.example.id for item in items], decode_slots=stage.slots, usage=usage)
         del sampler
         letters = stage.prompt_format.asks_for_letter
         rewards = policy.score_completions(completions, items, letters)
-        if prompts and self.rank == 0:
-            self.show_completions(completions[0], items[0], rewards)
+        every = stage.completions_every
+        if prompts and self.rank == 0 and every and self.step % every == 0:
+            policy.show_completions(self.folder, self.step + 1, completions[0], items[0], rewards)
         rollout = policy.make_rollout(stage, prompts, completions, rewards["reward"])
         if self.sharded and rollout.learned:
             rollout.fill_up(self.spare[0], self.processor.end_id)
@@ -445,7 +459,8 @@ class Trainer:
                              "teach nothing: completions.jsonl shows some")
         if rollout.learned:  # what the sampler said of its tokens against the training pass: 0 but for rounding
             metrics |= self.logp_gaps(rollout, scored_T, first_update and self.reference is not None)
-        metrics["rollout_s"] = round(sampled - started, 3)
+        usage.write_to(metrics.update)
+        metrics["encode_s"] = round(sampled - started - usage.prefill_s - usage.decode_s, 3)  # of clips; rewards
         metrics["scoring_s"] = round(scored - sampled, 3)
         metrics["update_s"] = round(updated - scored, 3)
         new_tokens = sum(len(completion.ids) for group in completions for completion in group)
@@ -527,18 +542,6 @@ class Trainer:
         if not kl <= most:
             raise ValueError(f"{self.stage.name}: before the first update the KL to the reference is {kl:.3g}, above "
                              f"{most}: the reference is not the policy that training starts from; stopped")
-
-    def show_completions(self, group, item, rewards):
-        """Writes some of the first prompt's completions, with their rewards, every completions_every steps."""
-        every = self.stage.completions_every
-        if not every or self.step % every:
-            return
-        for i, completion in enumerate(group[:SHOWN_COMPLETIONS]):
-            line = {"step": self.step + 1, "id": item.example.id}
-            for name, reward_PG in rewards.items():
-                line[name] = reward_PG[0, i].item()
-            line |= {"finished": completion.finished, "text": completion.text}
-            append_jsonl(self.folder / "completions.jsonl", line)
 
     # ---- validation, saving, resuming ----
 

@@ -133,7 +133,7 @@ def test_the_stage_that_was_all_three_is_answered_with_the_class_of_its_objectiv
 
 @pytest.mark.parametrize("cls, field, value, owners", [
     (SFT, "beta", 0.1, "GRPO"),  # and not betas, which is spelt like it
-    (SFT, "group_size", 4, "GRPO"), (SFT, "decode_slots", 64, "Traces, GRPO"),
+    (SFT, "group_size", 4, "GRPO"), (Distill, "decode_slots", 64, "Evaluate, Label, Traces, SFT, GRPO"),
     (SFT, "teacher_labels", "@t", "Distill, GRPO"), (SFT, "student_labels", "@s", "Distill"),
     (SFT, "switch", "@w", "Distill, Report"), (SFT, "gate", "never", "Distill"), (SFT, "teacher_loss", "kl", "Distill"),
     (SFT, "temperature", 2.0, "Evaluate, Label, Traces, Distill, GRPO"),
@@ -241,7 +241,9 @@ def test_a_value_out_of_range_is_refused(cls, given, said):
     (Distill, {"teacher_labels": None}, "distill needs teacher_labels, got None"),
     (SFT, dict(max_new_tokens=64), "sft without traces does not use max_new_tokens, got 64"),
     (SFT, dict(trace_filter="first"), "sft without traces does not use trace_filter, got 'first'"),
-    (GRPO, {"decode_slots": 7}, "decode_slots 7 is below group_size 8"),
+    (GRPO, {"decode_slots": "all"}, "decode_slots must be an int or 'auto', got 'all'"),
+    (GRPO, {"decode_slots": 0}, "decode_slots must be >= 1, got 0"),
+    (SFT, {"decode_slots": 8}, "sft without traces does not use decode_slots, got 8"),
     (GRPO, {"stop": ("",)}, "a stop string must not be empty, got ''"),
     (GRPO, {"beta": 0, "kl": "k1"}, "beta 0.0 does not use kl, got 'k1'"),
     (Distill, {"student_labels": "@s"}, "gate 'always' does not use student_labels, got '@s'"),

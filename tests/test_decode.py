@@ -5,29 +5,41 @@ from kernel_checks import BACKENDS, DTYPES, assert_as_good_as, assert_compiles, 
 
 from minixmd.kernels.decode import BLOCK_S, FP32_BLOCK_S, FP32_MOST_R, SPLIT, decode_attention
 
-NAMES = "q_BHK", "prompt_k_GJPK", "prompt_v_GJPK", "prompt_length_G", "k_BJCK", "v_BJCK", "length_B"
+NAMES = ("q_BHK", "prompt_k_GJPK", "prompt_v_GJPK", "prompt_length_G", "members_GM", "prompt_B", "k_BJCK", "v_BJCK",
+         "length_B")  # fmt: skip
 
 
-def problem(prompts, lengths, H, J, K, device="cpu", dtype=torch.float32, room=3):
+def tables(prompt_of, num_prompts):
+    """members_GM and prompt_B of decode slots that continue these prompts; None for none."""
+    members = [[b for b, own in enumerate(prompt_of) if own == g] for g in range(num_prompts)]
+    widest = max(1, *map(len, members))
+    members_GM = torch.tensor([slots + [-1] * (widest - len(slots)) for slots in members])
+    return members_GM, torch.tensor([-1 if g is None else g for g in prompt_of])
+
+
+def problem(prompts, lengths, H, J, K, device="cpu", dtype=torch.float32, room=3, prompt_of=None):
     """Queries, and pools with `room` rows more than are used, in which NaN stands: values are 0 there, as generate
-    leaves them."""
+    leaves them. prompt_of: the prompt slot of each decode slot, or None; without it as many a prompt, in turn."""
+    if prompt_of is None:
+        prompt_of = [b * len(prompts) // len(lengths) for b in range(len(lengths))]
     G, B = len(prompts), len(lengths)
     prompt_2 = torch.randn(2, G, J, max(prompts) + room, K)
     own_2 = torch.randn(2, B, J, max(lengths) + room, K)
     for pool_2, used in ((prompt_2, prompts), (own_2, lengths)):
         for i, length in enumerate(used):
             pool_2[0, i, :, length:], pool_2[1, i, :, length:] = torch.nan, 0
-    tensors = torch.randn(B, H, K), *prompt_2, torch.tensor(prompts), *own_2, torch.tensor(lengths)
+    tensors = (torch.randn(B, H, K), *prompt_2, torch.tensor(prompts), *tables(prompt_of, G), *own_2,
+               torch.tensor(lengths))  # fmt: skip
     return dict(zip(NAMES, (x.to(device, dtype if x.is_floating_point() else None) for x in tensors), strict=True))
 
 
 def whole(p, dtype):
     """One softmax for every slot and head, over a copy of its keys and values."""
-    H, J, n = p["q_BHK"].shape[1], p["k_BJCK"].shape[1], len(p["length_B"]) // len(p["prompt_length_G"])
+    H, J = p["q_BHK"].shape[1], p["k_BJCK"].shape[1]
     out_BHK = torch.empty_like(p["q_BHK"], dtype=dtype)
     for b, c in enumerate(p["length_B"].tolist()):
-        g = b // n
-        length = p["prompt_length_G"][g]
+        g = p["prompt_B"][b]
+        length = p["prompt_length_G"][g] if g >= 0 else 0
         k_JSK, v_JSK = (torch.cat([p[f"prompt_{x}_GJPK"][g, :, :length], p[f"{x}_BJCK"][b, :, :c]], 1).to(dtype)
                         for x in "kv")
         for h in range(H):
@@ -60,6 +72,21 @@ SHAPES = {
 @pytest.mark.parametrize("shape, dtype, backend", grid(SHAPES, DTYPES, BACKENDS))
 def test_prompt_and_suffix_are_one_softmax(shape, dtype, backend, device):
     check(problem(*shape, device, dtype), backend)
+
+
+@pytest.mark.parametrize("prompt_of", [[1, 0, 1, 2, 0, 1], [2, None, 2, 0, None, 2], [0] * 6], ids=str)
+@pytest.mark.parametrize("dtype, backend", grid(DTYPES, BACKENDS))
+def test_completions_of_any_prompt_may_stand_in_any_slot(prompt_of, dtype, backend, device):
+    p = problem([SPLIT + 9, 40, 7], [3, 20, 1, 9, 7, 2], 4, 2, 16, device, dtype, prompt_of=prompt_of)
+    ours_BHK = check(p, backend)
+    order_B = torch.tensor([4, 2, 0, 5, 1, 3])  # the same completions in other slots
+    moved = {name: x[order_B] if name.endswith(("BHK", "BJCK", "_B")) else x for name, x in p.items()}
+    moved["members_GM"], _ = tables([prompt_of[b] for b in order_B], 3)
+    moved_BHK = decode_attention(**moved, backend=backend)
+    if backend == "triton":
+        assert torch.equal(moved_BHK, ours_BHK[order_B])
+    else:
+        torch.testing.assert_close(moved_BHK, ours_BHK[order_B])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -108,15 +135,16 @@ def test_a_slots_bits_depend_on_its_own_rows_alone(device):
     for g in range(3):
         decode_slots = slice(2 * g, 2 * g + 2)
         alone = {name: x[decode_slots] if "B" in name else x[g:g + 1] for name, x in p.items()}
+        alone["members_GM"], alone["prompt_B"] = tables([0, 0], 1)
         for name in ("prompt_k_GJPK", "prompt_v_GJPK"):
             alone[name] = alone[name][:, :, :alone["prompt_length_G"].item()].contiguous()  # a smaller pool
         assert torch.equal(decode_attention(**alone), together_BHK[decode_slots])
 
 
 def test_two_equal_keys_share_the_weight():  # small enough to check by hand
-    one, length = torch.ones(1, 1, 1, 16), torch.tensor([1])
+    one, length, slots = torch.ones(1, 1, 1, 16), torch.tensor([1]), tables([0], 1)
     for backend in BACKENDS:
-        out_BHK = decode_attention(torch.ones(1, 1, 16), one, 2 * one, length, one, 6 * one, length, backend)
+        out_BHK = decode_attention(torch.ones(1, 1, 16), one, 2 * one, length, *slots, one, 6 * one, length, backend)
         torch.testing.assert_close(out_BHK, torch.full((1, 1, 16), 4.0))
 
 
@@ -130,7 +158,8 @@ def test_a_nan_is_never_hidden(backend, device):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"q_BHK": torch.ones(3, 4, 16)}, "G dividing B"), ({"q_BHK": torch.ones(4, 3, 16)}, "J dividing H"),
+    ({"q_BHK": torch.ones(3, 4, 16)}, "pools"), ({"q_BHK": torch.ones(4, 3, 16)}, "J dividing H"),
+    ({"members_GM": torch.ones(3, 2).long()}, "slots"), ({"prompt_B": torch.ones(2).long()}, "slots"),
     ({"v_BJCK": torch.ones(4, 2, 6, 16)}, r"\(4, 2, 6, 16\)"), ({"length_B": torch.ones(2).long()}, "a length"),
     ({"backend": "cuda"}, "'cuda'"), ({"k_BJCK": torch.ones(4, 2, 16, 5).mT}, "equal strides"),
 ])  # fmt: skip

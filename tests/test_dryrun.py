@@ -26,9 +26,11 @@ from minixmd.dryrun.memory_estimate import estimate
 from minixmd.dryrun.meta_tracer import CATEGORIES, Phase, trace_memory
 from minixmd.dryrun.models import PUBLISHED, ModelInfo, blank_clip, find_model
 from minixmd.dryrun.plan import EXAMPLE, plan_stage, write_stand_in_tokenizer
+from minixmd.dryrun.slots import settle_slots
 from minixmd.inputs.batch import Prompt, pack
 from minixmd.inputs.examples import manifest_text
 from minixmd.inputs.positions import positions_of
+from minixmd.learning.decoder import prompt_rows
 from minixmd.learning.kv_cache import pool_bytes
 from minixmd.learning.targets import Item
 from minixmd.models.cnn14 import make_cnn14, mixup, spec_augment
@@ -37,6 +39,7 @@ from minixmd.models.lora import add_lora, set_backend
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.weights import save_adapter, save_model
 from minixmd.runner import main
+from minixmd.runs import files
 from minixmd.stages.multiple_choice import Writing, score_letters, write_answers
 from minixmd.train import Trainer
 
@@ -177,8 +180,10 @@ def test_an_estimate_of_an_evaluation_is_the_measured_peak(answer, models, tmp_p
     stage = Evaluate(name="a", model=str(models / "ears"), manifest="none.jsonl", answer=answer, max_new_tokens=12,
                      batch_tokens=1500, device="cpu")
     plan = plan_of(stage, tmp_path)
-    (phase,) = estimate(stage, plan.model, plan.prompt)
     examples = [replace(EXAMPLE, id=str(i)) for i in range(1500 // len(plan.prompt))]
+    if answer == "generate":
+        stage = replace(stage, decode_slots=len(examples))
+    (phase,) = estimate(stage, plan.model, plan.prompt)
     processor = BlankProcessor(stage.model, plan.model.config)
 
     def evaluate():
@@ -186,7 +191,8 @@ def test_an_estimate_of_an_evaluation_is_the_measured_peak(answer, models, tmp_p
         if answer == "letters":
             score_letters(model, processor, examples, stage.prompt_format, batch_tokens=1500)
         else:
-            write_answers(model, processor, examples, stage.prompt_format, Writing(12), batch_tokens=1500)
+            write_answers(model, processor, examples, stage.prompt_format, Writing(12, slots=len(examples)),
+                          batch_tokens=1500)
 
     # the clips wait here; on a GPU they are the pass's own copies
     clips = len(examples) * plan.prompt.media[0].features.nbytes
@@ -232,12 +238,75 @@ def test_the_categories_of_an_update_are_what_they_are_called(trainable, moments
     assert 2 * trained <= size["gradients"] < 2.01 * trained + 1000
 
 
-@pytest.mark.parametrize("decode_slots, prompt_slots", [(4, 2), (2, 1)])
+@pytest.mark.parametrize("decode_slots, prompt_slots", [(4, 2), (2, 2)])
 def test_a_rollouts_kv_cache_is_its_pools(decode_slots, prompt_slots, models, tmp_path):
     stage = case(models, GRPO, decode_slots=decode_slots, dtype="bfloat16", device="cuda")
     plan = plan_of(stage, tmp_path)
-    pools = pool_bytes(plan.model.config.text, prompt_slots, len(plan.prompt), decode_slots, 16, torch.bfloat16)
+    rows = prompt_rows(len(plan.prompt), captured=True)
+    assert rows % 256 == 0 and 0 <= rows - len(plan.prompt) < 256
+    pools = pool_bytes(plan.model.config.text, prompt_slots, rows, decode_slots, 16, torch.bfloat16)
     assert pools < phases_of(stage, tmp_path)["rollout"].bytes["KV cache"] < pools + 2000
+
+
+WRITERS = {
+    "grpo": (GRPO, dict(batch_size=64, group_size=8, val_manifest="val.jsonl")),
+    "traces": (Traces, dict(num_samples=8, max_new_tokens=64, media="audio")),
+    "written": (Evaluate, dict(answer="generate", max_new_tokens=64)),
+    "sft": (SFT, dict(traces="traces.jsonl", val_manifest="val.jsonl", max_new_tokens=64)),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_decode_slots_auto_fills_the_card_and_no_more(name, models, tmp_path, monkeypatch, capsys):
+    cls, more = WRITERS[name]
+    fields = dict(name="a", model=str(models / "ears"), manifest="none.jsonl", device="cuda", dtype="bfloat16")
+    stage = cls(**fields | more)
+    plan = plan_of(stage, tmp_path)
+
+    def needed(slots):
+        return max(phase.total for phase in estimate(replace(stage, decode_slots=slots), plan.model, plan.prompt))
+
+    gib = (needed(96) * 1.05 + 2**20) / 2**30 + 1.0  # with the driver and what the allocator wastes
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gib * 2**30, 80 * 2**30))
+    settled = settle_slots(stage, [stage], tmp_path)
+    assert settled.decode_slots == settled.slots and needed(settled.slots) <= needed(96) + 2**20
+    assert 88 <= settled.slots <= 104 or needed(settled.slots) == needed(96)  # another phase holds more
+    assert f"a: decode_slots {settled.slots}" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
+    assert settle_slots(stage, [stage], tmp_path).decode_slots == settled.slots  # as it began
+    files.write_json(tmp_path / "slots.json", {"decode_slots": 24})
+    assert settle_slots(stage, [stage], tmp_path).decode_slots == 24
+    assert settle_slots(replace(stage, decode_slots=5), [stage], tmp_path).decode_slots == 5
+
+
+def test_where_nothing_is_to_be_chosen_decode_slots_stay(models, tmp_path):
+    fields = dict(name="a", model=str(models / "ears"), manifest="none.jsonl")
+    endpoint = dict(endpoint="http://localhost:1/v1", served="m", model=None)
+    for stage in (Evaluate(**fields, device="cpu", answer="generate"), SFT(**fields, device="cuda"),
+                  Evaluate(**fields, device="cuda"), Traces(**fields | endpoint), Distill(**fields, teacher_labels="x")):
+        assert settle_slots(stage, [stage], tmp_path) is stage
+    assert not (tmp_path / "slots.json").exists()
+
+
+def test_slots_that_fit_are_few_on_a_small_card_and_256_at_most():
+    def phases(slots):
+        return [Phase("generate", 0, 1, Counter({"weights": 10 * 2**30, "KV cache": slots * 2**27})),
+                Phase("optimizer", 0, 1, Counter({"weights": 10 * 2**30}))]
+
+    few, more = (phases(slots) for slots in costs.TRIED)
+    found = {gib: costs.slots_that_fit(few, more, gib) for gib in (11, 12, 20, 44.4, 1000)}
+    assert found == {11: 1, 12: 1, 20: 64, 44.4: 248, 1000: 256}
+    for gib, slots in found.items():
+        if 1 < slots < 256:
+            assert costs.needed_gib(phases(slots)[0].total) <= gib < costs.needed_gib(phases(slots + 8)[0].total)
+
+
+def test_the_dry_run_says_what_auto_is_on_each_card(models, tmp_path, capsys):
+    stage = Traces(name="a", model=str(models / "ears"), manifest="none.jsonl", media="audio", device="cuda",
+                   dtype="bfloat16", num_samples=4, prompt="{question}\n{options}")
+    status, out, _ = dry(tmp_path, capsys, [stage])
+    assert 'decode_slots "auto", here 16: 256 on 24 GB, 256 on 48 GB, 256 on 80 GB, 256 on 141 GB' in out
 
 
 @pytest.mark.slow
@@ -405,12 +474,13 @@ def test_a_written_answer_costs_its_prompt_and_its_steps(models, tmp_path):
                      dtype="bfloat16")
     letters, written = (phases_of(replace(stage, answer=answer), tmp_path) for answer in ("letters", "generate"))
     forward, generate = letters["forward"], written["generate"]
-    assert generate.flops == forward.flops and generate.sequences == forward.sequences
+    assert generate.sequences == 256  # the most of "auto"
+    assert generate.flops == pytest.approx(forward.flops * 256 / forward.sequences)
     assert generate.step_flops == decoder_flops(1, generate.sequences)[0] + 2 * generate.sequences * 96 * 400
     read = generate.bytes["weights"] + generate.bytes["KV cache"] / 2
     passes = 1000 / generate.sequences
     seconds = passes * max(generate.flops / 316e12, generate.bytes["weights"] / 2.8e12)
-    seconds += passes * 40 / 0.65 * max(generate.step_flops / 316e12, read / 2.8e12)
+    seconds += passes * 40 / 0.85 * max(generate.step_flops / 316e12, read / 2.8e12)
     assert costs.stage_hours(stage, [generate], 1000, 0) == (pytest.approx(seconds / 3600), 0)
     longer = replace(stage, max_new_tokens=1000)  # no answer is taken to be longer than 200
     assert costs.stage_hours(longer, [replace(generate, flops=0)], 1000, 0)[0] < 5.01 * seconds / 3600
@@ -485,21 +555,21 @@ def test_the_setting_to_lower_is_named_where_it_would_help():
     assert settings_to_lower(replace(sft, checkpointing="auto"), "update", 4096) == {}  # on a GPU it is on
     assert settings_to_lower(sft, "update", 4096) == {} == settings_to_lower(sft, "optimizer")
     grpo = GRPO(name="a", model="m", manifest="x")
-    assert settings_to_lower(grpo, "rollout") == {"decode_slots": 8}
-    assert settings_to_lower(replace(grpo, decode_slots=8), "rollout") == {}
+    assert settings_to_lower(grpo, "rollout") == {}  # "auto" takes what there is
+    assert settings_to_lower(replace(grpo, decode_slots=8), "rollout") == {"decode_slots": 1}
     evaluate = Evaluate(name="a", model="m", manifest="x", answer="generate")
     assert settings_to_lower(evaluate, "generate") == {"batch_tokens": 1} == settings_to_lower(evaluate, "forward")
     traces = Traces(name="a", model="m", manifest="x", num_samples=3)
-    assert settings_to_lower(traces, "generate") == {"decode_slots": 3}
+    assert settings_to_lower(replace(traces, decode_slots=64), "generate") == {"decode_slots": 1}
     switch = Switch(name="s", teacher="x", student="x", manifest="x", train_manifest="x")
     assert settings_to_lower(switch, "training") == {"batch_size": 2}
     new = SimpleNamespace(trainable="decoder", micro_batch_tokens=8192, checkpointing="off", moments="float32",
-                          reference="device", beta=0.04, group_size=8, decode_slots=None)
+                          reference="device", beta=0.04, group_size=8, decode_slots=64)
     wanted = {"micro_batch_tokens": 1, "checkpointing": "on", "moments": "8bit", "reference": "host"}
     assert settings_to_lower(new, "update") == wanted
     assert "reference" not in settings_to_lower(SimpleNamespace(**vars(new) | {"beta": 0.0}), "scoring")
     lowered = SimpleNamespace(**vars(new) | wanted)
-    assert all(settings_to_lower(lowered, name) in ({}, {"decode_slots": 8}) for name in LOWERED)
+    assert all(settings_to_lower(lowered, name) in ({}, {"decode_slots": 1}) for name in LOWERED)
     adapter = SimpleNamespace(**vars(new) | {"trainable": "lora"})
     assert settings_to_lower(adapter, "update") == {"micro_batch_tokens": 1, "checkpointing": "on"}
 
@@ -507,7 +577,7 @@ def test_the_setting_to_lower_is_named_where_it_would_help():
     assert costs.to_lower(sft, [fits]) == {} and costs.to_lower(sft, [fits, large]) == {"micro_batch_tokens": 1}
     hopeless = phase_of("rollout", weights=15, reference=14, optimizer=86, KV_cache=4)
     assert costs.to_lower(grpo, [hopeless]) == {}  # fewer slots give no card room that has none
-    assert costs.to_lower(new, [hopeless]) == {"decode_slots": 8, "moments": "8bit", "reference": "host"}
+    assert costs.to_lower(new, [hopeless]) == {"decode_slots": 1, "moments": "8bit", "reference": "host"}
 
 
 def test_the_table_has_a_column_a_card_and_the_settings_once(models, tmp_path, capsys, monkeypatch):

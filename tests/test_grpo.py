@@ -25,10 +25,10 @@ from minixmd import Completion, Prompt, pack
 from minixmd.config import GRPO, SFT
 from minixmd.inputs.examples import Example, read_manifest
 from minixmd.learning import logprobs, optim, policy
+from minixmd.learning.decoder import Decoder
 from minixmd.learning.logprobs import reference_logprobs
 from minixmd.learning.policy import make_rollout, rollout_metrics
 from minixmd.learning.reference import Reference
-from minixmd.learning.rollout import Decoder
 from minixmd.learning.targets import Item, resolve_targets
 from minixmd.models import multimodal
 from minixmd.models.lora import add_lora, set_backend
@@ -379,8 +379,9 @@ def test_what_is_logged(world, tmp_path, earns, capsys):
     assert first["note"] in capsys.readouterr().out.replace("\n", " ")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     keys = {"step", "loss", "lr", "grad_norm", "entropy", "clip_fraction", "kl", "letters", "reward", "unparsed",
-            "zero_variance", "completion_tokens", "truncated", "learned", "logp_gap_mean", "logp_gap_max", "rollout_s",
-            "scoring_s", "update_s", "tokens", "tokens_per_s"}
+            "zero_variance", "completion_tokens", "truncated", "learned", "logp_gap_mean", "logp_gap_max", "data_s",
+            "prefill_s", "decode_s", "slot_use", "encode_s", "scoring_s", "update_s", "step_s", "tokens",
+            "tokens_per_s"}
     for line in lines:
         assert line.keys() == keys | ({"scoring_gap_max"} if line["step"] == 1 else set())
         assert 0 <= line["logp_gap_mean"] <= line["logp_gap_max"] < 1e-4 and line["reward"] == line["letters"]
@@ -423,11 +424,11 @@ def test_the_logged_gap_is_between_what_the_sampler_said_and_what_training_says(
 
 
 def test_fewer_slots_decode_fewer_prompts_at_once_and_change_nothing(world, tmp_path, earns, monkeypatch):
-    fills, fill = [], Decoder.fill
-    monkeypatch.setattr(Decoder, "fill", lambda self, prompts, *args: fills.append(len(prompts)) or fill(
+    fills, fill = [], Decoder.prefill
+    monkeypatch.setattr(Decoder, "prefill", lambda self, prompts, *args: fills.append(len(prompts)) or fill(
         self, prompts, *args))  # fmt: skip
     shown = []
-    for decode_slots in (None, 4):
+    for decode_slots in ("auto", 4):
         folder = tmp_path / str(decode_slots)
         assert run(folder, train(world, max_steps=1, completions_every=1, decode_slots=decode_slots)) == 0
         shown.append(lines_of(folder / "run/g", "completions.jsonl"))

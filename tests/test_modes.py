@@ -15,7 +15,8 @@ from minixmd.config import Evaluate
 from minixmd.config.prompts import TRACE_PROMPT
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import build_conversation, read_manifest
-from minixmd.learning.rollout import Completion, decode
+from minixmd.learning.decoder import Decoder
+from minixmd.learning.rollout import Completion
 from minixmd.models.weights import save_model
 from minixmd.runs import distributed
 from minixmd.runs.records import read_jsonl
@@ -68,9 +69,10 @@ def says(monkeypatch, texts):
     """The model writes these, clip by clip and sample by sample; "…" at the end: cut off there."""
     rest = iter(texts)
 
-    def speak(model, processor, prompts, uniform_BT, *, num_samples, on_prompts, **options):
-        on_prompts(torch.arange(340.0).expand(len(prompts), -1).clone())
-        said = [next(rest) for _ in range(num_samples * len(prompts))]
+    def speak(model, processor, prompts, num_prompts, draw, *, num_samples, on_prompts, **options):
+        count = len(list(prompts))
+        on_prompts(0, torch.arange(340.0).expand(count, -1).clone())
+        said = [next(rest) for _ in range(num_samples * count)]
         return [Completion(text.removesuffix("…"), (0,), (0.0,), not text.endswith("…")) for text in said]
 
     monkeypatch.setattr(multiple_choice, "decode", speak)
@@ -117,26 +119,21 @@ def test_the_seed_and_the_id_choose_the_samples_and_the_batch_does_not(world, ma
     examples = read_manifest(manifest([{}] * 8), True)
     model, processor = minixmd.load(world / "ears")
     prompt_format = Evaluate(name="asked", model="m", manifest="m").prompt_format
-    decode_slots, forced = [], {}
+    prefilled, prefill = [], Decoder.prefill
+    monkeypatch.setattr(Decoder, "prefill", lambda self, prompts, *more: prefilled.append(len(prompts)) or prefill(
+        self, prompts, *more))  # fmt: skip
 
-    def spy(*args, **options):
-        decode_slots.append((len(args[2]), options["decode_slots"]))
-        return decode(*args, **options | forced)
-
-    monkeypatch.setattr(multiple_choice, "decode", spy)
-
-    def asked(of=examples, tokens=8192, seed=1):
-        decode_slots.clear()
-        writing = Writing(max_new_tokens=6, num_samples=4, temperature=1.5, seed=seed)
+    def asked(of=examples, tokens=8192, seed=1, slots=256):
+        prefilled.clear()
+        writing = Writing(max_new_tokens=6, num_samples=4, temperature=1.5, seed=seed, slots=slots)
         return write_answers(model, processor, of, prompt_format, writing, batch_tokens=tokens)
 
     records = asked()
-    assert decode_slots == [(8, 4 * 8192 // 6)]
-    assert asked(tokens=1) == records and decode_slots == [(1, 4)] * 8  # one after the other
+    assert prefilled == [8]
+    assert asked(tokens=1) == records and prefilled == [1] * 8  # one after the other
     assert asked(of=examples[::-1]) == records[::-1]
-    for places in (1, 2, 5):  # which the prompts take in turn
-        forced["decode_slots"] = 4 * places
-        assert asked() == records
+    for slots in (3, 4, 8, 20):  # which the answers take in turn
+        assert asked(slots=slots) == records
     other = asked(seed=2)
     assert [record["logits"] for record in other] == [record["logits"] for record in records]
     assert sum(a["texts"] != b["texts"] for a, b in zip(other, records, strict=True)) >= 6

@@ -18,16 +18,10 @@ from tiny import positions, processor_of, tiny_model
 
 from minixmd import Group, Prompt, generate, pack
 from minixmd.kernels.logprob import row_stats
-from minixmd.learning import kv_cache, rollout
+from minixmd.learning import decoder, kv_cache
+from minixmd.learning.decoder import Decoder, sample
 from minixmd.learning.kv_cache import KVCache, pool_bytes, pool_shapes
-from minixmd.learning.rollout import (
-    TEMPERATURES,
-    Decoder,
-    decode,
-    prompt_key,
-    sample,
-    uniforms,
-)
+from minixmd.learning.rollout import TEMPERATURES, Usage, decode, prompt_key, uniforms
 from minixmd.models.families import read_config
 
 LENGTH = 12
@@ -77,6 +71,11 @@ def heard(number):
 
 def flat(speaker, conversations, **options):
     return sum(say(speaker, conversations, **options), [])
+
+
+def no_draw(i):
+    """Greedy decoding reads no numbers."""
+    return torch.full((LENGTH,), torch.nan, dtype=torch.float64)
 
 
 def ids_of(answers):
@@ -244,21 +243,85 @@ def test_one_new_token_is_enough(speaker):
 # ---- slots and refills ----
 
 
-@pytest.mark.parametrize("decode_slots", [4, 7, 10])
+@pytest.mark.parametrize("decode_slots", [2, 4, 7, 10])
 def test_completions_that_share_slots_in_turn_are_those_of_all_at_once(speaker, decode_slots, monkeypatch):
     conversations, count = [heard(i) for i in range(6)], Counter()
     options = dict(num_samples=3, max_new_tokens=30, stop=("e", "o"))  # most end early, at different times
     at_once = flat(speaker, conversations, **options)
-    counted(monkeypatch, "fill", count, lambda *_: 1)
+    counted(monkeypatch, "prefill", count, lambda prompts, *_: len(prompts))
     counted(monkeypatch, "step", count, lambda: 1)
-    in_turn = flat(speaker, conversations, decode_slots=decode_slots, **options)
+    usage = Usage()
+    in_turn = flat(speaker, conversations, decode_slots=decode_slots, usage=usage, **options)
     assert_same(in_turn, at_once)
     lengths = [len(c.ids) for c in at_once]
     assert len(set(lengths)) > 6 and {c.finished for c in at_once} == {True, False} or max(lengths) < 30
-    waves = -(-6 // (decode_slots // 3))
-    assert count["fill"] > waves or waves == 6  # a prompt came when another was over, not when all were
-    longest = [max(lengths[3 * i:3 * i + 3]) - 1 for i in range(6)]
-    assert count["step"] >= max(longest) and (decode_slots >= 6 or count["step"] == sum(longest))
+    assert count["prefill"] == 6
+    busy = naive_schedule([length - 1 for length in lengths], decode_slots)
+    assert count["step"] == len(busy) and usage.tokens == sum(busy) == sum(lengths) - 18
+    assert usage.rows == sum(rows_of(busy, decode_slots)) and 0.9 < usage.slot_use <= 1
+
+
+def naive_schedule(lengths, slots):
+    """How many slots write in each step, where a free slot takes the next completion that has a token left."""
+    waiting, left, busy = [length for length in lengths if length], [], []
+    while waiting or left:
+        while waiting and len(left) < slots:
+            left.append(waiting.pop(0))
+        busy.append(len(left))
+        left = [length - 1 for length in left if length > 1]
+    return busy
+
+
+def rows_of(busy, slots):
+    """Rows that steps compute: all slots, until no completion is left to come; then those in use."""
+    last = max(i for i, count in enumerate(busy) if count == min(slots, max(busy)))
+    return [slots if i < last else count for i, count in enumerate(busy)]
+
+
+def test_a_completion_takes_a_free_slot_while_others_of_its_prompt_wait_or_write(speaker, monkeypatch):
+    """Slots fewer than a prompt's completions, and two prompts in the cache."""
+    seen = []
+    link = Decoder.link
+    monkeypatch.setattr(Decoder, "link", lambda self: seen.append(list(self.prompt_of)) or link(self))
+    flat(speaker, [heard(i) for i in range(4)], num_samples=5, decode_slots=4, max_new_tokens=20, stop=("e",))
+    assert any(len({slot for slot in owners if slot >= 0}) == 2 for owners in seen)
+    assert max(max(owners) for owners in seen) < 4
+
+
+def test_a_longer_prompt_that_comes_late_gets_room(speaker):
+    conversations = [ask("Hm"), ask("What is this?"), ask("Is it a dog, a cat or an owl?" * 3), ask("Hm", 1)]
+    model, processor = speaker
+    prompts = [processor(conversation) for conversation in conversations]
+    options = dict(max_new_tokens=LENGTH, temperature=0)
+    late = decode(model, processor, iter(prompts), 4, no_draw, decode_slots=1, longest_prompt=1, **options)
+    assert_same(late, sum(generate(*speaker, conversations, seed=0, **options), []))
+
+
+def test_prompts_are_read_as_their_completions_come_up(speaker):
+    model, processor = speaker
+    read = []
+
+    def prompts():
+        for i in range(6):
+            read.append(i)
+            yield processor(heard(i))
+
+    ahead = []
+    decode(model, processor, prompts(), 6, no_draw, max_new_tokens=LENGTH, temperature=0, decode_slots=2,
+           on_prompts=lambda first, logits_GV: ahead.append(len(read)))
+    assert read == [*range(6)] and ahead[0] == 3  # the two that are computed, and the next
+
+
+def test_a_decoder_that_is_kept_gives_what_a_new_one_does(speaker, monkeypatch):
+    model, processor = speaker
+    made, init = [], Decoder.__init__
+    monkeypatch.setattr(Decoder, "__init__", lambda self, *args, **more: made.append(1) or init(self, *args, **more))
+    kept, options = {}, dict(max_new_tokens=LENGTH, temperature=0, decode_slots=2, stop=("e",))
+    for first in (0, 3):
+        prompts = [processor(heard(i)) for i in range(first, first + 3)]
+        with_kept = decode(model, processor, prompts, 3, no_draw, kept=kept, **options)
+        assert_same(with_kept, decode(model, processor, prompts, 3, no_draw, **options))
+    assert len(made) == 3 and len(kept) == 1
 
 
 def test_a_shard_gives_the_same_bits_again(speaker):
@@ -309,7 +372,7 @@ def test_prompts_pass_the_decoder_once_and_completions_a_token_at_a_time(plain):
 
 def test_64_rollouts_of_850_and_512_tokens_of_qwen2_audio_take_at_most_20_gib():
     sizes = read_config(json.loads(QWEN2_AUDIO.read_text())).text, 8, 850, 64, 512
-    cache = KVCache(pool_shapes(*sizes), device="meta", dtype=torch.bfloat16, backend="torch")
+    cache = KVCache(pool_shapes(*sizes), 8, device="meta", dtype=torch.bfloat16, backend="torch")
     pools = cache.prompt_pool, cache.pool
     assert sum(pool.nbytes for pool in pools) == pool_bytes(*sizes, torch.bfloat16) <= 20 * 2**30
     assert pool_bytes(*sizes, torch.bfloat16) == (8 * 850 + 64 * 511) * 2 * 32 * 32 * 128 * 2  # by hand
@@ -318,11 +381,11 @@ def test_64_rollouts_of_850_and_512_tokens_of_qwen2_audio_take_at_most_20_gib():
 
 def test_a_rollouts_pools_hold_a_prompt_once_and_no_more_slots_than_asked(speaker, monkeypatch):
     made, Whole = [], KVCache
-    monkeypatch.setattr(rollout, "KVCache", lambda *args: made.append(Whole(*args)) or made[-1])
+    monkeypatch.setattr(decoder, "KVCache", lambda *args: made.append(Whole(*args)) or made[-1])
     longest = max(len(speaker[1](heard(i))) for i in range(4))
     flat(speaker, [heard(i) for i in range(4)], num_samples=3, decode_slots=7)
     assert len(made) == 1
-    assert made[0].prompt_pool.shape[2:] == (2, 2, longest, 12) and made[0].pool.shape[2:] == (6, 2, LENGTH - 1, 12)
+    assert made[0].prompt_pool.shape[2:] == (4, 2, longest, 12) and made[0].pool.shape[2:] == (7, 2, LENGTH - 1, 12)
 
 
 # ---- the step that is captured ----
@@ -342,7 +405,8 @@ def test_the_pools_are_freed_with_the_call(speaker, monkeypatch):
 def test_a_step_looks_at_no_value(speaker):
     """On the meta device there is none: item(), tolist(), a boolean index or a branch on a tensor raises."""
     model = copy.deepcopy(speaker[0]).to("meta")
-    d = Decoder(model, 2, 30, 3, max_new_tokens=8, temperature=0.7, suppressed_ids=[1, 2], end_id=3, backend="torch")
+    d = Decoder(model, 2, 30, 6, 3, max_new_tokens=8, temperature=0.7, suppressed_ids=[1, 2], end_id=3,
+                backend="torch")
     d.step()
     with pytest.raises(RuntimeError):
         d.run(1)  # it reads what was sampled
@@ -351,16 +415,18 @@ def test_a_step_looks_at_no_value(speaker):
 def test_a_step_keeps_every_tensor_where_it_is(speaker):
     model, processor = speaker
     prompts = [processor(heard(i)) for i in range(2)]
-    d = Decoder(model, 2, max(map(len, prompts)), 3, max_new_tokens=8, temperature=0.7,
+    d = Decoder(model, 2, max(map(len, prompts)), 6, 3, max_new_tokens=8, temperature=0.7,
                 suppressed_ids=processor.suppressed_ids, end_id=processor.end_id, backend="torch")
+    uniform_BT = torch.rand(6, 8, dtype=torch.float64)
     with torch.inference_mode():
-        d.fill(prompts, [1, 0], torch.rand(6, 8, dtype=torch.float64))
+        _, tokens, _ = d.prefill(prompts, [1, 0], uniform_BT[:, 0])
+        d.place([5, 4, 3], tokens[:3], [1, 1, 1], uniform_BT[:3])
         before = {f"{type(o).__name__}.{name}": (x, x.data_ptr()) for o in (d, d.cache) for name, x in vars(o).items()
                   if isinstance(x, torch.Tensor)}  # fmt: skip
         d.run(5)
     after = {f"{type(o).__name__}.{name}": x for o in (d, d.cache) for name, x in vars(o).items()
              if isinstance(x, torch.Tensor)}  # fmt: skip
-    assert len(before) == 15 and before.keys() == after.keys()
+    assert len(before) == 13 and before.keys() == after.keys()
     for name, (x, at) in before.items():
         assert after[name] is x and x.data_ptr() == at, name
 
@@ -368,7 +434,7 @@ def test_a_step_keeps_every_tensor_where_it_is(speaker):
 @pytest.mark.parametrize("length", [1, 2, 8])
 def test_a_step_can_be_taken_before_there_is_a_prompt(plain, length):
     """As capture does, with whatever the pools' memory holds."""
-    d = Decoder(plain[0], 2, 30, 3, max_new_tokens=length, temperature=0.7, suppressed_ids=[1], end_id=-1,
+    d = Decoder(plain[0], 2, 30, 6, 3, max_new_tokens=length, temperature=0.7, suppressed_ids=[1], end_id=-1,
                 backend="torch")
     with torch.inference_mode():
         d.step()
@@ -474,9 +540,7 @@ def test_sampled_frequencies_are_the_softmax(speaker, temperature):
     (dict(stop="</answer>"), "stop must be a list of strings, none of them empty, got '</answer>'"),
     (dict(stop=("x", "")), "stop must be a list of strings, none of them empty, got ('x', '')"),
     (dict(stop=[7]), "stop must be a list of strings, none of them empty, got [7]"),
-    (dict(num_samples=3, decode_slots=2),
-     "decode_slots must be at least num_samples = 3, the completions of a prompt, got 2"),
-    (dict(decode_slots=0), "decode_slots must be at least num_samples = 1, the completions of a prompt, got 0"),
+    (dict(decode_slots=0), "decode_slots must be at least 1, got 0"),
     (dict(keys=["a"]), "keys must be one for each of the 2 conversations, got 1"),
     (dict(keys=["a", "b", "c"]), "keys must be one for each of the 2 conversations, got 3"),
     (dict(conversations=[]), "generate needs at least one conversation, got none"),
@@ -510,9 +574,8 @@ def test_logits_that_are_not_finite_raise(plain, late):
 def test_decode_hands_out_the_logits_after_each_prompt_in_order(speaker):
     model, processor = speaker
     prompts, seen = [processor(heard(i)) for i in range(5)], []
-    uniform_BT = torch.stack([uniforms(0, 0, str(i), 0, 6) for i in range(5)])
-    decode(model, processor, prompts, uniform_BT, max_new_tokens=6, temperature=1.0, decode_slots=2,
-           on_prompts=seen.append)
+    decode(model, processor, prompts, 5, lambda i: uniforms(0, 0, str(i), 0, 6), max_new_tokens=6,
+           temperature=1.0, decode_slots=2, on_prompts=lambda first, logits_GV: seen.append(logits_GV))
     batch = pack(prompts)
     wanted_BV = model.logits(model(batch)[[end - 1 for _, end in batch.spans]])
     torch.testing.assert_close(torch.cat(seen), wanted_BV, atol=2e-5, rtol=0)

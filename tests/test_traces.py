@@ -8,6 +8,7 @@ from minixmd.config import GRPO, SFT, Traces
 from minixmd.inputs.examples import read_manifest
 from minixmd.learning.rollout import Completion
 from minixmd.learning.targets import resolve_targets
+from minixmd.runs import distributed
 from minixmd.runs.records import read_jsonl
 from minixmd.stages import traces
 
@@ -61,21 +62,19 @@ USES = [
 
 
 def puppet(monkeypatch, texts):
-    """`generate` that says texts[clip's number][sample] as the model; a text None is one that was cut."""
-    def generate(model, processor, prompts, *, num_samples, keys, **options):
-        return [[Completion(text or "<think>It", (1,), (0.0,), text is not None)
-                 for text in texts[int(key.removeprefix("clip"))]] for key in keys]
+    """A model that says texts[clip's number][sample]; a text None is one that was cut."""
+    def write(model, questions, writing, **options):
+        for example, _ in questions.prompts():
+            said = texts[int(example.id.removeprefix("clip"))]
+            yield example, [Completion(text or "<think>It", (1,), (0.0,), text is not None) for text in said]
 
-    monkeypatch.setattr(traces, "generate", generate)
+    monkeypatch.setattr(traces, "write", write)
 
 
 @pytest.mark.parametrize("text, finished, reason", USES)
 def test_a_sample_is_of_use_if_it_ends_in_time_and_in_form(monkeypatch, world, tmp_path, text, finished, reason):
     many = [[said("A")]] * 11
-    puppet(monkeypatch, [[text]] + many)
-    if not finished:
-        monkeypatch.setattr(traces, "generate", lambda *a, keys, **k: [
-            [Completion(text if key == "clip0" else said("A"), (1,), (0.0,), key != "clip0")] for key in keys])
+    puppet(monkeypatch, [[text if finished else None]] + many)
     found = run(stage_of(world, num_samples=1), tmp_path / "run")
     assert found["samples"][0]["samples"][0]["use"] == reason
     assert found["results"]["unusable"] == ({} if reason == "ok" else {reason: 1})
@@ -146,21 +145,22 @@ def test_the_first_sample_of_many_is_the_only_one_of_one_and_a_seed_changes_all(
 
 
 def test_a_stopped_stage_goes_on_with_the_shards_it_has(monkeypatch, world, tmp_path):
-    monkeypatch.setattr(traces, "CLIPS", 5)
+    monkeypatch.setattr(distributed, "SHARD", 5)
     whole = run(stage_of(world), tmp_path / "whole")
-    sampled, real = [], traces.generate
+    sampled, real = [], traces.write
 
-    def interrupted(model, processor, prompts, *, keys, **options):
-        sampled.append(keys)
+    def interrupted(model, questions, writing, **options):
+        sampled.append(questions.examples)
         if len(sampled) == 2:
             raise KeyboardInterrupt
-        return real(model, processor, prompts, keys=keys, **options)
+        return real(model, questions, writing, **options)
 
-    monkeypatch.setattr(traces, "generate", interrupted)
+    monkeypatch.setattr(traces, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(stage_of(world), tmp_path / "run")
     found = run(stage_of(world), tmp_path / "run")
-    assert [len(keys) for keys in sampled] == [5, 5, 5, 2]
+    assert [len(examples) for examples in sampled] == [5, 5, 5, 2]
+    assert found.pop("log")[1:] == whole.pop("log")[1:]  # the first line has times
     assert found == whole
 
 

@@ -212,9 +212,9 @@ def wrong_place(decode):
 def blind_to_itself(decode):
     """A new row does not see itself: the row before takes its place."""
     def blind(cache, layer, q, k, v):
-        rows = torch.arange(len(q))
-        return decode(cache, layer, q, cache.k[layer][rows, :, cache.length_B - 1],
-                      cache.v[layer][rows, :, cache.length_B - 1])
+        length_B = cache.length_B[:len(q)]
+        k, v = (pool[layer][torch.arange(len(q)), :, length_B - 1] for pool in cache.pool)
+        return decode(cache, layer, q, k, v)
     return blind
 
 
@@ -298,11 +298,11 @@ FAULTS = [
     ("cached decoding = full forward", "audio", "a new row does not see itself", patched(
         "minixmd.learning.kv_cache.KVCache.decode", blind_to_itself)),
     ("cached decoding = full forward", "vision", "positions resume after the rows, not after the largest", patched(
-        "minixmd.learning.rollout.pack", lambda was: lambda prompts: resumed(was(prompts)))),
+        "minixmd.learning.decoder.pack", lambda was: lambda prompts: resumed(was(prompts)))),
     ("log-probs generated = scored", "audio", "the temperature is forgotten", patched(
-        "minixmd.learning.rollout.sample", lambda draw: lambda z, u, t, suppressed: draw(z, u, 1.0, suppressed))),
+        "minixmd.learning.decoder.sample", lambda draw: lambda z, u, t, suppressed: draw(z, u, 1.0, suppressed))),
     ("log-probs generated = scored", "audio", "suppressed ids are in the sum", patched(
-        "minixmd.learning.rollout.sample", lambda draw: lambda z, u, t, suppressed: draw(z, u, t, suppressed[:0]))),
+        "minixmd.learning.decoder.sample", lambda draw: lambda z, u, t, suppressed: draw(z, u, t, suppressed[:0]))),
     ("another clip changes the answer", "audio", "features are not scattered", patched(
         "minixmd.models.multimodal.MultimodalLM._embed", deaf)),
     ("another clip changes the answer", "omni", "one kind's features are not scattered", patched(

@@ -87,9 +87,10 @@ def check_types(item):
 def parse_field(item, name, text):
     """The value that `text`, from an override, has for field `name` of a stage."""
     annotation = get_type_hints(type(item), include_extras=True)[name]
-    plain, optional, _ = take_apart(annotation)
-    if optional and text == "none":
-        return None
+    plain, others, _ = take_apart(annotation)
+    for value in others:
+        if text == str(value).lower():
+            return value
     try:
         return _parse(plain, text)
     except (ValueError, KeyError):

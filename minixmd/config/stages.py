@@ -12,6 +12,7 @@ Positive = Annotated[float, "> 0"]
 NonNegative = Annotated[float, ">= 0"]
 Share = Annotated[float, ">= 0", "<= 1"]
 Media = Literal["audio", "video", "both", "sounded", "none"]
+MOST_SLOTS = 256  # of decode_slots "auto"
 
 
 @stage
@@ -126,21 +127,39 @@ class _Endpoint:
 
 
 @stage
-class _Answering(_Prompted, _Sharded, _Endpoint):
+class _Writing:
+    """Fields of a stage whose model writes."""
+    decode_slots: Count | Literal["auto"] = "auto"  # completions written at once; "auto": up to 256, as many as the
+    # GPU's memory has room for when the stage begins
+    writes = True  # no field: whether the model writes answers of its own
+
+    @property
+    def slots(self):
+        """decode_slots as a number; runner.py has put one in the place of "auto" where that depends on a GPU."""
+        return MOST_SLOTS if self.decode_slots == "auto" else self.decode_slots
+
+
+@stage
+class _Answering(_Prompted, _Sharded, _Endpoint, _Writing):
     """Fields of a stage that puts multiple-choice questions."""
     model: str | None = None  # folder, hub name or "@stage"; None = an endpoint
     answer: Literal["letters", "generate"] = "letters"  # by the letters' logits | by what it writes
     max_new_tokens: Annotated[int, ">= 2"] = 32  # tokens of a written answer: at least a letter and the end of turn
 
+    @property
+    def writes(self):
+        return self.answer == "generate"
+
     def check(self, placeholders=()):
         if self.answer == "letters":
             placeholders = ("options", *placeholders)
+            check_unused(self, "answer 'letters'", "decode_slots")
         else:
             check_unused(self, "answer 'generate'", "sharded")
         super().check(placeholders)
         self.check_endpoint(self.model)
         if self.endpoint is not None:
-            check_unused(self, "an endpoint", "sharded")
+            check_unused(self, "an endpoint", "sharded decode_slots")
 
 
 @stage
@@ -188,7 +207,7 @@ class Answers:
 
 
 @stage
-class Traces(_Prompted, _Endpoint):
+class Traces(_Prompted, _Endpoint, _Writing):
     """A teacher's chains of thought on a manifest, several a clip; clips on which all samples agree are marked."""
     model: str | None = None  # folder, hub name or "@stage"; None = an endpoint
     media: Media = "video"  # as in Evaluate
@@ -197,13 +216,12 @@ class Traces(_Prompted, _Endpoint):
     num_samples: Count = 8  # samples a clip
     temperature: Positive = 1.0  # of the sampling
     max_new_tokens: Annotated[int, ">= 2"] = 512  # of a sample, the end of turn included; a longer one is not used
-    decode_slots: Count | None = None  # samples decoded at once, at least num_samples; None = 8 num_samples
 
     def check(self):
         super().check()
         self.check_endpoint(self.model)
-        if self.decode_slots is not None and self.decode_slots < self.num_samples:
-            raise ConfigError(f"config: decode_slots {self.decode_slots} is below num_samples {self.num_samples}")
+        if self.endpoint is not None:
+            check_unused(self, "an endpoint", "decode_slots")
 
 
 @stage
@@ -320,23 +338,27 @@ class Distill(_Training):
 
 
 @stage
-class SFT(_Training):
+class SFT(_Training, _Writing):
     """Trains a model on the right letters of a manifest, or on a teacher's traces."""
     prompt: str | None = None  # as in Evaluate; None = PROMPT, with traces THINK_PROMPT
     traces: str | None = None  # JSONL of {"id", "text"}: the text to learn for each clip; None = the right letter
     trace_filter: Literal["all", "first", "unanimous"] = "all"  # all | a clip's first | of clips where all agree
     max_new_tokens: Count = 512  # with traces: tokens of an answer in validation, the end of turn included
 
+    @property
+    def writes(self):
+        return self.traces is not None
+
     def check(self):
         if self.prompt is None:  # frozen: set only here, while it is being made
             object.__setattr__(self, "prompt", PROMPT if self.traces is None else THINK_PROMPT)
         super().check()
         if self.traces is None:
-            check_unused(self, "sft without traces", "trace_filter max_new_tokens")
+            check_unused(self, "sft without traces", "trace_filter max_new_tokens decode_slots")
 
 
 @stage
-class GRPO(_Training):
+class GRPO(_Training, _Writing):
     """Trains a model by the rewards of what it writes itself; the defaults are SightSound-R1's."""
     prompt: str = THINK_PROMPT  # as in Evaluate
     teacher_labels: str | None = None  # "@label" or "@traces/labels.jsonl": what is rewarded; None = the manifest's
@@ -344,7 +366,6 @@ class GRPO(_Training):
     group_size: Annotated[int, ">= 2"] = 8  # completions of each prompt
     max_new_tokens: Count = 512  # tokens of a completion, the end of turn included
     temperature: Positive = 1.0  # of the sampling
-    decode_slots: Count | None = None  # completions decoded at once, at least group_size; None = all of a step's
     stop: tuple[str, ...] = ()  # strings that end a completion, beside the end of turn
     # objective
     beta: NonNegative = 0.04  # weight of the KL to the policy that training starts from; 0 = off
@@ -363,8 +384,6 @@ class GRPO(_Training):
 
     def check(self):
         super().check()
-        if self.decode_slots is not None and self.decode_slots < self.group_size:
-            raise ConfigError(f"config: decode_slots {self.decode_slots} is below group_size {self.group_size}")
         if self.beta == 0:
             check_unused(self, "beta 0.0", "kl reference")
         if self.dtype == "float16":  # see _Training.check

@@ -1,7 +1,8 @@
 """From a stage's Phases: which cards have room for it, what to lower where one has none, its hours, and its disk."""
-from math import ceil, inf
+from math import ceil, floor, inf
 
 from minixmd.config import TRAINING
+from minixmd.config.stages import MOST_SLOTS
 
 # GB by name -> GiB that programs find: of an RTX 4090, an L40S or A40, an A100 or H100, an H200
 CARDS = {"24": 23.5, "48": 44.4, "80": 79.1, "141": 139.0}
@@ -10,9 +11,10 @@ DRIVER_GIB = 1.0  # the driver and the libraries
 TFLOPS, FP32_TFLOPS, TB_PER_S = 316, 27, 2.8  # what an H200 is taken to reach; the first in 16 bits
 LINK_TB_PER_S = 0.3  # what each of several sends, by NVLink
 # where nothing else is known
-SLOT_USE = 0.65  # share of the decode slots that write
+SLOT_USE = {True: 0.65, False: 0.85}  # share of the decode slots that write, in training's short rollouts and elsewhere
 ANSWER_TOKENS = 200
 CLIPS = 10_000  # of a manifest
+TRIED = 16, 32  # decode_slots of which memory is estimated where they are "auto"
 # by phase the fields that make it take less, and by field what it saves at most, in shares of what the phase holds
 LOWERED = {
     "forward": ("batch_tokens",),
@@ -32,10 +34,25 @@ def needed_gib(size):
     return size * (1 + OVERHEAD) / 2**30 + DRIVER_GIB
 
 
+def has_open_slots(stage):
+    """Whether a stage writes on this machine and decode_slots "auto" is to be settled."""
+    return getattr(stage, "writes", False) and stage.model is not None and stage.decode_slots == "auto"
+
+
+def slots_that_fit(few, more, gib):
+    """decode_slots for which a card of so many GiB has room. few, more: a stage's Phases with each of TRIED."""
+    most = MOST_SLOTS
+    for phase, larger in zip(few, more, strict=True):
+        slot = (larger.total - phase.total) / (TRIED[1] - TRIED[0])
+        if slot > 0:
+            room = (gib - DRIVER_GIB) * 2**30 / (1 + OVERHEAD) - phase.total
+            most = min(most, TRIED[0] + floor(room / slot))
+    return max(most - most % 8, 1)
+
+
 def settings_to_lower(stage, phase_name, longest=1):
     """{field: smallest value} of the fields by which a phase takes less. longest: tokens that a pass must take."""
-    slots = getattr(stage, "group_size", None) or getattr(stage, "num_samples", 1)
-    smallest = {"decode_slots": slots, "batch_tokens": longest, "micro_batch_tokens": longest, "checkpointing": "on",
+    smallest = {"decode_slots": 1, "batch_tokens": longest, "micro_batch_tokens": longest, "checkpointing": "on",
                 "batch_size": 2}
     if getattr(stage, "trainable", None) != "lora":  # an adapter's own are small
         smallest["moments"] = "8bit"
@@ -44,8 +61,8 @@ def settings_to_lower(stage, phase_name, longest=1):
     found = {}
     for name, least in smallest.items():
         value = getattr(stage, name, least)
-        if value == "auto" and stage.device != "cpu":
-            value = "on"  # of checkpointing
+        if value == "auto" and (name == "decode_slots" or stage.device != "cpu"):
+            value = least  # it is chosen so, or is "on" on a GPU
         can_fall = value > least if isinstance(value, int) else value != least
         if can_fall and name in LOWERED[phase_name]:
             found[name] = least
@@ -106,7 +123,7 @@ def stage_hours(stage, phases, clips, others, gpus=1):
         passes = sequences[phase.name] / phase.sequences
         spent = passes * max(phase.flops / flops_per_s, read / bytes_per_s, phase.sent / (1e12 * LINK_TB_PER_S))
         if phase.step_flops:
-            steps = passes * min(ANSWER_TOKENS, stage.max_new_tokens) / SLOT_USE
+            steps = passes * min(ANSWER_TOKENS, stage.max_new_tokens) / SLOT_USE[phase.name == "rollout"]
             read += size["KV cache"] / 2
             spent += steps * max(phase.step_flops / flops_per_s, read / bytes_per_s)
         seconds += spent

@@ -9,19 +9,20 @@ import torch
 import torch.nn.functional as F
 
 from minixmd.config import GRPO, TRAINING, Distill, FactCheck, Switch, Traces
+from minixmd.config.stages import MOST_SLOTS
 from minixmd.dryrun.meta_tracer import trace_memory
 from minixmd.dryrun.sharded import shard_reading, shard_training
 from minixmd.inputs.audio import SAMPLE_RATE
 from minixmd.inputs.panns import HOP, MELS
 from minixmd.learning import steps
+from minixmd.learning.decoder import Decoder, prompt_rows
 from minixmd.learning.logprobs import reference_logprobs
 from minixmd.learning.policy import make_rollout
-from minixmd.learning.rollout import Completion, Decoder
+from minixmd.learning.rollout import PREFILL_TOKENS, Completion, prompt_slots_for
 from minixmd.learning.targets import Item
 from minixmd.models.cnn14 import Cnn14
 from minixmd.models.lora import set_backend
 from minixmd.stages.multiple_choice import BATCH_TOKENS, Writing, next_token_logits
-from minixmd.stages.traces import CLIPS
 from minixmd.stages.verifier import WIDTH
 from minixmd.train import Trainer
 
@@ -55,41 +56,50 @@ def trace_answers(tracer, stage, model, prompt):
     if isinstance(stage, FactCheck):
         tracer.category = "activations"
         prompt = model.encode_media(prompt)  # once for all traces of a clip
-    writing = None
     if isinstance(stage, Traces):
-        writing = Writing(stage.max_new_tokens, stage.num_samples, stage.temperature)
-        prompts, slots = [prompt] * CLIPS, stage.decode_slots or 8 * stage.num_samples
+        writing = Writing(stage.max_new_tokens, stage.num_samples, stage.temperature, slots=stage.slots)
+        trace_writing(tracer, "generate", model, [prompt] * MOST_SLOTS, writing)
+    elif getattr(stage, "writes", False):
+        trace_writing(tracer, "generate", model, [prompt] * MOST_SLOTS, Writing.of(stage), stage.batch_tokens)
     else:
-        if getattr(stage, "answer", "letters") == "generate":
-            writing = Writing.of(stage)
-        prompts = [prompt] * max(1, stage.batch_tokens // len(prompt))
-        slots = writing and writing.decode_slots(stage.batch_tokens)
-    trace_batch(tracer, "generate" if writing else "forward", model, prompts, writing, slots)
+        trace_letters(tracer, "forward", model, prompt, stage.batch_tokens)
     if isinstance(stage, FactCheck) and stage.checker == "verifier":
         trace_cnn14(tracer, stage, WIDTH, mixup=False)
 
 
 @torch.no_grad()
-def trace_batch(tracer, phase, model, prompts, writing, decode_slots=None):
-    """A pass over the prompts; with a Writing the prefill of those with decode slots, and a step at full length."""
-    if decode_slots is not None:
-        prompts = prompts[:decode_slots // writing.num_samples]
-    count, length = len(prompts), len(prompts[0])
+def trace_letters(tracer, phase, model, prompt, batch_tokens):
+    """A pass over as many prompts as it takes."""
+    count = max(1, batch_tokens // len(prompt))
     tracer.flops *= count  # one clip was encoded for all of them
-    if writing is None:
-        with tracer.phase(phase, count * length, sequences=count):
-            next_token_logits(model, prompts)
-        return
-    with tracer.phase(phase, count * length, "KV cache", count) as traced:
+    with tracer.phase(phase, count * len(prompt), sequences=count):
+        next_token_logits(model, [prompt] * count)
+
+
+@torch.no_grad()
+def trace_writing(tracer, phase, model, prompts, writing, prefill_tokens=PREFILL_TOKENS):
+    """A prefill beside full decode slots, and a step at full length. The phase is of the prompts whose completions fill
+    the slots."""
+    n, length = writing.num_samples, len(prompts[0])
+    slots = min(writing.slots, n * len(prompts))
+    count = min(len(prompts), max(1, prefill_tokens // length))  # of a pass; of few slots fewer, so this is too much
+    prompt_slots = prompt_slots_for(slots, n, len(prompts))
+    encoding = tracer.flops * slots / n  # one clip was encoded for all of them
+    tracer.flops = 0
+    with tracer.phase(phase, count * length, "KV cache", slots / n) as traced:
+        rows = prompt_rows(length, model.backend == "triton")
         decoder = Decoder(
-            model, count, length, writing.num_samples, max_new_tokens=writing.max_new_tokens,
+            model, prompt_slots, rows, slots, n, max_new_tokens=writing.max_new_tokens,
             temperature=writing.temperature, suppressed_ids=[], end_id=0, backend=model.backend)
         tracer.category = "activations"
-        uniform_BT = torch.zeros(count * writing.num_samples, writing.max_new_tokens, dtype=torch.float64)
-        logits_GV, *_ = decoder.fill(prompts, list(range(count)), uniform_BT)  # rollout.decode holds them as long
+        uniform_B = torch.zeros(count * n, dtype=torch.float64)
+        taken = [i % prompt_slots for i in range(count)]
+        logits_GV, *_ = decoder.prefill(prompts[:count], taken, uniform_B)  # held as long in Schedule
         prefill_flops, tracer.flops = tracer.flops, 0
+        del logits_GV
+        decoder.prompt_of = [slot // n for slot in range(slots)]
         decoder.run(1)
-        traced.step_flops, tracer.flops = tracer.flops, prefill_flops
+        traced.step_flops, tracer.flops = tracer.flops, encoding + prefill_flops * slots / n / count
 
 
 class MetaTrainer(Trainer):
@@ -143,10 +153,11 @@ def trace_training(tracer, trainer, prompt):
     tracer.phases.append(optimizer_step)
     if stage.val_manifest is not None:
         trainer.optimizer.zero_grad()
-        writes = isinstance(stage, GRPO) or getattr(stage, "traces", None) is not None
-        writing = Writing(stage.max_new_tokens) if writes else None
-        prompts = [prompt] * max(1, BATCH_TOKENS // len(prompt))
-        trace_batch(tracer, "validation", trainer.model, prompts, writing)
+        if getattr(stage, "writes", False):
+            writing = Writing(stage.max_new_tokens, slots=stage.slots)
+            trace_writing(tracer, "validation", trainer.model, [prompt] * MOST_SLOTS, writing)
+        else:
+            trace_letters(tracer, "validation", trainer.model, prompt, BATCH_TOKENS)
 
 
 def add_gradients(tracer, trainer):
@@ -165,7 +176,7 @@ def trace_grpo(tracer, trainer, prompt):
     if model.encoders_frozen():
         encoded = model.encode_media(prompt)
         prompts = [deepcopy(encoded) for _ in prompts]
-    trace_batch(tracer, "rollout", model, prompts, Writing(T, G, stage.temperature), stage.decode_slots)
+    trace_writing(tracer, "rollout", model, prompts, Writing(T, G, stage.temperature, slots=stage.slots))
     completion = Completion("", ids=(0,) * T, logprobs=(0.0,) * T, finished=True)
     reward_PG = torch.arange(G).float().expand(len(prompts), G)
     rollout = make_rollout(stage, prompts, [[completion] * G] * len(prompts), reward_PG)

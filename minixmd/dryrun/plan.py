@@ -55,6 +55,7 @@ class StagePlan:
     hours: float = 0.0  # on the GPUs
     serial: float = 0.0  # of them, those in which one works alone
     hours_of_one: float = 0.0  # on one GPU
+    slots: dict = field(default_factory=dict)  # card -> what decode_slots "auto" is there
     same_as: str = ""  # the name of the first stage that takes this memory
     fault: str = ""  # why the stage cannot run
 
@@ -104,7 +105,7 @@ def plan_stage(stage, stages, scratch, clips=NO_CLIPS):
     items = costs.count_items(stage, stages, counts.get("manifest", costs.CLIPS))
     others = counts.get("train_manifest" if isinstance(stage, Switch) else "val_manifest", costs.CLIPS)
     plan = StagePlan(stage, items, others, "manifest" not in counts)
-    plan.writes = isinstance(stage, (Traces, GRPO)) or getattr(stage, "answer", "") == "generate"
+    plan.writes = getattr(stage, "writes", False) and not isinstance(stage, SFT)  # which writes to validate
     try:
         if getattr(stage, "model", None):
             plan.model = find_model(stage.model, stages, scratch)
@@ -171,16 +172,28 @@ def estimate_memory(plans, gpus):
         key = repr((type(stage), plan.model, plan.prompt and len(plan.prompt), settings, is_set))
         try:
             if key not in estimated:
-                of_one = estimate(stage, plan.model, plan.prompt)
-                phases = estimate(stage, plan.model, plan.prompt, gpus) if gpus > 1 else of_one
-                estimated[key] = stage.name, of_one, phases
+                estimated[key] = stage.name, *estimate_stage(plan, 1), *estimate_stage(plan, gpus)
         except ValueError as error:
             plan.fault = str(error)
             continue
-        plan.same_as, of_one, plan.phases = estimated[key]
+        plan.same_as, _, of_one, _, plan.phases, busy, plan.slots = estimated[key]
         if stage.device != "cpu":
             plan.hours_of_one, _ = costs.stage_hours(stage, of_one, plan.clips, plan.others)
-            plan.hours, plan.serial = costs.stage_hours(stage, plan.phases, plan.clips, plan.others, gpus)
+            plan.hours, plan.serial = costs.stage_hours(stage, busy, plan.clips, plan.others, gpus)
+
+
+def estimate_stage(plan, gpus):
+    """(Phases of a stage; those by which its hours are counted; {card: decode_slots}). With decode_slots "auto" the
+    first are of the fewest that are tried, and the second of as many as the largest card has room for."""
+    def phases_with(**changes):
+        return estimate(replace(plan.stage, **changes), plan.model, plan.prompt, gpus)
+
+    if not costs.has_open_slots(plan.stage) or plan.stage.device == "cpu":
+        phases = phases_with()
+        return phases, phases, {}
+    few, more = (phases_with(decode_slots=slots) for slots in costs.TRIED)
+    slots = {card: costs.slots_that_fit(few, more, gib) for card, gib in costs.CARDS.items()}
+    return few, phases_with(decode_slots=[*slots.values()][-1]), slots
 
 
 def missing_inputs(config):

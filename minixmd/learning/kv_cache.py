@@ -23,40 +23,47 @@ def pool_bytes(text, prompt_slots, longest_prompt, decode_slots, max_new_tokens,
 
 
 class KVCache:
-    """Keys and values of prompts, once each, and of their completions; decode slot b's prompt is in slot b // n. k, v:
-    (layers, decode slots, J, C, K), of which `length_B` rows a slot are real. prompt_k, prompt_v: (layers, prompt
-    slots, J, P, K), of which `prompt_length_G` rows are real."""
+    """Keys and values of prompts, once each, and of completions, in pools of pool_shapes; of a prompt slot's rows
+    prompt_length_G are real, of a decode slot's length_B. members_GM and prompt_B say which decode slot continues which
+    prompt, as in kernels/decode.py; M: decode slots of a prompt at most."""
 
-    def __init__(self, shapes, device, dtype, backend):
+    def __init__(self, shapes, M, device, dtype, backend):
         prompt_shape, shape = shapes
         self.prompt_pool = torch.empty(prompt_shape, device=device, dtype=dtype)
         self.pool = torch.empty(shape, device=device, dtype=dtype)
-        self.prompt_k, self.prompt_v = self.prompt_pool
-        self.k, self.v = self.pool
-        counts = dict(dtype=torch.int64, device=device)
-        self.prompt_length_G = torch.ones(self.prompt_k.shape[1], **counts)
-        self.length_B = torch.zeros(self.k.shape[1], **counts)
+        G, B = prompt_shape[2], shape[2]
+        integers = dict(dtype=torch.int64, device=device)
+        self.prompt_length_G = torch.ones(G, **integers)
+        self.length_B = torch.zeros(B, **integers)
+        self.members_GM = torch.full((G, M), -1, **integers)
+        self.prompt_B = torch.full((B,), -1, **integers)
         self.backend = backend
-        self.rows_in_use = self.k.shape[3]  # rows of C beyond which no unfinished slot has any
+        self.rows_in_use = shape[4]  # rows of C beyond which no unfinished slot has any
+        self.prompts_in_use = G  # prompt slots beyond which none is continued
 
-    def clear(self, prompt_slot_G, decode_slot_B):
-        """Zeroes slots that get new sequences: a weight of 0 hides a stale value, but not a NaN."""
-        self.prompt_pool[:, :, prompt_slot_G] = 0
-        self.pool[:, :, decode_slot_B] = 0
-        self.length_B[decode_slot_B] = 0
+    def grow(self, longest_prompt):
+        """Makes room for longer prompts."""
+        old = self.prompt_pool
+        self.prompt_pool = old.new_zeros(*old.shape[:4], longest_prompt, old.shape[5])
+        self.prompt_pool[:, :, :, :, :old.shape[4]] = old
 
     def prefill(self, segments, slot_N, row_N, layer, q_NHK, k_NJK, v_NJK):
         """Attention over packed prompts that stores row n's key and value as row row_N[n] of prompt slot slot_N[n]."""
-        self.prompt_k[layer][slot_N, :, row_N] = k_NJK
-        self.prompt_v[layer][slot_N, :, row_N] = v_NJK
+        prompt_k, prompt_v = self.prompt_pool[:, layer]
+        prompt_k[slot_N, :, row_N] = k_NJK
+        prompt_v[slot_N, :, row_N] = v_NJK
         return packed_attention(q_NHK, k_NJK, v_NJK, segments)
 
     def decode(self, layer, q_BHK, k_BJK, v_BJK):
-        """Attention of one new token a slot: its key and value are appended; it sees its prompt and all its own."""
-        slot_B = torch.arange(len(q_BHK), device=q_BHK.device)
-        self.k[layer][slot_B, :, self.length_B] = k_BJK
-        self.v[layer][slot_B, :, self.length_B] = v_BJK
-        k, v = self.pool[:, layer, :, :, :self.rows_in_use]
-        prompt_k, prompt_v = self.prompt_pool[:, layer]
-        lengths_B = self.length_B + 1
-        return decode_attention(q_BHK, prompt_k, prompt_v, self.prompt_length_G, k, v, lengths_B, self.backend)
+        """Attention of one new token in the first B slots: its key and value are appended; it sees its prompt and all
+        of its slot's."""
+        B = len(q_BHK)
+        slot_B, length_B = torch.arange(B, device=q_BHK.device), self.length_B[:B]
+        own_k, own_v = self.pool[:, layer]
+        own_k[slot_B, :, length_B] = k_BJK
+        own_v[slot_B, :, length_B] = v_BJK
+        k, v = self.pool[:, layer, :B, :, :self.rows_in_use]
+        G = self.prompts_in_use
+        prompt_k, prompt_v = self.prompt_pool[:, layer, :G]
+        prompts = prompt_k, prompt_v, self.prompt_length_G[:G], self.members_GM[:G], self.prompt_B[:B]
+        return decode_attention(q_BHK, *prompts, k, v, length_B + 1, self.backend)

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from minixmd.inputs.batch import Group, send
 from minixmd.inputs.prompts import cut_by_tokens
 from minixmd.runs.distributed import gather, total
+from minixmd.runs.records import append_jsonl
 from minixmd.tasks.answers import parse_answer
 from minixmd.tasks.rewards import REWARDS
 
+SHOWN_COMPLETIONS = 4  # of a step, written as text
 EPS = 1e-4  # keeps the advantage finite where all rewards are equal
 
 
@@ -52,6 +54,16 @@ def score_completions(completions, items, letters):
         rewards[name] = torch.tensor(rows)
     rewards["reward"] = sum(rewards.values())
     return rewards
+
+
+def show_completions(folder, step, group, item, rewards):
+    """Writes some completions of a step's first prompt, with their rewards, into completions.jsonl."""
+    for i, completion in enumerate(group[:SHOWN_COMPLETIONS]):
+        line = {"step": step, "id": item.example.id}
+        for name, reward_PG in rewards.items():
+            line[name] = reward_PG[0, i].item()
+        line |= {"finished": completion.finished, "text": completion.text}
+        append_jsonl(folder / "completions.jsonl", line)
 
 
 def advantages(reward_G, scale):

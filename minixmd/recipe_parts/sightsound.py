@@ -234,9 +234,9 @@ def avqa(*, data="data", **changes):
         main_split="avqa",
         device_fields=dict(device="cuda", dtype="bfloat16"),
         video_fields=dict(fps=1.0, min_pixels=100_352, max_pixels=262_144),  # not stated; XMD's
-        traces_fields=dict(num_samples=8, temperature=1.0, decode_slots=16),  # neither is stated
+        traces_fields=dict(num_samples=8, temperature=1.0),  # neither is stated
         sft_fields=sft | training,
-        grpo_fields=dict(group_size=8, temperature=1.0, beta=0.04, decode_slots=16) | grpo | training,
+        grpo_fields=dict(group_size=8, temperature=1.0, beta=0.04) | grpo | training,
     ), **changes)  # fmt: skip
 
 

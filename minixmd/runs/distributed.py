@@ -3,6 +3,7 @@
 Objects travel by gloo, tensors of a GPU by NCCL. With one process every function here gives back what it is given.
 """
 import atexit
+import math
 import secrets
 import signal
 import socket
@@ -148,6 +149,12 @@ def first_to_fail():
 def destroy():
     if rank_and_world_size()[1] > 1:
         dist.destroy_process_group()
+
+
+def written_shard(num_items):
+    """Items of a shard for which a model writes: many, so that few decode slots stand idle at its end, but a sixteenth
+    of all at most, so that several processes have some."""
+    return min(512, max(SHARD, math.ceil(num_items / 16)))
 
 
 def compute_shards(compute, items, folder, title, unit, shard_size=None, finish=None):

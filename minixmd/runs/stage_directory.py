@@ -4,6 +4,7 @@
     config.py      the config file as given        versions.json      what it last ran with
     log.jsonl      one line a step or event        completions.jsonl  GRPO: some completions as text
     state.json     training: where to resume, with the weights and the optimizer (training_state.py), until it is done
+    slots.json     what decode_slots "auto" was, on a GPU
     done.json      written last: the stage is finished
 
 A file's fingerprint is the SHA-256 of its content; above 64 MiB that of its size and of 256 blocks spread evenly over
@@ -28,6 +29,7 @@ from minixmd.runs.training_state import LOGS, load_state, remove_leftovers
 
 WHOLE_BYTES = 64 << 20  # up to here a file is read whole
 SAMPLES, SAMPLE_BYTES = 256, 64 << 10  # beyond it, so many blocks of so many bytes
+MADE_FIRST = "config.json", "config.py", "inputs.json", "versions.json", "slots.json"
 # fields that may change between two starts of an unfinished stage, those for memory among them, which change results
 # by rounding (but a clip may be too long for one micro_batch_tokens and not for another); a local model in an
 # endpoint's place, or the reverse, changes `model` and `served` too and is refused
@@ -100,7 +102,7 @@ def _check_same(folder, config, inputs, fingerprints):
 def _has_output(folder):
     """Whether a stage has made more than its directory, log lines without a loss, and records of bad clips."""
     for path in folder.rglob("*"):
-        if path.is_file() and path.name not in ("config.json", "config.py", "inputs.json", "versions.json"):
+        if path.is_file() and path.name not in MADE_FIRST:
             lines = path.read_bytes().splitlines()
             if path.name in LOGS:
                 lines = [line for line in lines if b'"loss"' in line]

@@ -30,9 +30,9 @@ def check_fields(record, fields, where):
 
 def check_value(annotation, value):
     """The value as its annotation has it, an int given for a float as one; ValueError, saying what it must be."""
-    plain, optional, bounds = take_apart(annotation)
-    if optional and value is None:
-        return None
+    plain, others, bounds = take_apart(annotation)
+    if value in others:
+        return value
     try:
         value = _convert(plain, value)
     except (ValueError, OverflowError):  # an int beyond all floats
@@ -45,14 +45,14 @@ def check_value(annotation, value):
 
 
 def take_apart(annotation):
-    """(type, whether it may be None, bounds) of a field's annotation."""
-    bounds = ()
-    optional = get_origin(annotation) in (Union, UnionType)  # only ever X | None
-    if optional:
-        annotation = get_args(annotation)[0]
+    """(type, values that it may have beside, bounds) of a field's annotation."""
+    others, bounds = (), ()
+    if get_origin(annotation) in (Union, UnionType):  # only ever X | None and X | Literal
+        annotation, other = get_args(annotation)
+        others = get_args(other) or (None,)
     if get_origin(annotation) is Annotated:
         annotation, *bounds = get_args(annotation)
-    return annotation, optional, bounds
+    return annotation, others, bounds
 
 
 def _convert(annotation, value):
@@ -84,7 +84,7 @@ def _convert(annotation, value):
 
 
 def describe(annotation):
-    annotation, optional, _ = take_apart(annotation)
+    annotation, others, _ = take_apart(annotation)
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         *most, last = map(repr, inner)
@@ -97,4 +97,4 @@ def describe(annotation):
         text = "a dict of dicts of str" if get_origin(inner[1]) else "a dict of objects"
     else:
         text = TYPE_NAMES[annotation]
-    return f"{text} or None" if optional else text
+    return " or ".join([text, *map(repr, others)])

@@ -23,7 +23,7 @@ def run(stage, folder, log):
     check_answers(examples, stage.manifest, "evaluate against")
     benchmark = describe_benchmark(stage, examples)
     traces, without_trace = first_traces(stage, examples)
-    records = answer_examples(stage, folder, examples, traces)
+    records = answer_examples(stage, folder, examples, log, traces)
     if records is None:
         return
     asked = {"model": stage.model or stage.served, "manifest": stage.manifest, "media": stage.media}

@@ -9,7 +9,7 @@ from minixmd.stages.multiple_choice import answer_examples
 def run(stage, folder, log):
     """The manifest's true answers are not read: a record depends on the clip, the question and the model alone."""
     examples = read_examples(stage)
-    records = answer_examples(stage, folder, examples)
+    records = answer_examples(stage, folder, examples, log)
     if records is None:
         return
     bad = count_bad(records, stage.name, stage.max_bad)

@@ -9,16 +9,17 @@ from string import ascii_uppercase
 import torch
 
 from minixmd import load
-from minixmd.config import GRPO, Label
+from minixmd.config import Label
 from minixmd.config.prompts import PromptFormat
+from minixmd.config.stages import MOST_SLOTS
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import Example, check_answers, read_examples
 from minixmd.inputs.prompts import batch_by_tokens, build_prompt, prefetch
 from minixmd.inputs.tokenizer import Processor
-from minixmd.learning.rollout import decode, uniforms
+from minixmd.learning.rollout import Usage, decode, uniforms
 from minixmd.models.sharding import finish_passes
 from minixmd.runs.device import runtime_of
-from minixmd.runs.distributed import compute_shards, gather, rank_and_world_size
+from minixmd.runs.distributed import compute_shards, gather, rank_and_world_size, written_shard
 from minixmd.runs.heartbeat import beat
 from minixmd.runs.records import bad_record, count_bad
 from minixmd.runs.seeds import shuffled
@@ -28,7 +29,6 @@ from minixmd.tasks.benchmarks import vote
 from minixmd.tasks.statistics import tabulate
 
 BATCH_TOKENS = 8192  # packed into a forward pass
-SAMPLED_TO_PACKED = 4  # tokens of the answers sampled at once, in batch_tokens; by default 64 answers of 512 tokens
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,15 @@ class Writing:
     stop: tuple[str, ...] = ()  # strings that end an answer, as in generate
     rule: str = "option"  # "option" | "mmau", by which answers are read (tasks/benchmarks.py)
     seed: int = 0  # a sampled token depends on (seed, the example's id, the sample's number, the position) alone
+    slots: int = MOST_SLOTS  # answers that are written at once
 
     @classmethod
     def of(cls, stage):
         """How an Evaluate or Label stage's answers are written; a label is one greedy answer."""
         if isinstance(stage, Label):
-            return cls(stage.max_new_tokens)
-        return cls(stage.max_new_tokens, stage.num_samples, stage.temperature, stage.stop, stage.rule, stage.seed)
-
-    def decode_slots(self, batch_tokens):
-        """Answers decoded at once: those of a whole batch where they are greedy (None), else as many as fit."""
-        if not self.temperature:
-            return None
-        return max(self.num_samples, SAMPLED_TO_PACKED * batch_tokens // self.max_new_tokens)
+            return cls(stage.max_new_tokens, slots=stage.slots)
+        return cls(stage.max_new_tokens, stage.num_samples, stage.temperature, stage.stop, stage.rule, stage.seed,
+                   stage.slots)
 
 
 def load_model(stage):
@@ -60,22 +56,24 @@ def load_model(stage):
     return load(stage.model, **runtime_of(stage), sharded=sharded)
 
 
-def answer_examples(stage, folder, examples, traces=None):
+def answer_examples(stage, folder, examples, log, traces=None):
     """The records of an Evaluate or Label stage's examples, in order, by its model or endpoint; None on all processes
     but the first. traces: as in Questions."""
     if stage.endpoint is not None:
         return ask_for_answers(stage, folder, examples, traces or {})
     model, processor = load_model(stage)
-    ask = score_letters
+    ask, shard_size, usage = score_letters, None, Usage()
     if stage.answer == "generate":
-        ask = partial(write_answers, writing=Writing.of(stage))
+        ask = partial(write_answers, writing=Writing.of(stage), kept={}, usage=usage)
+        shard_size = written_shard(len(examples))
     top = {}
     if isinstance(stage, Label):
         top = dict(top_k=stage.top_k, top_temperature=stage.temperature)
     compute = partial(ask, model, processor, prompt_format=stage.prompt_format, batch_tokens=stage.batch_tokens,
                       traces=traces, **top)
-    records = compute_shards(compute, examples, folder / "shards", stage.name, "clip",
+    records = compute_shards(compute, examples, folder / "shards", stage.name, "clip", shard_size,
                              finish=partial(finish_passes, model))
+    usage.write_to(log)
     if records is not None and top.get("top_k"):  # the tokenizer says what the stored ids mean
         shutil.copyfile(processor.folder / "tokenizer.json", folder / "tokenizer.json")
     return records
@@ -184,30 +182,52 @@ def score_letters(model, processor, examples, prompt_format, *, batch_tokens=BAT
     return questions.in_order()
 
 
+def write(model, questions, writing, *, prefill_tokens=BATCH_TOKENS, on_prompts=None, kept=None, usage=None):
+    """[(Example, its num_samples Completions)] of the usable Questions, in order. on_prompts: function([Example],
+    logits_GV) that takes the logits that follow the next prompts. kept, usage: as in rollout.decode."""
+    n = writing.num_samples
+    asked = []  # Examples whose prompts were read
+
+    def prompts():
+        for example, prompt in questions.prompts():
+            asked.append(example)
+            yield prompt
+
+    def draw(i):
+        return uniforms(writing.seed, 0, asked[i // n].id, i % n, writing.max_new_tokens)
+
+    def hand_out(first, logits_GV):
+        on_prompts(asked[first:first + len(logits_GV)], logits_GV)
+
+    completions = decode(
+        model, questions.processor, prompts(), len(questions.examples), draw, num_samples=n,
+        max_new_tokens=writing.max_new_tokens, temperature=writing.temperature, stop=writing.stop,
+        decode_slots=writing.slots, prefill_tokens=prefill_tokens, on_prompts=on_prompts and hand_out, kept=kept,
+        usage=usage)
+    return [(example, completions[n * p:n * (p + 1)]) for p, example in enumerate(asked)]
+
+
 @torch.inference_mode()
 def write_answers(model, processor, examples, prompt_format, writing, *, batch_tokens=BATCH_TOKENS, traces=None,
-                  top_k=0, top_temperature=1.0):
+                  top_k=0, top_temperature=1.0, kept=None, usage=None):
     """Lets the model write its answers, and reads which option each means. Returns and raises as score_letters, where
     "answer" and "option" may be None, with "by_letters": index by the logits, "how": one of benchmarks.WAYS, "text",
     and "finished": the model ended its turn or wrote a stop. With num_samples > 1 those are of the sample that was
     chosen by vote, beside "votes": {option: count} and all "texts"."""
     questions = Questions(processor, examples, prompt_format, writing.max_new_tokens, traces or {}, top_k,
                           top_temperature)
-    n, letters = writing.num_samples, prompt_format.asks_for_letter
-    for pairs in batch_by_tokens(questions.prompts(), batch_tokens):
-        uniform = []
-        for example, _ in pairs:
-            uniform += [uniforms(writing.seed, 0, example.id, i, writing.max_new_tokens) for i in range(n)]
-        completions = decode(model, processor, [prompt for _, prompt in pairs], torch.stack(uniform), num_samples=n,
-                             max_new_tokens=writing.max_new_tokens, temperature=writing.temperature, stop=writing.stop,
-                             decode_slots=writing.decode_slots(batch_tokens),
-                             on_prompts=partial(_read_first_logits, questions, iter(pairs)))
-        for i, (example, _) in enumerate(pairs):
-            own = completions[n * i:n * (i + 1)]
-            record = questions.records[example.id]
-            if "{options}" in prompt_format.template:  # else no letter was shown
-                record["by_letters"] = record["answer"]
-            read_texts(record, example, [(c.text, c.finished) for c in own], writing.rule, letters)
+
+    def read_first_letters(examples, logits_GV):
+        for example, logits_V in zip(examples, logits_GV.cpu(), strict=True):
+            questions.read_letters(example, logits_V)
+
+    for example, own in write(model, questions, writing, prefill_tokens=batch_tokens, on_prompts=read_first_letters,
+                              kept=kept, usage=usage):
+        record = questions.records[example.id]
+        if "{options}" in prompt_format.template:  # else no letter was shown
+            record["by_letters"] = record["answer"]
+        texts = [(completion.text, completion.finished) for completion in own]
+        read_texts(record, example, texts, writing.rule, prompt_format.asks_for_letter)
     return questions.in_order()
 
 
@@ -220,13 +240,6 @@ def read_texts(record, example, completions, rule, letters):
     record.update(answer=index, option=option, how=how, text=texts[chosen], finished=completions[chosen][1])
     if len(texts) > 1:
         record.update(votes=votes, texts=texts)
-
-
-def _read_first_logits(questions, pairs, logits_GV):
-    """Reads the letters' logits of the next G of the pairs, which were just prefilled."""
-    for logits_V in logits_GV.cpu():
-        example, _ = next(pairs)
-        questions.read_letters(example, logits_V)
 
 
 def read_validation(stage):
@@ -245,8 +258,8 @@ def validation_accuracy(model, processor, examples, stage):
     with traces by greedily written answers, read as strictly as the reward reads them."""
     rank, world_size = rank_and_world_size()
     own = examples[rank::world_size]
-    if isinstance(stage, GRPO) or getattr(stage, "traces", None):
-        writing = Writing(stage.max_new_tokens, stop=getattr(stage, "stop", ()))
+    if getattr(stage, "writes", False):
+        writing = Writing(stage.max_new_tokens, stop=getattr(stage, "stop", ()), slots=stage.slots)
         records = write_answers(model, processor, own, stage.prompt_format, writing)
         for example, record in zip(own, records, strict=True):
             if "bad" not in record:

@@ -8,23 +8,21 @@ from collections import Counter
 
 from tqdm import tqdm
 
-from minixmd import generate
 from minixmd.inputs.examples import SPECIAL_TOKEN, read_examples
-from minixmd.runs.distributed import compute_shards
+from minixmd.learning.rollout import Usage
+from minixmd.runs.distributed import compute_shards, written_shard
 from minixmd.runs.files import write_json
 from minixmd.runs.records import count_bad, write_jsonl
 from minixmd.stages import endpoint
-from minixmd.stages.multiple_choice import Questions, load_model
+from minixmd.stages.multiple_choice import Questions, Writing, load_model, write
 from minixmd.tasks.answers import parse_answer
 from minixmd.tasks.rewards import FORMAT
-
-CLIPS = 64  # of a shard: their frames are held in memory, 13 MB a clip of 10 frames
 
 
 def run(stage, folder, log):
     examples = read_examples(stage)
     sample = sample_locally if stage.endpoint is None else sample_at_endpoint
-    records = sample(stage, folder, examples)
+    records = sample(stage, folder, examples, log)
     if records is not None:
         collect(stage, folder, log, examples, records)
 
@@ -99,28 +97,25 @@ def outcome_of(example, samples):
     return "unanimous" if len(options) == 1 else "not unanimous"
 
 
-def sample_locally(stage, folder, examples):
+def sample_locally(stage, folder, examples, log):
     """A record a clip: {"id", "samples": [{"text", "finished"}]}, or a bad one."""
     model, processor = load_model(stage)
+    writing = Writing(stage.max_new_tokens, stage.num_samples, stage.temperature, seed=stage.seed, slots=stage.slots)
+    kept, usage = {}, Usage()
 
     def sample(examples):
         questions = Questions(processor, examples, stage.prompt_format, stage.max_new_tokens)
-        pairs = list(questions.prompts())
-        if not pairs:
-            return questions.in_order()
-        completions = generate(
-            model, processor, [prompt for _, prompt in pairs], num_samples=stage.num_samples,
-            max_new_tokens=stage.max_new_tokens, temperature=stage.temperature, seed=stage.seed,
-            keys=[example.id for example, _ in pairs], decode_slots=stage.decode_slots or 8 * stage.num_samples)
-        for (example, _), group in zip(pairs, completions, strict=True):
-            samples = [{"text": c.text.strip(), "finished": c.finished} for c in group]
+        for example, own in write(model, questions, writing, kept=kept, usage=usage):
+            samples = [{"text": c.text.strip(), "finished": c.finished} for c in own]
             questions.records[example.id] = {"id": example.id, "samples": samples}
         return questions.in_order()
 
-    return compute_shards(sample, examples, folder / "shards", stage.name, "clip", CLIPS)
+    records = compute_shards(sample, examples, folder / "shards", stage.name, "clip", written_shard(len(examples)))
+    usage.write_to(log)
+    return records
 
 
-def sample_at_endpoint(stage, folder, examples):
+def sample_at_endpoint(stage, folder, examples, log):
     """As sample_locally, from the stage's endpoint; endpoint.jsonl keeps the answers. A clip without any is bad."""
     answers = endpoint.ask_about(stage, examples, folder / "endpoint.jsonl", "sample", num_samples=stage.num_samples,
                                  max_tokens=stage.max_new_tokens, temperature=stage.temperature)

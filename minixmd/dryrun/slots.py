@@ -1,0 +1,39 @@
+"""decode_slots="auto" of a stage that writes on a GPU: as many completions at once as memory has room for."""
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from minixmd.dryrun import costs
+from minixmd.dryrun.memory_estimate import estimate
+from minixmd.dryrun.plan import plan_stage, write_stand_in_tokenizer
+from minixmd.runs.device import resolve_device
+from minixmd.runs.distributed import broadcast, rank_and_world_size
+from minixmd.runs.files import read_json, write_json
+
+
+def settle_slots(stage, stages, folder):
+    """The stage with a number in place of "auto", which its directory keeps for the next start. All processes call this
+    together. Raises ValueError: its memory cannot be estimated."""
+    if not costs.has_open_slots(stage) or resolve_device(stage.name, stage.device) == "cpu":
+        return stage
+    rank, world_size = rank_and_world_size()
+    path = folder / "slots.json"
+    if rank == 0 and not path.exists():
+        free, _ = torch.cuda.mem_get_info()
+        write_json(path, {"decode_slots": choose_slots(stage, stages, free / 2**30, world_size)})
+    slots = broadcast(read_json(path)["decode_slots"] if rank == 0 else None)
+    print(f"{stage.name}: decode_slots {slots}", flush=True)
+    return replace(stage, decode_slots=slots)
+
+
+def choose_slots(stage, stages, gib, gpus=1):
+    """decode_slots for which each of so many GPUs with `gib` GiB has room."""
+    with tempfile.TemporaryDirectory() as scratch:
+        write_stand_in_tokenizer(Path(scratch), stages)
+        plan = plan_stage(stage, stages, Path(scratch))
+    if plan.fault:
+        raise ValueError(f"{plan.fault}; decode_slots needs a number")
+    few, more = (estimate(replace(stage, decode_slots=slots), plan.model, plan.prompt, gpus) for slots in costs.TRIED)
+    return costs.slots_that_fit(few, more, gib)
