@@ -29,7 +29,7 @@ from minixmd.inputs.batch import Group, Prompt
 from minixmd.kernels import decode
 from minixmd.kernels.decode import SPLIT, decode_attention
 from minixmd.learning.logprobs import SampledVocabulary, reference_logprobs
-from minixmd.learning.rollout import STEPS_PER_SYNC, Decoder
+from minixmd.learning.decoder import STEPS_PER_SYNC, Decoder
 from minixmd.models.families import read_config
 from minixmd.models.lora import set_backend
 from minixmd.models.weights import build
@@ -64,13 +64,16 @@ class Problem:
         self.own = random(2, G * n, J, C, K)
         self.prompt_length_G = torch.linspace(P, P // 2, G, device=device).long()
         self.length_B = torch.linspace(1, C, G * n, device=device).long()[torch.randperm(G * n, device=device)]
+        self.members_GM = torch.arange(G * n, device=device).view(G, n)  # completions of a prompt stand together
+        self.prompt_B = torch.arange(G, device=device).repeat_interleave(n)
         both_B = self.prompt_length_G.repeat_interleave(n), self.length_B
         self.copy = torch.cat([self.prompt.repeat_interleave(n, 1), self.own], 3)
         self.seen_BS = torch.cat([torch.arange(rows, device=device) < length_B[:, None]
                                   for rows, length_B in zip((P, C), both_B, strict=True)], 1)  # fmt: skip
 
     def ours(self, backend):
-        return decode_attention(self.q_BHK, *self.prompt, self.prompt_length_G, *self.own, self.length_B, backend),
+        slots = self.prompt_length_G, self.members_GM, self.prompt_B
+        return decode_attention(self.q_BHK, *self.prompt, *slots, *self.own, self.length_B, backend),
 
     def ref(self, dtype=None):
         q_BHK, (k, v) = self.q_BHK.to(dtype), self.copy.to(dtype)
@@ -84,11 +87,12 @@ class Problem:
         return {"triton": lambda: self.ours("triton"), "torch": lambda: self.ours("torch"), "ref": self.ref}
 
     def moved(self):
-        """Bytes that the kernels move: rows that are real, lengths, queries, outputs, and parts, written and read."""
+        """Bytes that the kernels move: rows that are real, lengths, slots, queries, outputs, and parts, written and
+        read."""
         (B, H, K), J, n = self.q_BHK.shape, self.own.shape[2], len(self.length_B) // len(self.prompt_length_G)
         rows = (self.prompt_length_G.sum() + self.length_B.sum()).item()
         parts = n * -(-self.prompt_length_G // SPLIT).sum().item()
-        return 2 * J * K * rows * self.q_BHK.itemsize + 2 * self.q_BHK.nbytes + 8 * H * (K + 1) * parts + 16 * B
+        return 2 * J * K * rows * self.q_BHK.itemsize + 2 * self.q_BHK.nbytes + 8 * H * (K + 1) * parts + 24 * B + 8 * J * parts
 
 
 def run(bench, model, *sizes):
@@ -127,7 +131,10 @@ def free_bytes(device):
 
 def sampled(d, prompts, C):
     """ids and log-probs of the completions, (B, C) each."""
-    drawn = d.fill(prompts, list(range(len(prompts))), torch.rand(len(d.token_B), C, dtype=torch.float64))[1:]
+    prompt_slots, uniform_BT = list(range(len(prompts))), torch.rand(len(d.token_B), C, dtype=torch.float64)
+    drawn = d.prefill(prompts, prompt_slots, uniform_BT[:, 0])[1:]
+    slots = list(range(len(d.token_B)))
+    d.place(slots, drawn[0], [slot // d.num_samples for slot in slots], uniform_BT)
     ids, logps = ([row] for row in drawn)
     while len(ids) < C:
         more, more_logps = d.run(min(STEPS_PER_SYNC, C - len(ids)))
@@ -141,7 +148,7 @@ def whole_step(bench, model, name, G, n, P, C):
     limit, dtype = len(head_VD) - BANNED, head_VD.dtype
     prompts = [Prompt(torch.randint(limit, (P,)), torch.arange(P).expand(3, -1)) for _ in range(G)]
     free, began = free_bytes(bench.device), time.perf_counter()
-    d = Decoder(model, G, P, n, max_new_tokens=C, temperature=1.0, suppressed_ids=range(limit, len(head_VD)), end_id=-1,
+    d = Decoder(model, G, P, G * n, n, max_new_tokens=C, temperature=1.0, suppressed_ids=range(limit, len(head_VD)), end_id=-1,
                 backend="triton")  # fmt: skip
     taken, seconds = free - free_bytes(bench.device), time.perf_counter() - began
     ids_BC, logp_BC = sampled(d, prompts, C)
@@ -159,7 +166,7 @@ def whole_step(bench, model, name, G, n, P, C):
         return d.ids_SB,
 
     weights = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
-    kv = 2 * text.num_hidden_layers * d.cache.k[0, 0, :, 0].nbytes * (G * P + G * n * (C // 2 + 1))
+    kv = 2 * text.num_hidden_layers * d.cache.pool[0, 0, 0, :, 0].nbytes * (G * P + G * n * (C // 2 + 1))
     case = {"of": "whole step", "model": name, "prompts": G, "completions": n, "prompt_rows": P, "rows": C // 2 + 1,
             "dtype": str(dtype).removeprefix("torch."), "weight_bytes": weights, "kv_bytes": kv,
             "logp_gap_mean": gap_T.mean().item(), "logp_gap_max": gap_T.max().item()}  # fmt: skip

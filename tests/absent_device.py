@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime.interpreter import InterpretedFunction
 
 import minixmd.kernels
-from minixmd.learning import rollout
+from minixmd.learning import decoder
 from minixmd.models import attention
 
 aten = torch.ops.aten
@@ -130,7 +130,7 @@ class AbsentDevice:
         patch(mock.patch.object(torch.inference_mode, "__enter__", self.enter_inference))
         patch(mock.patch.object(torch.inference_mode, "__exit__", self.leave_inference))
         patch(mock.patch.object(torch, "Generator", Generator))
-        patch(mock.patch.object(rollout, "capture", self.capture))
+        patch(mock.patch.object(decoder, "capture", self.capture))
         patch(mock.patch.object(attention, "varlen_attn", self.varlen_attn))
         patch(mock.patch.object(torch.autograd, "_engine_run_backward", self.run_backward(_engine_run_backward)))
         for module in KERNELS:
@@ -195,7 +195,7 @@ class AbsentDevice:
             self.synchronise(what)
 
     def capture(self, step):
-        """What learning/rollout.capture returns: a function that does the step again, and sees that it is the same."""
+        """What learning/decoder.capture returns: a function that does the step again, and sees that it is the same."""
         step()
         recorded = self.record(step)
 

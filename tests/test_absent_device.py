@@ -15,7 +15,7 @@ from minixmd import pack
 from minixmd.config import GRPO, SFT, TRAINING, Distill, Evaluate, FactCheck, Label, Switch, Traces
 from minixmd.inputs.batch import Batch, Prompt
 from minixmd.kernels.swiglu import swiglu
-from minixmd.learning import policy, rollout
+from minixmd.learning import decoder, policy, rollout
 from minixmd.learning.logprobs import SampledVocabulary
 from minixmd.models.families import read_config
 from minixmd.models.head import CrossEntropy
@@ -117,7 +117,8 @@ def run(world, folder, name, device, backend, dtype, small=False):
     lines = []
     stage = kind(name="stage", manifest=str(world / "manifest.jsonl"), device=device, **model, **{**fields, **files})
     RUN[kind](stage, folder, lines.append)
-    return [{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines]
+    lines = [{key: value for key, value in line.items() if not key.endswith(("_s", "slot_use"))} for line in lines]
+    return [line for line in lines if line]
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ def test_verify_passes_on_the_device_and_sees_a_graph_that_decodes_otherwise(wor
             replay = device.capture(step)
             return lambda: (replay(), step.__self__.logp_SB.add_(0.5))
 
-        monkeypatch.setattr(rollout, "capture", other_tokens)
+        monkeypatch.setattr(decoder, "capture", other_tokens)
         monkeypatch.setattr(verify, "CHECKS", {few[-1]: verify.CHECKS[few[-1]]})
         assert verify.main(command) == 1
         failed = [line for line in capsys.readouterr().out.splitlines() if line.endswith("FAIL")]
@@ -193,8 +194,8 @@ def texts(lengths):
 
 def launches_of_a_decode_step(device, layers, adapter):
     processor = SimpleNamespace(end_id=1, decode=lambda ids: "", suppressed_ids=[0])
-    rollout.decode(decoder_of(layers, adapter), processor, texts([5, 7]), None, num_samples=2, max_new_tokens=4,
-                   temperature=0)
+    rollout.decode(decoder_of(layers, adapter), processor, texts([5, 7]), 2, lambda i: torch.zeros(4).double(),
+                   num_samples=2, max_new_tokens=4, temperature=0)
     return len(device.tape)
 
 
@@ -272,7 +273,7 @@ def growing_step(step):
 @pytest.mark.parametrize("fault", [item_in_the_step, host_list_in_the_step, cpu_index_in_the_step,
                                    boolean_index_in_the_step, growing_step])
 def test_a_fault_in_the_captured_step_is_caught(monkeypatch, fault):
-    monkeypatch.setattr(rollout.Decoder, "step", fault(rollout.Decoder.step))
+    monkeypatch.setattr(decoder.Decoder, "step", fault(decoder.Decoder.step))
     with AbsentDevice() as device, pytest.raises(CaptureError):
         launches_of_a_decode_step(device, 2, adapter=False)
 

@@ -66,7 +66,7 @@ def scripted(monkeypatch, ids):
     def sample(logits_BV, uniform_B, temperature, suppressed_ids):
         return torch.tensor([left.pop(0)]).expand(len(logits_BV)), torch.zeros(len(logits_BV))
 
-    monkeypatch.setattr("minixmd.learning.rollout.sample", sample)
+    monkeypatch.setattr("minixmd.learning.decoder.sample", sample)
 
 
 def part(kind, path, **options):

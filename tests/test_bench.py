@@ -23,7 +23,7 @@ from bench import (  # noqa: E402
     bench_passes,
     measure,
 )
-from minixmd.learning import kv_cache, rollout  # noqa: E402
+from minixmd.learning import decoder, kv_cache  # noqa: E402
 
 SCRIPTS = {"logprob": bench_logprob, "grpo": bench_grpo, "distill": bench_distill, "lora": bench_lora,
            "decode": bench_decode, "passes": bench_passes, "adamw": bench_adamw}
@@ -211,7 +211,7 @@ def whole_step(monkeypatch):
 @pytest.mark.parametrize("owner, name, wrong", [
     (kv_cache, "decode_attention", lambda right: lambda *args: right(*args) * 1.02),
     (bench_decode, "reference_logprobs", lambda right: lambda model, parts, *more: right(model, parts[::-1], *more)),
-    (rollout, "sample", lambda right: lambda z, u, temperature, suppressed_ids: right(z, u, 1.02, suppressed_ids)),
+    (decoder, "sample", lambda right: lambda z, u, temperature, suppressed_ids: right(z, u, 1.02, suppressed_ids)),
 ])  # fmt: skip
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's tensors need the interpreter")
 def test_a_wrong_decode_step_is_not_timed(whole_step, owner, name, wrong, monkeypatch):
@@ -222,7 +222,7 @@ def test_a_wrong_decode_step_is_not_timed(whole_step, owner, name, wrong, monkey
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's tensors need the interpreter")
 def test_a_captured_step_is_the_same_each_time_and_its_cost_is_beside_the_pools(whole_step, monkeypatch):
-    made, init, found = [], rollout.Decoder.__init__, {}
+    made, init, found = [], decoder.Decoder.__init__, {}
 
     def captured(self, *args, **options):
         init(self, *args, **options)
@@ -232,13 +232,13 @@ def test_a_captured_step_is_the_same_each_time_and_its_cost_is_beside_the_pools(
     def rows(self, case, sides, moved, module):
         found.update(case, moved=moved, sides=list(sides))
         for side in sides.values():
-            for _ in range(rollout.STEPS_PER_SYNC + 1):
+            for _ in range(decoder.STEPS_PER_SYNC + 1):
                 side()
                 assert made[0].cache.length_B.tolist() == [6 // 2 + 1] * 2
 
     pools = 4 * 2 * 2 * 32 * (3 + 2 * 5)
     free = iter((2**30, 2**30 - pools - 3 * 2**20))
-    monkeypatch.setattr(rollout.Decoder, "__init__", captured)
+    monkeypatch.setattr(decoder.Decoder, "__init__", captured)
     monkeypatch.setattr(measure.Bench, "rows", rows)
     monkeypatch.setattr(bench_decode, "free_bytes", lambda device: next(free))
     whole_step(1, 2, 3, 6)

@@ -284,7 +284,8 @@ def test_where_nothing_is_to_be_chosen_decode_slots_stay(models, tmp_path):
     fields = dict(name="a", model=str(models / "ears"), manifest="none.jsonl")
     endpoint = dict(endpoint="http://localhost:1/v1", served="m", model=None)
     for stage in (Evaluate(**fields, device="cpu", answer="generate"), SFT(**fields, device="cuda"),
-                  Evaluate(**fields, device="cuda"), Traces(**fields | endpoint), Distill(**fields, teacher_labels="x")):
+                  Evaluate(**fields, device="cuda"), Traces(**fields | endpoint),
+                  Distill(**fields, teacher_labels="x")):
         assert settle_slots(stage, [stage], tmp_path) is stage
     assert not (tmp_path / "slots.json").exists()
 
