@@ -21,6 +21,7 @@ from bench import (  # noqa: E402
     bench_logprob,
     bench_lora,
     bench_passes,
+    bench_slots,
     measure,
 )
 from minixmd.learning import decoder, kv_cache  # noqa: E402
@@ -244,6 +245,23 @@ def test_a_captured_step_is_the_same_each_time_and_its_cost_is_beside_the_pools(
     whole_step(1, 2, 3, 6)
     assert found["sides"] == ["triton", "eager"] and found["moved"] == found["weight_bytes"] + found["kv_bytes"]
     assert found["capture_mib"] == 3 and found["capture_s"] > 0
+
+
+# ---- bench_slots ----
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("completions, least", bench_slots.TARGETS.items())
+def test_decode_slots_stay_busy(completions, least, captured, monkeypatch):
+    lengths = sum((bench_slots.drawn_lengths(completions, seed) for seed in range(2)), [])[:completions]
+    found = bench_slots.write(lengths, bench_slots.SLOTS, bench_slots.SAMPLES, captured)
+    assert found["use"] >= least - 0.03 and found["prefilled"] == completions // 8 * bench_slots.PROMPT
+    before = bench_slots.by_prompts(lengths, bench_slots.SLOTS, bench_slots.SAMPLES, 1)
+    assert before["rows"] > (1.3 if completions > 192 else 1.0) * found["rows"]
+    monkeypatch.setattr(bench_slots, "prompt_slots_for", lambda slots, n, prompts: slots // n)  # as before
+    if captured:
+        fewer = bench_slots.write(lengths, bench_slots.SLOTS, bench_slots.SAMPLES, captured)
+        assert fewer["use"] < found["use"] - 0.1
 
 
 # ---- bench_grpo_step ----

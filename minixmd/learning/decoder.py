@@ -14,7 +14,7 @@ from minixmd.inputs.batch import Batch, pack, send
 from minixmd.learning.kv_cache import KVCache, pool_shapes
 from minixmd.runs.heartbeat import beat
 
-STEPS_PER_SYNC = 8  # captured steps between two looks at what they sampled
+STEPS_PER_SYNC = 4  # captured steps between two looks at what they sampled
 PROMPT_ROWS = 256  # a captured step's prompt slots have a multiple of so many rows, so that they seldom must grow
 
 
