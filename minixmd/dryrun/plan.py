@@ -172,13 +172,14 @@ def estimate_memory(plans, gpus):
         key = repr((type(stage), plan.model, plan.prompt and len(plan.prompt), settings, is_set))
         try:
             if key not in estimated:
-                estimated[key] = stage.name, *estimate_stage(plan, 1), *estimate_stage(plan, gpus)
+                of_one = estimate_stage(plan, 1)
+                estimated[key] = stage.name, of_one, estimate_stage(plan, gpus) if gpus > 1 else of_one
         except ValueError as error:
             plan.fault = str(error)
             continue
-        plan.same_as, _, of_one, _, plan.phases, busy, plan.slots = estimated[key]
+        plan.same_as, (_, busy_one, _), (plan.phases, busy, plan.slots) = estimated[key]
         if stage.device != "cpu":
-            plan.hours_of_one, _ = costs.stage_hours(stage, of_one, plan.clips, plan.others)
+            plan.hours_of_one, _ = costs.stage_hours(stage, busy_one, plan.clips, plan.others)
             plan.hours, plan.serial = costs.stage_hours(stage, busy, plan.clips, plan.others, gpus)
 
 
