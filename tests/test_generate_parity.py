@@ -55,13 +55,17 @@ def test_greedy_tokens_equal_transformers_generate(kind, kv, tmp_path):
     model, cases = load_model(tmp_path), cases_of(kind)
     options = dict(max_new_tokens=NEW, temperature=0)
     processor = SimpleNamespace(end_id=-1, decode=str, suppressed_ids=SUPPRESSED)
-    free = decode(model, processor, cases, None, **options)
+
+    def draw(i):
+        return torch.zeros(NEW, dtype=torch.float64)  # not read at temperature 0
+
+    free = decode(model, processor, cases, len(cases), draw, **options)
     end = free[1].ids[NEW // 2]  # a token that ends some turns early
     wanted = [theirs(kind, reference, p, end) for p in cases]
     assert len({len(ids) for ids in wanted}) > 1 and len({token for ids in wanted for token in ids}) > 4
     assert len(set(map(tuple, wanted))) == len(cases)
     processor.end_id = end
     for decode_slots in (None, 2):
-        ours = decode(model, processor, cases, None, decode_slots=decode_slots, **options)
+        ours = decode(model, processor, cases, len(cases), draw, decode_slots=decode_slots, **options)
         assert [list(c.ids) for c in ours] == wanted
         assert [c.finished for c in ours] == [ids[-1] == end for ids in wanted]

@@ -27,7 +27,7 @@ from minixmd.config import GRPO, SFT, Distill, FactCheck, Label, Traces
 from minixmd.inputs.examples import Example, read_manifest
 from minixmd.inputs.prompts import build_prompt
 from minixmd.kernels import logprob
-from minixmd.learning import logprobs, rollout
+from minixmd.learning import decoder, logprobs
 from minixmd.learning.optim import adamw, optimizer_tensors, restore_optimizer
 from minixmd.learning.targets import Item, resolve_targets
 from minixmd.models import head, weights
@@ -98,7 +98,7 @@ def test_memory_that_runs_out_is_a_line_with_the_phase_the_estimate_and_what_to_
         world, tmp_path, capsys, monkeypatch, name, ran_out, said):
     holder, function = {
         "backward of SFT": (head, "raw_logits"), "optimizer": (torch.optim.AdamW, "step"),
-        "rollout": (rollout, "KVCache"), "scoring": (logprobs, "token_logprob"),
+        "rollout": (decoder, "KVCache"), "scoring": (logprobs, "token_logprob"),
         "validation": (multiple_choice, "pack"), "loading": (weights, "build")}[name]  # fmt: skip
     works, calls = getattr(holder, function), []
 

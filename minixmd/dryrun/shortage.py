@@ -1,6 +1,7 @@
 """The line in which a stage ends when memory runs out: where, what --dry-run expects there, and what to lower."""
 import tempfile
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -53,6 +54,8 @@ def describe_shortage(error, stage, stages):
             text += f"; the card has {torch.cuda.get_device_properties(0).total_memory / 2**30:.1f}"
     except (ValueError, KeyError, OSError, RuntimeError, MemoryError):  # for which there may be no room either
         text += " (not estimated)"
+    if getattr(stage, "writes", False):
+        stage = replace(stage, decode_slots=stage.slots)  # what "auto" was here
     lower = []
     for name, least in costs.settings_to_lower(stage, phase_name, longest).items():
         if isinstance(least, int):
