@@ -28,8 +28,8 @@ from bench import measure
 from minixmd.inputs.batch import Group, Prompt
 from minixmd.kernels import decode
 from minixmd.kernels.decode import SPLIT, decode_attention
-from minixmd.learning.logprobs import SampledVocabulary, reference_logprobs
 from minixmd.learning.decoder import STEPS_PER_SYNC, Decoder
+from minixmd.learning.logprobs import SampledVocabulary, reference_logprobs
 from minixmd.models.families import read_config
 from minixmd.models.lora import set_backend
 from minixmd.models.weights import build
@@ -92,7 +92,7 @@ class Problem:
         (B, H, K), J, n = self.q_BHK.shape, self.own.shape[2], len(self.length_B) // len(self.prompt_length_G)
         rows = (self.prompt_length_G.sum() + self.length_B.sum()).item()
         parts = n * -(-self.prompt_length_G // SPLIT).sum().item()
-        return 2 * J * K * rows * self.q_BHK.itemsize + 2 * self.q_BHK.nbytes + 8 * H * (K + 1) * parts + 24 * B + 8 * J * parts
+        return 2 * J * K * rows * self.q_BHK.itemsize + 2 * self.q_BHK.nbytes + 8 * (H * (K + 1) + J) * parts + 24 * B
 
 
 def run(bench, model, *sizes):
@@ -148,8 +148,8 @@ def whole_step(bench, model, name, G, n, P, C):
     limit, dtype = len(head_VD) - BANNED, head_VD.dtype
     prompts = [Prompt(torch.randint(limit, (P,)), torch.arange(P).expand(3, -1)) for _ in range(G)]
     free, began = free_bytes(bench.device), time.perf_counter()
-    d = Decoder(model, G, P, G * n, n, max_new_tokens=C, temperature=1.0, suppressed_ids=range(limit, len(head_VD)), end_id=-1,
-                backend="triton")  # fmt: skip
+    d = Decoder(model, G, P, G * n, n, max_new_tokens=C, temperature=1.0, suppressed_ids=range(limit, len(head_VD)),
+                end_id=-1, backend="triton")
     taken, seconds = free - free_bytes(bench.device), time.perf_counter() - began
     ids_BC, logp_BC = sampled(d, prompts, C)
     groups = [Group(prompt, tuple(ids_GC)) for prompt, ids_GC in zip(prompts, ids_BC.split(n), strict=True)]

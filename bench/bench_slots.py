@@ -1,8 +1,8 @@
 """bench_slots: how busy the decode slots are, and what is computed, by the engine's own schedule with known lengths.
 
 A Decoder that computes nothing writes completions of given lengths, so Schedule (learning/rollout.py) runs as it does
-with a model: in single steps, or several captured ones at a time. Lengths are log-normal (sigma 0.5, mean 200 tokens, at
-most 512) or those of a file with lines {"samples": [{"text"}]} or {"text"}, in words. Beside it stand the schedules
+with a model: in single steps, or several captured ones at a time. Lengths are log-normal (sigma 0.5, mean 200 tokens,
+at most 512) or those of a file with lines {"samples": [{"text"}]} or {"text"}, in words. Beside it stand the schedules
 that it took the place of: a prompt's completions kept their slots until the slowest was finished (traces), and answers
 were written in packs of 8,192 prompt tokens (evaluation).
 
@@ -142,7 +142,8 @@ def main(argv=None):
     for count, least in TARGETS.items():
         for captured in (False, True):
             found = [write(lengths_of(count, seed), SLOTS, SAMPLES, captured)["use"] for seed in range(5)]
-            use.append({"completions": count, "captured": captured, "use": sum(found) / len(found), "least": min(found)})
+            use.append({"completions": count, "captured": captured, "use": sum(found) / len(found),
+                        "least": min(found)})
             ok = ok and use[-1]["use"] >= least
             print(f"{count:5} completions, {'captured steps' if captured else 'single steps':15} use "
                   f"{use[-1]['use']:.3f} (at least {least})")
