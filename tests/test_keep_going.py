@@ -135,6 +135,7 @@ def test_a_distillation_with_nothing_to_learn_is_a_row_that_says_so(world, tmp_p
     assert main([str(config), f"run_dir={tmp_path / 'run'}"]) == 0
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
     assert report["notes"] == {
+        "labels": f"labels are by {world['audio']}, from the letters' logits",
         "after": "nothing to learn ({'left out: switch open': 12}): its model is the one before"}
     for name in ("report.html", "report.md"):
         assert "its model is the one before" in (tmp_path / "run" / "report" / name).read_text()

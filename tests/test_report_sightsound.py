@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from test_papers import MMAU_PARTS, MUSIC_PARTS, SIGHTSOUND_TABLE_1, SIGHTSOUND_TABLE_2
 from test_report import Page, check_escaping, data_uris, evaluated, manifest, pct, plain, shown, write_lines
 
 from minixmd.config import Evaluate, FactCheck, Report, Traces
@@ -210,48 +211,18 @@ def test_every_figure_of_a_benchmark_stands_in_page_and_markdown(whole):
     assert tables[3][1][1:] == ["ours", "paper"] * 4 + ["ours"] + ["ours", "paper"] + ["ours"], "no figure of Location"
 
 
-PAPER = """
-Qwen2.5-Omni-3B (audio), direct 73.6
-Qwen2.5-Omni-7B (audio), direct 74.7
-Qwen2-Audio-7B-Instruct, direct 67.1
-Qwen2-Audio-7B-Instruct, zero-shot CoT 57.7
-Qwen2-Audio-7B-Instruct, test-time CoT distillation 82.7
-Qwen2-Audio-7B-Instruct, SFT (ground truth) 86.5
-Qwen2.5-Omni-3B (video), direct 86.5
-Qwen2.5-Omni-7B (video), direct 87.4
-Qwen2.5-VL-7B-Instruct, direct 85.7
-Qwen2.5-VL-32B-Instruct, direct 85.8
-Qwen2.5-VL-32B-Instruct, zero-shot CoT 84.6
-Qwen2.5-VL-32B-Instruct, zero-shot audio CoT 85.5
-Qwen2.5-Omni-3B, direct 88.5
-Qwen2.5-Omni-7B, direct 89.5
-
-Direct inference 64.3 52.6 61.7 59.5 57.2 57.8 55.7 55.1 55.6
-SFT (ground-truth labels) 66.7 50.8 61.1 59.5 60.4 62.7 61.1 60.7 61.1
-SFT (distilled labels) 64.3 52.3 60.5 59.0 59.5 61.4 59.1 60.2 58.8
-GRPO (distilled labels) 62.5 49.8 59.3 57.2 59.3 60.8 59.1 60.3 58.8
-Audio-Thinker, SFT (ground-truth CoT) 63.4 56.3 54.4 57.8
-Audio-Thinker, GRPO (ground-truth CoT) 70.3 61.6 63.2 65.0
-SFT 61.3 47.1 48.5 52.3 56.7 57.7 56.5 54.3 55.1
-AGFV + SFT 63.1 47.7 51.5 54.1 58.2 59.4 56.9 56.5 56.5
-TTS + AGFV + SFT 61.6 48.3 50.6 53.5 60.6 59.0 59.1 57.5 58.2
-TTS + AGFV + SFT + GRPO 66.1 49.8 52.7 56.2 62.7 63.3 60.1 59.7 59.5
-"""  # typed from its Table 1; from Table 2: Sound, Speech, Music, Avg; Temp, Comp, Cnt, Exist, Avg
-
-
 def test_the_papers_figures_are_the_papers_and_the_recipes_titles_find_them(whole):
     _, _, html, marked = whole
-    one, two = ([line.split(" ") for line in part.split("\n")] for part in PAPER.strip().split("\n\n"))
-    one = [[" ".join(line[:-1]), line[-1]] for line in one]
-    names = [" ".join(word for word in line if not re.fullmatch(r"\d\d\.\d", word)) for line in two]
-    figures = [[word for word in line if re.fullmatch(r"\d\d\.\d", word)] for line in two]
-    mmau = [[name, *row[:4]] for name, row in zip(names, figures, strict=True)]
-    music = [[name, *row[4:]] for name, row in zip(names, figures, strict=True) if row[4:]]
+    def line(row, figures):
+        return [row, *(f"{figure:.1f}" for figure in figures)]
+
+    one = [line(row, figures) for row, (_, *figures) in SIGHTSOUND_TABLE_1.items()]
+    mmau = [line(row, figures) for row, (_, figures, _) in SIGHTSOUND_TABLE_2.items()]
+    music = [line(row, figures) for row, (_, _, figures) in SIGHTSOUND_TABLE_2.items() if figures]
     names = dict(student="Qwen2-Audio-7B-Instruct", teacher="Qwen2.5-VL-32B-Instruct")
     titles = [title.format(**names) for title, row in MODES.items() if row.name != "alone_avqa"]
     assert titles == [row[0] for row in one] and list(LADDER) == [row[0] for row in music]
-    for rows, head in ((one, ["avqa"]), (mmau, ["Sound", "Speech", "Music", "Average"]),
-                       (music, ["Temporal", "Comparative", "Counting", "Existential", "Average"])):
+    for rows, head in ((one, ["avqa"]), (mmau, MMAU_PARTS), (music, MUSIC_PARTS)):
         assert [["", *head], *rows] in html.tables
         for row in rows:
             assert re.search(r"\| " + r" +\| ".join(map(re.escape, row)) + r" +\|", marked)

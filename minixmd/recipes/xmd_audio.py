@@ -1,4 +1,4 @@
-"""XMD, Qwen2-VL teaches Qwen2-Audio on VGGSound: the paper's Table 1, Figures 1 and 3.
+"""XMD, Qwen2-VL teaches Qwen2-Audio on VGGSound: both models' rows of the paper's Table 1, and Figure 3.
 
     python -m minixmd.train xmd_audio
 

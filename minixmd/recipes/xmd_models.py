@@ -39,6 +39,7 @@ models = {"Qwen2-Audio": "audio", "Qwen2-VL": "video", "Qwen2.5-Omni": "omni"}
 senses = {}  # Figure 1: drawn on the clips that choose its classes, as in the paper, and on others
 for split in ("analysis", "test"):
     senses[split] = {title: f"@{name}_{split}" for title, name in models.items()}
-senses["analysis"] |= {"Human ears": "@people_ears", "Human eyes": "@people_eyes", "Human ears & eyes": "@people_both"}
+senses["analysis"] |= {"Human ears": "@people_ears", "Human eyes": "@people_eyes",
+                       "Human ears and eyes": "@people_both"}  # fmt: skip
 (report,) = xmd.report("audio", rows=rows, senses=senses)
 stages.append(replace(report, name="models_report"))

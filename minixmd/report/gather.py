@@ -16,6 +16,7 @@ from minixmd.tasks.statistics import SUMMARY, compare, pairs
 
 RESULTS = SUMMARY | {"groups": dict[str, SUMMARY], "classes": dict[str, SUMMARY], "letters?": SUMMARY,
                      "disagreement?": float, "benchmark?": dict | None}
+ANSWERED = {"letters": "the letters' logits", "generate": "what it wrote"}  # Evaluate's and Label's `answer`
 
 
 def run(stage, folder, log):
@@ -106,8 +107,10 @@ def gather(stage, folder):
         by_role = {role: results["tables"][row] for role, row in report["roles"].items()}
         report["classes"] = sections.classes(by_role, stage.gap, stage.bars, paper.get("classes"))
         if stage.senses:
-            report["senses"] = sections.senses(stage.senses, by_role, stage.gap, paper.get("people"))
+            figures = beside.get("senses", {})
+            report["senses"] = sections.senses(stage.senses, by_role, stage.gap, figures, paper.get("people"))
     if stage.switch:
+        report["notes"] |= answer_sources(stage.switch)
         report["switch"] = sections.switch(Path(stage.switch), paper.get("switch", {}))
     if stage.gallery:
         rows = stage.tables | (stage.ablation or {})
@@ -120,10 +123,32 @@ def gather(stage, folder):
         report["curves"] = {title: sections.curves(logs) for title, logs in stage.curves.items()}
     for logs in (stage.curves or {}).values():
         for title, path in logs.items():
+            report["notes"] |= answer_sources(path)
             for line in read_jsonl(path):
                 if "nothing_to_learn" in line:
                     report["notes"][title] = line["nothing_to_learn"]
     return report, media.data_uris
+
+
+def answer_sources(path):
+    """{stage: whose answers, and how they were given} of the stages from whose answers the one that wrote the file
+    `path` learnt: a Switch its classes, a training stage its labels. Empty for a file that no stage wrote."""
+    folder = Path(path).parent
+    notes = {}
+    config = read_config(folder)
+    for field in ("teacher", "student", "teacher_labels", "student_labels"):
+        name = stage_of(config.get(field) or "")
+        source = read_config(folder.parent / name) if name else {}
+        if "answer" in source:
+            what = "labels" if field.endswith("labels") else "the classes that the switch learns"
+            notes[name] = f"{what} are by {source['model'] or source['served']}, from {ANSWERED[source['answer']]}"
+    return notes
+
+
+def read_config(folder):
+    """A stage's resolved fields; {} where there is none."""
+    path = folder / "config.json"
+    return read_json(path) if path.exists() else {}
 
 
 def read_results(stage):

@@ -125,11 +125,13 @@ def classes(by_role, gap, bars, published):
     return section
 
 
-def senses(paths, by_role, gap, published):
-    """XMD's Figure 1: {column: {"groups": {title: {class: {bar: summary}}}, "averages": {bar: mean accuracy over these
-    classes}, "people": sentences}}. paths: {column: {bar: results.json}}. The groups of classes are chosen by the lead
-    on `gap`, by models alone. published: the paper's counts of classes in which people agree, or None."""
-    chosen = groups(leads(by_role["teacher"][gap]["classes"], by_role["before"][gap]["classes"]))
+def senses(paths, by_role, gap, figures, published):
+    """XMD's Figure 1: {column: {"groups": {title: {class: {bar: summary}}}, "averages": {bar: {"accuracy": mean over
+    these classes, "paper"}}, "words"}}. paths: {column: {bar: results.json}}. The groups of classes are chosen by the
+    lead on `gap`, by models alone. figures: the paper's averages, {bar: {column: figure}}. published: the paper's
+    counts of classes in which people agree, or None."""
+    student = by_role["before"][gap]["classes"]
+    chosen = groups(leads(by_role["teacher"][gap]["classes"], student))
     section = {}
     for column, bars in paths.items():
         by_bar, people = {}, {}
@@ -138,54 +140,37 @@ def senses(paths, by_role, gap, published):
             check_fields(result, {"classes": dict[str, SUMMARY], "condition?": str}, f"{path}: no results: it")
             by_bar[bar] = result["classes"]
             if "condition" in result:
-                people[result["condition"]] = bar
-        shown, left_out = {title: {} for title in chosen}, []
-        shares = {bar: [] for bar in bars}
+                people[result["condition"]] = result["classes"]
+        shown, left_out, averages = {}, [], {}
         for title, names in chosen.items():
+            shown[title] = {}
             for name in names:
-                cells = {}
-                for bar, classes in by_bar.items():
-                    if name in classes:
-                        cells[bar] = classes[name]
-                if len(cells) < len(bars):
+                if all(name in classes for classes in by_bar.values()):
+                    shown[title][name] = {bar: classes[name] for bar, classes in by_bar.items()}
+                else:
                     left_out.append(name)
-                    continue
-                shown[title][name] = cells
-                for bar, cell in cells.items():
-                    shares[bar].append(cell["accuracy"])
-        averages = {}
-        for bar, of_bar in shares.items():
-            averages[bar] = sum(of_bar) / len(of_bar) if of_bar else None
-        section[column] = {"chosen_on": gap, "groups": shown, "averages": averages, "people": []}
-        if {"ears", "eyes"} <= people.keys():
-            section[column]["people"] = agreements(shown, people, by_role["before"][gap]["classes"], published or {})
-        if left_out:
-            section[column]["people"].append(f"Left out, since not all of these were asked about them: {left_out}.")
+        for bar in bars:
+            accuracies = [cells[bar]["accuracy"] for classes in shown.values() for cells in classes.values()]
+            averages[bar] = {"accuracy": sum(accuracies) / len(accuracies) if accuracies else None}
+            if column in figures.get(bar, {}):
+                averages[bar]["paper"] = figures[bar][column]
+        agree = agreements(shown, people, student) if {"ears", "eyes"} <= people.keys() else {}
+        section[column] = {"chosen_on": gap, "groups": shown, "averages": averages,
+                           "words": words("senses", averages, agree, published or {}, left_out)}
     return section
 
 
-def agreements(shown, people, student, published):
-    """In how many classes people's ears and eyes differ as the models do, as sentences beside the paper's counts."""
+def agreements(shown, people, student):
+    """In how many classes, and of how many, people's ears and eyes differ as the models do; keys as in published.json.
+    people: {"ears" | "eyes": {class: summary}}."""
     ahead, behind, _ = shown.values()  # for the teacher
-    ears, eyes = people["ears"], people["eyes"]
-    counts = Counter()
-    for name, cells in ahead.items():
-        heard = cells[ears]["accuracy"]
-        counts["ahead"] += cells[eyes]["accuracy"] > heard
-        counts["short"] += student[name]["accuracy"] < heard
-    for cells in behind.values():
-        counts["behind"] += cells[ears]["accuracy"] > cells[eyes]["accuracy"]
-    said = {
-        "ahead": "that the teacher leads people's eyes are better than their ears",
-        "behind": "that the student leads people's ears are better than their eyes",
-        "short": "that the teacher leads the student is worse than people's ears",
-    }
-    sentences = []
-    for key, what in said.items():
-        total = len(behind) if key == "behind" else len(ahead)
-        paper = f" (the paper: {published[key]})" if key in published else ""
-        sentences.append(f"In {counts[key]} of the {total} classes {what}{paper}.")
-    return sentences
+
+    def count_better(better, worse, names):
+        return [sum(better[name]["accuracy"] > worse[name]["accuracy"] for name in names), len(names)]
+
+    return {"ahead": count_better(people["eyes"], people["ears"], ahead),
+            "behind": count_better(people["ears"], people["eyes"], behind),
+            "short": count_better(people["ears"], student, ahead)}
 
 
 def switch(path, published):
