@@ -13,13 +13,10 @@ from minixmd.config import (
     TRAINING,
     Distill,
     Evaluate,
-    FactCheck,
     Label,
     Report,
     Switch,
     Toy,
-    Traces,
-    Train,
     load,
 )
 from minixmd.config.field_checks import ConfigError, check_types, parse_field, stage
@@ -83,52 +80,6 @@ def test_an_unknown_field_like_no_other_is_named_alone():
 def test_a_field_that_is_not_given_is_named():
     assert message(Evaluate, name="before") == "config: evaluate 'before' needs 'manifest'"
     assert message(Evaluate, model="m", manifest="d") == "config: evaluate needs 'name'"
-
-
-FACTCHECK = dict(name="f", traces="t", manifest="d", model="m")
-SWITCH = dict(name="w", teacher="t", student="s", manifest="m", train_manifest="t")
-OLD_NAMES = [
-    (SFT, TRAIN, "impl", "backend", "torch"), (Label, EVALUATE, "impl", "backend", "torch"),
-    (Evaluate, EVALUATE, "n", "num_samples", "3"), (Traces, EVALUATE, "n", "num_samples", "3"),
-    (SFT, TRAIN, "which", "trace_filter", "first"),
-    (FactCheck, FACTCHECK, "which", "trace_filter", "all"),
-    (GRPO, TRAIN, "slots", "decode_slots", "64"), (Traces, EVALUATE, "slots", "decode_slots", "64"),
-    (Distill, DISTILL, "warmup", "warmup_ratio", "0.5"),
-    (Switch, SWITCH, "warmup", "warmup_ratio", "0.5"),
-    (SFT, TRAIN, "clip", "max_grad_norm", "2.0"), (Traces, EVALUATE, "key_variable", "api_key_env", "KEY"),
-    (FactCheck, FACTCHECK, "wait_s", "retry_backoff_s", "2.0"),
-    (SFT, TRAIN, "micro_batch_size", "micro_batch_tokens", "2"),
-]
-
-
-@pytest.mark.parametrize("cls, base, old, new, text", OLD_NAMES, ids=lambda x: getattr(x, "__name__", None))
-def test_a_field_of_older_configs_is_answered_with_its_new_name(write, cls, base, old, new, text):
-    kind = cls.__name__.lower()
-    said = f"has no field {old!r}; it is now called {new!r}"
-    assert message(cls, **base, **{old: text}) == f"config: {kind} {base['name']!r} {said}"
-    path = write(f"stages = [{cls.__name__}(**{base})]")
-    assert message(load_config, path, [f"{base['name']}.{old}={text}"]) == f"config: {kind} {base['name']!r} {said}"
-    assert message(load_config, path, [f"{old}={text}"]) == (
-        f"config: no stage has a field {old!r}; it is now called {new!r}")
-
-
-def test_what_older_configs_import_and_an_objective_are_answered_with_what_to_write_now(write):
-    path = write("from minixmd.xmd import vggsound\nstages = []")
-    assert message(load_config, path) == f"config: {path}:2: module minixmd.xmd is now minixmd.recipe_parts.xmd"
-    said = "has no field 'objective'; the class says it: Distill, SFT or GRPO"
-    assert message(SFT, **TRAIN, objective="sft") == f"config: sft {TRAIN['name']!r} {said}"
-    path = write(f"stages = [SFT(**{TRAIN})]")
-    assert message(load_config, path, ["objective=grpo"]).endswith("; the class says it: Distill, SFT or GRPO")
-
-
-@pytest.mark.parametrize("objective, now", [("distill", "Distill"), ("sft", "SFT"), ("grpo", "GRPO"),
-                                            ("sfd", "Distill, SFT or GRPO"), (None, "Distill, SFT or GRPO")])
-def test_the_stage_that_was_all_three_is_answered_with_the_class_of_its_objective(write, objective, now):
-    said = (f"config: Train(objective={objective!r}, …) is now {now}(…), without objective; each has only its own "
-            "fields")
-    assert message(Train, **TRAIN, objective=objective, teacher_labels="t", impl="torch") == said
-    path = write(f"stages = [\n    Train(name='s', objective={objective!r}, model='m', manifest='d', slots=3)]")
-    assert message(load_config, path) == f"{said} ({path}:3)"
 
 
 @pytest.mark.parametrize("cls, field, value, owners", [

@@ -13,11 +13,10 @@ from minixmd.config.stages import (
     Switch,
     Toy,
     Traces,
-    Train,
 )
 
 TRAINING = (Distill, SFT, GRPO)
 STAGES = (Toy, Evaluate, Label, Answers, Traces, FactCheck, Switch, *TRAINING, Report)
 __all__ = ["AUDIO_COT_PROMPT", "CHECK_PROMPT", "GRPO", "PROMPT", "SFT", "STAGES", "THINK_PROMPT", "TRACE_PROMPT",
            "TRAINING", "Answers", "ConfigError", "Distill", "Evaluate", "FactCheck", "Label", "PromptFormat", "Report",
-           "Switch", "Toy", "Traces", "Train"]  # fmt: skip
+           "Switch", "Toy", "Traces"]  # fmt: skip

@@ -11,10 +11,6 @@ from minixmd.runs.value_checks import check_value, describe, take_apart
 
 PROMPT_EXAMPLE = {"question": "Which?", "options": "A. dog\nB. cat", "first": "A", "last": "B"}
 TRACE_EXAMPLE = {"trace": "<think>It barks.</think><answer>A</answer>"}  # allowed only where a prompt shows a trace
-# fields of older configs -> what they are called now
-RENAMED = {"impl": "backend", "which": "trace_filter", "slots": "decode_slots", "clip": "max_grad_norm",
-           "n": "num_samples", "warmup": "warmup_ratio", "key_variable": "api_key_env", "wait_s": "retry_backoff_s",
-           "micro_batch_size": "micro_batch_tokens"}
 _owners = {}  # field -> names of the stage classes that have it, for the hint in an error
 
 
@@ -55,10 +51,6 @@ def kind(cls):
 
 def hint(name, known):
     """What an unknown field was probably meant to be; empty if nothing is like it."""
-    if RENAMED.get(name) in known:
-        return f"; it is now called {RENAMED[name]!r}"
-    if name == "objective":
-        return "; the class says it: Distill, SFT or GRPO"
     if name in _owners:
         return f"; it is a field of {', '.join(_owners[name])}"
     return nearest(name, known)

@@ -8,10 +8,6 @@ from minixmd.config import STAGES
 from minixmd.config.field_checks import ConfigError, hint, kind, nearest, parse_field
 from minixmd.config.references import check_references
 
-# modules that older configs import -> where their names are now
-MOVED = {"minixmd.prompts": "minixmd.config", "minixmd.xmd": "minixmd.recipe_parts.xmd",
-         "minixmd.sightsound": "minixmd.recipe_parts.sightsound"}
-
 
 @dataclass(frozen=True)
 class Config:
@@ -75,8 +71,6 @@ def _run(path):
         where = ":".join(map(str, [path, *lines[-1:]]))
         if isinstance(error, ConfigError):
             raise ConfigError(f"{error} ({where})") from error
-        if isinstance(error, ModuleNotFoundError) and error.name in MOVED:
-            raise ConfigError(f"config: {where}: module {error.name} is now {MOVED[error.name]}") from error
         raise ConfigError(f"config: {where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 

@@ -390,13 +390,6 @@ class GRPO(_Training, _Writing):
             raise ConfigError("config: grpo needs dtype 'float32' or 'bfloat16', got 'float16'")
 
 
-def Train(*, objective=None, **_):
-    """What Distill, SFT and GRPO were once: refuses, and names the class to write now."""
-    now = {"distill": "Distill", "sft": "SFT", "grpo": "GRPO"}.get(objective, "Distill, SFT or GRPO")
-    raise ConfigError(f"config: Train(objective={objective!r}, …) is now {now}(…), without objective; each has only "
-                      "its own fields")
-
-
 @stage
 class Report:
     """What a run found, as a page, report.html, and with the same figures as report.json and report.md."""

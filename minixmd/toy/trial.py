@@ -1,6 +1,5 @@
 """--trial: every stage of a config in minutes, with a handful of clips and tiny settings. For checkpoints, data and
 other files that are not here the toy's models, its clips in the manifests' form, and made-up answers stand in."""
-import json
 import os
 from collections import Counter
 from dataclasses import replace
@@ -9,16 +8,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from minixmd.config import (
-    AUDIO_COT_PROMPT,
-    CHECK_PROMPT,
-    PROMPT,
-    THINK_PROMPT,
-    TRACE_PROMPT,
-    FactCheck,
-    Report,
-    Toy,
-)
+from minixmd.config import FactCheck, Report, Toy, prompts
 from minixmd.config.load import Config
 from minixmd.config.references import stage_of
 from minixmd.inputs.examples import MEDIA_KINDS, manifest_text, read_manifest
@@ -27,29 +17,42 @@ from minixmd.runs.hub_names import parse_hub_name
 from minixmd.runs.records import read_jsonl, write_jsonl
 from minixmd.runs.seeds import hash_seed
 from minixmd.stages.answers import checksum
+from minixmd.tasks.benchmarks import TYPES
 from minixmd.tasks.statistics import digest
 from minixmd.toy import world
 
 WORLD = Path("runs/trial-world")  # one for all trials
+SPLITS = {"train": "train_truth", "analysis": "analysis", "unseen": "unseen", "val": "val"}  # by a manifest's name
 CLASSES = CLIPS = 12  # of a manifest that stands in
 REAL_CLASSES, REAL_CLIPS = 4, 6  # of a manifest that is here; without labels so many clips in all
 MANIFESTS = ("manifest", "val_manifest", "train_manifest", "clips")
 MOST = {"max_steps": 2, "epochs": 1, "batch_size": 8, "eval_every": 2, "save_every": 2, "num_samples": 2, "limit": 24,
         "group_size": 4, "top_k": 16}  # fmt: skip
-PROMPTS = {THINK_PROMPT: world.THINK_PROMPT, AUDIO_COT_PROMPT: world.THINK_PROMPT, CHECK_PROMPT: world.CHECK_PROMPT,
-           TRACE_PROMPT: "{trace}\n" + PROMPT}  # as the toy's models have learnt them
-METAS = {  # folder of a benchmark's manifest -> what its clips' meta holds, by their number
-    "mmau": lambda i: {"task": ("sound", "speech", "music")[i % 3], "difficulty": ("easy", "medium", "hard")[i % 4 % 3],
-                       "sub_category": "made up", "version": "made up", "sha256": "0" * 64},
-    "mmar": lambda i: {"modality": ("sound", "speech", "music")[i % 3], "category": "Signal Layer",
-                       "sub_category": "made up", "version": "made up", "sha256": "0" * 64},
-    "music_avqa": lambda i: {"modality": ("Audio", "Audio-Visual", "Visual")[i % 3],
-                             "type": ("Counting", "Location", "Existential", "Comparative", "Temporal")[i % 5]},
-}  # fmt: skip
+PROMPTS = {  # as the toy's models have learnt them
+    prompts.THINK_PROMPT: world.THINK_PROMPT,
+    prompts.AUDIO_COT_PROMPT: world.THINK_PROMPT,
+    prompts.CHECK_PROMPT: world.CHECK_PROMPT,
+    prompts.TRACE_PROMPT: "{trace}\n" + prompts.PROMPT,
+}
+VERSION = {"sub_category": ("made up",), "version": ("made up",), "sha256": ("0" * 64,)}
+METAS = {  # folder of a benchmark's manifest -> values of its clips' meta, in turn
+    "mmau": {"task": ("sound", "speech", "music"), "difficulty": ("easy", "medium", "hard"), **VERSION},
+    "mmar": {"modality": ("sound", "speech", "music"), "category": ("Signal Layer",), **VERSION},
+    "music_avqa": {"modality": ("Audio", "Audio-Visual", "Visual"), "type": TYPES},
+}
+
+
+def absent_inputs(config):
+    """{what the user must bring and has not: the field that names it}"""
+    absent = {}
+    for stage in config.stages:
+        for name in (*MANIFESTS, "model", "weights", "file"):
+            if is_absent(name, getattr(stage, name, None)):
+                absent[getattr(stage, name)] = name
+    return absent
 
 
 def is_absent(name, value):
-    """Whether a field's value names something that the user must bring and has not."""
     if value is None or value.startswith("@") or os.path.exists(value):
         return False
     repo_revision = parse_hub_name(value) if name == "model" else None
@@ -60,73 +63,37 @@ def world_config(config):
     """The Config that makes what stands in; None where nothing has to. Raises ValueError for a recipe of the toy."""
     if any(isinstance(stage, Toy) for stage in config.stages):
         raise ValueError("--trial is for real models and data: a config with stage Toy runs in minutes as it is")
-    for stage in config.stages:
-        if any(is_absent(name, getattr(stage, name, None)) for name in (*MANIFESTS, "model", "file")):
-            return Config(WORLD, (Toy(thinking=True),), config.source)
-    return None
+    if set(absent_inputs(config).values()) <= {"weights"}:
+        return None
+    return Config(WORLD, (Toy(thinking=True),), config.source)
 
 
 def shrink(config):
     """The Config of a trial. Writes the clips' manifests, and what stands in for other files, into run_dir/trial."""
     run_dir = config.run_dir / "trial"
-    absent, stand_ins, stages = set(), set(), []  # stand_ins: stages with a model that stands in, or that was one
-    for stage in config.stages:
-        changes, ids = smaller(stage), None
-        for name in MANIFESTS:
-            path = getattr(stage, name, None)
-            if path and not path.startswith("@"):
-                manifest = handful(path, run_dir)
-                changes |= {name: str(manifest), "allow_outside": True}
-                ids = ids or {example.id for example in read_manifest(manifest, allow_outside=True)}
-        for name in (*MANIFESTS, "model", "weights", "file"):
-            if is_absent(name, getattr(stage, name, None)):
-                absent.add(getattr(stage, name))
-        for name in ("file", "traces", "teacher_labels", "student_labels", "switch", "verdicts"):
-            path = getattr(stage, name, None)
-            if path and ids and os.path.isfile(path):
-                changes[name] = str(only_of(path, ids, run_dir))
-        model = getattr(stage, "model", None)
-        if is_absent("model", model):
-            changes |= stand_in_model(stage)
-            stand_ins.add(stage.name)
-        elif model and stage_of(model) in stand_ins:
-            stand_ins.add(stage.name)
-        if stage.name in stand_ins and hasattr(stage, "prompt"):
-            changes["prompt"] = PROMPTS.get(stage.prompt, stage.prompt)
-            if hasattr(stage, "max_new_tokens"):
-                changes["max_new_tokens"] = min(stage.max_new_tokens, 40)
-        if is_absent("weights", getattr(stage, "weights", None)):
-            changes |= {"weights": None, "width": 1 / 16, "clip_s": 1.0}
-        if is_absent("file", getattr(stage, "file", None)) and "manifest" in changes:
-            changes["file"] = str(make_answers(stage, Path(changes["manifest"]), run_dir))
-        if getattr(stage, "traces", "") is None and hasattr(stage, "trace_filter"):
-            changes.pop("max_new_tokens", None)  # of SFT on letters, which writes nothing
-        stages.append((stage, changes))
+    absent = absent_inputs(config)
     note = ("this is a trial, of 2 steps and a few clips a stage: no figure here means anything. What is not here and "
             f"others stand in for: {', '.join(sorted(absent)) or 'nothing'}")
     print(f"minixmd: {note}", flush=True)
-    made = []
-    for stage, changes in stages:
+    stand_ins, stages = set(), []  # stand_ins: stages with a model that stands in, or that was one
+    for stage in config.stages:
+        changes = smaller(stage) | own_files(stage, run_dir)
+        model = getattr(stage, "model", None)
+        if model in absent:
+            changes |= stand_in_model(stage)
+        if model in absent or stage_of(model or "") in stand_ins:
+            stand_ins.add(stage.name)
+            changes["prompt"] = PROMPTS.get(stage.prompt, stage.prompt)
+            if hasattr(stage, "max_new_tokens") and getattr(stage, "traces", "") is not None:
+                changes["max_new_tokens"] = min(stage.max_new_tokens, 40)
+        if getattr(stage, "weights", None) in absent:
+            changes |= {"weights": None, "width": 1 / 16, "clip_s": 1.0}
+        if getattr(stage, "file", None) in absent:
+            changes["file"] = str(make_answers(stage, changes["manifest"], run_dir))
         if isinstance(stage, Report):
             changes["notes"] = {"No result": note}
-        made.append(replace(stage, **changes))
-    return Config(run_dir, tuple(made), config.source)
-
-
-def place_for(path, run_dir):
-    """Where a trial keeps its own form of a file: by the file's place, and whether it is there."""
-    path = Path(path)
-    key = f"{hash_seed(str(path.resolve()), path.exists()):016x}"
-    out = run_dir / "inputs" / key / path.parent.name / path.name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out
-
-
-def only_of(path, ids, run_dir):
-    """The lines of a JSONL file that are about these clips."""
-    out = place_for(path, run_dir)
-    write_jsonl(out, [record for record in read_jsonl(path) if record.get("id") in ids])
-    return out
+        stages.append(replace(stage, **changes))
+    return Config(run_dir, tuple(stages), config.source)
 
 
 def smaller(stage):
@@ -148,13 +115,30 @@ def smaller(stage):
     return changes
 
 
-def stand_in_model(stage):
-    """The fields with which the toy's model takes the place of one. Omni's sees the silent video."""
-    if isinstance(stage, FactCheck):
-        return {"model": f"{WORLD}/toy/checker"}
-    if "video" not in MEDIA_KINDS[stage.media]:
-        return {"model": f"{WORLD}/toy/student"}
-    return {"model": f"{WORLD}/toy/teacher", "media": "video", "min_pixels": 3_136, "max_pixels": 3_136}
+def own_files(stage, run_dir):
+    """The fields that name a stage's manifests, now of a few clips, and the lines about them of its other files."""
+    changes = {}
+    for name in MANIFESTS:
+        path = getattr(stage, name, None)
+        if path and not path.startswith("@"):
+            changes |= {name: str(handful(path, run_dir)), "allow_outside": True}
+    if "manifest" in changes:
+        ids = {example.id for example in read_manifest(changes["manifest"], allow_outside=True)}
+        for name in ("file", "traces", "teacher_labels", "student_labels", "switch", "verdicts"):
+            path = getattr(stage, name, None)
+            if path and os.path.isfile(path):
+                changes[name] = str(place_for(path, run_dir))
+                write_jsonl(changes[name], [record for record in read_jsonl(path) if record.get("id") in ids])
+    return changes
+
+
+def place_for(path, run_dir):
+    """Where a trial keeps its own form of a file: by the file's place, and whether it is there."""
+    path = Path(path)
+    key = f"{hash_seed(str(path.resolve()), path.exists()):016x}"
+    out = run_dir / "inputs" / key / path.parent.name / path.name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def handful(path, run_dir):
@@ -163,21 +147,12 @@ def handful(path, run_dir):
     if path.exists():
         examples = few(read_manifest(path, allow_outside=True), REAL_CLASSES, REAL_CLIPS)
     else:
-        known = {"train": "train_truth", "analysis": "analysis", "unseen": "unseen", "val": "val"}
-        split = known.get(path.stem, "test")
+        split = SPLITS.get(path.stem, "test")
         examples = few(read_manifest(WORLD / "toy" / f"{split}.jsonl"), CLASSES, CLIPS)
-        if path.parent.name in METAS:
-            make_meta = METAS[path.parent.name]
-            examples = [replace(example, meta=example.meta | make_meta(i)) for i, example in enumerate(examples)]
-    relative = []
-    for example in examples:
-        files = {}
-        for kind in ("audio", "video"):
-            file = getattr(example, kind)
-            if file is not None:
-                files[kind] = os.path.relpath(file, out.parent)
-        relative.append(replace(example, **files))
-    write_text(out, manifest_text(relative))
+        for i, example in enumerate(examples):
+            for field, values in METAS.get(path.parent.name, {}).items():
+                example.meta[field] = values[i % len(values)]
+    write_text(out, manifest_text(examples))
     return out
 
 
@@ -186,12 +161,20 @@ def few(examples, classes, clips):
     counts, chosen = Counter(), []
     for example in examples:
         label = example.label
-        is_full = label is not None and counts[label] == clips or len(chosen) == classes * clips
-        if is_full or label not in counts and len(counts) == classes:
-            continue
-        counts[label] += 1
-        chosen.append(example)
+        most = clips if label is not None else classes * clips
+        if counts[label] < most and (label in counts or len(counts) < classes):
+            counts[label] += 1
+            chosen.append(example)
     return chosen
+
+
+def stand_in_model(stage):
+    """The fields with which the toy's model takes the place of one. Omni's sees the silent video."""
+    if isinstance(stage, FactCheck):
+        return {"model": f"{WORLD}/toy/checker"}
+    if "video" not in MEDIA_KINDS[stage.media]:
+        return {"model": f"{WORLD}/toy/student"}
+    return {"model": f"{WORLD}/toy/teacher", "media": "video", "min_pixels": 3_136, "max_pixels": 3_136}
 
 
 def make_answers(stage, manifest, run_dir):
@@ -208,7 +191,7 @@ def make_answers(stage, manifest, run_dir):
             for shift, condition in enumerate(("ears", "eyes", "both")):
                 session["trials"].append({"id": example.id, "condition": condition, "question": digest(example),
                                           "answer": made_up(example, i + shift), "ms": 1000, "replays": 0})
-        write_json(out / f"{number}.json", session | {"checksum": checksum(json.loads(json.dumps(session)))})
+        write_json(out / f"{number}.json", session | {"checksum": checksum(session)})
     return out
 
 
