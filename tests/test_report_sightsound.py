@@ -560,7 +560,7 @@ def test_a_row_of_the_gallery_must_have_been_asked_the_same(world, tmp_path):
         json.loads, (world / "test.jsonl").read_text().splitlines())])
     with pytest.raises(ValueError, match="test.jsonl: clip 'test0' was not asked so in column 'avqa'"):
         made(tmp_path / "r", fields(world, clips=str(clips)))
-    with pytest.raises(ConfigError, match="config: traces 't.jsonl' needs a gallery, got none"):
+    with pytest.raises(ConfigError, match="config: traces 't.jsonl' needs gallery, got none"):
         Report(tables={}, roles=("a", "b", "c"), clips="c.jsonl", traces="t.jsonl")
 
 

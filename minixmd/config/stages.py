@@ -419,11 +419,10 @@ class Report:
     def check(self):
         if self.clips is not None and self.roles is None and not self.gallery:
             raise ConfigError(f"config: clips {self.clips!r} needs roles or a gallery, got neither")
-        for name, needed in (("gallery", "clips"), ("traces", "clips"), ("verdicts", "clips"), ("verdicts", "traces")):
-            if getattr(self, name) and getattr(self, needed) is None:
-                raise ConfigError(f"config: {name} {getattr(self, name)!r} needs {needed}, got None")
-        if self.traces is not None and not self.gallery:
-            raise ConfigError(f"config: traces {self.traces!r} needs a gallery, got none")
+        needs = {"gallery": "clips", "traces": "gallery", "verdicts": "traces", "senses": "roles"}
+        for name, needed in needs.items():
+            if getattr(self, name) and not getattr(self, needed):
+                raise ConfigError(f"config: {name} {getattr(self, name)!r} needs {needed}, got none")
         for row in self.gallery:
             if self.clips_of not in {**self.tables, **(self.ablation or {})}.get(row, {}):
                 raise ConfigError(f"config: gallery needs column {self.clips_of!r} in row {row!r} of a table")
@@ -431,8 +430,6 @@ class Report:
             if unknown := set(steps) - {"traces", "checked", "verifier"}:
                 raise ConfigError(f"config: funnel {title!r} must be of 'traces', 'checked' and 'verifier', got "
                                   f"{unknown.pop()!r}")
-        if self.senses is not None and self.roles is None:
-            raise ConfigError("config: senses needs roles, by which its classes are chosen, got None")
         columns = [self.gap, *self.bars] + ([] if self.clips is None else [self.clips_of])
         for row in self.roles or ():
             for column in columns:

@@ -39,16 +39,12 @@ def without(stage, failed):
     ValueError: no row is left."""
     notes = dict(stage.notes or {})
     changes = {}
-
-    def lost(path):
-        return failed.get(stage_of(path))
-
     for field in ("tables", "ablation", "senses", "funnel", "curves"):
         table = {}
         for title, cells in (getattr(stage, field) or {}).items():
             for key, path in cells.items():
-                if lost(path):
-                    notes[f"{title}, {key}"] = lost(path)
+                if why := failed.get(stage_of(path)):
+                    notes[f"{title}, {key}"] = why
                 else:
                     table.setdefault(title, {})[key] = path
         changes[field] = table
@@ -56,8 +52,8 @@ def without(stage, failed):
         raise ValueError(f"{stage.name}: no row could be made")
     for field in ("clips", "traces", "verdicts", "switch"):
         changes[field] = path = getattr(stage, field)
-        if path and lost(path):
-            notes[field] = lost(path)
+        if path and (why := failed.get(stage_of(path))):
+            notes[field] = why
             changes[field] = None
     rows = changes["ablation"] | changes["tables"]
     changes["gallery"] = tuple(row for row in stage.gallery if stage.clips_of in rows.get(row, {}))

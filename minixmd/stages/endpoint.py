@@ -36,7 +36,7 @@ from minixmd.runs.seeds import hash_seed
 TOP_LOGPROBS = 20  # of the first token; OpenAI and vLLM give no more
 MAX_RETRY_AFTER_S = 60.0  # a server that asks for a longer pause is asked again after so long
 DETAIL_CHARS = 300  # of the server's words that a failed request's record quotes
-CACHED_CLIPS = 16  # encoded clips that are kept: all requests about a clip are made in a row
+CACHED_CLIPS = 16  # that are kept as they are sent: all requests about a clip are made in a row
 REASONS = {400: "rejected", 408: "timed out", 413: "rejected", 422: "rejected", 429: "rate limited"}
 ENDPOINT_FAULTS = ("timed out", "no connection", "rate limited", "server error")
 WITHOUT_LOGPROBS = "answer='generate', and another run_dir"
@@ -128,22 +128,9 @@ class _Client:
         self.stage, self.api_key, self.options, self.is_usable = stage, api_key, options, is_usable
         self.stop = threading.Event()
         self.contained = Contained(clip_part, stage.clip_limit_s)
-        self.parts = lru_cache(CACHED_CLIPS)(self._part_or_error)
+        self.load = lru_cache(CACHED_CLIPS)(self.contained)
         # given no key, InferenceClient would send the user's token for the hub
         self.http = InferenceClient(base_url=stage.endpoint, timeout=stage.timeout_s, api_key=api_key or "EMPTY")
-
-    def _part_or_error(self, path, kind):
-        try:
-            return self.contained(path, kind)
-        except MediaError as error:
-            return error
-
-    def load(self, path, kind):
-        """clip_part, by a child process, once for all requests about a clip."""
-        part = self.parts(path, kind)
-        if isinstance(part, MediaError):
-            raise part
-        return part
 
     def answer(self, request):
         """The record of a request, after as many attempts as it takes and the stage allows."""
