@@ -47,8 +47,7 @@ def clip(tmp_path_factory):
 
 @pytest.mark.parametrize("suffix, subtype, atol", [
     ("wav", "PCM_16", 2e-4), ("wav", "FLOAT", 0.0), ("flac", "PCM_24", 1e-6), ("ogg", "VORBIS", 0.05),
-    ("mp3", None, 0.05), ("aiff", "PCM_24", 1e-6), ("au", "FLOAT", 0.0), ("w64", "PCM_16", 2e-4),
-    ("caf", "PCM_16", 2e-4), ("rf64", "PCM_16", 2e-4),
+    ("mp3", None, 0.05), ("aiff", "PCM_24", 1e-6), ("rf64", "PCM_16", 2e-4),
 ])  # fmt: skip
 def test_sound_formats_keep_length_and_place(tmp_path, suffix, subtype, atol):
     wave = sine(440, 2)
@@ -424,7 +423,7 @@ def noise(seconds, seed=0, rate=16000):
     return (0.1 * np.random.default_rng(seed).standard_normal(round(seconds * rate))).astype(np.float32)
 
 
-@pytest.mark.parametrize("suffix", ["wav", "rf64", "w64", "aiff", "au", "caf", "flac", "ogg", "mp3"])
+@pytest.mark.parametrize("suffix", ["wav", "rf64", "aiff", "flac", "ogg", "mp3"])
 @pytest.mark.parametrize("part", [0.1, 0.6, 0.95])
 def test_a_cut_file_whose_header_knows_its_length_is_refused(tmp_path, suffix, part):
     path = write_wav(tmp_path / f"a.{suffix}", noise(3), subtype=None)
@@ -433,13 +432,11 @@ def test_a_cut_file_whose_header_knows_its_length_is_refused(tmp_path, suffix, p
     assert reason(read_audio, path) in ("truncated", "unreadable")
 
 
-@pytest.mark.parametrize("suffix", ["wav", "rf64", "w64", "aiff", "au", "caf", "mp4", "mkv", "avi", "wma"])
+@pytest.mark.parametrize("suffix", ["wav", "rf64", "aiff", "mp4", "mkv", "avi"])
 def test_files_joined_behind_a_header_that_knows_only_the_first_are_refused(tmp_path, suffix):
     paths = [tmp_path / f"{i}.{suffix}" for i in range(2)]
     for seed, path in enumerate(paths):
-        if suffix == "wma":
-            encode(path, noise(2, seed), "wmav2", 16000)
-        elif suffix in ("mp4", "mkv", "avi"):
+        if suffix in ("mp4", "mkv", "avi"):
             write_mp4(path, grey_frames(20), noise(2, seed))
         else:
             write_wav(path, noise(2, seed), subtype=None)
@@ -487,21 +484,14 @@ def test_sounds_joined_where_every_frame_stands_alone_are_read_to_the_end(tmp_pa
 
 
 @pytest.mark.parametrize("factor, says", [(0.5, "wrong length"), (2.0, "truncated")])
-@pytest.mark.parametrize("suffix", ["wav", "aiff", "au", "caf"])
+@pytest.mark.parametrize("suffix", ["wav", "aiff"])
 def test_a_header_that_announces_another_length_than_there_is_is_refused(tmp_path, suffix, factor, says):
     path = write_wav(tmp_path / f"a.{suffix}", noise(2), subtype="PCM_16")
     data = bytearray(path.read_bytes())
-    if suffix == "au":
-        places = [(8, 4, "big" if data[:4] == b".snd" else "little")]
-    elif suffix == "caf":
-        places = [(data.index(b"data") + 4, 8, "big")]
-    elif suffix == "aiff":
-        places = [(data.index(b"SSND") + 4, 4, "big")]
-    else:
-        places = [(data.index(b"data") + 4, 4, "little")]
-    for place, width, order in places:
-        length = int.from_bytes(data[place:place + width], order)
-        data[place:place + width] = (round(factor * length) // 4 * 4).to_bytes(width, order)
+    name, order = (b"SSND", "big") if suffix == "aiff" else (b"data", "little")
+    place = data.index(name) + 4
+    length = int.from_bytes(data[place:place + 4], order)
+    data[place:place + 4] = (round(factor * length) // 4 * 4).to_bytes(4, order)
     path.write_bytes(data)
     assert reason(read_audio, path) == says
 
@@ -540,14 +530,6 @@ def test_what_programs_leave_behind_a_wavs_sound_is_passed_over(tmp_path, tail):
     data = write_wav(tmp_path / "a.wav", noise(2)).read_bytes()
     (tmp_path / "b.wav").write_bytes(data + tail)
     assert len(read_audio(tmp_path / "b.wav")) == 32000
-
-
-@pytest.mark.parametrize("length", [-1, -12, -24, -(2**63)])
-def test_a_chunk_of_negative_length_is_no_trap(tmp_path, length):
-    data = write_wav(tmp_path / "a.caf", noise(1)).read_bytes()
-    chunk = b"free" + length.to_bytes(8, "big", signed=True)
-    (tmp_path / "b.caf").write_bytes(data[:8] + chunk + data[8:])
-    assert reason(read_audio, tmp_path / "b.caf") in ("unreadable", "no samples", "truncated", "no audio track")
 
 
 def test_a_second_sound_in_a_wav_is_refused(tmp_path):
@@ -591,28 +573,10 @@ def test_an_avi_written_to_a_pipe_is_read_and_a_cut_one_is_not(tmp_path):
     assert reason(read_audio, tmp_path / "cut.avi") == "truncated"
 
 
-@pytest.mark.parametrize("suffix, codec", [("wv", "wavpack"), ("tta", "tta"), ("nist", None)])
-def test_formats_of_which_the_demuxer_knows_the_length(tmp_path, suffix, codec):
-    path, samples = tmp_path / f"a.{suffix}", (noise(3) * 32767).astype(np.int16)
-    if codec is None:  # as TIMIT's
-        fields = (("channel_count", "-i", 1), ("sample_rate", "-i", 16000), ("sample_n_bytes", "-i", 2),
-                  ("sample_count", "-i", 48000), ("sample_byte_format", "-s2", "01"), ("sample_coding", "-s3", "pcm"))
-        header = "NIST_1A\n   1024\n" + "".join(f"{name} {kind} {value}\n" for name, kind, value in fields)
-        path.write_bytes((header + "end_head\n").encode().ljust(1024) + samples.tobytes())
-    else:
-        with av.open(str(path), "w") as out:
-            stream = out.add_stream(codec, rate=16000, layout="mono")
-            stream.format = {"wavpack": "s16p", "tta": "s16"}[codec]
-            for start in range(0, len(samples), 4000):
-                block = samples[None, start:start + 4000]
-                frame = av.AudioFrame.from_ndarray(block, format=stream.format.name, layout="mono")
-                frame.sample_rate, frame.pts = 16000, start
-                out.mux(stream.encode(frame))
-            out.mux(stream.encode(None))
-    assert len(read_audio(path)) == 48000
-    data = path.read_bytes()
-    path.write_bytes(data[:len(data) * 6 // 10])
-    assert reason(read_audio, path) in ("truncated", "unreadable", "no samples")
+@pytest.mark.parametrize("suffix", ["w64", "au", "caf"])
+def test_formats_whose_length_is_not_read_are_refused(tmp_path, suffix):
+    path = write_wav(tmp_path / f"a.{suffix}", noise(1), subtype="PCM_16")
+    assert reason(read_audio, path) == "unreadable"
 
 
 def test_a_jpeg_is_a_film_of_one_frame(tmp_path):

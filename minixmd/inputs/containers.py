@@ -1,20 +1,17 @@
 """What a file says of its own length. A demuxer takes what is there for the whole; these headers tell a part from it.
 
-Containers with a length in their header: WAV, Wave64, AIFF, AU, CAF, AVI, MP4, Matroska, ASF. Ogg marks its last page;
-FLAC and, where an encoder left a Xing header, MP3 count samples. A placeholder (0, all bits set), as programs leave it
-that write to a pipe, is no length. ID3 tags in front are passed over. What stands behind the announced end is ignored
-where it is zeros, a tag, or less than 1 % of the file, and does not begin a file."""
+Containers with a length in their header: WAV, AIFF, AVI, MP4, Matroska. Ogg marks its last page; FLAC and, where an
+encoder left a Xing header, MP3 count samples. A placeholder (0, all bits set), as programs leave it that write to a
+pipe, is no length. ID3 tags in front are passed over. What stands behind the announced end is ignored where it is
+zeros, a tag, or less than 1 % of the file, and does not begin a file."""
 import re
 import struct
 import zlib
 from dataclasses import dataclass
 
 MP4_BOXES = (b"ftyp", b"styp", b"sidx", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"uuid")
-BEGINNINGS = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b"caff", b".snd")  # of another file joined to this one
+BEGINNINGS = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM")  # of another file joined to this one
 TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")  # that stand behind sound
-W64_RIFF = bytes.fromhex("726966662e91cf11a5d628db04c10000")
-ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
-ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 UNKNOWN_BYTES = 0x7FFFF000  # a 32-bit length from here on is a placeholder
@@ -35,17 +32,9 @@ def announced(file, size):
         return _chunks(file, start + 12, size, ">4sI" if head[:4] == b"RIFX" else "<4sI", b"data")
     if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
         return _chunks(file, start + 12, size, ">4sI", b"SSND")
-    if head[:4] == b"caff":
-        return _chunks(file, start + 8, size, ">4sq", b"data")
-    if head[:4] == b".snd":
-        offset, length = struct.unpack(">II", head[4:12])
-        return _ends_at(file, start + offset + length, size) if 0 < length < UNKNOWN_BYTES else Announced()
-    if head[:16] == W64_RIFF:
-        length = struct.unpack("<Q", head[16:24])[0]
-        return _ends_at(file, start + length, size) if 0 < length < 1 << 62 else Announced()
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         return _avi(file, start, size)
-    for sign, at, read in ((b"ftyp", 4, _mp4), (EBML, 0, _matroska), (ASF_HEADER, 0, _asf), (b"OggS", 0, _ogg)):
+    for sign, at, read in ((b"ftyp", 4, _mp4), (EBML, 0, _matroska), (b"OggS", 0, _ogg)):
         if head.startswith(sign, at):
             return read(file, start, size)
     if head[:4] == b"fLaC":
@@ -78,27 +67,25 @@ def _ends_at(file, end, size):
 
 def _chunks(file, at, size, head_format, content):
     """Announced of a chain of chunks (name, length, that many bytes), of which `content` holds the sound."""
-    end, long_length, width = 0, None, struct.calcsize(head_format)  # 8; of CAF, which fills up no odd chunk, 12
-    while at + width <= size:
+    end, long_length = 0, None
+    while at + 8 <= size:
         head = _read(file, at, 64)
         name, length = struct.unpack_from(head_format, head)
-        if length < 0:  # of CAF: unknown, or a trap
-            return Announced()
         if name == b"ds64":  # RF64's lengths of 64 bits: of the file, then of the sound
             long_length = struct.unpack("<Q", head[16:24])[0]
         if name == content and end:
             return Announced(end, joined="a second sound follows")
         if name == content:
-            if width == 8 and length >= UNKNOWN_BYTES:
+            if length >= UNKNOWN_BYTES:
                 length = long_length
             if not length:
                 return Announced()
-            end = at + width + length
+            end = at + 8 + length
         elif end:
-            legible = re.fullmatch(rb"[ -~]{4}", name) and at + width + length <= size + 1
+            legible = re.fullmatch(rb"[ -~]{4}", name) and at + 8 + length <= size + 1
             if name in BEGINNINGS or not legible:
                 return _ends_at(file, at, size)
-        at += width + length + (length % 2 if width == 8 else 0)
+        at += 8 + length + length % 2
     return Announced(end)
 
 
@@ -142,15 +129,6 @@ def _matroska(file, start, size):
             return Announced()
         at += 4 + width + length
     return Announced(at, joined="another film follows" if at < size and _read(file, at, 4)[:4] == EBML else "")
-
-
-def _asf(file, start, size):
-    header = _read(file, start, 4096)
-    at = header.find(ASF_FILE_PROPERTIES)
-    if at < 0 or len(header) < at + 96 or header[at + 88] & 1:  # the flag: a broadcast
-        return Announced()
-    length = struct.unpack("<Q", header[at + 40:at + 48])[0]
-    return _ends_at(file, start + length, size) if length else Announced()
 
 
 def _ogg(file, at, size):

@@ -22,17 +22,16 @@ from minixmd.inputs.containers import TAGS, announced
 from minixmd.inputs.image import sample_frames
 
 FORMATS = (  # FFmpeg's names of the demuxers that may open a file
-    "wav,w64,aiff,au,caf,flac,mp3,aac,ac3,eac3,amr,ogg,wv,tta,nistsphere,mov,matroska,avi,asf,flv,mpegts,mpeg,ivf,nut,"
-    "gif,h264,hevc,m4v,mpegvideo,png_pipe,apng,jpeg_pipe,webp_pipe,bmp_pipe")
+    "wav,aiff,flac,mp3,aac,ac3,eac3,amr,ogg,mov,matroska,avi,flv,mpegts,mpeg,ivf,nut,gif,h264,hevc,m4v,mpegvideo,"
+    "png_pipe,apng,jpeg_pipe,webp_pipe,bmp_pipe")
 MAX_PIXELS = 1 << 25  # of a frame: 8K is 33 million
 MAX_FRAMES = 1 << 18  # of a video: 2.4 hours at 30 a second
 KEPT_BYTES = 256 << 20  # decoded frames kept while their number is unknown; a longer video is decoded twice
 TIMED = ("h264", "hevc", "vp9", "av1")  # codecs of one frame a packet, in these containers
 ONE_FRAME_A_PACKET = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
-EXACT_DURATION = ("wv", "tta", "nistsphere")  # formats of which FFmpeg knows the header's length
 SELF_FRAMED = ("mp3", "aac", "ac3", "eac3")  # sound without a container: what is no frame behind the last one is a tag
 MAX_JUNK_BYTES = 1 << 16  # of tags; more is lost sound
-SIZED_PACKETS = (*ONE_FRAME_A_PACKET, "avi", "asf", "flv")  # containers that say how long each packet is
+SIZED_PACKETS = (*ONE_FRAME_A_PACKET, "avi", "flv")  # containers that say how long each packet is
 RATES = range(1_000, 768_001)  # Hz; outside, a header is broken and would ask for gigabytes
 LOUDEST = 1e9  # full scale is 1; far beyond, the power of the spectrum overflows float32
 BEYOND_S = 0.5  # read beyond the seconds that are wanted, for the resampler's filter
@@ -102,8 +101,6 @@ def _read_track(container, path, max_s, announced_samples):
         if fifo.samples >= most:
             break
     else:
-        if container.format.name in EXACT_DURATION and stream.duration:
-            announced_samples = int(0.99 * stream.duration * stream.time_base * rate)
         if fifo.samples < announced_samples:
             raise MediaError(path, "truncated", f"decoding stops after {fifo.samples} of {announced_samples} samples")
     mono = _mono(fifo.read(partial=True), path) if fifo.samples else np.zeros(0, np.float32)
