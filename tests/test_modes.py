@@ -98,7 +98,7 @@ def test_the_samples_are_generates_and_their_vote_is_the_answer(world, manifest,
         assert record["right"] == (index == example.answer)
         assert (record["by_letters"], record["logits"]) == (plain["answer"], plain["logits"])
     assert found["correct"] == sum(record["right"] for record in records) and found["count"] == 12
-    assert (found["num_samples"], found["temperature"], found["seed"]) == (4, 1.5, 3) and "rule" not in found
+    assert (found["num_samples"], found["temperature"], found["seed"]) == (4, 1.5, 3) and found["rule"] == "option"
     assert len({record["option"] for record in records}) > 1
     assert any(record["text"] != record["texts"][0] for record in records)
     assert any(len(set(record["texts"])) > 1 for record in records)
@@ -112,7 +112,8 @@ def test_one_sampled_answer_is_the_first_of_many(world, manifest, tmp_path):
     assert not any({"votes", "texts"} & record.keys() for record in one) and found["num_samples"] == 1
     greedy, records = run(tmp_path / "greedy", world, path, **SAMPLED | dict(num_samples=1, temperature=0.0, seed=5))
     assert [record["text"] for record in records] != [record["text"] for record in one]
-    assert not {"num_samples", "temperature", "seed", "rule", "benchmark", "traces", "without_trace"} & greedy.keys()
+    assert (greedy["num_samples"], greedy["temperature"], greedy["seed"], greedy["rule"]) == (1, 0.0, 5, "option")
+    assert not {"benchmark", "traces", "without_trace"} & greedy.keys()
 
 
 def test_the_seed_and_the_id_choose_the_samples_and_the_batch_does_not(world, manifest, tmp_path, monkeypatch):
@@ -360,7 +361,7 @@ def test_music_avqa_has_the_papers_types_over_what_is_heard_and_over_all(world, 
     assert 0 < table["audio"]["all"]["count"] < 11
     assert table["pair"]["Audio Counting"]["count"] == sum(kind == ["Audio", "Counting"] for kind, _ in asked)
     out = capsys.readouterr().out
-    assert "asked: music_avqa\n  audio, audio-visual   " in out and "\n  all modalities        all " in out
+    assert "asked: music_avqa\n  audio       " in out and "\n  every       all " in out
 
 
 def test_the_letters_logits_are_broken_down_too(world, manifest, tmp_path):

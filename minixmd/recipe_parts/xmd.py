@@ -30,7 +30,7 @@ ABLATED = {  # stage -> the fields by which it differs from "distilled", the def
 
 def short_name(model):
     """How a table calls a checkpoint: its last part, without a revision."""
-    path, _, _ = model.partition("@")
+    path, _, _ = model.removeprefix("@").partition("@")
     return path.rpartition("/")[2]
 
 
@@ -120,10 +120,9 @@ class XMD:
             names[medium] = short_name(model)
         return names | {"distilled": f"{names[student]} distilled from {names[OTHER[student]]}"}
 
-    def report(self, student, name="distilled", switch="@switch", *, titles=None, rows=None, ablation=False,
-               senses=None):
-        """titles: in place of self.titles. rows: {title: cells} of more. ablation: adds its table. senses: Report's."""
-        titles = titles or self.titles(student)
+    def report(self, student, name="distilled", switch="@switch", *, rows=None, ablation=False, senses=None):
+        """rows: {title: cells} of more. ablation: adds its table. senses: Report's."""
+        titles = self.titles(student)
         stages = {OTHER[student]: OTHER[student], student: student, "distilled": name}
         roles = {titles[key]: self.cells(stage) for key, stage in stages.items()}
         alone = {}

@@ -18,8 +18,7 @@ xmd = XMD(
     train_fields=dict(trainable="full", lr=3e-4, epochs=6, batch_size=32),
     switch_fields=dict(width=1 / 16, clip_s=1.0, epochs=6, lr=3e-3, augment="spec"),
 )  # fmt: skip
-titles = {"audio": "audio model before", "video": "video model before", "distilled": "audio model after"}
 other = dict(name="video_distilled", switch="@video_switch")
 stages = [Toy(name="toy")] + xmd.before() + xmd.switch("audio") + xmd.switch("video", "video_switch")
 stages += xmd.ablation("audio") + xmd.distilled("video", **other)
-stages += xmd.report("audio", titles=titles, rows={"video model after": xmd.cells("video_distilled")}, ablation=True)
+stages += xmd.report("audio", rows={"teacher distilled from student": xmd.cells("video_distilled")}, ablation=True)

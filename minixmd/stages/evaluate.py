@@ -10,11 +10,8 @@ from minixmd.stages.multiple_choice import answer_examples
 from minixmd.tasks.benchmarks import NAMES, VERSIONED, WAYS, benchmark_of, mmau_table, music_table, same
 from minixmd.tasks.statistics import clustered_interval, digest, summary, tabulate
 
-PRINTED_TABLES = {  # tables of a benchmark that are printed, and as what
-    "mmau": {"task": "task", "difficulty": "difficulty"},
-    "mmar": {"modality": "modality", "category": "category"},
-    "music_avqa": {"audio": "audio, audio-visual", "every": "all modalities"},
-}
+PRINTED_TABLES = ("task", "difficulty", "modality", "category", "audio", "every")  # of a benchmark, where it has them
+WRITING_FIELDS = ("answer", "max_new_tokens", "rule", "stop", "num_samples", "temperature", "seed")  # in results.json
 LOGGED = ("count", "correct", "accuracy", "interval", "bad", "without_trace", "how", "unfinished", "disagreement")
 
 
@@ -34,7 +31,7 @@ def run(stage, folder, log):
             if record["id"] in without_trace:
                 record["without_trace"] = without_trace[record["id"]]
     if stage.answer == "generate":
-        asked |= writing_fields(stage)
+        asked |= {name: getattr(stage, name) for name in WRITING_FIELDS}
     collect(stage, folder, log, examples, records, asked, benchmark)
 
 
@@ -63,18 +60,6 @@ def collect(stage, folder, log, examples, records, asked, benchmark):
     write_json(folder / "results.json", results)
     log({name: results[name] for name in LOGGED if name in results})
     print_results(stage, results)
-
-
-def writing_fields(stage):
-    """How answers were written, for results.json; fields at their default are left out."""
-    names = ["answer", "max_new_tokens"]
-    if stage.rule != "option":
-        names.append("rule")
-    if stage.stop:
-        names.append("stop")
-    if stage.temperature > 0:
-        names += ["num_samples", "temperature", "seed"]
-    return {name: getattr(stage, name) for name in names}
 
 
 def how_read(examples, records, rule="option"):
@@ -167,10 +152,10 @@ def print_results(stage, results):
     tqdm.write(line + (f", bad: {results['bad']}" if results["bad"] else ""))
     if benchmark:
         tqdm.write(f"{stage.name}: {title}")
-        for table, heading in PRINTED_TABLES[benchmark["name"]].items():
-            for name, row in benchmark[table].items():
+        for table in PRINTED_TABLES:
+            for name, row in benchmark.get(table, {}).items():
                 if row["count"]:
-                    tqdm.write(f"  {heading:22}{name:24}{percent(row):>7} of {row['count']:<5} ({interval(row)})")
+                    tqdm.write(f"  {table:12}{name:24}{percent(row):>7} of {row['count']:<5} ({interval(row)})")
 
 
 def percent(part):
