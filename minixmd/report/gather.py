@@ -7,7 +7,7 @@ from minixmd.inputs.examples import read_manifest
 from minixmd.report import sections
 from minixmd.report.clips import ROLE_KINDS, Media, answered_clips, gallery_kinds, read_judged_traces, show
 from minixmd.report.render import ROLES, markdown, page
-from minixmd.report.sections import BENCHMARKS, BESIDE, PAPERS, cells_of
+from minixmd.report.sections import PAPERS, cells_of, published_rows
 from minixmd.runs.files import read_json, write_json, write_text
 from minixmd.runs.records import answers_beside, read_jsonl
 from minixmd.runs.value_checks import check_fields
@@ -16,6 +16,12 @@ from minixmd.tasks.statistics import SUMMARY, compare, pairs
 
 RESULTS = SUMMARY | {"groups": dict[str, SUMMARY], "classes": dict[str, SUMMARY], "letters?": SUMMARY,
                      "disagreement?": float, "benchmark?": dict | None}
+LEARNT = {  # field that names other stages' answers -> what is learnt from them
+    "teacher": "the classes that the switch learns",
+    "student": "the classes that the switch learns",
+    "teacher_labels": "labels",
+    "student_labels": "labels",
+}
 ANSWERED = {"letters": "the letters' logits", "generate": "what it wrote"}  # Evaluate's and Label's `answer`
 
 
@@ -76,21 +82,20 @@ def without(stage, failed):
 
 def gather(stage, folder):
     """(report.json, {path: data URI} of the media in the page). ValueError: a wrong file, or two on other questions."""
-    results = read_results(stage)
-    beside = BESIDE[stage.published]
+    paper = PAPERS.get(stage.published, {})
+    beside, benchmarks = published_rows(paper, "beside"), published_rows(paper, "benchmarks")
+    results = read_results(stage, benchmarks)
     tables = accuracies(results["tables"], beside.get("tables", {}))
     if not any("paper" in cell for _, _, cell in cells_of(tables)):
         beside = {}  # other models or data than the paper's, so its ablation is of other ones, too
     report = {
         "tables": tables,
         "ablation": accuracies(results["ablation"], beside.get("ablation", {})),
-        "benchmarks": {which: sections.breakdowns(rows, BENCHMARKS[stage.published])
-                       for which, rows in results.items()},
+        "benchmarks": {which: sections.breakdowns(rows, benchmarks) for which, rows in results.items()},
         **dict.fromkeys(("roles", "classes", "senses", "switch", "funnel", "curves", "clips", "gallery")),
         "notes": dict(stage.notes or {}),
-        "paper": PAPERS.get(stage.published),
+        "paper": paper or None,
     }
-    paper = report["paper"] or {}
     media = Media(folder, stage.embed_mib)
     if stage.roles:
         report["roles"] = dict(zip(ROLES, stage.roles, strict=True))
@@ -130,14 +135,14 @@ def answer_sources(path):
     """{stage: whose answers, and how they were given} of the stages from whose answers the one that wrote the file
     `path` learnt: a Switch its classes, a training stage its labels. Empty for a file that no stage wrote."""
     folder = Path(path).parent
-    notes = {}
     config = read_config(folder)
-    for field in ("teacher", "student", "teacher_labels", "student_labels"):
+    notes = {}
+    for field, what in LEARNT.items():
         name = stage_of(config.get(field) or "")
         source = read_config(folder.parent / name) if name else {}
         if "answer" in source:
-            what = "labels" if field.endswith("labels") else "the classes that the switch learns"
-            notes[name] = f"{what} are by {source['model'] or source['served']}, from {ANSWERED[source['answer']]}"
+            model = source["model"] or source["served"]
+            notes[name] = f"{what} are by {model}, from {ANSWERED[source['answer']]}"
     return notes
 
 
@@ -147,7 +152,7 @@ def read_config(folder):
     return read_json(path) if path.exists() else {}
 
 
-def read_results(stage):
+def read_results(stage, benchmarks):
     """{"tables" | "ablation": {row: {column: results.json}}}. ValueError: a column's rows had other questions."""
     results, first = {}, {}  # first: column -> the row that has it first, its answers, and what they are on
     for which, table in (("tables", stage.tables), ("ablation", stage.ablation or {})):
@@ -156,7 +161,7 @@ def read_results(stage):
             results[which][row][column] = result = read_json(path)
             check_fields(result, RESULTS, f"{path}: not the results of an Evaluate stage: it")
             benchmark = result.get("benchmark") or {}
-            if column in BENCHMARKS[stage.published] and benchmark.get("name") != column:
+            if column in benchmarks and benchmark.get("name") != column:
                 needed = ", ".join(FIELDS[column])
                 raise ValueError(f"{stage.name}: {row!r} on {column!r}: its results.json has no 'benchmark' of "
                                  f"{NAMES[column]}: every clip's meta must have {needed}")

@@ -14,12 +14,7 @@ from minixmd.tasks.yes_no import tally
 # Figures that the papers published, in %. One stands beside an accuracy of this run only where row and column have the
 # paper's titles, as recipe_parts/ gives them; all stand on their own at the end of the report.
 PAPERS = read_json(Path(__file__).with_name("published.json"))  # Report.published -> "source", "tables", … of a paper
-BESIDE = {None: {}}  # Report.published -> "tables" | "ablation" -> the paper's rows for that table of the report
-BENCHMARKS = {None: {}}  # Report.published -> column -> the paper's rows for the breakdown of that benchmark
-for name, paper in PAPERS.items():
-    for key, rows_for in (("beside", BESIDE), ("benchmarks", BENCHMARKS)):
-        rows_for[name] = {place: paper["tables"][title] for place, title in paper.pop(key).items()}
-MMAU_VERSION = PAPERS["sightsound"].pop("mmau_version")
+MMAU_VERSION = PAPERS["sightsound"]["mmau_version"]
 PARTS = {  # of a benchmark that is broken down by fields: the two that are shown, and the order of their values
     "mmau": {"task": ("sound", "speech", "music"), "difficulty": ("easy", "medium", "hard")},
     "mmar": {"modality": ("sound", "music", "speech", "mix-sound-music", "mix-sound-speech", "mix-music-speech"),
@@ -40,6 +35,14 @@ PANELS = {  # key of a log.jsonl -> title of the panel that draws it
     "train_accuracy": "training accuracy, %",
 }
 LOG_LINE = {f"{name}?": float for name in (*PANELS, "step", "epoch")}
+
+
+def published_rows(paper, key):
+    """{part of the report, or benchmark's column: the paper's rows for it}. key: "beside" | "benchmarks"."""
+    found = {}
+    for place, title in paper.get(key, {}).items():
+        found[place] = paper["tables"][title]
+    return found
 
 
 def cells_of(table):
@@ -150,27 +153,37 @@ def senses(paths, by_role, gap, figures, published):
                 else:
                     left_out.append(name)
         for bar in bars:
-            accuracies = [cells[bar]["accuracy"] for classes in shown.values() for cells in classes.values()]
+            accuracies = []
+            for classes in shown.values():
+                accuracies += [cells[bar]["accuracy"] for cells in classes.values()]
             averages[bar] = {"accuracy": sum(accuracies) / len(accuracies) if accuracies else None}
             if column in figures.get(bar, {}):
                 averages[bar]["paper"] = figures[bar][column]
-        agree = agreements(shown, people, student) if {"ears", "eyes"} <= people.keys() else {}
-        section[column] = {"chosen_on": gap, "groups": shown, "averages": averages,
-                           "words": words("senses", averages, agree, published or {}, left_out)}
+        agree = {}
+        if {"ears", "eyes"} <= people.keys():
+            agree = agreements(shown, people["ears"], people["eyes"], student)
+        section[column] = {
+            "chosen_on": gap,
+            "groups": shown,
+            "averages": averages,
+            "words": words("senses", averages, agree, published or {}, left_out),
+        }
     return section
 
 
-def agreements(shown, people, student):
+def agreements(shown, ears, eyes, student):
     """In how many classes, and of how many, people's ears and eyes differ as the models do; keys as in published.json.
-    people: {"ears" | "eyes": {class: summary}}."""
+    ears, eyes, student: {class: summary}."""
     ahead, behind, _ = shown.values()  # for the teacher
+    return {
+        "ahead": count_better(eyes, ears, ahead),
+        "behind": count_better(ears, eyes, behind),
+        "short": count_better(ears, student, ahead),
+    }
 
-    def count_better(better, worse, names):
-        return [sum(better[name]["accuracy"] > worse[name]["accuracy"] for name in names), len(names)]
 
-    return {"ahead": count_better(people["eyes"], people["ears"], ahead),
-            "behind": count_better(people["ears"], people["eyes"], behind),
-            "short": count_better(people["ears"], student, ahead)}
+def count_better(better, worse, names):
+    return [sum(better[name]["accuracy"] > worse[name]["accuracy"] for name in names), len(names)]
 
 
 def switch(path, published):
