@@ -18,7 +18,6 @@ from minixmd.verify.subject import Outcome, Subject, choose_clips
 CHECKS = {  # functions of a Subject that return an Outcome
     "every tensor, and no other": files.tensors,
     "dtype": files.dtypes,
-    "parameters": files.parameter_count,
     "placeholders = features": invariances.placeholders,
     "clips encoded together = alone, plainly": invariances.encoders,
     "packed = one at a time": invariances.packed,

@@ -4,15 +4,6 @@ import torch
 from minixmd.models.shards import open_safetensors, read_headers, skipped_parts, tensor_faults
 from minixmd.verify.subject import Outcome
 
-PARAMETERS = {  # family, decoder layers, width, vocabulary -> published parameters; a tied head counts once
-    ("qwen2_audio", 32, 4096, 156032): ("Qwen2-Audio-7B", 8_397_094_912),
-    ("qwen2_vl", 28, 3584, 152064): ("Qwen2-VL-7B", 8_291_375_616),
-    ("qwen2_vl", 28, 1536, 151936): ("Qwen2-VL-2B", 2_208_985_600),
-    ("qwen2_5_vl", 28, 3584, 152064): ("Qwen2.5-VL-7B", 8_292_166_656),
-    ("qwen2_5_vl", 64, 5120, 152064): ("Qwen2.5-VL-32B", 33_452_718_336),
-    ("qwen2_5_omni", 28, 3584, 152064): ("Qwen2.5-Omni-7B thinker", 8_931_813_888),
-}
-
 
 def tensors(subject):
     """Every tensor of the files is accounted for, and the first row of each is the one in memory."""
@@ -42,14 +33,3 @@ def dtypes(subject):
     finite = f"not finite: {bad[0]}" if bad else "all finite"
     passed = names == [subject.dtype] and not bad
     return Outcome(f"{', '.join(names)}; {finite}", f"{subject.dtype}, finite", passed)
-
-
-def parameter_count(subject):
-    text = subject.model.config.text
-    family = subject.family.model_type.removesuffix("_thinker")
-    count = sum(p.numel() for p in subject.base_parameters().values())
-    key = (family, text.num_hidden_layers, text.hidden_size, text.vocab_size)
-    if key not in PARAMETERS:
-        return Outcome(f"{count:,}", "no published size", True)
-    name, published = PARAMETERS[key]
-    return Outcome(f"{count:,}", f"{published:,} ({name})", count == published)
