@@ -140,7 +140,9 @@ def save_adapter(model, base, folder):
     """Write the model's adapter in PEFT's format, with transformers 5 module paths (of Omni: the thinker class's).
     base: what it stands on, recorded for `load` and PEFT: a path or "owner/name@revision", of a model or an adapter."""
     layers = adapted(model)
-    pairs = {name: {"lora_A": layer.lora_A, "lora_B": layer.lora_B} for name, layer in layers.items()}
+    pairs = {}
+    for name, layer in layers.items():
+        pairs[name] = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
     first = next(iter(layers.values()))
     rank = len(first.lora_A)
     hub_name = None if Path(base).is_dir() else parse_hub_name(base)
@@ -161,7 +163,8 @@ def digest_of(folder):
     files = ["adapter_config.json", "adapter_model.safetensors"]
     if not Path(folder, files[0]).is_file():
         files = ["config.json", *tensor_files(folder, config_of(folder).family)]
-    return hashlib.sha256("".join(fingerprint(Path(folder) / file) for file in files).encode()).hexdigest()
+    fingerprints = "".join(fingerprint(Path(folder) / file) for file in files)
+    return hashlib.sha256(fingerprints.encode()).hexdigest()
 
 
 def write_adapter(folder, config, pairs, path_of):
@@ -247,4 +250,5 @@ def load_adapter(model, folder):
         layer = model.get_submodule(name)
         for half, tensor in pair.items():
             setattr(layer, half, nn.Parameter(tensor.to(layer.weight.device), requires_grad=False))
-        layer.scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+        rank = config["r"]
+        layer.scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)

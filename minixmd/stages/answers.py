@@ -38,13 +38,14 @@ def read(stage, examples):
     if Path(stage.file).is_dir() != (stage.condition is not None):
         raise ValueError(f"{stage.name}: file {stage.file!r} with condition {stage.condition!r}: a folder of "
                          "participants' files needs one, another system's file none")
-    return read_trials(stage, examples) if stage.condition else (read_answers(stage, examples), None)
-
-
-def read_answers(stage, examples):
-    """A record an example, of another system's file. Raises ValueError for a line about none of them, or two about one,
-    without an answer, or with one that is no option."""
     by_id = {example.id: example for example in examples}
+    found, sessions = read_trials(stage, by_id) if stage.condition else (read_answers(stage, by_id), None)
+    return [found.get(example.id, {"id": example.id, **NOT_ANSWERED}) for example in examples], sessions
+
+
+def read_answers(stage, by_id):
+    """{id of an Example: its record} of another system's file. Raises ValueError for a line about none of them, or two
+    about one, without an answer, or with one that is no option."""
     found = {}
     for number, line in numbered_records(stage.file):
         where = f"{stage.file}:{number}:"
@@ -62,7 +63,7 @@ def read_answers(stage, examples):
         else:
             check_fields(line, {"text": str, "finished?": bool}, where)
             read_texts(record, example, [(line["text"], line.get("finished", True))], stage.rule, stage.letters)
-    return [found.get(example.id, {"id": example.id, **NOT_ANSWERED}) for example in examples]
+    return found
 
 
 def option_index(answer, example, where):
@@ -74,12 +75,12 @@ def option_index(answer, example, where):
     return example.options.index(answer)
 
 
-def read_trials(stage, examples):
-    """(a record an example, how many participants {"finished", "stopped"}) of a folder of participants' files. Raises
-    ValueError for a file that was changed, of another test, or twice the same, and for a question answered twice."""
-    by_id = {example.id: example for example in examples}
+def read_trials(stage, by_id):
+    """({id of an Example: its record}, how many participants {"finished", "stopped"}) of a folder of participants'
+    files. Raises ValueError for a file that was changed, is of another test or a participant's second one, and for a
+    question that two answered."""
     sessions = Counter(finished=0, stopped=0)
-    found = {}  # id of an example -> its record
+    found = {}
     files = {}  # number of a participant -> the file
     test = None  # which all files are of
     for path in sorted(Path(stage.file).iterdir()):
@@ -111,7 +112,7 @@ def read_trials(stage, examples):
                                  "participant": number, "ms": trial["ms"], "replays": trial["replays"]}
     if not found:
         raise ValueError(f"{stage.name}: {stage.file} holds no participant's answer by {stage.condition!r}")
-    return [found.get(example.id, {"id": example.id, **NOT_ANSWERED}) for example in examples], dict(sessions)
+    return found, dict(sessions)
 
 
 def checksum(session):
