@@ -157,12 +157,12 @@ def handful(path, run_dir):
 
 
 def few(examples, classes, clips):
-    """So many clips of each of so many classes; without labels as many in all."""
+    """So many clips of each of the first classes, the same ones in every manifest; without labels as many in all."""
+    labels = sorted({example.label or "" for example in examples})[:classes]
     counts, chosen = Counter(), []
     for example in examples:
-        label = example.label
-        most = clips if label is not None else classes * clips
-        if counts[label] < most and (label in counts or len(counts) < classes):
+        label = example.label or ""
+        if label in labels and counts[label] < (clips if label else classes * clips):
             counts[label] += 1
             chosen.append(example)
     return chosen
