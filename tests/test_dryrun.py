@@ -487,6 +487,36 @@ def test_a_written_answer_costs_its_prompt_and_its_steps(models, tmp_path):
     assert costs.stage_hours(longer, [replace(generate, flops=0)], 1000, 0)[0] < 5.01 * seconds / 3600
 
 
+def test_a_clips_traces_are_checked_behind_one_prompt(models, tmp_path):
+    """The clip and the question count once, for as many traces as fit a batch."""
+    common = dict(manifest="none.jsonl", device="cpu", dtype="bfloat16")
+    found = {}
+    for name, samples, more in (("alone", 1, {}), ("eight", 8, {}), ("cut", 8, dict(batch_tokens=1200)),
+                                ("few", 8, dict(trace_filter="calibration", limit=9))):
+        traces = Traces(name="traces", model=str(models / "eyes"), num_samples=samples, max_new_tokens=45, **common)
+        stage = FactCheck(name="judge", traces="@traces", model=str(models / "ears"), **common | more)
+        plan = plan_of(stage, tmp_path, traces)
+        (forward,) = estimate(stage, plan.model, plan.prompt)
+        found[name] = plan.prompt, forward
+    alone, one = found["alone"]
+    group, eight = found["eight"]
+    assert isinstance(alone, Prompt) and found["few"][1] == one
+    rest = len(alone) - len(group.prompt)
+    assert [len(rest_T) for rest_T in group.completions] == [rest] * 8 and len(group) == len(alone) + 7 * rest
+    clips = 8192 // len(group)
+    assert (eight.sequences, eight.tokens) == (8 * clips, clips * len(group))
+    model = plan.model.on_meta(torch.bfloat16)
+    with trace_memory(400, "cpu") as tracer:
+        model.encode_media(alone)
+    products = decoder_flops(len(group), 1)[0] + 8 * 2 * 96 * 400
+    attention = decoder_flops(len(group.prompt), 1)[1] + 8 * 4 * 2 * 4 * 24 * rest * len(alone)
+    assert eight.flops == clips * (tracer.flops + products + attention)
+    part, cut = found["cut"]
+    assert len(part) <= 1200 < len(part) + rest and cut.sequences == len(part.completions) < 8
+    hours = [costs.stage_hours(stage, [phase], 800, 0)[0] for phase in (one, eight)]
+    assert hours[0] > 1.5 * hours[1]
+
+
 def test_clips_are_encoded_once_each(models, tmp_path):
     stage = case(models, GRPO, device="cuda", dtype="bfloat16", batch_size=4, group_size=2, decode_slots=4)
     frozen, trained = (phases_of(replace(stage, trainable=t), tmp_path) for t in ("decoder", "full"))

@@ -1,15 +1,23 @@
 """Stage FactCheck: which traces are judged, what a verdict is, the thresholds, and the small trained verifier."""
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from mini import CLASSES, write_clips, write_model
+from mini import CLASSES, OMNI, write_clips, write_model, write_tokenizer
+from tiny import published_config, randomise
+from torch.utils.flop_counter import FlopCounterMode
 
 import minixmd
-from minixmd.config import FactCheck
-from minixmd.inputs.batch import pack
+from minixmd.config import CHECK_PROMPT, FactCheck
+from minixmd.inputs.batch import Group, Media, Prompt, pack
 from minixmd.inputs.clips import load_clip
 from minixmd.inputs.examples import read_manifest
+from minixmd.inputs.positions import positions_of
+from minixmd.models.families import FAMILIES, read_config
+from minixmd.models.multimodal import MultimodalLM
+from minixmd.models.weights import save_model
 from minixmd.models.whisper import Whisper
 from minixmd.runs.records import read_jsonl
 from minixmd.stages import factcheck
@@ -137,6 +145,117 @@ def test_a_clip_is_read_once_and_the_tower_hears_it_once(world, tmp_path, monkey
     monkeypatch.setattr(factcheck, "prefetch", lambda build, runs, lose, reading: [build(run, counted) for run in runs])
     run(stage_of(world, trace_filter="all"), tmp_path / "run")
     assert sum(heard) == 48 and len(read) == 48 == len(set(read))
+
+
+# ---- a clip's traces behind one prompt ----
+
+
+@pytest.fixture(scope="module", params=["qwen2_audio", "qwen2_5_omni"])
+def hearing(request, world, tmp_path_factory):
+    """A folder with the clips, a tiny model of a family, and one to five different traces of each of nine clips."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "clips").symlink_to(world / "clips")
+    if request.param == "qwen2_audio":
+        write_model(folder / "ears", "audio")
+    else:
+        tokenizer, raw = write_tokenizer(folder / "ears", OMNI), published_config("omni", vocab=340)
+        part = raw["thinker_config"]
+        for field, token in FAMILIES[request.param].token_fields.items():
+            if field in part:
+                part[field] = tokenizer.token_to_id(token)
+        save_model(randomise(MultimodalLM(read_config(raw))), folder / "ears", folder / "ears")
+    lines = []
+    for i in range(9):
+        for sample in range(1 + i % 5):
+            text = " ".join(CLASSES[(i + sample * k) % 3] for k in range(1 + (3 * i + 5 * sample) % 11))
+            lines.append({"id": f"clip{i}", "sample": sample, "text": f"<think>I hear {text}.</think>"})
+    lines[4]["text"] = lines[3]["text"]  # the same words
+    lines[8]["text"] = lines[7]["text"].replace(".</", ". And more</")  # one goes on where the other ends
+    (folder / "traces.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def one_by_one(pairs, batch_tokens):
+    """In share_prefix's place: every trace's whole prompt."""
+    return [([trace], replace(prompt, media=pairs[0][1].media)) for trace, prompt in pairs]
+
+
+@pytest.mark.parametrize("batch_tokens", [8192, 640, 1])
+def test_scores_are_those_of_whole_prompts_however_a_clips_traces_are_cut(hearing, tmp_path, monkeypatch, batch_tokens):
+    batches, real = [], factcheck.next_token_logits
+
+    def spy(model, items):
+        logits_BV = real(model, items)
+        batches.append((items, logits_BV))
+        return logits_BV
+
+    monkeypatch.setattr(factcheck, "next_token_logits", spy)
+    stage = stage_of(hearing, trace_filter="all", threshold=-1e6, prompt=CHECK_PROMPT, batch_tokens=batch_tokens)
+    found = run(stage, tmp_path / "shared")
+    groups = [item for items, _ in batches for item in items if isinstance(item, Group)]
+    for items, logits_BV in batches:
+        assert len(logits_BV) == 1 or sum(map(len, items)) <= batch_tokens
+    sizes = {8192: {2, 3, 4, 5}, 640: {1, 2, 3}, 1: {1}}[batch_tokens]
+    assert {len(group.completions) for group in groups} == sizes
+    found_BV = torch.cat([logits_BV for _, logits_BV in batches])
+    batches.clear()
+    monkeypatch.setattr(factcheck, "share_prefix", one_by_one)
+    whole = run(stage, tmp_path / "whole")
+    assert len(found["verdicts"]) == 25 and keys(found["verdicts"]) == keys(whole["verdicts"])
+    wanted_BV = torch.cat([logits_BV for _, logits_BV in batches])
+    torch.testing.assert_close(found_BV, wanted_BV, rtol=0, atol=1e-5 * wanted_BV.abs().max().item())
+    for ours, theirs in zip(found["verdicts"], whole["verdicts"], strict=True):
+        assert ours.keys() == theirs.keys() and ours["score"] == pytest.approx(theirs["score"], abs=2e-5)  # rounded
+
+
+def test_ids_and_positions_of_a_group_are_those_of_the_whole_prompts(hearing):
+    processor = minixmd.load(hearing / "ears")[1]
+    example = read_manifest(hearing / "clips" / "manifest.jsonl")[0]
+    pairs = []
+    for i, line in enumerate(read_jsonl(hearing / "traces.jsonl")):
+        pairs.append((i, processor(factcheck.conversation(CHECK_PROMPT, example, line["text"]))))
+    longest = max(len(prompt) for _, prompt in pairs)
+    found = []
+    for numbers, group in factcheck.share_prefix(pairs, longest + 100):
+        batch = pack([group])
+        parent, *children = batch.segments
+        assert len(group) == len(batch.ids_N) <= longest + 100
+        assert torch.equal(batch.media[0].rows_P, pairs[0][1].media[0].rows_P)
+        for number, child in zip(numbers, children, strict=True):
+            whole = pairs[number][1]
+            rows = [*range(parent.length), *range(child.start, child.start + child.length)]
+            assert torch.equal(batch.ids_N[rows], whole.ids_N)
+            assert torch.equal(batch.positions_3N[:, rows], whole.positions_3N)
+            found.append(number)
+    assert found == list(range(25))
+    alike = [(i, pairs[3][1]) for i in range(2)]
+    [(_, group)] = factcheck.share_prefix(alike, 8192)
+    assert [len(rest_T) for rest_T in group.completions] == [1, 1]
+
+
+def test_eight_traces_of_a_clip_take_less_than_half_the_operations():
+    """At the 7B's sizes: 30 s of sound, a question of 60 tokens, traces of 200, and what stands after them."""
+    raw = json.loads((Path(__file__).parent / "configs" / "Qwen2-Audio-7B-Instruct.json").read_text())
+    with torch.device("meta"):
+        model = MultimodalLM(read_config(raw)).to("meta")
+    clip = Media("audio", torch.empty(128, 3000), 10 + torch.arange(750), frames=3000)
+    pairs = []
+    for i in range(8):
+        ids_N = torch.cat([torch.zeros(820, dtype=torch.int64), torch.full((196 + i,), i), torch.zeros(45).long()])
+        pairs.append((i, Prompt(ids_N, positions_of(len(ids_N), []), (clip,))))
+
+    def operations(share):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            pairs[0] = 0, model.encode_media(pairs[0][1])
+            for _, item in share(pairs, 8192):
+                model.logits(model(pack([item]).to("meta"))[-8:])
+        return counter.get_total_flops()
+
+    before = operations(one_by_one)
+    pairs[0] = 0, replace(pairs[0][1], media=(clip,))
+    after = operations(factcheck.share_prefix)
+    print(f"{before / 1e12:.1f} and {after / 1e12:.1f} TFLOP")
+    assert 2.5 * after < before
 
 
 def test_which_traces_are_judged(world, tmp_path):

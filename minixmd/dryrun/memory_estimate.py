@@ -13,6 +13,7 @@ from minixmd.config.stages import MOST_SLOTS
 from minixmd.dryrun.meta_tracer import trace_memory
 from minixmd.dryrun.sharded import shard_reading, shard_training
 from minixmd.inputs.audio import SAMPLE_RATE
+from minixmd.inputs.batch import Group
 from minixmd.inputs.panns import HOP, MELS
 from minixmd.learning import steps
 from minixmd.learning.decoder import Decoder, prompt_rows
@@ -28,8 +29,8 @@ from minixmd.train import Trainer
 
 
 def estimate(stage, model_info, prompt, gpus=1):
-    """A stage's meta_tracer.Phases, in the order in which they run, of one of several processes. prompt: as long as any
-    that it makes, with its target; of a Switch None, as model_info. Raises ValueError: it cannot train this model."""
+    """A stage's meta_tracer.Phases, in the order in which they run, of one of several processes. prompt: as in
+    plan.StagePlan, with its target; of a Switch None, as model_info. Raises ValueError: it cannot train this model."""
     if isinstance(stage, TRAINING):
         stage = replace(stage, batch_size=ceil(stage.batch_size / gpus))
     device = "cpu" if stage.device == "cpu" else "cuda"
@@ -55,7 +56,10 @@ def trace_answers(tracer, stage, model, prompt):
     """A batch of an Evaluate, Label, Traces or FactCheck stage, and the training of a FactCheck's verifier."""
     if isinstance(stage, FactCheck):
         tracer.category = "activations"
-        prompt = model.encode_media(prompt)  # once for all traces of a clip
+        if isinstance(prompt, Group):  # of a clip, encoded once for all its traces
+            prompt = replace(prompt, prompt=model.encode_media(prompt.prompt))
+        else:
+            prompt = model.encode_media(prompt)
     if isinstance(stage, Traces):
         writing = Writing(stage.max_new_tokens, stage.num_samples, stage.temperature, slots=stage.slots)
         trace_writing(tracer, "generate", model, [prompt] * MOST_SLOTS, writing)
@@ -72,7 +76,8 @@ def trace_letters(tracer, phase, model, prompt, batch_tokens):
     """A pass over as many prompts as it takes."""
     count = max(1, batch_tokens // len(prompt))
     tracer.flops *= count  # one clip was encoded for all of them
-    with tracer.phase(phase, count * len(prompt), sequences=count):
+    asked = len(prompt.completions) if isinstance(prompt, Group) else 1  # of one
+    with tracer.phase(phase, count * len(prompt), sequences=count * asked):
         next_token_logits(model, [prompt] * count)
 
 
@@ -182,7 +187,7 @@ def trace_grpo(tracer, trainer, prompt):
     rollout = make_rollout(stage, prompts, [[completion] * G] * len(prompts), reward_PG)
     several = len(rollout.micro_batches) > 1
     del rollout.micro_batches[1:]
-    tokens = sum(len(group.prompt) + sum(map(len, group.completions)) for group in rollout.micro_batches[0])
+    tokens = sum(map(len, rollout.micro_batches[0]))
     share = sum(len(group.completions) for group in rollout.micro_batches[0]) / G  # prompts with all G completions
     if stage.beta:
         tracer.category = "reference"

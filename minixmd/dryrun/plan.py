@@ -19,7 +19,7 @@ from minixmd.dryrun import costs
 from minixmd.dryrun.memory_estimate import estimate
 from minixmd.dryrun.meta_tracer import CATEGORIES
 from minixmd.dryrun.models import CLIP_S, VIDEO_FPS, VIDEO_SIZE, ModelInfo, blank_clip, find_model
-from minixmd.inputs.batch import Prompt
+from minixmd.inputs.batch import Group, Prompt
 from minixmd.inputs.examples import Example, build_conversation, read_manifest
 from minixmd.models.families import FAMILIES, SYSTEM
 from minixmd.runs.hub_names import parse_hub_name
@@ -47,7 +47,7 @@ class StagePlan:
     others: int  # clips of val_manifest or train_manifest
     assumed: bool  # whether the number of clips is
     model: ModelInfo | None = None  # of a stage that runs one here
-    prompt: Prompt | None = None  # as long as any that the stage makes
+    prompt: Prompt | Group | None = None  # as long as any that the stage makes; a Group of a clip's traces to judge
     longest: int = 1  # tokens of it and of what a GRPO stage writes after it, which a pass must take
     shown: str = ""  # a typical prompt, as text
     writes: bool = False  # whether the model writes answers of its own
@@ -116,10 +116,15 @@ def plan_stage(stage, stages, scratch, clips=NO_CLIPS):
             room = stage.max_new_tokens if plan.writes else 0
             plan.prompt = example_prompt(stage, example, processor, longest_trace, room)
             plan.longest = len(plan.prompt) + (stage.max_new_tokens if isinstance(stage, GRPO) else 0)
-            ids = example_prompt(stage, example, processor, TRACE).ids_N.tolist()
-            text = processor.tokenizer.decode(ids, skip_special_tokens=False)
+            typical = example_prompt(stage, example, processor, TRACE)
+            text = processor.tokenizer.decode(typical.ids_N.tolist(), skip_special_tokens=False)
             text = re.sub(r"(<\|\w+\|>)\1+", lambda run: f"{run[1]} x {len(run[0]) // len(run[1])}", text)
             plan.shown = f"{text}\n({len(plan.prompt):,} tokens)"
+            traces = costs.traces_of_clip(stage, stages)
+            if getattr(stage, "checker", None) == "model" and traces > 1:
+                pairs = [(stage, plan.prompt)] * traces + [(stage, typical)]  # whose trace begins with another word
+                _, group = next(factcheck.share_prefix(pairs, stage.batch_tokens))
+                plan.prompt = replace(group, completions=group.completions[:traces])
         elif getattr(stage, "endpoint", None):
             plan.shown = f"{question_text(stage, example)}\n(and the clip, to {stage.endpoint})"
     except (ValueError, OSError) as error:

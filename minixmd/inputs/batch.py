@@ -46,10 +46,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt and its sampled continuations (each an int64 vector), which all become targets."""
+    """A prompt and its continuations (each an int64 vector), which all become targets. Its len is the rows it takes."""
 
     prompt: Prompt
     completions: tuple[torch.Tensor, ...]
+
+    def __len__(self):
+        return len(self.prompt) + sum(map(len, self.completions))
 
 
 @dataclass(frozen=True)

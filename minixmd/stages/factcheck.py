@@ -11,6 +11,7 @@ from itertools import groupby
 import torch
 from tqdm import tqdm
 
+from minixmd.inputs.batch import Group
 from minixmd.inputs.examples import Example, build_conversation, read_examples
 from minixmd.inputs.prompts import batch_by_tokens, prefetch
 from minixmd.models.sharding import finish_passes
@@ -141,12 +142,13 @@ def judge_by_model(stage, folder, traces):
     def judge(runs):
         verdicts = {}
         for pairs in batch_by_tokens(usable_prompts(stage, model, processor, runs, verdicts), stage.batch_tokens):
-            logits_BV = next_token_logits(model, [prompt for _, prompt in pairs])
+            judged = [trace for part, _ in pairs for trace in part]
+            logits_BV = next_token_logits(model, [item for _, item in pairs])
             score_B = logits_BV[:, yes_ids].logsumexp(-1) - logits_BV[:, no_ids].logsumexp(-1)
             if not score_B.isfinite().all():
                 raise ValueError(f"{stage.name}: the logits are not finite: the weights of {stage.model} are "
                                  f"broken, or too large for {stage.dtype}")
-            for (trace, _), score in zip(pairs, score_B.tolist(), strict=True):
+            for trace, score in zip(judged, score_B.tolist(), strict=True):
                 verdicts[trace.key] = make_verdict(trace.key, score=round(score, 5))
         return [verdicts[trace.key] for run in runs for trace in run]
 
@@ -155,7 +157,8 @@ def judge_by_model(stage, folder, traces):
 
 
 def usable_prompts(stage, model, processor, runs, verdicts):
-    """Yields (Trace, Prompt) of what can be judged; fills in the other verdicts. A run of traces reads a clip once."""
+    """Yields share_prefix's pairs of what can be judged; fills in the other verdicts. A run of traces is of one clip,
+    which is read and encoded once."""
     def build(run, load):
         heard = []  # what was read of the clip
 
@@ -180,14 +183,33 @@ def usable_prompts(stage, model, processor, runs, verdicts):
         return [make_verdict(trace.key, bad=error.reason, detail=str(error)) for trace in run]
 
     for run, prompts in zip(runs, prefetch(build, runs, lose, reading=stage.reading), strict=True):
-        encoded = None
+        usable = []
         for trace, prompt in zip(run, prompts, strict=True):
             if isinstance(prompt, dict):
                 verdicts[trace.key] = prompt
-                continue
-            [own] = prompt.media
-            encoded = encoded or model.encode_media(prompt).media[0]
-            yield trace, replace(prompt, media=(replace(encoded, rows_P=own.rows_P),))
+            else:
+                usable.append((trace, prompt))
+        if usable:
+            trace, prompt = usable[0]
+            usable[0] = trace, model.encode_media(prompt)  # of which share_prefix takes the clip of all
+            yield from share_prefix(usable, stage.batch_tokens)
+
+
+def share_prefix(pairs, batch_tokens):
+    """Yields ([item], Group) of one clip's pairs (item, Prompt), in order: the ids with which all the Prompts begin are
+    the Group's prompt, and the rest of each, at least one id, a completion. The clip has to stand before the first
+    difference. A Group of more than batch_tokens is cut into several. A lone Prompt stays as it is."""
+    first_item, first = pairs[0]
+    if len(pairs) == 1:
+        yield [first_item], first
+        return
+    shortest = min(len(prompt) for _, prompt in pairs)
+    ids_BN = torch.stack([prompt.ids_N[:shortest - 1] for _, prompt in pairs])
+    common = int((ids_BN == ids_BN[0]).all(0).long().cumprod(0).sum())
+    prefix = replace(first, ids_N=first.ids_N[:common], positions_3N=first.positions_3N[:, :common], target_N=None)
+    rests = [(item, prompt.ids_N[common:]) for item, prompt in pairs]
+    for part in batch_by_tokens(rests, batch_tokens - common):
+        yield [item for item, _ in part], Group(prefix, tuple(rest_T for _, rest_T in part))
 
 
 def judge_by_endpoint(stage, folder, traces):

@@ -157,11 +157,14 @@ class Questions:
         return [self.records[example.id] for example in self.examples]
 
 
-def next_token_logits(model, prompts):
-    """Logits of the first token after each Prompt, from one packed forward pass: (B, V) on the CPU."""
+def next_token_logits(model, items):
+    """Logits of the first token after each Prompt, and each completion of a Group, in order, from one packed forward
+    pass: (B, V) on the CPU."""
     beat()
-    batch = pack(prompts).to(model.device)
-    last_B = torch.tensor([end - 1 for _, end in batch.spans], device=model.device)
+    batch = pack(items).to(model.device)
+    parents = {segment.parent for segment in batch.segments}
+    ends = [segment for number, segment in enumerate(batch.segments) if number not in parents]
+    last_B = torch.tensor([segment.start + segment.length - 1 for segment in ends], device=model.device)
     return model.logits(model(batch)[last_B]).cpu()
 
 
