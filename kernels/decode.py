@@ -90,7 +90,7 @@ def _prompt_kernel(
     split, R = tl.program_id(1), H // J
     start, length = split * SPLIT, tl.load(length_ptr + g).to(tl.int32)
     r, c = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
-    slot = tl.load(member_ptr + g * M + r // R, mask=r < M * R, other=-1)
+    slot = tl.load(member_ptr + g * M + r // R, mask=r < M * R, other=-1).to(tl.int32)
     if (start < length) & (tl.max(slot, 0) >= 0):  # the suffix kernel reads no part past the length
         row = slot * H + j * R + r % R  # of q: (decode slot, head)
         ok = (slot[:, None] >= 0) & (c[None, :] < K)

@@ -79,8 +79,8 @@ def decode(module):
     configs = []
     for t, block, prompt_rows, kind in (("bf16", module.BLOCK_S, (16, module.MOST_R), "dot"),
                                         ("fp32", module.FP32_BLOCK_S, (module.FP32_MOST_R,), "row")):
-        prompt = f"{f'*{t}:16 ' * 3}*i64:16 *fp32:16 *fp32:16 i32:16 i32:16 fp32 i32 i32 i32 i32"
-        suffix = f"{f'*{t}:16 ' * 3}*i64:16 *i64:16 *fp32:16 *fp32:16 *{t}:16 i32:16 i32:16 fp32 i32 i32 i32 i32"
+        prompt = f"{f'*{t}:16 ' * 3}*i64:16 *i64:16 *fp32:16 *fp32:16 i32:16 i32:16 fp32 i32 i32 i32 i32"
+        suffix = f"{f'*{t}:16 ' * 3}{'*i64:16 ' * 3}*fp32:16 *fp32:16 *{t}:16 i32:16 i32:16 fp32 i32 i32 i32"
         cases = [(module._prompt_kernel, prompt, rows) for rows in prompt_rows] + [(module._suffix_kernel, suffix, 16)]
         for kernel, types, rows in cases:
             constants = {"K": 128, "BLOCK_K": 128, "BLOCK_R": rows, "BLOCK_S": block, "SPLIT": module.SPLIT}
