@@ -36,18 +36,23 @@ def needed_gib(size):
 
 def has_open_slots(stage):
     """Whether a stage writes on this machine and decode_slots "auto" is to be settled."""
-    return getattr(stage, "writes", False) and stage.model is not None and stage.decode_slots == "auto"
+    if not getattr(stage, "writes", False):
+        return False
+    return stage.model is not None and stage.decode_slots == "auto"
 
 
 def slots_that_fit(few, more, gib):
-    """decode_slots for which a card of so many GiB has room. few, more: a stage's Phases with each of TRIED."""
+    """decode_slots for which a card of so many GiB has room, 0 for none. few, more: a stage's Phases with each of
+    TRIED."""
     most = MOST_SLOTS
     for phase, larger in zip(few, more, strict=True):
         slot = (larger.total - phase.total) / (TRIED[1] - TRIED[0])
         if slot > 0:
             room = (gib - DRIVER_GIB) * 2**30 / (1 + OVERHEAD) - phase.total
             most = min(most, TRIED[0] + floor(room / slot))
-    return max(most - most % 8, 1)
+        elif needed_gib(phase.total) > gib:
+            return 0
+    return max(most - most % 8 if most > 8 else most, 0)
 
 
 def settings_to_lower(stage, phase_name, longest=1):

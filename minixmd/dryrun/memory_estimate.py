@@ -61,7 +61,12 @@ def trace_answers(tracer, stage, model, prompt):
         else:
             prompt = model.encode_media(prompt)
     if isinstance(stage, Traces):
-        writing = Writing(stage.max_new_tokens, stage.num_samples, stage.temperature, slots=stage.slots)
+        writing = Writing(
+            stage.max_new_tokens,
+            stage.num_samples,
+            stage.temperature,
+            slots=stage.slots,
+        )
         trace_writing(tracer, "generate", model, [prompt] * MOST_SLOTS, writing)
     elif getattr(stage, "writes", False):
         trace_writing(tracer, "generate", model, [prompt] * MOST_SLOTS, Writing.of(stage), stage.batch_tokens)
@@ -181,7 +186,8 @@ def trace_grpo(tracer, trainer, prompt):
     if model.encoders_frozen():
         encoded = model.encode_media(prompt)
         prompts = [deepcopy(encoded) for _ in prompts]
-    trace_writing(tracer, "rollout", model, prompts, Writing(T, G, stage.temperature, slots=stage.slots))
+    writing = Writing(T, G, stage.temperature, slots=stage.slots)
+    trace_writing(tracer, "rollout", model, prompts, writing)
     completion = Completion("", ids=(0,) * T, logprobs=(0.0,) * T, finished=True)
     reward_PG = torch.arange(G).float().expand(len(prompts), G)
     rollout = make_rollout(stage, prompts, [[completion] * G] * len(prompts), reward_PG)

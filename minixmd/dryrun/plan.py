@@ -182,9 +182,10 @@ def estimate_memory(plans, gpus):
         except ValueError as error:
             plan.fault = str(error)
             continue
-        plan.same_as, (_, busy_one, _), (plan.phases, busy, plan.slots) = estimated[key]
+        plan.same_as, of_one, of_all = estimated[key]
+        plan.phases, busy, plan.slots = of_all
         if stage.device != "cpu":
-            plan.hours_of_one, _ = costs.stage_hours(stage, busy_one, plan.clips, plan.others)
+            plan.hours_of_one, _ = costs.stage_hours(stage, of_one[1], plan.clips, plan.others)
             plan.hours, plan.serial = costs.stage_hours(stage, busy, plan.clips, plan.others, gpus)
 
 
@@ -198,8 +199,10 @@ def estimate_stage(plan, gpus):
         phases = phases_with()
         return phases, phases, {}
     few, more = (phases_with(decode_slots=slots) for slots in costs.TRIED)
-    slots = {card: costs.slots_that_fit(few, more, gib) for card, gib in costs.CARDS.items()}
-    return few, phases_with(decode_slots=[*slots.values()][-1]), slots
+    slots = {}
+    for card, gib in costs.CARDS.items():
+        slots[card] = costs.slots_that_fit(few, more, gib)
+    return few, phases_with(decode_slots=max(1, *slots.values())), slots
 
 
 def missing_inputs(config):

@@ -35,5 +35,7 @@ def choose_slots(stage, stages, gib, gpus=1):
         plan = plan_stage(stage, stages, Path(scratch))
     if plan.fault:
         raise ValueError(f"{plan.fault}; decode_slots needs a number")
-    few, more = (estimate(replace(stage, decode_slots=slots), plan.model, plan.prompt, gpus) for slots in costs.TRIED)
-    return costs.slots_that_fit(few, more, gib)
+    few, more = costs.TRIED
+    few = estimate(replace(stage, decode_slots=few), plan.model, plan.prompt, gpus)
+    more = estimate(replace(stage, decode_slots=more), plan.model, plan.prompt, gpus)
+    return max(1, costs.slots_that_fit(few, more, gib))

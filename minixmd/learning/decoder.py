@@ -95,7 +95,8 @@ class Decoder:
         batch = pack(prompts)
         lengths_G = torch.tensor([len(prompt) for prompt in prompts])
         last_G = lengths_G.cumsum(0) - 1
-        for slot, position in zip(prompt_slots, batch.positions_3N[:, last_G].amax(0).tolist(), strict=True):
+        last_position_G = batch.positions_3N[:, last_G].amax(0)
+        for slot, position in zip(prompt_slots, last_position_G.tolist(), strict=True):
             self.position_after[slot] = position + 1
         slot_G = torch.tensor(prompt_slots)
         row_N = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
@@ -117,7 +118,8 @@ class Decoder:
         for slot, prompt_slot in zip(slots, prompt_slots, strict=True):
             self.prompt_of[slot] = prompt_slot
         start_S = torch.tensor([self.position_after[slot] for slot in prompt_slots])
-        slot_S, token_S, start_S = send([torch.tensor(slots), torch.tensor(tokens), start_S], self.device)
+        integers = [torch.tensor(slots), torch.tensor(tokens), start_S]
+        slot_S, token_S, start_S = send(integers, self.device)
         self.cache.pool[:, :, slot_S] = 0
         self.cache.length_B[slot_S] = 0
         self.token_B[slot_S] = token_S

@@ -58,7 +58,8 @@ class KVCache:
         """Attention of one new token in the first B slots: its key and value are appended; it sees its prompt and all
         of its slot's."""
         B = len(q_BHK)
-        slot_B, length_B = torch.arange(B, device=q_BHK.device), self.length_B[:B]
+        slot_B = torch.arange(B, device=q_BHK.device)
+        length_B = self.length_B[:B]
         own_k, own_v = self.pool[:, layer]
         own_k[slot_B, :, length_B] = k_BJK
         own_v[slot_B, :, length_B] = v_BJK

@@ -45,7 +45,12 @@ class Usage:
     def write_to(self, log):
         """log: function that takes a dict. Nothing is written where no completion had a second token."""
         if self.rows:
-            log({name: round(getattr(self, name), 3) for name in ("data_s", "prefill_s", "decode_s", "slot_use")})
+            log({
+                "data_s": round(self.data_s, 3),
+                "prefill_s": round(self.prefill_s, 3),
+                "decode_s": round(self.decode_s, 3),
+                "slot_use": round(self.slot_use, 3),
+            })
 
 
 def prompt_key(prompt):
@@ -115,14 +120,17 @@ class Schedule:
         """Gives free decode slots the next completions. Returns whether any slot is in use."""
         n = self.decoder.num_samples
         free = [slot for slot, i in enumerate(self.writing) if i is None]
-        while len(self.ready) < len(free) and self.prefill(math.ceil((len(free) - len(self.ready)) / n)):
-            pass
+        while len(self.ready) < len(free):
+            missing = len(free) - len(self.ready)
+            if not self.prefill(math.ceil(missing / n)):
+                break
         slots = free[:len(self.ready)]
         if slots:
             completions = [self.ready.popleft() for _ in slots]
             tokens = [self.ids[i][-1] for i in completions]
             prompt_slots = [self.prompt_slot[i // n] for i in completions]
-            self.decoder.place(slots, tokens, prompt_slots, torch.stack([self.draw(i) for i in completions]))
+            uniform_ST = torch.stack([self.draw(i) for i in completions])
+            self.decoder.place(slots, tokens, prompt_slots, uniform_ST)
             for slot, i in zip(slots, completions, strict=True):
                 self.writing[slot] = i
         return any(i is not None for i in self.writing)
@@ -141,7 +149,8 @@ class Schedule:
             self.read_prompt()
         if not prompts:
             return False
-        n, first, slots = self.decoder.num_samples, len(self.ids), free[:len(prompts)]
+        n, first = self.decoder.num_samples, len(self.ids)
+        slots = free[:len(prompts)]
         completions = range(first, first + n * len(prompts))
         uniform_B = torch.stack([self.draw(i)[0] for i in completions])
         logits_GV, tokens, logprobs = self.decoder.prefill(prompts, slots, uniform_B)
