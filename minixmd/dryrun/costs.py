@@ -87,21 +87,17 @@ def to_lower(stage, phases, longest=1):
     return found
 
 
-def traces_of_clip(stage, stages):
-    """How many traces of a clip a stage reads at most; 1 of one that reads none."""
-    maker = stage
-    if getattr(stage, "trace_filter", "first") in ("first", "calibration"):
-        return 1
-    while (getattr(maker, "traces", None) or "").startswith("@"):
-        name = maker.traces[1:].partition("/")[0]
-        [maker] = [earlier for earlier in stages if earlier.name == name]
-    return getattr(maker, "num_samples", 1)
-
-
 def count_items(stage, stages, clips):
-    """How many of a manifest's clips a stage reads or, if it reads traces, how many of theirs at most."""
-    items = clips * traces_of_clip(stage, stages)
-    return min(items, getattr(stage, "limit", None) or items)
+    """(How many of a manifest's clips a stage reads or, if it reads traces, how many of theirs at most; how many of a
+    clip)."""
+    maker, traces = stage, 1
+    if getattr(stage, "trace_filter", "first") not in ("first", "calibration"):
+        while (getattr(maker, "traces", None) or "").startswith("@"):
+            name = maker.traces[1:].partition("/")[0]
+            [maker] = [earlier for earlier in stages if earlier.name == name]
+        traces = getattr(maker, "num_samples", 1)
+    items = clips * traces
+    return min(items, getattr(stage, "limit", None) or items), traces
 
 
 def sequences_of(stage, clips, others, gpus=1):

@@ -4,7 +4,6 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -83,12 +82,12 @@ def dry_run(config, gpus=1):
 
 def read_manifests(config):
     """{(stage's name, field): Examples} of the manifests that are here; of broken ones check_inputs will tell."""
-    read, found = lru_cache(8)(read_manifest), {}  # many stages read one manifest
+    found = {}
     for stage in config.stages:
         for name, path in input_paths(stage, config.run_dir, config.stages).items():
             if "manifest" in name:
                 with suppress(ValueError, OSError):
-                    found[stage.name, name] = read(path, stage.allow_outside)
+                    found[stage.name, name] = read_manifest(path, stage.allow_outside)
     return found
 
 
@@ -102,7 +101,7 @@ def plan_stage(stage, stages, scratch, clips=NO_CLIPS):
     """The StagePlan of a stage, without its memory. scratch: of the stand-in tokenizer. clips: of read_manifests."""
     example = first_example(stage, clips)
     counts = {field_name: len(found) for (name, field_name), found in clips.items() if name == stage.name}
-    items = costs.count_items(stage, stages, counts.get("manifest", costs.CLIPS))
+    items, traces = costs.count_items(stage, stages, counts.get("manifest", costs.CLIPS))
     others = counts.get("train_manifest" if isinstance(stage, Switch) else "val_manifest", costs.CLIPS)
     plan = StagePlan(stage, items, others, "manifest" not in counts)
     plan.writes = getattr(stage, "writes", False) and not isinstance(stage, SFT)  # which writes to validate
@@ -120,7 +119,6 @@ def plan_stage(stage, stages, scratch, clips=NO_CLIPS):
             text = processor.tokenizer.decode(typical.ids_N.tolist(), skip_special_tokens=False)
             text = re.sub(r"(<\|\w+\|>)\1+", lambda run: f"{run[1]} x {len(run[0]) // len(run[1])}", text)
             plan.shown = f"{text}\n({len(plan.prompt):,} tokens)"
-            traces = costs.traces_of_clip(stage, stages)
             if getattr(stage, "checker", None) == "model" and traces > 1:
                 pairs = [(stage, plan.prompt)] * traces + [(stage, typical)]  # whose trace begins with another word
                 _, group = next(factcheck.share_prefix(pairs, stage.batch_tokens))
