@@ -154,7 +154,7 @@ def shuffled_scores(run, traces, ids):
     stage = FactCheck(**{name: value for name, value in fields.items() if name != "stage"})
     model, processor = load(run / "toy" / "student")
     weights = run / "verifier" / "verifier.safetensors"
-    network = verifier.load_verifier(weights, model.config.text.hidden_size, stage.width)
+    network = verifier.load_verifier(weights, stage.width)
     generator = torch.Generator().manual_seed(hash_seed(0, run.name))
     order = torch.randperm(len(ids), generator=generator).tolist()
     other = {clip_id: ids[place] for clip_id, place in zip(ids, order, strict=True)}

@@ -96,6 +96,7 @@ class Trainer:
         if stage.max_steps is not None:
             self.steps = min(self.steps, stage.max_steps)
         self.max_reads = min(stage.epochs * num_items, self.steps * stage.batch_size)
+        self.orders = {}  # epoch -> the order of its items
         self.step = 0  # finished ones
         self.best_accuracy = -1.0  # in validation
         self.best_step = 0  # after which it was reached; 0 = never
@@ -135,11 +136,11 @@ class Trainer:
     def batch_indices(self, step):
         """Indices of a step's items: a pure function of seed and step, each epoch a permutation of its own."""
         epoch, batch = divmod(step, self.steps_per_epoch())
-        seed = hash_seed(self.stage.seed, "order", epoch)
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(self.num_items, generator=generator)
+        if epoch not in self.orders:
+            generator = torch.Generator().manual_seed(hash_seed(self.stage.seed, "order", epoch))
+            self.orders[epoch] = torch.randperm(self.num_items, generator=generator)
         start = batch * self.stage.batch_size
-        return order[start:start + self.stage.batch_size].tolist()
+        return self.orders[epoch][start:start + self.stage.batch_size].tolist()
 
     # ---- the loop ----
 

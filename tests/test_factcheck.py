@@ -274,7 +274,7 @@ def test_which_traces_are_judged(world, tmp_path):
 
 def test_a_threshold_is_moved_without_asking_again(world, judged, tmp_path, monkeypatch):
     (tmp_path / "verdicts.jsonl").write_text("".join(json.dumps(v) + "\n" for v in judged["verdicts"]))
-    monkeypatch.setattr(factcheck, "load_model", None)  # nobody is asked
+    monkeypatch.setattr(factcheck, "model_of", None)  # nobody is asked
     scores = sorted(v["score"] for v in judged["verdicts"])
     stage = stage_of(world, trace_filter="all", model=None, checker="verdicts", threshold=scores[100],
                      verdicts=str(tmp_path / "verdicts.jsonl"))
@@ -298,7 +298,7 @@ def test_a_threshold_is_moved_without_asking_again(world, judged, tmp_path, monk
     ([], "must be a JSON object, got list"),
 ])
 def test_what_is_no_verdict_is_one_line(world, judged, tmp_path, monkeypatch, checker, change, says):
-    monkeypatch.setattr(factcheck, "load_model", None)  # before any model is loaded
+    monkeypatch.setattr(factcheck, "model_of", None)  # before any model is loaded
     lines = [dict(v) for v in judged["verdicts"]]
     lines[1] = lines[1] | change if isinstance(change, dict) else change
     (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -409,7 +409,7 @@ def test_the_words_alone_tell_the_verifier_nothing(world, trained):
     """Of other clips' sound: every trace with the clip after the next, which is of the third class."""
     stage, folder, _ = trained
     model, processor = minixmd.load(world / "ears")
-    verifier = verifiers.load_verifier(folder / "run" / "verifier.safetensors", 32, stage.width)
+    verifier = verifiers.load_verifier(folder / "run" / "verifier.safetensors", stage.width)
     traces, examples = read_jsonl(world / "traces.jsonl"), read_manifest(stage.manifest)
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(48, generator=generator).tolist()
@@ -424,7 +424,7 @@ def test_the_words_alone_tell_the_verifier_nothing(world, trained):
 def test_a_score_of_the_verifier_is_that_of_the_traces_own_clip_and_thoughts(world, briefly_trained):
     stage, folder, found = briefly_trained
     model, processor = minixmd.load(world / "ears")
-    verifier = verifiers.load_verifier(folder / "run" / "verifier.safetensors", 32, stage.width).eval()
+    verifier = verifiers.load_verifier(folder / "run" / "verifier.safetensors", stage.width).eval()
     assert (verifier.scale, verifier.offset) == (1000, 0.25)
     examples = {e.id: e for e in read_manifest(stage.manifest)}
     traces = read_jsonl(world / "traces.jsonl")

@@ -14,14 +14,14 @@ from tqdm import tqdm
 from minixmd.inputs.batch import Group
 from minixmd.inputs.examples import Example, build_conversation, read_examples
 from minixmd.inputs.prompts import batch_by_tokens, prefetch
-from minixmd.models.sharding import finish_passes
+from minixmd.runs.device import resolve_device
 from minixmd.runs.distributed import compute_shards, gather, rank_and_world_size
 from minixmd.runs.files import read_json, write_json, write_safetensors
 from minixmd.runs.records import TRACE, count_bad, read_records, read_verdicts, write_jsonl
 from minixmd.runs.seeds import hash_seed
 from minixmd.stages import endpoint
 from minixmd.stages.cnn14_training import load_logmels
-from minixmd.stages.multiple_choice import load_model, next_token_logits
+from minixmd.stages.multiple_choice import model_of, next_token_logits
 from minixmd.stages.verifier import Pair, fit_verifier, load_verifier, make_verifier, score_pairs, trace_vectors
 from minixmd.tasks.answers import thoughts
 from minixmd.tasks.yes_no import log_odds, yes_no
@@ -131,18 +131,21 @@ def conversation(prompt, example, text):
 
 def judge_by_model(stage, folder, traces):
     """Verdicts by an audio model: the log-odds of the tokens with which yes begins against those of no."""
-    model, processor = load_model(stage)
-    yes = {processor.encode(word)[0] for word in YES}
-    no = {processor.encode(word)[0] for word in NO}
-    yes_ids, no_ids = sorted(yes - no), sorted(no - yes)  # a blank that is a token of its own tells nothing
-    if not yes_ids or not no_ids:
-        raise ValueError(f"{stage.name}: in the tokenizer of {stage.model}, yes and no start with the same tokens")
+    get_model, finish = model_of(stage)
 
     @torch.inference_mode()
     def judge(runs):
+        model, processor = get_model()
+        yes = {processor.encode(word)[0] for word in YES}
+        no = {processor.encode(word)[0] for word in NO}
+        yes_ids, no_ids = sorted(yes - no), sorted(no - yes)  # a blank that is a token of its own tells nothing
+        if not yes_ids or not no_ids:
+            raise ValueError(f"{stage.name}: in the tokenizer of {stage.model}, yes and no start with the same tokens")
         verdicts = {}
         for pairs in batch_by_tokens(usable_prompts(stage, model, processor, runs, verdicts), stage.batch_tokens):
-            judged = [trace for part, _ in pairs for trace in part]
+            judged = []
+            for part, _ in pairs:
+                judged += part
             logits_BV = next_token_logits(model, [item for _, item in pairs])
             score_B = logits_BV[:, yes_ids].logsumexp(-1) - logits_BV[:, no_ids].logsumexp(-1)
             if not score_B.isfinite().all():
@@ -153,7 +156,7 @@ def judge_by_model(stage, folder, traces):
         return [verdicts[trace.key] for run in runs for trace in run]
 
     runs = [list(run) for _, run in groupby(traces, key=lambda trace: trace.example.id)]  # of a clip
-    return compute_shards(judge, runs, folder / "shards", stage.name, "clip", finish=partial(finish_passes, model))
+    return compute_shards(judge, runs, folder / "shards", stage.name, "clip", finish=finish)
 
 
 def usable_prompts(stage, model, processor, runs, verdicts):
@@ -238,18 +241,19 @@ def judge_by_verifier(stage, folder, traces, log):
     judged = [trace for trace in traces if "score" in known.get(trace.key, {})]
     if not judged:
         raise ValueError(f"{stage.name}: {stage.verdicts} judges none of the traces in {stage.traces}")
-    model, processor = load_model(stage)
-    text_width = model.config.text.hidden_size
-    read = partial(read_pairs, stage, model, processor, known)
+    get_model, _ = model_of(stage)
+    device = resolve_device(stage.name, stage.device)
+    read = partial(read_pairs, stage, get_model, known)
     weights_path, calibration_path = folder / "verifier.safetensors", folder / "calibration.json"
     if rank_and_world_size()[0] == 0 and not calibration_path.exists():  # written last
-        verifier = make_verifier(text_width, stage.width, stage.weights, stage.seed).to(model.device)
+        text_width = get_model()[0].config.text.hidden_size
+        verifier = make_verifier(text_width, stage.width, stage.weights, stage.seed).to(device)
         pairs, _ = read(judged)
         calibration = fit_verifier(stage, verifier, list(pairs.values()), log)
         write_safetensors(weights_path, verifier.state_dict())
         write_json(calibration_path, calibration)
     gather(None)
-    verifier = load_verifier(weights_path, text_width, stage.width).to(model.device)
+    verifier = load_verifier(weights_path, stage.width).to(device)
     calibration = read_json(calibration_path)
     tqdm.write(f"{stage.name}: agrees with the checker on {100 * calibration['agreement']:.1f} % of "
                f"{calibration['count']} held-out traces, area under ROC {calibration['auc']:.3f}")
@@ -264,12 +268,12 @@ def judge_by_verifier(stage, folder, traces, log):
     return verdicts, calibration
 
 
-def read_pairs(stage, model, processor, known, traces):
+def read_pairs(stage, get_model, known, traces):
     """({key: Pair} of traces, {clip id: bad record} of the others' clips). known: the larger checker's verdicts."""
     clips = {trace.example.id: trace.example for trace in traces}
     logmels, bad = load_logmels(clips.values(), stage)
     usable = [trace for trace in traces if trace.example.id in logmels]
-    text_BD = trace_vectors(model, processor, [thoughts(trace.text) for trace in usable], stage.batch_tokens)
+    text_BD = trace_vectors(*get_model(), [thoughts(trace.text) for trace in usable], stage.batch_tokens)
     pairs = {}
     for trace, text_D in zip(usable, text_BD, strict=True):
         accepted = known.get(trace.key, {}).get("accepted")

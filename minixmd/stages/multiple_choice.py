@@ -3,7 +3,7 @@ that cannot be used becomes a record with the reason."""
 import math
 import shutil
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from string import ascii_uppercase
 
 import torch
@@ -17,6 +17,7 @@ from minixmd.inputs.examples import Example, check_answers, read_examples
 from minixmd.inputs.prompts import batch_by_tokens, build_prompt, prefetch
 from minixmd.inputs.tokenizer import Processor
 from minixmd.learning.rollout import Usage, decode, uniforms
+from minixmd.models.hub import base_and_adapters, model_folder
 from minixmd.models.sharding import finish_passes
 from minixmd.runs.device import runtime_of
 from minixmd.runs.distributed import compute_shards, gather, rank_and_world_size, written_shard
@@ -50,10 +51,12 @@ class Writing:
                    stage.slots)
 
 
-def load_model(stage):
-    """(MultimodalLM, Processor) of a stage, where and as it says."""
+def model_of(stage):
+    """(A function that gives the (MultimodalLM, Processor) of a stage, where and as it says, loaded in the first call:
+    a stage that has nothing left to compute loads none; compute_shards' `finish`)."""
     sharded = getattr(stage, "sharded", False) and rank_and_world_size()[1] > 1
-    return load(stage.model, **runtime_of(stage), sharded=sharded)
+    get_model = cache(lambda: load(stage.model, **runtime_of(stage), sharded=sharded))
+    return get_model, (lambda: finish_passes(get_model()[0])) if sharded else None
 
 
 def answer_examples(stage, folder, examples, log, traces=None):
@@ -61,7 +64,7 @@ def answer_examples(stage, folder, examples, log, traces=None):
     but the first. traces: as in Questions."""
     if stage.endpoint is not None:
         return ask_for_answers(stage, folder, examples, traces or {})
-    model, processor = load_model(stage)
+    get_model, finish = model_of(stage)
     ask, shard_size, usage = score_letters, None, Usage()
     if stage.answer == "generate":
         ask = partial(write_answers, writing=Writing.of(stage), kept={}, usage=usage)
@@ -69,13 +72,15 @@ def answer_examples(stage, folder, examples, log, traces=None):
     top = {}
     if isinstance(stage, Label):
         top = dict(top_k=stage.top_k, top_temperature=stage.temperature)
-    compute = partial(ask, model, processor, prompt_format=stage.prompt_format, batch_tokens=stage.batch_tokens,
-                      traces=traces, **top)
-    records = compute_shards(compute, examples, folder / "shards", stage.name, "clip", shard_size,
-                             finish=partial(finish_passes, model))
+
+    def compute(examples):
+        return ask(*get_model(), examples, stage.prompt_format, batch_tokens=stage.batch_tokens, traces=traces, **top)
+
+    records = compute_shards(compute, examples, folder / "shards", stage.name, "clip", shard_size, finish)
     usage.write_to(log)
     if records is not None and top.get("top_k"):  # the tokenizer says what the stored ids mean
-        shutil.copyfile(processor.folder / "tokenizer.json", folder / "tokenizer.json")
+        base, _ = base_and_adapters(model_folder(stage.model))
+        shutil.copyfile(base / "tokenizer.json", folder / "tokenizer.json")
     return records
 
 

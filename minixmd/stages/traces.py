@@ -14,7 +14,7 @@ from minixmd.runs.distributed import compute_shards, written_shard
 from minixmd.runs.files import write_json
 from minixmd.runs.records import count_bad, write_jsonl
 from minixmd.stages import endpoint
-from minixmd.stages.multiple_choice import Questions, Writing, load_model, write
+from minixmd.stages.multiple_choice import Questions, Writing, model_of, write
 from minixmd.tasks.answers import parse_answer
 from minixmd.tasks.rewards import FORMAT
 
@@ -99,11 +99,12 @@ def outcome_of(example, samples):
 
 def sample_locally(stage, folder, examples, log):
     """A record a clip: {"id", "samples": [{"text", "finished"}]}, or a bad one."""
-    model, processor = load_model(stage)
+    get_model, _ = model_of(stage)
     writing = Writing(stage.max_new_tokens, stage.num_samples, stage.temperature, seed=stage.seed, slots=stage.slots)
     kept, usage = {}, Usage()
 
     def sample(examples):
+        model, processor = get_model()
         questions = Questions(processor, examples, stage.prompt_format, stage.max_new_tokens)
         for example, own in write(model, questions, writing, kept=kept, usage=usage):
             samples = [{"text": c.text.strip(), "finished": c.finished} for c in own]

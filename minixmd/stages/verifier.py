@@ -67,9 +67,10 @@ def make_verifier(D, width, weights, seed):
     return verifier
 
 
-def load_verifier(path, D, width):
-    verifier = Verifier(make_cnn14(WIDTH, width, seed=0), D)
-    verifier.load_state_dict(load_file(path))
+def load_verifier(path, width):
+    weights = load_file(path)
+    verifier = Verifier(make_cnn14(WIDTH, width, seed=0), len(weights["mean_D"]))
+    verifier.load_state_dict(weights)
     return verifier
 
 
