@@ -26,7 +26,7 @@ from minixmd.runs.heartbeat import unwatched
 from minixmd.runs.records import append_jsonl
 from minixmd.runs.stage_directory import begin, finish
 from minixmd.stages import answers, evaluate, factcheck, label, switch, traces
-from minixmd.stages.input_checks import check_inputs, manifest_reader
+from minixmd.stages.input_checks import check_inputs
 from minixmd.toy import pretrain, trial
 from minixmd.train import train
 
@@ -77,9 +77,8 @@ def main(argv=None):
                     run_stage(stand_ins, rank, failed, *stand_ins.stages)
                 config = distributed.broadcast(trial.shrink(config) if rank == 0 else None)
             # what is missing here, on the hub or the device, and then every file, before the first hour of work
-            read = manifest_reader()
             for check in (lambda stage: check_files((stage,)), check_machine,
-                          lambda stage: check_inputs(replace(config, stages=(stage,)), read=read)):
+                          lambda stage: check_inputs(replace(config, stages=(stage,)))):
                 for_each(config.stages, check, failed, args.keep_going)
             for_each(config.stages, partial(run_stage, config, rank, failed), failed, args.keep_going)
         distributed.destroy()

@@ -17,10 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 
 from minixmd.config import SFT, Evaluate, Traces
+from minixmd.runs import files as run_files
 from minixmd.runs import stage_directory as directory
-from minixmd.runs.files import DTYPE_NAMES, write_json, write_safetensors, write_text
+from minixmd.runs.files import DTYPE_NAMES, fingerprint, write_json, write_safetensors, write_text
 from minixmd.runs.records import append_jsonl
-from minixmd.runs.stage_directory import begin, fingerprint, finish, versions
+from minixmd.runs.stage_directory import begin, finish, versions
 from minixmd.runs.training_state import fill, load_state, remove_leftovers, save_state, tensor_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -647,9 +648,8 @@ def test_a_small_file_is_read_whole(tmp_path):
 
 
 def test_a_large_file_is_known_by_its_size_and_by_blocks_from_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(directory, "WHOLE_BYTES", 1000)
-    monkeypatch.setattr(directory, "SAMPLES", 5)
-    monkeypatch.setattr(directory, "SAMPLE_BYTES", 10)
+    for name, value in {"WHOLE_BYTES": 1000, "SAMPLES": 5, "SAMPLE_BYTES": 10}.items():
+        monkeypatch.setattr(run_files, name, value)
     data = bytes(random.Random(0).randbytes(2000))
     path = tmp_path / "a"
 

@@ -22,7 +22,12 @@ from minixmd.runs.records import (
 )
 
 read_accepted = partial(read_verdicts, needs_accepted=True)
-read_traces = partial(read_records, kind=records.TRACE)
+
+
+def read_traces(path):
+    return list(read_records(path, records.TRACE))
+
+
 
 
 # ---- what each reader takes and refuses ----
@@ -92,7 +97,7 @@ def test_a_reader_names_the_file_the_line_and_the_field(tmp_path, reader, good, 
 def test_what_the_readers_give(tmp_path):
     path = tmp_path / "file"
     write_jsonl(path, [LABEL, {"id": "b", "bad": "missing", "detail": ""}])
-    assert read_labels(path) == {"a": LABEL, "b": {"id": "b", "bad": "missing", "detail": ""}}
+    assert read_labels(path) == {"a": {"option": LABEL["option"]}, "b": {"bad": "missing"}}  # what a target needs
     write_jsonl(path, [VERDICT, BAD_VERDICT])
     assert read_accepted(path) == {("a", 0): VERDICT, ("a", 1): BAD_VERDICT}  # a bad one has no score and no verdict
     assert read_endpoint_answers(tmp_path / "none") == {}

@@ -2,13 +2,15 @@
 import json
 import os
 import re
+import sys
 import unicodedata
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Annotated
 
-from minixmd.runs.files import read_json
+from minixmd.runs.files import read_json, remembered
 from minixmd.runs.records import numbered_records
 from minixmd.runs.value_checks import check_fields
 
@@ -32,32 +34,32 @@ class Example:
 
 NEEDED = ("id", "question", "options")  # of a line of a manifest
 LINE = {f.name if f.name in NEEDED else f"{f.name}?": f.type for f in fields(Example)}  # as check_fields takes it
+KNOWN = {f.name for f in fields(Example)}
 META = {"video_question?": str, "group?": str | None}
 SPECIAL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>")  # a media token or another special one: no such text may reach a prompt
+# as options are compared; clips share theirs
+plain_text = lru_cache(1 << 14)(lambda option: " ".join(unicodedata.normalize("NFKC", option).split()))
 
 
-def _example_of(record, place):
-    """The Example of a manifest's line; ValueError, naming `place`, if it is none."""
-    known = sorted(f.name for f in fields(Example))
-    if extra := sorted(record.keys() - known):
-        raise ValueError(f"{place}: unknown field {extra[0]!r}; an example has {', '.join(known)}")
+def _check_line(record, place):
+    """Raises ValueError, naming `place`, if a manifest's line is no Example."""
+    if extra := sorted(record.keys() - KNOWN):
+        raise ValueError(f"{place}: unknown field {extra[0]!r}; an example has {', '.join(sorted(KNOWN))}")
     check_fields(record, LINE, f"{place}:")
     options, answer, meta = record["options"], record.get("answer"), record.get("meta", {})
     check_fields(meta, META, f"{place}: field 'meta'")
     if not 2 <= len(options) <= 26 or answer is not None and answer >= len(options):
         raise ValueError(f"{place}: needs 2 to 26 'options' and as 'answer' the index of one, or null, got "
                          f"{len(options)} and {answer}")
-    plain = [" ".join(unicodedata.normalize("NFKC", option).split()) for option in options]
+    plain = [plain_text(option) for option in options]
     for option, text in zip(options, plain, strict=True):
         if not text or plain.count(text) > 1 and "sub_category" not in meta:  # MMAU's own are repeated
             raise ValueError(f"{place}: field 'options': {option!r} is empty or stands twice")
     for name, text in {**record, **meta}.items():
         if text == "" and name in ("id", "audio", "video", "question", "video_question", "group"):
             raise ValueError(f"{place}: field {name!r} is empty")
-    for text in (record["question"], *options, meta.get("video_question", "")):
-        if found := SPECIAL_TOKEN.search(text):
-            raise ValueError(f"{place}: field 'question' or 'options' holds {found[0]}, which models take for a token")
-    return Example(**{"audio": None, "video": None, **record, "options": tuple(options)})
+    if found := SPECIAL_TOKEN.search("\n".join([record["question"], *options, meta.get("video_question", "")])):
+        raise ValueError(f"{place}: field 'question' or 'options' holds {found[0]}, which models take for a token")
 
 
 def data_root(manifest):
@@ -74,22 +76,27 @@ def data_root(manifest):
 def read_manifest(path, allow_outside=False):
     """The Examples of a JSONL manifest, media paths made absolute; outside of data_root only where allow_outside says.
     Raises ValueError naming file, line and field: no example, a line that is none, a repeated id, a path outside."""
-    path = Path(path)
-    folder, root = os.path.realpath(path.parent), data_root(path)
+    return list(_read_manifest(path, allow_outside, data_root(path)))
+
+
+@remembered  # many stages read one manifest
+def _read_manifest(path, allow_outside, root):
+    folder = os.path.realpath(Path(path).parent)
+    inside = os.path.join(root, "")  # how the paths of files in it begin
     examples, line_of = [], {}
     for number, record in numbered_records(path):
-        example = _example_of(record, f"{path}:{number}")
-        if example.id in line_of:
-            raise ValueError(f"{path}:{number}: field 'id' {example.id!r} already stands in line {line_of[example.id]}")
-        line_of[example.id] = number
-        absolute = {}
+        _check_line(record, f"{path}:{number}")
+        first = line_of.setdefault(record["id"], number)
+        if first != number:
+            raise ValueError(f"{path}:{number}: field 'id' {record['id']!r} already stands in line {first}")
         for kind in ("audio", "video"):
-            if (name := getattr(example, kind)) is not None:
-                absolute[kind] = os.path.normpath(os.path.join(folder, name))
-                if not allow_outside and os.path.commonpath([root, absolute[kind]]) != root:
+            if (name := record.setdefault(kind, None)) is not None:
+                record[kind] = os.path.normpath(os.path.join(folder, name))
+                if not allow_outside and not f"{record[kind]}/".startswith(inside):
                     raise ValueError(f"{path}:{number}: field {kind!r} {name!r} is outside of {root}; where that is "
                                      "meant, set allow_outside=True, or run prepare_* again")
-        examples.append(replace(example, **absolute))
+        record["options"] = tuple(map(sys.intern, record["options"]))  # of all clips of a class the same
+        examples.append(Example(**record))
     if not examples:
         raise ValueError(f"{path}: the manifest holds no example")
     return examples

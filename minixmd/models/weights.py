@@ -24,10 +24,9 @@ from minixmd.models.shards import (
     tensor_files,
     write_shards,
 )
-from minixmd.runs.files import read_json, write_json, write_safetensors
+from minixmd.runs.files import fingerprint, read_json, write_json, write_safetensors
 from minixmd.runs.heartbeat import beat
 from minixmd.runs.hub_names import parse_hub_name
-from minixmd.runs.stage_directory import fingerprint
 from minixmd.runs.value_checks import check_fields
 
 SPEAKERS = "spk_dict.pt"  # Omni's voices

@@ -273,7 +273,7 @@ def step(title, kept, total, left_out):
 def curves(logs):
     """[{"what", "x": "step" | "epoch", "lines": {line title: [[x, y], …]}}]: a panel for each of PANELS that a log has.
     Over LINE_POINTS values a line becomes the means of runs of as many, each at its last x. logs: {title: path}."""
-    records = {title: read_records(path, LOG_LINE, bad=LOG_LINE) for title, path in logs.items()}
+    records = {title: list(read_records(path, LOG_LINE, bad=LOG_LINE)) for title, path in logs.items()}
     panels = []
     for key, what in PANELS.items():
         has_steps = any(key in line and "step" in line for log in records.values() for line in log)

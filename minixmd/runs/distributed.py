@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from minixmd.runs.heartbeat import Heartbeat
-from minixmd.runs.records import read_jsonl, write_jsonl
+from minixmd.runs.records import compact, read_jsonl, write_jsonl
 
 SHARD = 64  # items; a killed stage recomputes at most one shard a process, and 1,000 questions keep 8 processes busy
 LONGEST_WAIT = timedelta(days=30)  # while the first process works alone; one that hangs is the heartbeat's to notice
@@ -164,7 +164,7 @@ def compute_shards(compute, items, folder, title, unit, shard_size=None, finish=
         compute: function(items of a shard) -> records.
         folder: of the shards' files, each written whole; one that is there already is read back.
         title, unit: of the progress bar. shard_size: items of a shard; None = SHARD.
-        finish: called when this process has no shard left, while others may.
+        finish: called, if there was anything to compute, when this process has no shard left, while others may.
     Raises Stopped after a shard, if the run was asked to stop.
     """
     rank, world_size = rank_and_world_size()
@@ -181,10 +181,10 @@ def compute_shards(compute, items, folder, title, unit, shard_size=None, finish=
                 break
             write_jsonl(path, compute(part))
             bar.update(min(len(part) * world_size, bar.total - bar.n))
-    if finish is not None:
+    if finish is not None and todo:
         finish()
     if any(gather(stopped)):
         raise Stopped
     if rank:
         return None
-    return [record for _, path in shards for record in read_jsonl(path)]
+    return [compact(record) for _, path in shards for record in read_jsonl(path)]

@@ -8,10 +8,10 @@
 
 A clip that cannot be used has the record BAD in any of them but the last three. Lines may have other fields, too.
 """
-import codecs
 import json
 import os
 import sys
+from array import array
 from collections import Counter
 from operator import itemgetter
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Annotated
 
 from tqdm import tqdm
 
-from minixmd.runs.files import parse_json, write_text
+from minixmd.runs.files import parse_json, remembered, write_bytes
 from minixmd.runs.value_checks import check_fields
 
 Share = Annotated[float, ">= 0", "<= 1"]
@@ -36,7 +36,8 @@ ENDPOINT_ANSWER = {"key": str, "text": str, "finished": bool}
 
 def write_jsonl(path, records):
     """Replaces a file by one JSON object a line, atomically."""
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    texts = (json.dumps(record, ensure_ascii=False, default=list) for record in records)  # default: of arrays
+    write_bytes(path, (f"{text}\n".encode() for text in texts))
 
 
 def append_jsonl(path, record, sync=False):
@@ -60,19 +61,19 @@ def numbered_records(path, own=False):
     """Yields (line number, object) of a JSONL file, UTF-8 with or without a mark; blank lines are passed over. own: the
     file is one to which this program appends: a blank line is an error, and a last line without its end, which a kill
     left behind, is passed over. Raises ValueError, with file and line, for a line that is not a JSON object."""
-    data = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
-    if own:
-        data = data[:data.rfind(b"\n") + 1]
-    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n") if data else [], 1):
-        if not own and not line.strip():
-            continue
-        try:
-            record = parse_json(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {getattr(error, 'msg', error)}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}:{number}: must be a JSON object, got {type(record).__name__}")
-        yield number, record
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if own and not line.endswith(b"\n"):
+                break
+            if not own and not line.strip():
+                continue
+            try:
+                record = parse_json(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not JSON: {getattr(error, 'msg', error)}") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}:{number}: must be a JSON object, got {type(record).__name__}")
+            yield number, record
 
 
 def drop_torn_line(path, consequence=""):
@@ -86,33 +87,42 @@ def drop_torn_line(path, consequence=""):
 
 
 def read_records(path, kind, bad=BAD, own=False, key=None):
-    """The lines of a file, each checked to have the fields of a kind, such as LABEL, or, where it has "bad", of that.
-    key: fields of which no two records may have the same values, such as "id sample". own: as of numbered_records."""
-    records, line_of = [], {}
+    """Yields the lines of a file, each checked to have the fields of a kind, such as LABEL, or of `bad` where it has
+    "bad". key: fields of which no two records may have the same values, such as "id sample". own: numbered_records'."""
+    line_of = {}
     for number, record in numbered_records(path, own):
         check_fields(record, bad if "bad" in record else kind, f"{path}:{number}:")
         if key:
             value = itemgetter(*key.split())(record)
             if line_of.setdefault(value, number) != number:
                 raise ValueError(f"{path}:{number}: {value!r} already stands in line {line_of[value]}")
-        records.append(record)
-    return records
+        yield record
 
 
+def compact(record):
+    """A record with its best ids and their logits, if it has any, in arrays: a quarter of the memory of lists."""
+    if top := record.get("top"):
+        top["ids"], top["logits"] = array("i", top["ids"]), array("d", top["logits"])
+    return record
+
+
+@remembered
 def read_labels(path):
-    """{clip id: record} of labels, which all store as many of the teacher's best ids."""
+    """{clip id: its "bad", or "option" and "top"} of labels, which all store as many of the teacher's best ids."""
     found, sizes = {}, set()
     for record in read_records(path, LABEL, key="id"):
-        found[record["id"]] = record
         if top := record.get("top"):
             sizes |= {len(top["ids"]), len(top["logits"])}
             if not top["ids"] or min(top["ids"]) < 0 or max(top["ids"]) >= 2**31:
                 raise ValueError(f"{path}: 'top' of {record['id']!r} must hold ids from 0 to 2**31 - 1")
+        record = compact(record)
+        found[record["id"]] = {name: record[name] for name in ("bad", "option", "top") if name in record}
     if len(sizes) > 1:
         raise ValueError(f"{path}: 'top' must hold as many ids and logits in every line, got {sorted(sizes)}")
     return found
 
 
+@remembered
 def read_decisions(path):
     """{clip id: record} of a switch's decisions."""
     return {record["id"]: record for record in read_records(path, DECISION, key="id")}
@@ -130,14 +140,14 @@ def read_verdicts(path, needs_accepted=False):
 
 def read_endpoint_answers(path):
     """{key: record} of endpoint.jsonl; empty if there is none. A torn last line is dropped if the others are good."""
-    records = read_records(path, ENDPOINT_ANSWER, own=True, key="key") if path.exists() else ()
+    records = list(read_records(path, ENDPOINT_ANSWER, own=True, key="key")) if path.exists() else ()
     drop_torn_line(path, "; it is asked again")
     return {record["key"]: record for record in records}
 
 
 def answers_beside(results):
     """The records of the answers.jsonl that Evaluate wrote beside this results.json."""
-    return read_records(Path(results).with_name("answers.jsonl"), ANSWER)
+    return list(read_records(Path(results).with_name("answers.jsonl"), ANSWER))
 
 
 def bad_record(example, error):

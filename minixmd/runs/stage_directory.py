@@ -7,11 +7,9 @@
     slots.json     what decode_slots "auto" was, on a GPU
     done.json      written last: the stage is finished
 
-A file's fingerprint is the SHA-256 of its content; above 64 MiB that of its size and of 256 blocks spread evenly over
-it, for the whole of a 15 GB checkpoint would take a minute on every start. A folder's is that of its files' names and
-fingerprints, a hub model's its name and commit. The clips that a manifest lists are not looked at.
+What a stage reads has a fingerprint (files.fingerprint), a hub model its name and commit. The clips that a manifest
+lists are not looked at.
 """
-import hashlib
 import json
 import platform
 import subprocess
@@ -23,12 +21,10 @@ from pathlib import Path
 
 import torch
 
-from minixmd.runs.files import write_bytes, write_json
+from minixmd.runs.files import fingerprint, write_bytes, write_json
 from minixmd.runs.records import drop_torn_line
 from minixmd.runs.training_state import LOGS, load_state, remove_leftovers
 
-WHOLE_BYTES = 64 << 20  # up to here a file is read whole
-SAMPLES, SAMPLE_BYTES = 256, 64 << 10  # beyond it, so many blocks of so many bytes
 MADE_FIRST = "config.json", "config.py", "inputs.json", "versions.json", "slots.json"
 # fields that may change between two starts of an unfinished stage, those for memory among them, which change results
 # by rounding (but a clip may be too long for one micro_batch_tokens and not for another); a local model in an
@@ -111,29 +107,6 @@ def _has_output(folder):
             if lines:
                 return True
     return False
-
-
-def fingerprint(path):
-    """Hex digest of a file or folder by the rule above; ValueError if there is none."""
-    path = Path(path)
-    if path.is_dir():
-        digest = hashlib.sha256()
-        for part in sorted(path.rglob("*")):
-            if part.is_file() and not part.name.startswith("."):
-                digest.update(f"{part.relative_to(path).as_posix()}\n{fingerprint(part)}\n".encode())
-        return digest.hexdigest()
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            if size <= WHOLE_BYTES:
-                return hashlib.sha256(file.read()).hexdigest()
-            digest = hashlib.sha256(str(size).encode())
-            for i in range(SAMPLES):
-                file.seek((size - SAMPLE_BYTES) * i // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-            return digest.hexdigest()
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file or folder") from None
 
 
 def versions():

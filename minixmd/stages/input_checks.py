@@ -3,7 +3,6 @@
 What an earlier stage has yet to write ("@name") cannot be checked; a field beside it is then read by itself.
 """
 import os
-from functools import lru_cache, partial
 
 from minixmd.config import TRAINING, Answers, Distill, Evaluate, FactCheck, Report, Switch
 from minixmd.inputs.examples import MEDIA_KINDS, check_answers, check_media, read_manifest
@@ -17,7 +16,7 @@ from minixmd.stages.switch import check_labels
 
 MANIFESTS = ("manifest", "val_manifest", "train_manifest", "clips")
 READERS = {
-    "traces": partial(read_records, kind=TRACE),
+    "traces": lambda path: list(read_records(path, TRACE)),
     "verdicts": read_verdicts,
     "switch": read_decisions,
     "teacher_labels": read_labels,
@@ -25,24 +24,16 @@ READERS = {
 }
 
 
-def check_inputs(config, clips=True, read=None):
+def check_inputs(config, clips=True):
     """Checks the files of a Config's unfinished stages. Raises ValueError. Files that are not there are passed over:
-    references.check_files names those. clips: whether a manifest's must be there, for a stage that has read none. read:
-    manifest_reader's, of several calls."""
-    read = read or manifest_reader()
+    references.check_files names those. clips: whether a manifest's must be there, for a stage that has read none."""
     for stage in config.stages:
         folder = config.run_dir / stage.name
         if not (folder / "done.json").exists():
-            check_stage(stage, read, clips and not (folder / "shards").exists())
+            check_stage(stage, clips and not (folder / "shards").exists())
 
 
-def manifest_reader():
-    """read_manifest, which remembers the last ones, since many stages read one."""
-    return lru_cache(4)(read_manifest)
-
-
-def check_stage(stage, read, look_for_clips):
-    """Checks one stage's files. read: manifest_reader's."""
+def check_stage(stage, look_for_clips):
     files = {}  # field -> path of a file that is there; others, and outputs to come, are left out
     for name in (*MANIFESTS, *READERS, "weights"):
         path = getattr(stage, name, None)
@@ -52,7 +43,7 @@ def check_stage(stage, read, look_for_clips):
     examples = {}
     for name in MANIFESTS:
         if name in files:
-            examples[name] = read(files[name], stage.allow_outside)
+            examples[name] = read_manifest(files[name], stage.allow_outside)
             check_media(stage.name, files[name], media, examples[name])
             if look_for_clips and getattr(stage, "checker", None) != "verdicts":
                 check_clips(examples[name], files[name], MEDIA_KINDS[media])
