@@ -261,7 +261,9 @@ def judge_by_verifier(stage, folder, traces, log):
     def judge(traces):
         pairs, bad = read(traces)
         scores = score_pairs(verifier, list(pairs.values()), stage.batch_size)
-        verdicts = {key: make_verdict(key, score=round(score, 5)) for key, score in zip(pairs, scores, strict=True)}
+        verdicts = {}
+        for key, score in zip(pairs, scores, strict=True):
+            verdicts[key] = make_verdict(key, score=round(score, 5))
         return [verdicts.get(trace.key) or make_verdict(trace.key) | bad[trace.example.id] for trace in traces]
 
     verdicts = compute_shards(judge, traces, folder / "shards", stage.name, "trace")

@@ -107,8 +107,10 @@ def ask_for_answers(stage, folder, examples, traces):
 
 def read_logprobs(record, example, top):
     """Adds to an example's record the option whose letter is likeliest. top: {token: log-prob} of the first token."""
-    logprobs = [max((p for token, p in top.items() if token.strip() == letter), default=-math.inf)
-                for letter in ascii_uppercase[:len(example.options)]]
+    logprobs = []
+    for letter in ascii_uppercase[:len(example.options)]:
+        found = [logprob for token, logprob in top.items() if token.strip() == letter]
+        logprobs.append(max(found, default=-math.inf))
     best = max(range(len(logprobs)), key=logprobs.__getitem__)
     if logprobs[best] == -math.inf:
         record.update(bad="no letter", detail=f"none among the likeliest first tokens: {list(top)}")
@@ -154,8 +156,12 @@ class Questions:
             allowed_V = logits_V.index_fill(0, torch.tensor(self.processor.suppressed_ids), -torch.inf)
             logits_K, ids_K = allowed_V.topk(self.top_k)
             logsumexp = (allowed_V / self.top_temperature).logsumexp(0).item()
-            record["top"] = {"ids": ids_K.tolist(), "logits": [round(logit, 4) for logit in logits_K.tolist()],
-                             "temperature": self.top_temperature, "logsumexp": round(logsumexp, 5)}
+            record["top"] = {
+                "ids": ids_K.tolist(),
+                "logits": [round(logit, 4) for logit in logits_K.tolist()],
+                "temperature": self.top_temperature,
+                "logsumexp": round(logsumexp, 5),
+            }
         self.records[example.id] = record
 
     def in_order(self):
@@ -212,7 +218,10 @@ def write(model, questions, writing, *, prefill_tokens=BATCH_TOKENS, on_prompts=
         max_new_tokens=writing.max_new_tokens, temperature=writing.temperature, stop=writing.stop,
         decode_slots=writing.slots, prefill_tokens=prefill_tokens, on_prompts=on_prompts and hand_out, kept=kept,
         usage=usage)
-    return [(example, completions[n * p:n * (p + 1)]) for p, example in enumerate(asked)]
+    pairs = []
+    for p, example in enumerate(asked):
+        pairs.append((example, completions[n * p:n * (p + 1)]))
+    return pairs
 
 
 @torch.inference_mode()
@@ -245,7 +254,8 @@ def read_texts(record, example, completions, rule, letters):
     texts = [text for text, _ in completions]
     chosen, index, how, votes = vote(texts, example.options, rule, letters)
     option = None if index is None else example.options[index]
-    record.update(answer=index, option=option, how=how, text=texts[chosen], finished=completions[chosen][1])
+    text, finished = completions[chosen]
+    record.update(answer=index, option=option, how=how, text=text, finished=finished)
     if len(texts) > 1:
         record.update(votes=votes, texts=texts)
 

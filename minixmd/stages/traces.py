@@ -100,7 +100,13 @@ def outcome_of(example, samples):
 def sample_locally(stage, folder, examples, log):
     """A record a clip: {"id", "samples": [{"text", "finished"}]}, or a bad one."""
     get_model, _ = model_of(stage)
-    writing = Writing(stage.max_new_tokens, stage.num_samples, stage.temperature, seed=stage.seed, slots=stage.slots)
+    writing = Writing(
+        stage.max_new_tokens,
+        stage.num_samples,
+        stage.temperature,
+        seed=stage.seed,
+        slots=stage.slots,
+    )
     kept, usage = {}, Usage()
 
     def sample(examples):
