@@ -56,7 +56,6 @@ def answered(patch, folder, path, right, **fields):
         text = f"<think>I hear {ODD}.</think><answer>{'ABC'[answer]}</answer>"
         records.append({"id": e.id, "answer": answer, "option": e.options[answer], "logits": [0.0] * 3,
                         "by_letters": 0, "how": "letter", "text": text, "finished": True})
-    patch.setattr(multiple_choice, "load_model", lambda *_: (None, None))
     patch.setattr(multiple_choice, "compute_shards", lambda *_, **__: records)
     folder.mkdir()
     evaluate.run(Evaluate(name=folder.name, model="m", manifest=str(path), answer="generate", **fields), folder,
