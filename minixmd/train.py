@@ -123,6 +123,12 @@ class Trainer:
     def on_gpu(self):
         return self.model.device.type == "cuda"
 
+    def now(self):
+        """A time in seconds, when a GPU has done what it was given."""
+        if self.on_gpu():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def load_model(self, load):
         return load(self.stage.model, **runtime_of(self.stage))
 
@@ -410,11 +416,12 @@ class Trainer:
         prompts = [prompt for prompt, _ in samples]
         items = [item for _, item in samples]
 
-        started = time.perf_counter()
+        started = self.now()
         sampler = self.whole_model()  # the policy itself: where its weights are sharded, gathered for the rollout
         if self.model.encoders_frozen():  # sampling, scoring and learning then share the encoders' output
             prompts = [sampler.encode_media(prompt) for prompt in prompts]
         completions, usage = [], Usage()
+        self.now()  # what is encoded is no part of the prefill
         if prompts:
             completions = generate(
                 sampler, self.processor, prompts, num_samples=stage.group_size, max_new_tokens=stage.max_new_tokens,
@@ -430,7 +437,7 @@ class Trainer:
         if self.sharded and rollout.learned:
             rollout.fill_up(self.spare[0], self.processor.end_id)
 
-        sampled = time.perf_counter()
+        sampled = self.now()
         scored_T = None  # what the policy says without gradients, before its first update
         first_update = not any(self.optimizer.state.values())  # in this process or an earlier one
         if rollout.micro_batches and self.reference is not None:
@@ -440,14 +447,12 @@ class Trainer:
                 scored_T = logprobs.reference_logprobs(self.whole_model(), *options)
                 self.check_reference(rollout.ref_T, scored_T)
 
-        scored = time.perf_counter()
+        scored = self.now()
         metrics = defaultdict(float, loss=0.0)
         for _ in range(stage.num_iterations if rollout.learned else 0):
             for name, value in self.policy_update(rollout).items():
                 metrics[name] += value / stage.num_iterations
-        if self.on_gpu():
-            torch.cuda.synchronize()  # the optimizer's kernels too belong to the update's time
-        updated = time.perf_counter()
+        updated = self.now()
 
         metrics = dict(metrics)
         own = policy.rollout_metrics([item.example for item in items], completions, rewards, letters) if items else {}

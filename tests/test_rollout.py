@@ -309,7 +309,7 @@ def test_prompts_are_read_as_their_completions_come_up(speaker):
     ahead = []
     decode(model, processor, prompts(), 6, no_draw, max_new_tokens=LENGTH, temperature=0, decode_slots=2,
            on_prompts=lambda first, logits_GV: ahead.append(len(read)))
-    assert read == [*range(6)] and ahead[0] == 3  # the two that are computed, and the next
+    assert read == [*range(6)] and ahead[0] == 2  # those that are computed
 
 
 def test_a_decoder_that_is_kept_gives_what_a_new_one_does(speaker, monkeypatch):
@@ -322,6 +322,31 @@ def test_a_decoder_that_is_kept_gives_what_a_new_one_does(speaker, monkeypatch):
         with_kept = decode(model, processor, prompts, 3, no_draw, kept=kept, **options)
         assert_same(with_kept, decode(model, processor, prompts, 3, no_draw, **options))
     assert len(made) == 3 and len(kept) == 1
+    fewer = decode(model, processor, [processor(heard(7))], 1, no_draw, kept=kept, **options)  # 1 slot is enough
+    assert_same(fewer, decode(model, processor, [processor(heard(7))], 1, no_draw, **options))
+    assert len(made) == 4 and len(kept["decoder"].prompt_of) == 2
+    assert decode(model, processor, [], 0, no_draw, kept={}, **options) == [] and len(made) == 4
+
+
+@pytest.mark.parametrize("mid_run", [False, True])
+def test_a_captured_decoder_grows_and_is_captured_again(speaker, monkeypatch, mid_run):
+    """Between two calls of a kept one, or while completions of shorter prompts are under way."""
+    as_if_captured(monkeypatch)
+    captures = []
+    monkeypatch.setattr(decoder, "capture", lambda step: captures.append(step()) or step)
+    monkeypatch.setattr(decoder, "PROMPT_ROWS", 8)
+    model, processor = speaker
+    texts = ["Hm", "Hm?", "Is it a dog, a cat or an owl that we hear in this?" * 4, "What is this?"]
+    prompts = [processor(ask(text)) for text in texts]
+    options = dict(max_new_tokens=LENGTH, temperature=0, decode_slots=2)
+    if mid_run:
+        found = decode(model, processor, prompts, 4, no_draw, **options)
+    else:
+        kept = {}
+        found = decode(model, processor, prompts[:2], 2, no_draw, kept=kept, **options)
+        found += decode(model, processor, prompts[2:], 2, no_draw, kept=kept, **options)
+    assert captures
+    assert_same(found, sum(generate(*speaker, list(map(ask, texts)), seed=0, max_new_tokens=LENGTH, temperature=0), []))
 
 
 def test_a_shard_gives_the_same_bits_again(speaker):
@@ -423,7 +448,7 @@ def test_a_step_keeps_every_tensor_where_it_is(speaker):
         d.place([5, 4, 3], tokens[:3], [1, 1, 1], uniform_BT[:3])
         before = {f"{type(o).__name__}.{name}": (x, x.data_ptr()) for o in (d, d.cache) for name, x in vars(o).items()
                   if isinstance(x, torch.Tensor)}  # fmt: skip
-        d.run(5)
+        d.run(4)
     after = {f"{type(o).__name__}.{name}": x for o in (d, d.cache) for name, x in vars(o).items()
              if isinstance(x, torch.Tensor)}  # fmt: skip
     assert len(before) == 13 and before.keys() == after.keys()

@@ -130,7 +130,7 @@ class _Endpoint:
 class _Writing:
     """Fields of a stage whose model writes."""
     decode_slots: Count | Literal["auto"] = "auto"  # completions written at once; "auto": up to 256, as many as the
-    # GPU's memory has room for when the stage begins
+    # GPU's memory has room for when the stage begins, with clips of 10 s
     writes = True  # no field: whether the model writes answers of its own
 
     @property

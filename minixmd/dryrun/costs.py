@@ -14,7 +14,6 @@ LINK_TB_PER_S = 0.3  # what each of several sends, by NVLink
 SLOT_USE = {True: 0.65, False: 0.85}  # share of the decode slots that write, in training's short rollouts and elsewhere
 ANSWER_TOKENS = 200
 CLIPS = 10_000  # of a manifest
-TRIED = 16, 32  # decode_slots of which memory is estimated where they are "auto"
 # by phase the fields that make it take less, and by field what it saves at most, in shares of what the phase holds
 LOWERED = {
     "forward": ("batch_tokens",),
@@ -41,15 +40,23 @@ def has_open_slots(stage):
     return stage.model is not None and stage.decode_slots == "auto"
 
 
-def slots_that_fit(few, more, gib):
+def slots_tried(stage):
+    """Two decode_slots of which memory is estimated where they are "auto": of whole prompts, and twice as many."""
+    samples = getattr(stage, "group_size", None) or getattr(stage, "num_samples", 1)
+    few = samples * ceil(16 / samples)
+    return few, 2 * few
+
+
+def slots_that_fit(stage, few, more, gib):
     """decode_slots for which a card of so many GiB has room, 0 for none. few, more: a stage's Phases with each of
-    TRIED."""
+    slots_tried."""
+    tried, _ = slots_tried(stage)
     most = MOST_SLOTS
     for phase, larger in zip(few, more, strict=True):
-        slot = (larger.total - phase.total) / (TRIED[1] - TRIED[0])
+        slot = (larger.total - phase.total) / tried
         if slot > 0:
             room = (gib - DRIVER_GIB) * 2**30 / (1 + OVERHEAD) - phase.total
-            most = min(most, TRIED[0] + floor(room / slot))
+            most = min(most, tried + floor(room / slot))
         elif needed_gib(phase.total) > gib:
             return 0
     return max(most - most % 8 if most > 8 else most, 0)

@@ -102,14 +102,17 @@ def trace_writing(tracer, phase, model, prompts, writing, prefill_tokens=PREFILL
             model, prompt_slots, rows, slots, n, max_new_tokens=writing.max_new_tokens,
             temperature=writing.temperature, suppressed_ids=[], end_id=0, backend=model.backend)
         tracer.category = "activations"
+        held = tracer.current.total()
+        decoder.prompt_of = [slot // n for slot in range(slots)]
+        decoder.run(1)
+        step_bytes = tracer.peak.total() - held  # which a captured step keeps for itself
+        traced.step_flops, tracer.flops = tracer.flops, 0
         uniform_B = torch.zeros(count * n, dtype=torch.float64)
         taken = [i % prompt_slots for i in range(count)]
         logits_GV, *_ = decoder.prefill(prompts[:count], taken, uniform_B)  # held as long in Schedule
-        prefill_flops, tracer.flops = tracer.flops, 0
-        del logits_GV
-        decoder.prompt_of = [slot // n for slot in range(slots)]
-        decoder.run(1)
-        traced.step_flops, tracer.flops = tracer.flops, encoding + prefill_flops * slots / n / count
+        tracer.flops = encoding + tracer.flops * slots / n / count
+    if model.backend == "triton":
+        traced.bytes["activations"] += step_bytes
 
 
 class MetaTrainer(Trainer):

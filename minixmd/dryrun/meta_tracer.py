@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from minixmd.kernels import lora
+from minixmd.runs import distributed
 
 aten = torch.ops.aten
 CATEGORIES = ("weights", "reference", "gradients", "optimizer", "KV cache", "logits", "activations")
@@ -132,11 +133,13 @@ def _fused_attention(q_BHTK, k_BJSK, v_BJSK, attn_mask=None, is_causal=False, en
 
 @contextmanager
 def trace_memory(vocab_size, device):
-    """Traces its block as if it ran on `device`, "cuda" or "cpu"; yields the MemoryTracer. No Triton kernel is run."""
+    """Traces its block as if it ran on `device`, "cuda" or "cpu", in a single process; yields the MemoryTracer. No
+    Triton kernel is run."""
+    alone = mock.patch.object(distributed, "rank_and_world_size", lambda: (0, 1))  # the others do not take part
     attention = mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _fused_attention)
     is_cuda = mock.patch.object(torch.Tensor, "is_cuda", property(lambda x: x.is_meta and device == "cuda"))
     masks_select_all = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)
     no_launch = mock.patch.object(triton.KernelInterface, "__getitem__", lambda *_: lambda *args, **kwargs: None)
     unfused = mock.patch.object(lora, "FUSED_D", 0)  # the kernel's products by the library, where they are counted
-    with attention, is_cuda, masks_select_all, no_launch, unfused, MemoryTracer(vocab_size) as tracer:
+    with alone, attention, is_cuda, masks_select_all, no_launch, unfused, MemoryTracer(vocab_size) as tracer:
         yield tracer

@@ -196,10 +196,10 @@ def estimate_stage(plan, gpus):
     if not costs.has_open_slots(plan.stage) or plan.stage.device == "cpu":
         phases = phases_with()
         return phases, phases, {}
-    few, more = (phases_with(decode_slots=slots) for slots in costs.TRIED)
+    few, more = (phases_with(decode_slots=slots) for slots in costs.slots_tried(plan.stage))
     slots = {}
     for card, gib in costs.CARDS.items():
-        slots[card] = costs.slots_that_fit(few, more, gib)
+        slots[card] = costs.slots_that_fit(plan.stage, few, more, gib)
     return few, phases_with(decode_slots=max(1, *slots.values())), slots
 
 

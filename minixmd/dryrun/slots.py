@@ -1,4 +1,5 @@
 """decode_slots="auto" of a stage that writes on a GPU: as many completions at once as memory has room for."""
+import gc
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from minixmd.dryrun import costs
 from minixmd.dryrun.memory_estimate import estimate
 from minixmd.dryrun.plan import plan_stage, write_stand_in_tokenizer
 from minixmd.runs.device import resolve_device
-from minixmd.runs.distributed import broadcast, rank_and_world_size
+from minixmd.runs.distributed import broadcast, gather, rank_and_world_size
 from minixmd.runs.files import read_json, write_json
 
 
@@ -20,8 +21,10 @@ def settle_slots(stage, stages, folder):
         return stage
     rank, world_size = rank_and_world_size()
     path = folder / "slots.json"
+    gc.collect()
+    torch.cuda.empty_cache()  # what earlier stages have left
+    free = min(gather(torch.cuda.mem_get_info()[0]))
     if rank == 0 and not path.exists():
-        free, _ = torch.cuda.mem_get_info()
         write_json(path, {"decode_slots": choose_slots(stage, stages, free / 2**30, world_size)})
     slots = broadcast(read_json(path)["decode_slots"] if rank == 0 else None)
     print(f"{stage.name}: decode_slots {slots}", flush=True)
@@ -35,7 +38,7 @@ def choose_slots(stage, stages, gib, gpus=1):
         plan = plan_stage(stage, stages, Path(scratch))
     if plan.fault:
         raise ValueError(f"{plan.fault}; decode_slots needs a number")
-    few, more = costs.TRIED
+    few, more = costs.slots_tried(stage)
     few = estimate(replace(stage, decode_slots=few), plan.model, plan.prompt, gpus)
     more = estimate(replace(stage, decode_slots=more), plan.model, plan.prompt, gpus)
-    return max(1, costs.slots_that_fit(few, more, gib))
+    return max(1, costs.slots_that_fit(stage, few, more, gib))

@@ -79,7 +79,7 @@ def read_manifest(path, allow_outside=False):
     return list(_read_manifest(path, allow_outside, data_root(path)))
 
 
-@remembered  # many stages read one manifest
+@remembered(8)  # many stages read one manifest
 def _read_manifest(path, allow_outside, root):
     folder = os.path.realpath(Path(path).parent)
     inside = os.path.join(root, "")  # how the paths of files in it begin

@@ -15,7 +15,8 @@ from minixmd.learning.kv_cache import KVCache, pool_shapes
 from minixmd.runs.heartbeat import beat
 
 STEPS_PER_SYNC = 4  # captured steps between two looks at what they sampled
-PROMPT_ROWS = 256  # a captured step's prompt slots have a multiple of so many rows, so that they seldom must grow
+# a captured step's prompt slots have a multiple of so many rows, and a quarter to spare, so that they seldom must grow
+PROMPT_ROWS, SPARE_ROWS = 256, 1.25
 
 
 def sample(logits_BV, uniform_B, temperature, suppressed_ids):
@@ -38,8 +39,8 @@ def sample(logits_BV, uniform_B, temperature, suppressed_ids):
 
 
 def prompt_rows(longest_prompt, captured):
-    """Rows of a prompt slot that holds so many tokens."""
-    return math.ceil(longest_prompt / PROMPT_ROWS) * PROMPT_ROWS if captured else longest_prompt
+    """Rows of a prompt slot for prompts of so many tokens; where steps are captured there is room for longer ones."""
+    return math.ceil(SPARE_ROWS * longest_prompt / PROMPT_ROWS) * PROMPT_ROWS if captured else longest_prompt
 
 
 class Decoder:
@@ -81,7 +82,9 @@ class Decoder:
         if longest_prompt <= self.cache.prompt_pool.shape[4]:
             return
         token_B, length_B = self.token_B.clone(), self.cache.length_B.clone()
-        self.cache.grow(prompt_rows(longest_prompt, self.captured))
+        self.replay = None
+        self.cache.grow(prompt_rows(longest_prompt, self.captured), keep=max(self.prompt_of) >= 0)
+        self.next_row_1.zero_()
         self.replay = capture(self.step) if self.captured else None
         self.token_B.copy_(token_B)
         self.cache.length_B.copy_(length_B)

@@ -41,11 +41,17 @@ class KVCache:
         self.rows_in_use = shape[4]  # rows of C beyond which no unfinished slot has any
         self.prompts_in_use = G  # prompt slots beyond which none is continued
 
-    def grow(self, longest_prompt):
-        """Makes room for longer prompts."""
-        old = self.prompt_pool
-        self.prompt_pool = old.new_zeros(*old.shape[:4], longest_prompt, old.shape[5])
-        self.prompt_pool[:, :, :, :, :old.shape[4]] = old
+    def grow(self, longest_prompt, keep):
+        """Makes room for longer prompts. keep: whether those that are there are still needed."""
+        old, self.prompt_pool = self.prompt_pool, None
+        shape = *old.shape[:4], longest_prompt, old.shape[5]
+        if keep:
+            self.prompt_pool = old.new_zeros(shape)
+            self.prompt_pool[:, :, :, :, :old.shape[4]] = old
+        else:  # without the old one beside it
+            device, dtype = old.device, old.dtype
+            del old
+            self.prompt_pool = torch.zeros(shape, device=device, dtype=dtype)
 
     def prefill(self, segments, slot_N, row_N, layer, q_NHK, k_NJK, v_NJK):
         """Attention over packed prompts that stores row n's key and value as row row_N[n] of prompt slot slot_N[n]."""

@@ -9,6 +9,7 @@ import math
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -109,12 +110,15 @@ class Schedule:
         self.writing = [None] * len(decoder.prompt_of)  # the completion in each decode slot
         self.prompt_slot = {}  # of each prompt that has unfinished completions
         self.unfinished = Counter()  # completions of each prompt
-        self.read_prompt()
+        self.next_prompt = None  # read, and not yet computed
 
     def read_prompt(self):
+        """Reads the next prompt, if there is one and none is waiting. Returns whether one is."""
         began = time.perf_counter()
-        self.next_prompt = next(self.prompts, None)
+        if self.next_prompt is None:
+            self.next_prompt = next(self.prompts, None)
         self.usage.data_s += time.perf_counter() - began
+        return self.next_prompt is not None
 
     def fill(self):
         """Gives free decode slots the next completions. Returns whether any slot is in use."""
@@ -141,12 +145,12 @@ class Schedule:
         taken = set(self.prompt_slot.values())
         free = [slot for slot in range(len(self.decoder.position_after)) if slot not in taken][:most]
         prompts, tokens = [], 0
-        while self.next_prompt is not None and len(prompts) < len(free):
+        while len(prompts) < len(free) and self.read_prompt():
             tokens += len(self.next_prompt)
             if prompts and tokens > self.prefill_tokens:
                 break
             prompts.append(self.next_prompt)
-            self.read_prompt()
+            self.next_prompt = None
         if not prompts:
             return False
         n, first = self.decoder.num_samples, len(self.ids)
@@ -232,32 +236,36 @@ def prompt_slots_for(decode_slots, num_samples, num_prompts):
 
 @torch.inference_mode()
 def decode(model, processor, prompts, num_prompts, draw, *, num_samples=1, max_new_tokens, temperature, stop=(),
-           decode_slots=None, longest_prompt=1, prefill_tokens=PREFILL_TOKENS, backend=None, captured=True,
+           decode_slots=None, longest_prompt=0, prefill_tokens=PREFILL_TOKENS, backend=None, captured=True,
            on_token=None, on_prompts=None, kept=None, usage=None):
     """num_samples Completions of each Prompt, in order, in one list; arguments as generate, and
 
     prompts: an iterable of at most num_prompts; one is read when its completions come up.
     draw: function(number of a completion) -> (max_new_tokens,) fp64, the numbers that choose its tokens.
-    longest_prompt: tokens for which room is made at once; more is made when it is needed.
+    longest_prompt: tokens for which room is made at once, if it is more than the first prompt's; more is made when it
+        is needed.
     prefill_tokens: of prompts that are computed at once. on_prompts: function(first, logits_GV) that takes the
         logits that follow G prompts, from number `first` on.
     kept: a dict in which the Decoder, with its memory and captured step, stays for further calls that differ in the
-        prompts alone."""
+        prompts alone; at first empty."""
     usage = Usage() if usage is None else usage
     slots = min(decode_slots or num_samples * num_prompts, num_samples * num_prompts)
     prompt_slots = prompt_slots_for(slots, num_samples, num_prompts)
-    decoder = None if kept is None else kept.get((prompt_slots, slots))
-    if decoder is None:
-        decoder = Decoder(
-            model, prompt_slots, longest_prompt, slots, num_samples, max_new_tokens=max_new_tokens,
+    prompts = iter(prompts)
+    first = next(prompts, None)
+    if first is None:
+        return []
+    kept = {} if kept is None else kept
+    if not kept or len(kept["decoder"].prompt_of) < slots:
+        kept.clear()  # before another takes memory; one with more slots than are needed stays
+        kept["decoder"] = Decoder(
+            model, prompt_slots, max(longest_prompt, len(first)), slots, num_samples, max_new_tokens=max_new_tokens,
             temperature=temperature, suppressed_ids=processor.suppressed_ids, end_id=processor.end_id,
             backend=backend or model.backend, captured=captured)
-    if kept is not None:
-        kept.clear()
-        kept[prompt_slots, slots] = decoder
-    decoder.slots_in_use = slots
+    decoder = kept["decoder"]
+    decoder.slots_in_use = len(decoder.prompt_of)
     schedule = Schedule(
-        decoder, processor, iter(prompts), draw, usage, max_new_tokens=max_new_tokens, stop=stop,
+        decoder, processor, chain([first], prompts), draw, usage, max_new_tokens=max_new_tokens, stop=stop,
         prefill_tokens=prefill_tokens, on_token=on_token, on_prompts=on_prompts)
     while True:
         began, waited = time.perf_counter(), usage.data_s

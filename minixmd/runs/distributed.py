@@ -152,9 +152,9 @@ def destroy():
 
 
 def written_shard(num_items):
-    """Items of a shard for which a model writes: many, so that few decode slots stand idle at its end, but a sixteenth
-    of all at most, so that several processes have some."""
-    return min(512, max(SHARD, math.ceil(num_items / 16)))
+    """Items of a shard for which a model writes: many, so that few decode slots stand idle at its end, but an eighth of
+    all at most, so that 8 processes have some."""
+    return min(512, max(SHARD, math.ceil(num_items / 8)))
 
 
 def compute_shards(compute, items, folder, title, unit, shard_size=None, finish=None):

@@ -61,11 +61,14 @@ def fingerprint(path):
         raise ValueError(f"{path}: no such file or folder") from None
 
 
-def remembered(read):
-    """Makes a function of a path and other arguments remember its last results, for as long as the file is the same.
-    Nobody may change them."""
-    last = lru_cache(8)(lambda digest, *args: read(*args))
-    return wraps(read)(lambda path, *args: last(fingerprint(path), str(path), *args))
+def remembered(count):
+    """Makes a function of a path and other arguments remember its last `count` results, each for as long as its file is
+    the same. Nobody may change them."""
+    def decorate(read):
+        last = lru_cache(count)(lambda digest, *args: read(*args))
+        return wraps(read)(lambda path, *args: last(fingerprint(path), str(path), *args))
+
+    return decorate
 
 
 def parse_json(data):

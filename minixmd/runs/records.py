@@ -106,7 +106,7 @@ def compact(record):
     return record
 
 
-@remembered
+@remembered(2)
 def read_labels(path):
     """{clip id: its "bad", or "option" and "top"} of labels, which all store as many of the teacher's best ids."""
     found, sizes = {}, set()
@@ -122,7 +122,7 @@ def read_labels(path):
     return found
 
 
-@remembered
+@remembered(2)
 def read_decisions(path):
     """{clip id: record} of a switch's decisions."""
     return {record["id"]: record for record in read_records(path, DECISION, key="id")}

@@ -51,7 +51,8 @@ def begin(run_dir, stage, inputs, source, hub_names=None):
         except ValueError:
             if (folder / "done.json").exists() or _has_output(folder):
                 raise
-            for path in (folder / "config.json", *(folder / name for name in LOGS), *folder.glob("shards/*")):
+            made = "config.json", "slots.json", *LOGS
+            for path in (*(folder / name for name in made), *folder.glob("shards/*")):
                 path.unlink(missing_ok=True)
             print(f"minixmd: {folder}: begun anew, for nothing was made of its older config or inputs", file=sys.stderr)
         if (folder / "done.json").exists():

@@ -150,8 +150,8 @@ def handful(path, run_dir):
         split = SPLITS.get(path.stem, "test")
         examples = few(read_manifest(WORLD / "toy" / f"{split}.jsonl"), CLASSES, CLIPS)
         for i, example in enumerate(examples):
-            for field, values in METAS.get(path.parent.name, {}).items():
-                example.meta[field] = values[i % len(values)]
+            added = {field: values[i % len(values)] for field, values in METAS.get(path.parent.name, {}).items()}
+            examples[i] = replace(example, meta=example.meta | added)
     write_text(out, manifest_text(examples))
     return out
 
