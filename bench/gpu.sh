@@ -4,7 +4,7 @@
 # Each writes FOLDER/<name>_gpu.json (FOLDER is bench/results unless given) after every row, and is killed 5 s after its
 # time is over, so what was measured stays. A failure does not stop the others; the exit status is 1 if there was one.
 # PYTHON chooses the interpreter (default python). TRL, Liger and PEFT are compared with where they are installed.
-# Not here: bench_train, bench_load, bench_label, bench_prepare, bench_media, bench_memory, bench_grpo_step,
+# Not here: bench_train, bench_slots, bench_load, bench_label, bench_prepare, bench_media, bench_memory, bench_grpo_step,
 # bench_processes, bench_start: on a CPU.
 set -u
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
