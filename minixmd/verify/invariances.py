@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch.nn.functional import gelu, pad, scaled_dot_product_attention
+from torch.nn.functional import gelu, pad
 
 from minixmd import Group, pack
+from minixmd.inputs.batch import consecutive_segments
 from minixmd.models.lora import adapted, add_lora
 from minixmd.models.weights import load_adapter, save_adapter
 from minixmd.verify.subject import QUESTION, TEMPERATURE, Outcome, synthetic_clips
@@ -47,9 +48,7 @@ def encoders(subject):
 
 def plain_audio(model, m):
     """An audio clip's features: Whisper on its padded window, or (Omni) on each chunk by itself."""
-    tower = model.audio_tower
-    mel_MA = m.features
-    length = (m.frames + 1) // 2
+    tower, mel_MA = model.audio_tower, m.features
     table_AE = tower.positions(mel_MA.device)
     window = 2 * len(table_AE)
     if model.config.audio.n_window is None:
@@ -60,29 +59,16 @@ def plain_audio(model, m):
         norm = tower.ln_post
         project = tower.proj
         mel_MA = mel_MA[:, :m.frames]
-    parts = [plain_whisper(tower, part_MA, table_AE, length) for part_MA in mel_MA.split(window, dim=1)]
+    length, parts = (m.frames + 1) // 2, []
+    for part_MA in mel_MA.split(window, dim=1):
+        x_EA = gelu(tower.conv1(part_MA.to(tower.conv1.weight.dtype)))
+        x_AE = gelu(tower.conv2(x_EA)).T[:length]  # no row sees those beyond
+        x_AE = x_AE + table_AE[:len(x_AE)].to(x_AE.dtype)
+        for layer in tower.layers:
+            x_AE = layer(x_AE, consecutive_segments([len(x_AE)]))
+        parts.append(x_AE)
     pairs_A2E = torch.cat(parts)[:length // 2 * 2].unflatten(0, (-1, 2))
     return project(norm(pairs_A2E.mean(1)))
-
-
-def plain_whisper(tower, mel_MA, table_AE, length):
-    """Whisper's layers over all of a window, of which the keys from `length` on are masked."""
-    x_EA = gelu(tower.conv1(mel_MA.to(tower.conv1.weight.dtype)))
-    x_AE = gelu(tower.conv2(x_EA)).T
-    x_AE = x_AE + table_AE[:len(x_AE)].to(x_AE.dtype)
-    mask_1A = torch.arange(len(x_AE), device=x_AE.device)[None] < length
-    for layer in tower.layers:
-        attention = layer.self_attn
-        h_AE = layer.self_attn_layer_norm(x_AE)
-        q_HAK, k_HAK, v_HAK = (
-            linear(h_AE).unflatten(-1, (attention.H, -1)).transpose(0, 1)
-            for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        o_HAK = scaled_dot_product_attention(q_HAK, k_HAK, v_HAK, attn_mask=mask_1A)
-        x_AE = x_AE + attention.out_proj(o_HAK.transpose(0, 1).flatten(1))
-        h_AE = layer.final_layer_norm(x_AE)
-        x_AE = x_AE + layer.fc2(gelu(layer.fc1(h_AE)))
-    return x_AE
 
 
 def plain_video(model, m):
