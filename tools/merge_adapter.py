@@ -33,7 +33,7 @@ DTYPE_OF = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values(
 
 def stored_dtype(folder):
     """The dtype of a checkpoint's tensors; of several, the one that holds them all."""
-    infos, _ = read_headers(folder, config_of(folder).family)
+    infos = read_headers(folder, config_of(folder).family)
     dtypes = {DTYPES[info.dtype] for info in infos.values() if info.dtype in DTYPES}
     return reduce(torch.promote_types, dtypes) if dtypes else torch.float32  # load_model says what is wrong
 

@@ -68,14 +68,13 @@ def load_model(folder, *, device="cpu", dtype=torch.float32, sharded=False):
     if sharded:
         shard_frozen(model, device)
     parameters = {config.family.checkpoint_name(name): name for name, _ in model.named_parameters()}
-    infos, header_faults = read_headers(folder, config.family)
+    infos = read_headers(folder, config.family)
     head = config.family.checkpoint_name("lm_head.weight")
     head_copy = infos.pop(head, None) if config.tie_word_embeddings else None
     faults = tensor_faults(infos, {name: model.get_parameter(ours) for name, ours in parameters.items()})
     for name, info in infos.items():
         if name not in faults and info.dtype not in DTYPES:
             faults[name] = f"{name} is {info.dtype}, expected {', '.join(DTYPES)}"
-    faults.update(header_faults)
     if faults:
         by_name = [faults[name] for name in sorted(faults)]
         raise ValueError(f"{folder}: {len(faults)} tensors do not fit config.json: {listed(by_name)}")

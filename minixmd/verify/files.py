@@ -9,10 +9,10 @@ def tensors(subject):
     """Every tensor of the files is accounted for, and the first row of each is the one in memory."""
     folder, config = subject.processor.folder, subject.model.config
     parameters = {config.family.checkpoint_name(name): p for name, p in subject.base_parameters().items()}
-    held, misplaced = read_headers(folder, config.family)
+    held = read_headers(folder, config.family)
     if config.tie_word_embeddings:
         held.pop(config.family.checkpoint_name("lm_head.weight"), None)
-    faults = list({**tensor_faults(held, parameters), **misplaced}.values())
+    faults = list(tensor_faults(held, parameters).values())
     found = sorted(held.keys() & parameters.keys())
     for name in found:
         p = parameters[name]
