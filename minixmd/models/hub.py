@@ -117,8 +117,6 @@ def _reason(error, revision):
         return "no such folder, and no such repository on the hub, or a private one (log in with: hf auth login)"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the repository has no revision {revision}"
-    if isinstance(error, errors.HFValidationError):
-        return "no such folder, and no name of a repository on the hub"
     if isinstance(error, errors.LocalEntryNotFoundError):
         network = _first_line(error.__cause__ or error)
         return f"no such folder, the hub cannot be reached ({network}), and its cache holds no whole copy"

@@ -84,10 +84,8 @@ def local_rows(model):
     for name, p in model.named_parameters():
         if isinstance(p, DTensor):
             chunk = math.ceil(len(p) / p.device_mesh.size())  # as torch.chunk cuts
-            rank = p.device_mesh.get_local_rank()
-            first = rank * chunk
-            first = min(first, len(p))
-            rows[name] = first, len(p)
+            first = p.device_mesh.get_local_rank() * chunk
+            rows[name] = min(first, len(p)), len(p)
     return rows
 
 
