@@ -402,7 +402,7 @@ def test_a_checkpoint_that_does_not_load_is_one_line_and_status_2(copied, folder
 
 def test_a_clip_that_cannot_be_used_is_one_line_and_status_2(folders, tmp_path, capsys):
     (tmp_path / "text.wav").write_text("not a clip")
-    for kind, argv, said in (("audio", ["--audio", tmp_path / "no.wav"], "no.wav: no such file"),
+    for kind, argv, said in (("audio", ["--audio", tmp_path / "no.wav"], "no.wav: missing"),
                              ("audio", ["--audio", tmp_path / "text.wav"], "text.wav: "),
                              ("vision", ["--audio", tmp_path / "text.wav"], "a qwen2_vl model cannot take audio"),
                              ("audio", ["--video", tmp_path / "text.wav"], "a qwen2_audio model cannot take video")):

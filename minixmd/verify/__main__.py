@@ -6,7 +6,6 @@ import importlib.util
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import torch
 
@@ -75,9 +74,6 @@ def load_subject(args):
         raise ValueError("device 'cuda' was asked for, but torch sees no GPU")
     if args.against and importlib.util.find_spec("transformers") is None:
         raise ValueError("--against transformers needs transformers: pip install transformers")
-    for path in args.audio + args.video:
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: no such file")
     prepare_backends()
     backend = "triton" if device == "cuda" else "torch"  # as stages choose it
     model, processor = load(args.model, device=device, dtype=getattr(torch, args.dtype), backend=backend)
