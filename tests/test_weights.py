@@ -215,7 +215,8 @@ def test_what_the_shards_hold_counts_and_not_what_the_index_says(tmp_path):
 
 @pytest.mark.parametrize("damage, said", [
     ("{", "not JSON"), ("", "not JSON"), ("\xff", "not JSON"), ("[]", "must hold a JSON object, got list"),
-    ("{}", "has no weight_map"), ('{"weight_map": []}', "has no weight_map"), ('{"weight_map": {}}', "has no weight_map"),
+    ("{}", "has no weight_map"), ('{"weight_map": []}', "has no weight_map"),
+    ('{"weight_map": {}}', "has no weight_map"),
     ('{"weight_map": {"a": 1}}', "a must be in a file of the same folder, got 1"),
     ('{"weight_map": {"a": "../b.safetensors"}}', "a must be in a file of the same folder, got '../b.safetensors'")])
 def test_an_index_that_is_none_is_one_line_that_names_it(tmp_path, damage, said):
