@@ -514,20 +514,6 @@ def test_an_endpoint_in_a_models_place_is_another_config(world):
     assert f'another config: served null -> "m", model "{inputs["model"]}" -> null; set' in said
 
 
-def test_a_stage_that_has_made_nothing_yet_takes_a_corrected_config_and_corrected_inputs(world):
-    run_dir, stage, inputs, source = world
-    folder = begin(*world)
-    append_jsonl(folder / "log.jsonl", {"step": 0})
-    inputs["manifest"].write_text("corrected")
-    corrected = replace(stage, lr=2e-4)
-    assert begin(run_dir, corrected, inputs, source) == folder
-    assert json.loads((folder / "config.json").read_text())["lr"] == 2e-4
-    assert json.loads((folder / "inputs.json").read_text())["manifest"] == fingerprint(inputs["manifest"])
-    assert not (folder / "log.jsonl").exists()
-    save(folder, 1)
-    assert "made by another config" in refusal(*world)
-
-
 def test_a_run_that_moved_with_its_inputs_goes_on(world, tmp_path):
     run_dir, stage, inputs, source = world
     stage = replace(stage, model=str(inputs["model"]), manifest=str(inputs["manifest"]))

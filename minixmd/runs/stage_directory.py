@@ -13,7 +13,6 @@ lists are not looked at.
 import json
 import platform
 import subprocess
-import sys
 from dataclasses import asdict
 from functools import partial
 from importlib import metadata
@@ -25,7 +24,6 @@ from minixmd.runs.files import fingerprint, write_bytes, write_json
 from minixmd.runs.records import drop_torn_line
 from minixmd.runs.training_state import LOGS, load_state, remove_leftovers
 
-MADE_FIRST = "config.json", "config.py", "inputs.json", "versions.json", "slots.json"
 # fields that may change between two starts of an unfinished stage, those for memory among them, which change results
 # by rounding (but a clip may be too long for one micro_batch_tokens and not for another); a local model in an
 # endpoint's place, or the reverse, changes `model` and `served` too and is refused
@@ -46,15 +44,7 @@ def begin(run_dir, stage, inputs, source, hub_names=None):
             config[field] = str(path.resolve())
     fingerprints = {field: (hub_names or {}).get(field) or fingerprint(path) for field, path in inputs.items()}
     if (folder / "config.json").exists():
-        try:
-            _check_same(folder, config, inputs, fingerprints)
-        except ValueError:
-            if (folder / "done.json").exists() or _has_output(folder):
-                raise
-            made = "config.json", "slots.json", *LOGS
-            for path in (*(folder / name for name in made), *folder.glob("shards/*")):
-                path.unlink(missing_ok=True)
-            print(f"minixmd: {folder}: begun anew, for nothing was made of its older config or inputs", file=sys.stderr)
+        _check_same(folder, config, inputs, fingerprints)
         if (folder / "done.json").exists():
             remove_leftovers(folder)  # a kill may have come before `finish` did
             return None
@@ -94,20 +84,6 @@ def _check_same(folder, config, inputs, fingerprints):
     _refuse(folder, "another config", differences)
     changed = [field for field in inputs if fingerprints[field] != old_fingerprints.get(field)]
     _refuse(folder, "other inputs", [f"{field} {inputs[field]} changed" for field in changed])
-
-
-def _has_output(folder):
-    """Whether a stage has made more than its directory, log lines without a loss, and records of bad clips."""
-    for path in folder.rglob("*"):
-        if path.is_file() and path.name not in MADE_FIRST:
-            lines = path.read_bytes().splitlines()
-            if path.name in LOGS:
-                lines = [line for line in lines if b'"loss"' in line]
-            elif path.parent.name == "shards":
-                lines = [line for line in lines if b'"bad"' not in line]
-            if lines:
-                return True
-    return False
 
 
 def versions():
