@@ -160,13 +160,10 @@ def written_shard(num_items):
 def compute_shards(compute, items, folder, title, unit, shard_size=None, finish=None):
     """The records of all items in their order, computed shard by shard on every process; None on all but the first.
 
-    Args:
-        compute: function(items of a shard) -> records.
-        folder: of the shards' files, each written whole; one that is there already is read back.
-        title, unit: of the progress bar. shard_size: items of a shard; None = SHARD.
-        finish: called, if there was anything to compute, when this process has no shard left, while others may.
-    Raises Stopped after a shard, if the run was asked to stop.
-    """
+    compute: function(items of a shard) -> records. folder: of the shards' files, each written whole; one that is there
+    already is read back. title, unit: of the progress bar. shard_size: items of a shard; None = SHARD. finish: called,
+    if there was anything to compute, when this process has no shard left, while others may. Raises Stopped after a
+    shard, if the run was asked to stop."""
     rank, world_size = rank_and_world_size()
     size = shard_size or SHARD
     shards = [(items[i:i + size], folder / f"{i:07d}.jsonl") for i in range(0, len(items), size)]

@@ -34,12 +34,8 @@ def unwatched():
 
 
 class Heartbeat(threading.Thread):
-    """Says in the store how far this process is and whether it waits for others, and reads what they say.
-
-    Args:
-        store: of torch.distributed, a connection of its own.
-        timeout_s: seconds without progress after which a process is given up.
-    """
+    """Says in the store how far this process is and whether it waits for others, and reads what they say. store: of
+    torch.distributed, a connection of its own. timeout_s: as distributed.init takes it."""
 
     def __init__(self, store, rank, world_size, timeout_s):
         super().__init__(daemon=True)
