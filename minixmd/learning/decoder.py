@@ -75,6 +75,7 @@ class Decoder:
         self.slots_in_use = B  # which come first
         self.prompt_of = [-1] * B  # the prompt slot that each decode slot continues; -1: nobody owns it
         self.position_after = [0] * prompt_slots  # each prompt
+        self.empty = True  # whether no prompt is needed that was computed
         self.replay = capture(self.step) if self.captured else None  # not self.step: a cycle would keep the pools alive
 
     def make_room(self, longest_prompt):
@@ -83,7 +84,7 @@ class Decoder:
             return
         token_B, length_B = self.token_B.clone(), self.cache.length_B.clone()
         self.replay = None
-        self.cache.grow(prompt_rows(longest_prompt, self.captured), keep=max(self.prompt_of) >= 0)
+        self.cache.grow(prompt_rows(longest_prompt, self.captured), keep=not self.empty)
         self.next_row_1.zero_()
         self.replay = capture(self.step) if self.captured else None
         self.token_B.copy_(token_B)
@@ -95,6 +96,7 @@ class Decoder:
         prompts: G Prompts. prompt_slots: their slots. uniform_B: (G num_samples,) fp64.
         Returns the logits after each prompt (G, V), and lists of the first tokens' ids and log-probabilities."""
         self.make_room(max(map(len, prompts)))
+        self.empty = False
         batch = pack(prompts)
         lengths_G = torch.tensor([len(prompt) for prompt in prompts])
         last_G = lengths_G.cumsum(0) - 1

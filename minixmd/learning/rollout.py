@@ -263,7 +263,7 @@ def decode(model, processor, prompts, num_prompts, draw, *, num_samples=1, max_n
             temperature=temperature, suppressed_ids=processor.suppressed_ids, end_id=processor.end_id,
             backend=backend or model.backend, captured=captured)
     decoder = kept["decoder"]
-    decoder.slots_in_use = len(decoder.prompt_of)
+    decoder.slots_in_use, decoder.empty = len(decoder.prompt_of), True
     schedule = Schedule(
         decoder, processor, chain([first], prompts), draw, usage, max_new_tokens=max_new_tokens, stop=stop,
         prefill_tokens=prefill_tokens, on_token=on_token, on_prompts=on_prompts)
