@@ -8,7 +8,7 @@ traces.endpoint=http://HOST:PORT/v1 test_traces.endpoint=http://HOST:PORT/v1
 
 The checker receives the sound. Each server has a key of its own, read from the environment and never written to disk:
 OPENAI_API_KEY goes to the checker alone; TEACHER_API_KEY, if the teacher's server wants one, to that server alone.
-Answers are kept: no request is repeated once it was answered. One CUDA GPU of 80 GB beside the server's, for 33 hours
+Answers are kept: no request is repeated once it was answered. One CUDA GPU of 80 GB beside the server's, for 23 hours
 by --dry-run; data as in recipe sightsound. Not measured by anybody yet: 8 thoughts of 40,000 clips are 320,000 requests
 to the server, and the checker gets one request for each trace that is left.
 """
