@@ -98,7 +98,9 @@ def test_a_script_counts_on_a_cpu_and_ends_with_json(name, counted):
         assert rows["update, moments float32", "ref"]["bytes"] == 98 * N
     if name == "decode":
         lengths, parts = 276 + 1 + 10 + 20, 3 * 2  # of 4 heads, 2 of them with keys, of 32; 276 rows are 2 splits
-        assert rows["step", "triton"]["bytes"] == 4 * (2 * 2 * 32 * lengths + 2 * 3 * 4 * 32 + 2 * 4 * 33 * parts) + 48
+        slots = 3 * (8 + 8 + 8) + 8 * 2 * parts  # lengths and prompts of 3 decode slots, and who continues a prompt
+        moved = 4 * (2 * 2 * 32 * lengths + 2 * 3 * 4 * 32 + 2 * 4 * 33 * parts) + slots
+        assert rows["step", "triton"]["bytes"] == moved
         whole, products = rows["whole step", "triton"], 2 * (4 * 32 * 32 + 3 * 32 * 48) + 300 * 32
         assert whole["weight_bytes"] == 4 * (products + 2 * (3 * 32 + 2 * 32) + 32)  # with biases and gains
         assert whole["flop"] == 2 * 2 * products and whole["kv_bytes"] == 4 * 2 * 2 * 32 * (5 + 2 * 6)

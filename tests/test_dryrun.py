@@ -343,7 +343,7 @@ def test_what_grpo_of_a_7b_decoder_takes_before_activations(moments, gib, tmp_pa
 @pytest.mark.parametrize("options", [{}, dict(moments="8bit", reference="host")])
 def test_grpo_of_a_7b_decoder_fits_the_papers_node_and_two_others(gpus, gib, options, tmp_path):
     stage = GRPO(name="grpo", model="Qwen/Qwen2-Audio-7B-Instruct", manifest="none.jsonl", trainable="decoder",
-                 dtype="bfloat16", val_manifest="none.jsonl", **options)
+                 dtype="bfloat16", val_manifest="none.jsonl", decode_slots=16, **options)
     plan = plan_of(stage, tmp_path)
     phases = estimate(stage, plan.model, plan.prompt, gpus)
     assert len(phases) == 5 and all(costs.needed_gib(phase.total) <= gib for phase in phases)

@@ -65,6 +65,11 @@ def test_every_way_to_train_gives_the_same(runs, name, count):
     assert_trained_alike(runs[1] / name, runs[count] / name)
 
 
+def without_times(path):
+    """The lines of a file but for the one that says where a stage's time went."""
+    return [line for line in read_jsonl(path) if "slot_use" not in line]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("name", [name for name in ALL if name not in TRAINED])
@@ -73,7 +78,7 @@ def test_every_other_stage_gives_the_same(runs, name, count):
     files = sorted(path.name for path in one.glob("*.jsonl")) + [path.name for path in one.glob("results.json")]
     assert len(files) >= 2
     for file in files:
-        read = read_jsonl if file.endswith("l") else lambda path: json.loads(path.read_text())
+        read = without_times if file.endswith("l") else lambda path: json.loads(path.read_text())
         assert largest_gap(read(one / file), read(several / file)) < 1e-5, file
 
 
