@@ -192,7 +192,9 @@ def test_scores_are_those_of_whole_prompts_however_a_clips_traces_are_cut(hearin
     monkeypatch.setattr(factcheck, "next_token_logits", spy)
     stage = stage_of(hearing, trace_filter="all", threshold=-1e6, prompt=CHECK_PROMPT, batch_tokens=batch_tokens)
     found = run(stage, tmp_path / "shared")
-    groups = [item for items, _ in batches for item in items if isinstance(item, Group)]
+    groups = []
+    for items, _ in batches:
+        groups += [item for item in items if isinstance(item, Group)]
     for items, logits_BV in batches:
         assert len(logits_BV) == 1 or sum(map(len, items)) <= batch_tokens
     sizes = {8192: {2, 3, 4, 5}, 640: {1, 2, 3}, 1: {1}}[batch_tokens]

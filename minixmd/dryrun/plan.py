@@ -130,6 +130,16 @@ def plan_stage(stage, stages, scratch, clips=NO_CLIPS):
     return plan
 
 
+def plan_alone(stage, stages):
+    """The StagePlan of one stage, whatever its manifest holds. Raises ValueError: why it cannot run."""
+    with tempfile.TemporaryDirectory() as scratch:
+        write_stand_in_tokenizer(Path(scratch), stages)
+        plan = plan_stage(stage, stages, Path(scratch))
+    if plan.fault:
+        raise ValueError(plan.fault)
+    return plan
+
+
 def example_prompt(stage, example, processor, trace, max_new_tokens=0):
     """The Prompt that a stage makes of an Example and a trace, with the answer where one is learnt."""
     if isinstance(stage, FactCheck) and stage.checker == "verifier":  # the decoder reads nothing but the trace
@@ -196,11 +206,22 @@ def estimate_stage(plan, gpus):
     if not costs.has_open_slots(plan.stage) or plan.stage.device == "cpu":
         phases = phases_with()
         return phases, phases, {}
-    few, more = (phases_with(decode_slots=slots) for slots in costs.slots_tried(plan.stage))
-    slots = {}
-    for card, gib in costs.CARDS.items():
-        slots[card] = costs.slots_that_fit(plan.stage, few, more, gib)
-    return few, phases_with(decode_slots=max(1, *slots.values())), slots
+    few, slots = fit_slots(plan, gpus, costs.CARDS)
+    most = max(1, *slots.values())
+    return few, phases_with(decode_slots=most), slots
+
+
+def fit_slots(plan, gpus, cards):
+    """(Phases with the fewest decode_slots that are tried, {card: those that it has room for, or 0}). cards: {card: GiB
+    that programs find there}."""
+    tried = []
+    for slots in costs.slots_tried(plan.stage):
+        stage = replace(plan.stage, decode_slots=slots)
+        tried.append(estimate(stage, plan.model, plan.prompt, gpus))
+    fitting = {}
+    for card, gib in cards.items():
+        fitting[card] = costs.slots_that_fit(plan.stage, *tried, gib)
+    return tried[0], fitting
 
 
 def missing_inputs(config):

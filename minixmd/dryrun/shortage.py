@@ -1,15 +1,13 @@
 """The line in which a stage ends when memory runs out: where, what --dry-run expects there, and what to lower."""
-import tempfile
 import traceback
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from minixmd.config import GRPO
 from minixmd.dryrun import costs
 from minixmd.dryrun.memory_estimate import estimate
-from minixmd.dryrun.plan import plan_stage, write_stand_in_tokenizer
+from minixmd.dryrun.plan import plan_alone
 
 PHASES = {  # functions that memory runs out in, outermost first -> their phase
     "validate": "validation",
@@ -41,11 +39,7 @@ def describe_shortage(error, stage, stages):
     text += f" in phase {phase_name!r}"
     longest = 1
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            write_stand_in_tokenizer(Path(scratch), stages)
-            plan = plan_stage(stage, stages, Path(scratch))
-        if plan.fault:
-            raise ValueError(plan.fault)
+        plan = plan_alone(stage, stages)
         longest = plan.longest
         phases = {phase.name: phase for phase in estimate(stage, plan.model, plan.prompt)}
         gib = costs.needed_gib(phases[phase_name].total)

@@ -1,14 +1,11 @@
 """decode_slots="auto" of a stage that writes on a GPU: as many completions at once as memory has room for."""
 import gc
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from minixmd.dryrun import costs
-from minixmd.dryrun.memory_estimate import estimate
-from minixmd.dryrun.plan import plan_stage, write_stand_in_tokenizer
+from minixmd.dryrun.plan import fit_slots, plan_alone
 from minixmd.runs.device import resolve_device
 from minixmd.runs.distributed import broadcast, gather, rank_and_world_size
 from minixmd.runs.files import read_json, write_json
@@ -33,12 +30,5 @@ def settle_slots(stage, stages, folder):
 
 def choose_slots(stage, stages, gib, gpus=1):
     """decode_slots for which each of so many GPUs with `gib` GiB has room."""
-    with tempfile.TemporaryDirectory() as scratch:
-        write_stand_in_tokenizer(Path(scratch), stages)
-        plan = plan_stage(stage, stages, Path(scratch))
-    if plan.fault:
-        raise ValueError(f"{plan.fault}; decode_slots needs a number")
-    few, more = costs.slots_tried(stage)
-    few = estimate(replace(stage, decode_slots=few), plan.model, plan.prompt, gpus)
-    more = estimate(replace(stage, decode_slots=more), plan.model, plan.prompt, gpus)
-    return max(1, costs.slots_that_fit(stage, few, more, gib))
+    _, slots = fit_slots(plan_alone(stage, stages), gpus, {"here": gib})
+    return max(1, slots["here"])

@@ -65,8 +65,13 @@ def remembered(count):
     """Makes a function of a path and other arguments remember its last `count` results, each for as long as its file is
     the same. Nobody may change them."""
     def decorate(read):
-        last = lru_cache(count)(lambda digest, *args: read(*args))
-        return wraps(read)(lambda path, *args: last(fingerprint(path), str(path), *args))
+        last = lru_cache(count)(lambda digest, written, *args: read(*args))
+
+        @wraps(read)
+        def read_once(path, *args):  # of a large file the digest alone does not see everything
+            return last(fingerprint(path), os.stat(path).st_mtime_ns, str(path), *args)
+
+        return read_once
 
     return decorate
 
