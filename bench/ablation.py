@@ -15,6 +15,7 @@ from minixmd.recipe_parts.xmd import ABLATION
 from minixmd.runs.files import read_json
 from minixmd.runs.records import read_jsonl
 from minixmd.tasks.statistics import compare, summary
+from minixmd.toy.world import OPTIONS
 
 COLUMNS = {  # title -> (split, group of the toy's categories or None)
     "analysis": ("analysis", None),
@@ -23,6 +24,9 @@ COLUMNS = {  # title -> (split, group of the toy's categories or None)
     "test: both": ("test", "both"),
     "test: ear": ("test", "ear"),
     "test: eye": ("test", "eye"),
+    "unseen: both": ("unseen", "both"),
+    "unseen: ear": ("unseen", "ear"),
+    "unseen: eye": ("unseen", "eye"),
 }
 ROWS = {  # title -> stage, whose results are <stage>_<split>
     "Audio model before": "audio",
@@ -36,11 +40,13 @@ DIFFERENCES = {  # title -> (stage, stage subtracted from it, column)
     "learned less never, test": ("distilled", "never", "test"),
     "learned less before, test": ("distilled", "audio", "test"),
     "learned less before, unseen": ("distilled", "audio", "unseen"),
+    "learned less before, unseen: eye": ("distilled", "audio", "unseen: eye"),
     "video model taught less before, test": ("video_distilled", "video", "test"),
     "video model taught less before, test: ear": ("video_distilled", "video", "test: ear"),
     **{f"ground truth less {title}, test": ("truth", stage, "test")
        for title, stage in ABLATION.items() if stage != "truth"},
 }
+CHANCE = 1 / OPTIONS
 POINTS = 5  # that the learned switch must gain over the student's own answers
 
 
@@ -104,6 +110,8 @@ def check_claims(results):
             accuracies["switch"]["validation"] >= 0.8 for accuracies in switches),
         "unseen classes do not get worse, within the interval":
             differences["learned less before, unseen"]["interval"][1] >= 0,
+        "both models are above chance on unseen classes before": all(
+            results["rows"][f"{title} model before"]["unseen"]["interval"][0] > CHANCE for title in ("Audio", "Video")),
     }  # fmt: skip
 
 

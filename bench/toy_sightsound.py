@@ -99,7 +99,7 @@ def subtract(runs, stage, other):
 
 def named_sound(trace):
     """The sound that a trace says it hears; None if it names none, which counts as false."""
-    match = re.search(r"I hear (\w+)", trace["text"])
+    match = re.search(r"I hear ([\w ]+)", trace["text"])
     return match and match[1]
 
 

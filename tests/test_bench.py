@@ -593,7 +593,8 @@ def ablation_run(ablation, folder, right, switch):
         (dict(truth=290, distilled=280, always=250, never=200), 0.9, []),
         (dict(truth=290, distilled=280, always=250, never=200, kl=291), 0.9, [0]),
         (dict(truth=290, distilled=280, always=250, never=270), 0.9, [3]),
-        (dict(truth=290, distilled=280, always=250, never=200), 0.79, [4]))),
+        (dict(truth=290, distilled=280, always=250, never=200), 0.79, [4]),
+        (dict(truth=290, distilled=280, always=250, never=200, video=36), 0.9, [6]))),
 ])  # fmt: skip
 def test_what_the_ablation_claims_is_read_from_its_runs(tmp_path, monkeypatch, capsys, right, switch, fails):
     ablation = importlib.import_module("bench.ablation")

@@ -2,7 +2,7 @@
 import hashlib
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from minixmd.runs.seeds import hash_seed
 from minixmd.tasks.answers import thoughts
 from minixmd.tasks.rewards import accuracy_reward, format_reward
 from minixmd.toy import checker, lessons, pretrain, world
-from minixmd.toy.lessons import DIRECT, THINKING
+from minixmd.toy.lessons import DIRECT, THINKING, thoughts_of
 from minixmd.toy.models import family_file, make_model, write_processor
 
 SMALL = {"base": 1, "train": 2, "test": 1, "unseen": 2}
@@ -57,22 +57,28 @@ def untrained(tmp_path_factory):
 
 
 def test_groups():
-    """Confusable categories share what they are confused by and differ by the faint cue; no others share anything."""
+    """Confusable categories share what they are confused by; no others share anything."""
     assert Counter(category.group for category in SEEN) == {"both": 6, "eye": 12, "ear": 6}
-    sounds = {c: (c.source, c.pitch_hz, c.beats_hz) for c in map(attrs, world.CATEGORIES)}
-    looks = {c: (c.shape, c.colour) for c in map(attrs, world.CATEGORIES)}
+    sounds, looks = {}, {}
+    for category in world.CATEGORIES:
+        sounds[category.name] = category.source, category.beats_hz, category.pitch_hz
+        looks[category.name] = category.shape, *category.colour
     for group, clusters, shared in (("eye", 2, sounds), ("ear", 1, looks)):
-        others = [shared[c] for c in shared if c.group != group]
-        cluster = [(shared[c], c.cue) for c in shared if c.group == group]
-        assert len(set(others)) == len(others) and not set(others) & {main for main, _ in cluster}
-        assert len({main for main, _ in cluster}) == clusters and len(set(cluster)) == len(cluster)
-    assert all(c.cue is None for c in sounds if c.group == "both")
+        others = [shared[c.name] for c in world.CATEGORIES if c.group != group]
+        cluster = {shared[c.name] for c in world.CATEGORIES if c.group == group}
+        assert len(set(others)) == len(others) and len(cluster) == clusters and not set(others) & cluster
     assert len(set(world.NAMES)) == len(world.CATEGORIES) > world.OPTIONS
 
 
-def attrs(category):
-    cue = tuple(category.cue) if category.group == "ear" else category.cue
-    return replace(category, colour=tuple(category.colour), cue=cue)  # hashable
+def test_every_part_of_an_unseen_name_is_known_from_seen_ones():
+    """Every adjective and noun is in several seen names, and a faint tone is heard with another noun."""
+    unseen = [category for category in world.CATEGORIES if not category.seen]
+    assert {category.adjective for category in unseen} == {line["adjective"] for line in world.ADJECTIVES}
+    assert Counter(category.noun for category in unseen) == {line["noun"]: 2 for line in world.NOUNS}
+    for category in unseen:
+        same = [other for other in SEEN if other.adjective == category.adjective]
+        assert len(same) == 3 and (category.group != "eye" or "eye" in {other.group for other in same})
+        assert sum(other.noun == category.noun for other in SEEN) == 6
 
 
 def test_a_clip_is_a_pure_function_of_seed_split_category_and_number():
@@ -150,10 +156,10 @@ def test_the_train_split_is_blind_but_holds_the_right_option(small):
 
 def test_options_are_drawn_without_repeats_and_the_right_one_stands_anywhere():
     rng = np.random.default_rng(0)
-    drawn = [world.draw_options("owl", world.NAMES, rng) for _ in range(600)]
-    assert all(options[answer] == "owl" and len(set(options)) == world.OPTIONS for options, answer in drawn)
-    wrong = Counter(name for options, _ in drawn for name in options if name != "owl")
-    assert set(wrong) == set(world.NAMES) - {"owl"} and max(wrong.values()) < 1.5 * min(wrong.values())
+    drawn = [world.draw_options("low bell", world.NAMES, rng) for _ in range(600)]
+    assert all(options[answer] == "low bell" and len(set(options)) == world.OPTIONS for options, answer in drawn)
+    wrong = Counter(name for options, _ in drawn for name in options if name != "low bell")
+    assert set(wrong) == set(world.NAMES) - {"low bell"} and max(wrong.values()) < 1.5 * min(wrong.values())
     places = Counter(answer for _, answer in drawn)
     assert set(places) == set(range(world.OPTIONS)) and min(places.values()) > 30
 
@@ -187,7 +193,7 @@ def test_from_afar_the_faint_tone_drowns_and_nothing_else_changes():
     near, far = (world.make_wave(category, world.clip_rng(100, "base", category, 0), far) for far in (False, True))
     spectrum = np.abs(np.fft.rfft(near - far))
     peak_hz = np.fft.rfftfreq(world.SAMPLES, 1 / world.RATE)[spectrum.argmax()]
-    assert abs(peak_hz / world.CUE_HZ[category.cue] - 1) < 0.04
+    assert abs(peak_hz / category.faint_hz - 1) < 0.04
     assert np.sort(spectrum)[-20] < spectrum.max() / 10, "the two differ by more than one tone"
 
 
@@ -226,9 +232,10 @@ def test_tokenizers_agree_up_to_the_end_of_turn_and_differ_after(untrained):
         assert rows[name] > max(processor.tokenizer.get_vocab(with_added_tokens=True).values())
 
 
-def test_names_and_letters_are_single_tokens(untrained):
+def test_words_and_letters_are_single_tokens(untrained):
     processor = untrained["student"][1]
-    assert all(len(processor.encode(" " + name)) == 1 for name in world.NAMES)
+    for name in world.NAMES:
+        assert len(processor.encode(f" {name}")) == len(processor.encode(f" {name.title()}")) == 2
     letters = processor.letter_ids(world.OPTIONS)
     assert processor.encode("<|im_start|>assistant\nA<|im_end|>")[-2] == letters[0]
     assert len(set(letters)) == world.OPTIONS
@@ -268,7 +275,7 @@ def test_other_programs_read_the_tokenizers(untrained):
     transformers = pytest.importorskip("transformers")
     for _, processor in untrained.values():
         theirs = transformers.AutoTokenizer.from_pretrained(processor.folder)
-        text = f"<|im_start|>user\n{world.QUESTION}\nA. bell<|im_end|>\n"
+        text = f"<|im_start|>user\n{world.QUESTION}\nA. low bell<|im_end|>\n"
         assert theirs.encode(text) == processor.encode(text)
         assert theirs.eos_token_id == processor.end_id
         config = json.loads((processor.folder / "config.json").read_text())
@@ -278,7 +285,8 @@ def test_other_programs_read_the_tokenizers(untrained):
 # ---- lessons ----
 
 
-@pytest.mark.parametrize("qa_format, thought", [(DIRECT, None), (THINKING, None), (THINKING, "gong")])
+@pytest.mark.parametrize("qa_format, thought", [
+    (DIRECT, None), (THINKING["short"], None), (THINKING["short"], "deep stream"), (THINKING["long"], "deep stream")])
 def test_a_lesson_is_the_prompt_that_a_stage_asks(untrained, small, qa_format, thought):
     """Lessons are put together from pieces; token for token they must be what Evaluate and training will show."""
     example = read_manifest(small / "base.jsonl")[0]
@@ -287,7 +295,10 @@ def test_a_lesson_is_the_prompt_that_a_stage_asks(untrained, small, qa_format, t
         media = pretrain.MEDIA[name]
         size = world.SIDE * world.SIDE
         video_options = dict(min_pixels=size, max_pixels=size) if media == "video" else None
-        text = qa_format.answer.format(name=example.label, thought=thought or example.label, letter=right_letter)
+        text = right_letter
+        if qa_format != DIRECT:
+            written = thoughts_of(thought or example.label, qa_format.thoughts)
+            text = f"<think>{written}</think><answer> {example.label}</answer>"
         asked = processor(build_conversation(example, answer=text, media=media, prompt=qa_format.prompt,
                                              video_options=video_options))
         ids = asked.ids_N.tolist()
@@ -302,28 +313,50 @@ def test_a_lesson_is_the_prompt_that_a_stage_asks(untrained, small, qa_format, t
         target = asked.ids_N[asked.target_N].tolist()
         assert made.ids_N[made.target_N].tolist() == target[:int(made.target_N.sum())]
         choice = processor.decode([made.ids_N[-lesson.choice_offset]]).strip()
-        assert choice == (right_letter if qa_format == DIRECT else example.label)
+        assert choice == (right_letter if qa_format == DIRECT else example.label.split()[0])
         answer = processor.decode(made.ids_N[made.target_N])
-        if qa_format == THINKING:
+        if qa_format != DIRECT:
             assert accuracy_reward(answer, example, example.answer, False) == 1
             assert format_reward(answer, example, example.answer, False) == 1
-        assert ("gong" in answer) == bool(thought)
-        letter_id = processor.letter_ids(world.OPTIONS)[example.answer]
+        assert ("I hear deep stream." in answer) == bool(thought)
         newline_id = processor.encode("\n")[0]
-        for (row, target_id), option in zip(lesson.hints.items(), example.options, strict=True):
-            assert processor.decode([ids[row]]).strip() == option
-            assert target_id == (letter_id if option == example.label else newline_id)
+        letter_ids = processor.letter_ids(world.OPTIONS)
+        hinted = iter(lesson.hints.items())
+        for option, own_id in zip(example.options, letter_ids, strict=True):
+            (row, adjective_target), (noun_row, noun_target) = next(hinted), next(hinted)
+            assert noun_row == row + 1 and processor.decode(ids[row:row + 2]).strip() == option
+            shares_adjective = option.split()[0] == example.label.split()[0]
+            assert adjective_target == (own_id if shares_adjective else ids[noun_row])
+            assert noun_target == (own_id if option == example.label else newline_id)
+        assert next(hinted, None) is None
 
 
 def test_in_text_lessons_the_name_that_stands_for_the_clip_is_thought_and_answer(untrained):
     processor, rng = untrained["student"][1], np.random.default_rng(0)
     for _ in range(5):
-        lesson = pretrain.text_lesson(processor, rng, world.OPTIONS, 4, THINKING)
+        lesson = pretrain.text_lesson(processor, rng, world.OPTIONS, 4, THINKING["short"])
         prompt = lesson.prompt
         text, answer = processor.decode(prompt.ids_N), processor.decode(prompt.ids_N[prompt.target_N])
-        [[thought, name]] = re.findall(r"I hear (\w+)\.</think><answer> (\w+)</answer>", answer)
-        assert thought == name == processor.decode([prompt.ids_N[-lesson.choice_offset]]).strip()
-        assert re.search(rf"user\n(?: {name}){{4}}{world.QUESTION}", text) and len(lesson.hints) == world.OPTIONS
+        [[thought, name]] = re.findall(r"I hear (\w+ \w+)\.</think><answer> (\w+ \w+)</answer>", answer)
+        assert thought == name and name.split()[0] == processor.decode([prompt.ids_N[-lesson.choice_offset]]).strip()
+        assert re.search(rf"user\n(?: {name.title()}){{4}}{world.QUESTION}", text)
+        assert len(lesson.hints) == 2 * world.OPTIONS
+
+
+def test_long_thoughts_have_three_times_the_tokens_of_short_ones_at_least(untrained):
+    """Of every category and in both tokenizers; with form and answer a completion fits what the recipe allows."""
+    for _, processor in untrained.values():
+        lengths = defaultdict(set)
+        for form in THINKING:
+            for name in world.NAMES:
+                text = thoughts_of(name, form)
+                lengths[form].add(len(processor.encode(text)))
+                answer = processor.encode(f"<think>{text}</think><answer> {name}</answer>")
+                lengths["whole", form].add(len(answer) + 1)
+        assert min(lengths["long"]) >= 3 * max(lengths["short"])
+        assert min(lengths["whole", "long"]) >= 3 * max(lengths["whole", "short"])
+        assert max(lengths["whole", "short"]) <= sightsound.toy().max_new_tokens
+        assert max(lengths["whole", "long"]) <= 80
 
 
 def test_text_lessons_of_few_options_keep_their_letters(untrained):
@@ -333,9 +366,9 @@ def test_text_lessons_of_few_options_keep_their_letters(untrained):
     for _ in range(40):
         prompt = pretrain.text_lesson(processor, rng, 2, 6, DIRECT).prompt
         text, answer = processor.decode(prompt.ids_N), processor.decode(prompt.ids_N[prompt.target_N])
-        options = dict(re.findall(r"^([A-J])\. (\w+)$", text, re.MULTILINE))
+        options = dict(re.findall(r"^([A-J])\. (\w+ \w+)$", text, re.MULTILINE))
         assert list(options) == sorted(options) and len(options) == 2
-        assert re.search(r"user\n (\w+) ", text)[1] == options[answer]
+        assert re.search(r"user\n (\w+ \w+) ", text)[1].lower() == options[answer]
         seen.add(answer)
     assert len(seen) > 5
 
@@ -344,15 +377,15 @@ def test_about_three_thoughts_of_ten_are_random_and_answers_always_right(untrain
     model, processor = untrained["teacher"]
     training = pretrain.ClipTraining.__new__(pretrain.ClipTraining)  # without reading every clip
     training.model, training.processor, training.rng = model, processor, np.random.default_rng(0)
-    training.labels, training.names = ["drum"], [category.name for category in SEEN]
+    training.labels, training.names = ["low motor"], [category.name for category in SEEN]
     training.contexts = [processor([{"role": "user", "content": ""}])]
     false = 0
     for _ in range(400):
-        prompt = training.clip_lesson(0, THINKING).prompt
+        prompt = training.clip_lesson(0, THINKING["short"]).prompt
         answer = processor.decode(prompt.ids_N[prompt.target_N])
-        [[thought, name]] = re.findall(r"I hear (\w+)\.</think><answer> (\w+)</answer>", answer)
-        assert name == "drum" and thought in processor.decode(prompt.ids_N[~prompt.target_N])
-        false += thought != "drum"
+        [[thought, name]] = re.findall(r"I hear (\w+ \w+)\.</think><answer> (\w+ \w+)</answer>", answer)
+        assert name == "low motor" and thought in processor.decode(prompt.ids_N[~prompt.target_N])
+        false += thought != "low motor"
     assert 0.2 < false / 400 < 0.34  # of the random thoughts one in ten is right: 0.27
     prompt = training.clip_lesson(0, DIRECT).prompt
     assert processor.decode(prompt.ids_N[prompt.target_N]) in world.LETTERS
@@ -362,7 +395,7 @@ def test_lesson_loss_counts_answers_in_full_and_hints_in_part(untrained):
     """By hand: nll of every answer token, plus HINT_WEIGHT times that of every hint, over the number of lessons."""
     model, processor = untrained["student"]
     rng = np.random.default_rng(2)
-    made = [pretrain.text_lesson(processor, rng, 3, 2, qa_format) for qa_format in (DIRECT, THINKING)]
+    made = [pretrain.text_lesson(processor, rng, 3, 2, qa_format) for qa_format in (DIRECT, THINKING["long"])]
     total, choices = 0.0, []
     for lesson in made:
         prompt = lesson.prompt
@@ -389,8 +422,8 @@ def test_batches_are_permutations_one_after_the_other():
 def test_the_checker_learns_the_prompt_that_fact_checks_ask(untrained, small):
     """Token for token."""
     processor, example = untrained["student"][1], read_manifest(small / "base.jsonl")[0]
-    trace = lessons.THOUGHT.format(thought="bell")
-    assert thoughts(THINKING.answer.format(thought="bell", name="drum")) == trace
+    trace = thoughts_of("low bell", "long")
+    assert thoughts(f"<think>{trace}</think><answer> soft bird</answer>") == trace
     asked = processor(build_conversation(example, media="audio", prompt=world.CHECK_PROMPT, trace=trace, answer="yes"))
     [context] = lessons.read_contexts(processor, [example], "audio")
     made = lessons.answer_prompt(processor, context, world.CHECK_PROMPT.format(trace=trace), "yes")
@@ -400,7 +433,8 @@ def test_the_checker_learns_the_prompt_that_fact_checks_ask(untrained, small):
 
 def test_the_recipe_asks_as_the_models_were_trained():
     prompts = sightsound.toy().prompts
-    assert prompts["think"] == prompts["audio_cot"] == THINKING.prompt and prompts["check"] == world.CHECK_PROMPT
+    assert {prompts["think"], prompts["audio_cot"]} == {qa_format.prompt for qa_format in THINKING.values()}
+    assert prompts["check"] == world.CHECK_PROMPT
 
 
 # ---- the stage ----
@@ -421,7 +455,7 @@ def test_the_stage_trains_in_phases_and_is_not_done_twice(tmp_path, monkeypatch)
     monkeypatch.setattr(checker, "STEPS", 2)
     monkeypatch.setattr(checker, "BATCH_SIZE", 8)
     logged = []
-    stage = SimpleNamespace(name="toy", seed=100, thinking=True)
+    stage = SimpleNamespace(name="toy", seed=100, thinking=True, thoughts="long")
     pretrain.run(stage, tmp_path, logged.append)
     assert [(line["phase"], line.get("model")) for line in logged] == [
         *[("text QA", None)] * 4, ("tower alignment", "student"), ("joint QA", "student"),

@@ -255,7 +255,7 @@ def toy(updates=200):
         main_split="test",
         prompts={"think": thinking, "audio_cot": thinking, "check": "{trace}\nIs that true?",
                  "trace": "{trace}\n" + PROMPT},
-        max_new_tokens=40,
+        max_new_tokens=24,  # with long thoughts 80
         video_fields=dict(min_pixels=3_136, max_pixels=3_136),  # the clips are 56 x 56
         traces_fields=dict(num_samples=4),
         sft_fields=dict(epochs=1000, max_steps=100, **training),

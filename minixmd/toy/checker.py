@@ -9,7 +9,7 @@ from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import read_manifest
 from minixmd.models.head import CrossEntropy
 from minixmd.models.weights import save_model
-from minixmd.toy.lessons import THOUGHT, Fit, answer_prompt, batches, read_contexts
+from minixmd.toy.lessons import Fit, answer_prompt, batches, read_contexts, thoughts_of
 from minixmd.toy.world import CHECK_PROMPT
 
 STEPS = 500
@@ -17,8 +17,8 @@ BATCH_SIZE = 32
 LR = 5e-4
 
 
-def train_checker(folder, seed, log):
-    """Fine-tunes student/ and writes checker/, in a toy world's folder."""
+def train_checker(folder, seed, thoughts, log):
+    """Fine-tunes student/ and writes checker/, in a toy world's folder. thoughts: "short" | "long"."""
     model, processor = load(folder / "student")
     model.set_trainable("full")
     examples = read_manifest(folder / "base.jsonl") + read_manifest(folder / "analysis.jsonl")
@@ -38,7 +38,7 @@ def train_checker(folder, seed, log):
             is_true = rng.random() < 0.5
             others = labels_of[group if rng.random() < 0.5 else "all"] - {label}
             thought = label if is_true else rng.choice(sorted(others))
-            text = CHECK_PROMPT.format(trace=THOUGHT.format(thought=thought))
+            text = CHECK_PROMPT.format(trace=thoughts_of(thought, thoughts))
             prompts.append(answer_prompt(processor, contexts[i], text, "yes" if is_true else "no"))
         batch = pack(prompts)
         row_loss = CrossEntropy(batch.target_id_T, batch.target_weight_T / len(batch.target_id_T), "torch")

@@ -11,30 +11,39 @@ from minixmd.config.prompts import PromptFormat
 from minixmd.inputs.batch import Prompt, pack
 from minixmd.inputs.prompts import build_prompt
 from minixmd.models.head import CrossEntropy
-from minixmd.toy.world import LETTERS, QUESTION, SIDE, THINK_PROMPT
+from minixmd.toy.world import ADJECTIVES, LETTERS, NOUNS, QUESTION, SIDE, THINK_PROMPT
 
 HINT_WEIGHT = 0.3  # of the auxiliary targets, see Lesson
 TURN_END = "<|im_end|>\n<|im_start|>assistant\n"
-THOUGHT = "I hear {thought}."
+WORDS = [line["noun"] for line in NOUNS] + [line["adjective"] for line in ADJECTIVES]
 
 
 @dataclass(frozen=True)
 class QAFormat:
     prompt: str  # format string, as in Evaluate
-    answer: str  # over {thought}, a name, and last the choice, one token: {letter} or " {name}" of the right option
+    thoughts: str | None = None  # Toy's; None = the answer is a letter, else thoughts and a name
 
 
-DIRECT = QAFormat(PROMPT, "{letter}")
-THINKING = QAFormat(THINK_PROMPT, f"<think>{THOUGHT}</think><answer> {{name}}</answer>")
+DIRECT = QAFormat(PROMPT)
+THINKING = {thoughts: QAFormat(THINK_PROMPT, thoughts) for thoughts in ("short", "long")}
+
+
+def thoughts_of(name, thoughts):
+    """The chain of thought that a clip is of the category `name`. thoughts: "short" | "long", word by word."""
+    if thoughts == "short":
+        return f"I hear {name}."
+    checks = [f"{word}: {'yes' if word in name.split() else 'no'}" for word in WORDS]
+    return f"I listen for {', '.join(checks)}. I hear {name}."
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """A prompt whose target is the answer, and "hints": the row of every option's name predicts the option's letter if
-    it is the right one, else the next token. Without them no model learns what options are for (bench/LOG.md)."""
+    """A prompt whose target is the answer, and "hints": the row of every option's adjective and that of its noun
+    predict the option's letter if the name is right so far, else the next token. Without them no model learns what
+    options are for (bench/LOG.md)."""
     prompt: Prompt
     hints: dict[int, int]  # row -> id that it predicts
-    choice_offset: int  # position of the choice among the answer's tokens, counted from their end
+    choice_offset: int  # of the letter, or the name's first word, among the answer's tokens, counted from their end
 
 
 def make_lesson(processor, context, options, right, letters, qa_format, thought=None):
@@ -45,16 +54,19 @@ def make_lesson(processor, context, options, right, letters, qa_format, thought=
         first=LETTERS[0],
         last=LETTERS[-1],
     )
-    name = options[right]
-    answer = qa_format.answer.format(thought=thought or name, letter=letters[right], name=name)
+    name, choice = options[right], letters[right]
+    answer = choice
+    if qa_format.thoughts:
+        choice = f" {name}</answer>"
+        answer = f"<think>{thoughts_of(thought or name, qa_format.thoughts)}</think><answer>{choice}"
     prompt = answer_prompt(processor, context, text, answer)
     ids, hints = prompt.ids_N.tolist(), {}
-    row = len(context) + len(processor.encode(QUESTION + "\n")) + 2
-    for i in range(len(options)):
-        hints[row] = ids[row - 2 if i == right else row + 1]
-        row += 4  # tokens of a line: letter, dot, name, newline
-    after_choice = processor.encode(qa_format.answer.rpartition("}")[2])
-    return Lesson(prompt, hints, len(after_choice) + 2)
+    row = len(context) + len(processor.encode(QUESTION + "\n"))
+    for option in options:  # a line's tokens: letter, dot, adjective, noun, newline
+        hints[row + 2] = ids[row if option.split()[0] == name.split()[0] else row + 3]
+        hints[row + 3] = ids[row if option == name else row + 4]
+        row += 5
+    return Lesson(prompt, hints, len(processor.encode(choice)) + 1)
 
 
 def answer_prompt(processor, context, text, answer):

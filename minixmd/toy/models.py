@@ -14,7 +14,8 @@ from minixmd.models.weights import build
 from minixmd.models.whisper import sinusoids
 from minixmd.runs.files import write_json, write_text
 from minixmd.runs.seeds import hash_seed
-from minixmd.toy.world import LETTERS, NAMES, QUESTION
+from minixmd.toy.lessons import thoughts_of
+from minixmd.toy.world import CHECK_PROMPT, LETTERS, NAMES, QUESTION, THINK_PROMPT
 
 QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
                r"\s+(?!\S)|\s+")
@@ -29,7 +30,7 @@ def family_file(model_type, name, tokenizer=None):
 
 
 def train_tokenizer():
-    """A byte-level BPE in Qwen2's format, without special tokens, in which every category's name is one token."""
+    """A byte-level BPE in Qwen2's format, without special tokens, in which the toy's words are one token each."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
     tokenizer = Tokenizer(models.BPE())
@@ -37,8 +38,11 @@ def train_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     options = "\n".join(f"{LETTERS[i % 10]}. {name}" for i, name in enumerate(NAMES))
-    question = PROMPT.format(question=QUESTION, options=options, first=LETTERS[0], last=LETTERS[-1])
-    corpus = f"system\n{SYSTEM}\nuser\nAudio 1: \n{question}\nassistant\n " + " ".join(NAMES)
+    prompts = [prompt.format(question=QUESTION, options=options, first=LETTERS[0], last=LETTERS[-1], trace="")
+               for prompt in (PROMPT, THINK_PROMPT, CHECK_PROMPT)]
+    answers = [f"<think>{thoughts_of(NAMES[0], 'long')}</think><answer> {NAMES[0]}</answer>", "yes", "no"]
+    names = " " + " ".join(NAMES)
+    corpus = "\n".join([f"system\n{SYSTEM}\nuser\nAudio 1: ", *prompts, "assistant", *answers, names, names.title()])
     trainer = trainers.BpeTrainer(
         vocab_size=640,
         initial_alphabet=sorted(byte_level.alphabet()),

@@ -4,8 +4,8 @@ Trained on clips alone a decoder does not learn what the options are for. So tra
 4 use the base split only:
 
 1. text QA: the decoder, which both models share, learns the question on text, first with two options, then with more;
-   the category's name, repeated, stands in for the clip
-2. tower alignment: each encoder learns to map a clip to the decoder's embedding of its category
+   the category's name in capitals ("Low Bell"), repeated, stands in for the clip
+2. tower alignment: each encoder learns to map a clip to the decoder's embeddings of its category's capitalised words
 3. joint QA: encoder and decoder learn the question on clips
 4. chain of thought, with stage.thinking: the teacher's; the student meets such text, without a clip, in phase 3"""
 from dataclasses import dataclass
@@ -45,20 +45,19 @@ class Level:
 
 # with all options at once the decoder learns nothing, with two it soon does
 LEVELS = (
-    Level(2, 20, 600, 0.3),
-    Level(4, 16, 800, 0.3),
-    Level(7, 12, 600, 0.3),
-    Level(OPTIONS, 12, 800, 0.1),
+    Level(2, 20, 600, 0.35),
+    Level(5, 12, 800, 0.4),
+    Level(OPTIONS, 12, 300, 0.1),
 )
-LAST_LEVEL = Level(OPTIONS, 12, 150, 0.02, decay=True)
+LAST_LEVEL = Level(OPTIONS, 12, 100, 0.02, decay=True)
 MAX_REPEATS = 5  # of the last level, until it ends below its target
 TEXT_LR = 1.5e-3
-ALIGN_STEPS = 400
+ALIGN_STEPS = 200
 ALIGN_BATCH = 32
 ALIGN_LR = 1e-3
 QA_BATCH = 24
 QA_MAX_STEPS = 900  # before the learning rate decays
-QA_DECAY_STEPS = 150
+QA_DECAY_STEPS = 100
 QA_LR = 1e-3
 QA_TARGET_LOSS = 0.15  # on SEPARABLE groups; on the others the loss stays high for as long as it trains
 TEXT_PER_STEP = 6  # chain-of-thought lessons of text beside the student's QA_BATCH of clips
@@ -79,15 +78,15 @@ def run(stage, folder, log):
         if not (folder / name / "config.json").exists():  # written last
             model, processor = new_model(folder / name, model_type, stage.seed)
             load_decoder(model, load_file(language))
-            training = ClipTraining(name, model, processor, folder, stage.seed, log)
+            training = ClipTraining(name, model, processor, folder, stage, log)
             training.align_tower()
             text_per_step = TEXT_PER_STEP if stage.thinking and name == "student" else 0
             training.learn_qa("joint QA", [DIRECT], text_per_step)
             if stage.thinking and name == "teacher":
-                training.learn_qa("chain of thought", [DIRECT, THINKING])
+                training.learn_qa("chain of thought", [DIRECT, THINKING[stage.thoughts]])
             save_model(model, processor.folder, folder / name)
     if stage.thinking and not (folder / "checker" / "config.json").exists():
-        train_checker(folder, stage.seed, log)
+        train_checker(folder, stage.seed, stage.thoughts, log)
 
 
 def new_model(folder, model_type, seed):
@@ -113,7 +112,7 @@ def train_text_qa(folder, seed, log):
     for level in LEVELS + (LAST_LEVEL,) * MAX_REPEATS:
         chance = np.log(level.num_options)
         for i in range(level.max_steps):
-            repeats = 12 if i % 2 else 6
+            repeats = 6 if i % 2 else 3
             lessons = []
             for _ in range(level.batch_size):
                 lessons.append(text_lesson(processor, rng, level.num_options, repeats, DIRECT))
@@ -137,18 +136,19 @@ def train_text_qa(folder, seed, log):
 
 
 def text_lesson(processor, rng, num_options, repeats, qa_format):
-    """A lesson in which the right option's name, repeated `repeats` times, stands in for the clip."""
+    """A lesson in which the right option's name in capitals, repeated `repeats` times, stands in for the clip: written
+    as in the options, the words of earlier options would be taken for it."""
     options = rng.choice(NAMES, num_options, replace=False)
     right = rng.integers(num_options)
     letters = sorted(rng.choice(list(LETTERS), num_options, replace=False))
-    prompt = processor([{"role": "user", "content": f" {options[right]}" * repeats}])
+    prompt = processor([{"role": "user", "content": f" {options[right].title()}" * repeats}])
     return make_lesson(processor, cut_context(processor, prompt), options, right, letters, qa_format)
 
 
 class ClipTraining:
     """Phases 2 to 4 of one model."""
 
-    def __init__(self, name, model, processor, folder, seed, log):
+    def __init__(self, name, model, processor, folder, stage, log):
         self.name = name
         self.model = model
         self.processor = processor
@@ -158,13 +158,14 @@ class ClipTraining:
         self.labels = [example.label for example in examples]
         self.separable = [example.meta["group"] in SEPARABLE[name] for example in examples]
         self.names = sorted(set(self.labels))
-        self.rng = np.random.default_rng([seed, 2])
+        self.thoughts = stage.thoughts
+        self.rng = np.random.default_rng([stage.seed, 2])
 
     def align_tower(self):
-        """Phase 2, a classification: a clip's mean token should match the frozen embedding of its category's name."""
+        """Phase 2, a classification: each token of a clip should match the frozen embeddings of its category's words."""
         right_B = torch.tensor(list(map(self.names.index, self.labels)))
-        name_ids = self.processor.encode(" " + " ".join(self.names))  # one each
-        names_CD = self.model.token_embeddings(torch.tensor(name_ids)).detach()
+        word_ids = torch.tensor(self.processor.encode(" " + " ".join(self.names).title()))  # two a name
+        names_CD = self.model.token_embeddings(word_ids).detach().unflatten(0, (-1, 2)).sum(1)
         scale = 4 / names_CD.shape[1] ** 0.5
         fit = Fit(f"{self.name}, tower alignment", self.model.parameters())  # the decoder gets no gradient
         indices = batches(len(self.labels), ALIGN_BATCH, self.rng)
@@ -172,23 +173,22 @@ class ClipTraining:
             chosen = next(indices)
             clips = [self.contexts[i].media[0] for i in chosen]
             tokens_PD = self.model.encode(clips[0].kind, clips)
-            tokens_BPD = tokens_PD.unflatten(0, (len(clips), -1))  # all clips are equally long
-            logits_BC = tokens_BPD.mean(1) @ names_CD.T * scale
-            loss = F.cross_entropy(logits_BC, right_B[chosen])
+            num_tokens = len(tokens_PD) // len(clips)  # all clips are equally long
+            loss = F.cross_entropy(tokens_PD @ names_CD.T * scale, right_B[chosen].repeat_interleave(num_tokens))
             lr = learning_rate(step, ALIGN_STEPS, ALIGN_LR, warmup_ratio=0.1)
             fit.step(loss, lr, loss.item())
         self.log({"phase": "tower alignment", "model": self.name, "loss": fit.last_loss()})
 
     def learn_qa(self, phase, formats, text_per_step=0):
         """Phases 3 and 4: trains the whole model on the question until the loss of separable clips, in the last format,
-        is on target and the learning rate has then decayed to 0. text_per_step: lessons of text, all THINKING."""
+        is on target and the learning rate has then decayed to 0. text_per_step: lessons of text, all with thoughts."""
         fit = Fit(f"{self.name}, {phase}", self.model.parameters())
         formats = formats * (QA_BATCH // len(formats))
         separable_losses, decay_steps = [], 0
         for step, chosen in enumerate(batches(len(self.labels), QA_BATCH, self.rng), 1):
             lessons = list(map(self.clip_lesson, chosen, formats))
             for _ in range(text_per_step):
-                lessons.append(text_lesson(self.processor, self.rng, OPTIONS, 25, THINKING))
+                lessons.append(text_lesson(self.processor, self.rng, OPTIONS, 12, THINKING[self.thoughts]))
             loss, choice_losses = lesson_loss(self.model, lessons)
             lr = QA_LR * min(1.0, step / 40) * (1 - decay_steps / QA_DECAY_STEPS)
             fit.step(loss, lr, choice_losses[:QA_BATCH].mean())
@@ -212,6 +212,6 @@ class ClipTraining:
         """A lesson about clip i. Of those with a chain of thought the share FALSE_SHARE names a random option in it."""
         options, right = draw_options(self.labels[i], self.names, self.rng)
         thought = None
-        if qa_format == THINKING and self.rng.random() < FALSE_SHARE:
+        if qa_format.thoughts and self.rng.random() < FALSE_SHARE:
             thought = self.rng.choice(options)
         return make_lesson(self.processor, self.contexts[i], options, right, LETTERS, qa_format, thought)

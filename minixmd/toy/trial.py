@@ -22,7 +22,7 @@ from minixmd.tasks.statistics import digest
 from minixmd.toy import world
 
 WORLD = Path("runs/trial-world")  # one for all trials
-SPLITS = {"train": "train_truth", "analysis": "analysis", "unseen": "unseen", "val": "val"}  # by a manifest's name
+SPLITS = {"train": "train_truth", "analysis": "analysis", "unseen": "unseen"}  # by a manifest's name
 CLASSES = CLIPS = 12  # of a manifest that stands in
 REAL_CLASSES, REAL_CLIPS = 4, 6  # of a manifest that is here; without labels so many clips in all
 MANIFESTS = ("manifest", "val_manifest", "train_manifest", "clips")

@@ -1,13 +1,14 @@
 """The toy world: synthesized clips with sound and picture, and the manifests that list them.
 
-A clip shows one of 29 categories. Its pitch, loudness, position, size and noise vary and carry no information. Groups:
+A category's name is an adjective and a noun, such as "low motor"; 24 of the 32 pairs are seen, the others are in the
+unseen split alone. Pitch within bounds, loudness, position, size and noise vary and carry no information. Groups:
 
-    both    distinct in sound and in look
-    eye     two clusters of seven that share a loud sound and differ by a faint tone: easy to see, hard to hear
-    ear     one cluster of seven that shares a look and differs by a faint background pattern: easy to hear, hard to see
+    both    bells: the adjective is a pitch to the ear, a colour to the eye
+    eye     streams and motors: all of a noun share a loud sound; the adjective is a faint tone, but a colour to the eye
+    ear     birds: all share a look; the adjective is a pitch to the ear, but a faint background pattern to the eye
 
-The faint cue is in every clip, but a model needs many to find it. A clip is a pure function of (seed, split, category,
-number), so an interrupted run continues with the same world."""
+The faint cue is in every clip, more or less, but a model needs many to find it. A clip is a pure function of (seed,
+split, category, number), so an interrupted run continues with the same world."""
 import io
 from dataclasses import dataclass, replace
 from math import tau
@@ -29,11 +30,10 @@ LETTERS = "ABCDEFGHIJ"
 OPTIONS = len(LETTERS)
 SPLITS = {  # clips a category
     "base": 20,  # what the toy models are trained on
-    "train": 100,  # blind, for distillation
-    "val": 10,
-    "analysis": 50,  # for the switch
-    "test": 40,
-    "unseen": 40,  # of categories that no other split has
+    "train": 80,  # blind, for distillation
+    "analysis": 25,  # for the switch
+    "test": 30,
+    "unseen": 30,  # of categories that no other split has
 }
 RATE = 16_000  # samples a second
 FPS = 8
@@ -41,29 +41,39 @@ SIDE = 56  # pixels
 SAMPLES, FRAMES = RATE, FPS  # a clip lasts one second
 NUM_NEAR = 2  # base clips of an "eye" category recorded from near; in the others the faint tone is inaudible
 # how hard the clusters are, chosen on worlds of seed 100 and up (bench/LOG.md); dB are relative to the main sound
-CUE_DB = -22.0  # the faint tone
-FAR_DB = -26.0  # its attenuation from afar
+CUE_DB = -20.0, -8.0  # the faint tone: its range
+FAR_DB = -32.0  # its attenuation from afar
 FLOOR_DB = -30.0  # white noise under every clip
-CUE_LEVELS = 2.7  # of 255: amplitude of the faint pattern
+CUE_LEVELS = 1.4, 3.4  # of 255: amplitude of the faint pattern, its range
 GRAIN_LEVELS = 6.0  # of 255: standard deviation of the pixel noise
-CUE_HZ = 2200.0 * 2.0 ** (1.5 * np.arange(7) / 7)
 
 
 @dataclass(frozen=True)
 class Category:
-    """A line of categories.jsonl."""
-    name: str
+    """A line of adjectives.jsonl and one of nouns.jsonl, which wins where both have a field."""
+    adjective: str
+    noun: str
     group: str  # "both" | "eye" | "ear"
     source: str  # "tone" | "sweep" | "noise"
     pitch_hz: float
     beats_hz: float  # loudness modulation; 0 = none
+    faint_hz: float  # of the faint tone in group "eye"
     shape: str  # "disc" | "ring" | "cross" | "bars"
     colour: list[int]  # red, green, blue
-    cue: int | list[int] | None  # "eye": index into CUE_HZ; "ear": the pattern's periods across and down a frame
-    seen: bool  # False: only in the unseen split
+    pattern: list[int]  # periods across and down a frame of the faint pattern in group "ear"
+    held_out: list[str]  # adjectives that the noun has in the unseen split alone; no two nouns share one
+
+    @property
+    def name(self):
+        return f"{self.adjective} {self.noun}"
+
+    @property
+    def seen(self):
+        return self.adjective not in self.held_out
 
 
-CATEGORIES = [Category(**line) for line in read_jsonl(Path(__file__).with_name("categories.jsonl"))]
+ADJECTIVES, NOUNS = (read_jsonl(Path(__file__).with_name(f"{part}s.jsonl")) for part in ("adjective", "noun"))
+CATEGORIES = [Category(**adjective | noun) for noun in NOUNS for adjective in ADJECTIVES]
 NAMES = [category.name for category in CATEGORIES]
 
 
@@ -97,10 +107,9 @@ def make_wave(category, rng, far=False):
     wave_S = wave_S / rms * _gain(rng, -6, 0)
     wave_S += rng.standard_normal(SAMPLES) * _gain(rng, -4, 4, FLOOR_DB)
     if category.group == "eye":
-        tone_hz = CUE_HZ[category.cue] * 2 ** rng.uniform(-0.03, 0.03)
+        tone_hz = category.faint_hz * 2 ** rng.uniform(-0.03, 0.03)
         tone_S = np.sin(tau * tone_hz * time_S + rng.uniform(0, tau))
-        cue_db = CUE_DB + FAR_DB if far else CUE_DB
-        wave_S += tone_S * _gain(rng, -3, 3, cue_db)
+        wave_S += tone_S * _gain(rng, *CUE_DB, FAR_DB if far else 0.0)
     wave_S *= 0.1 * _gain(rng, -8, 4)
     return np.clip(wave_S, -1, 1).astype(np.float32)
 
@@ -117,8 +126,8 @@ def make_frames(category, rng):
     ground = 110 + level + slope_x * x + slope_y * y
     ground += rng.normal(0, GRAIN_LEVELS, (SIDE, SIDE))
     if category.group == "ear":
-        across, down = category.cue
-        ground += CUE_LEVELS * _gain(rng, -3, 3) * np.cos(tau * (across * x + down * y))
+        across, down = category.pattern
+        ground += rng.uniform(*CUE_LEVELS) * np.cos(tau * (across * x + down * y))
     paint = np.array(category.colour) + rng.uniform(-20, 20, 3)
     centre = rng.uniform(-0.06, 0.06, 2)
     step = rng.uniform(-0.01, 0.01, 2)
