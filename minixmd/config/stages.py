@@ -21,7 +21,7 @@ class Toy:
     name: str = "toy"
     seed: NonNegativeInt = 0  # of the world, the models and their training
     thinking: bool = False  # the teacher also writes chains of thought, 30 % of them false, and there is a checker
-    thoughts: Literal["short", "long"] = "short"  # of 5 tokens | of 53: word by word what a name is made of
+    thoughts: Literal["short", "long"] = "short"  # chains of 5 tokens | of 56, word for word what is heard and what not
 
 
 @stage

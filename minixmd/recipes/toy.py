@@ -27,7 +27,7 @@ stages = [
     # the student learns the teacher's label where the switch says so, and its own elsewhere
     Distill(name="distilled", model="@toy/student", manifest="@toy/train.jsonl",
             teacher_labels="@teacher_labels", student_labels="@student_labels", switch="@switch", gate="learned",
-            trainable="full", lr=3e-4, epochs=3, batch_size=32, **AUDIO),
+            trainable="full", lr=3e-4, epochs=2, batch_size=32, **AUDIO),
     *(Evaluate(name=f"distilled_{split}", model="@distilled", manifest=f"@toy/{split}.jsonl", **AUDIO)
       for split in ("analysis", "test", "unseen")),
     Report(name="report", tables={

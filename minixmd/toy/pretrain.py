@@ -59,7 +59,7 @@ QA_BATCH = 24
 QA_MAX_STEPS = 900  # before the learning rate decays
 QA_DECAY_STEPS = 100
 QA_LR = 1e-3
-QA_TARGET_LOSS = 0.15  # on SEPARABLE groups; on the others the loss stays high for as long as it trains
+QA_TARGET_LOSS = 0.3  # on SEPARABLE groups; on the others the loss stays high for as long as it trains
 TEXT_PER_STEP = 6  # chain-of-thought lessons of text beside the student's QA_BATCH of clips
 FALSE_SHARE = 0.3  # of the teacher's thoughts, which name a random option
 
