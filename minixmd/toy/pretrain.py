@@ -162,7 +162,7 @@ class ClipTraining:
         self.rng = np.random.default_rng([stage.seed, 2])
 
     def align_tower(self):
-        """Phase 2, a classification: each token of a clip should match the frozen embeddings of its category's words."""
+        """Phase 2, a classification: each token of a clip should match the frozen embeddings of its name's words."""
         right_B = torch.tensor(list(map(self.names.index, self.labels)))
         word_ids = torch.tensor(self.processor.encode(" " + " ".join(self.names).title()))  # two a name
         names_CD = self.model.token_embeddings(word_ids).detach().unflatten(0, (-1, 2)).sum(1)
