@@ -18,7 +18,7 @@ def write_world(stage, folder, log):
     lines = [json.loads(line) for line in write_clips(folder / "clips", count=30).read_text().splitlines()]
     for line in lines:
         line.update(audio=f"clips/{line['audio']}", video=f"clips/{line['video']}")
-    for split in ("train_truth", "analysis", "test", "unseen", "val"):
+    for split in ("train_truth", "analysis", "test", "unseen"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -241,7 +241,7 @@ def avqa(*, data="data", **changes):
 
 
 def toy(updates=200):
-    """The toy world's, of stage Toy with thinking=True. Thoughts cost most: they are of 72 clips. updates: GRPO's."""
+    """The toy world's, of stage Toy with thinking=True. Thoughts cost most: they are of 144 clips. updates: GRPO's."""
     thinking = "{question}\n{options}\nThink, then answer."
     training = dict(trainable="full", lr=3e-4, batch_size=24, micro_batch_tokens=16_384)
     return SightSound(

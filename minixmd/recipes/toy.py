@@ -2,8 +2,7 @@
 
     python -m minixmd.train toy            (another world: python -m minixmd.train toy seed=1 run_dir=runs/toy-1)
 
-CPU, 2 cores, about 11 minutes, 0.9 GB. The last table shows the teacher, the student before and the student after; on
-seeds 0 to 2 the student gains 17, 32 and 32 points on test.
+CPU, 2 cores, about 5 minutes, 0.9 GB. The last table shows the teacher, the student before and the student after.
 """
 from minixmd.config import Distill, Evaluate, Label, Report, Switch, Toy
 
@@ -27,7 +26,7 @@ stages = [
     # the student learns the teacher's label where the switch says so, and its own elsewhere
     Distill(name="distilled", model="@toy/student", manifest="@toy/train.jsonl",
             teacher_labels="@teacher_labels", student_labels="@student_labels", switch="@switch", gate="learned",
-            trainable="full", lr=3e-4, epochs=2, batch_size=32, **AUDIO),
+            trainable="full", lr=6e-4, epochs=2, batch_size=32, **AUDIO),
     *(Evaluate(name=f"distilled_{split}", model="@distilled", manifest=f"@toy/{split}.jsonl", **AUDIO)
       for split in ("analysis", "test", "unseen")),
     Report(name="report", tables={

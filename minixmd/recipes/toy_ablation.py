@@ -15,7 +15,7 @@ xmd = XMD(
     truth="@toy/train_truth.jsonl",
     splits={split: f"@toy/{split}.jsonl" for split in ("analysis", "test", "unseen")},
     model_fields={"audio": dict(media="audio"), "video": dict(media="video", min_pixels=3_136, max_pixels=3_136)},
-    train_fields=dict(trainable="full", lr=3e-4, epochs=2, batch_size=32),
+    train_fields=dict(trainable="full", lr=6e-4, epochs=2, batch_size=32),
     switch_fields=dict(width=1 / 16, clip_s=1.0, epochs=6, lr=3e-3, augment="spec"),
 )  # fmt: skip
 other = dict(name="video_distilled", switch="@video_switch")

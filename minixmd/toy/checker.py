@@ -12,8 +12,8 @@ from minixmd.models.weights import save_model
 from minixmd.toy.lessons import Fit, answer_prompt, batches, read_contexts, thoughts_of
 from minixmd.toy.world import CHECK_PROMPT
 
-STEPS = 500
-BATCH_SIZE = 32
+STEPS = 300
+BATCH_SIZE = 24
 LR = 5e-4
 
 

@@ -3,7 +3,7 @@
 Trained on clips alone a decoder does not learn what the options are for. So training is a curriculum, whose phases 2 to
 4 use the base split only:
 
-1. text QA: the decoder, which both models share, learns the question on text, first with two options, then with more;
+1. text QA: the decoder, which both models share, learns the question on text, first with two options, then with ten;
    the category's name in capitals ("Low Bell"), repeated, stands in for the clip
 2. tower alignment: each encoder learns to map a clip to the decoder's embeddings of its category's capitalised words
 3. joint QA: encoder and decoder learn the question on clips
@@ -30,7 +30,7 @@ from minixmd.toy.world import LETTERS, NAMES, OPTIONS, draw_options, make_world
 MODEL_TYPE = {"student": "qwen2_audio", "teacher": "qwen2_vl"}
 MEDIA = {"student": "audio", "teacher": "video"}
 SEPARABLE = {"student": ("both", "ear"), "teacher": ("both", "eye")}  # groups that the model's modality tells apart
-NUM_TRACED = 72  # clips of the train split that the teacher thinks about, on average 3 a category
+NUM_TRACED = 144  # clips of the train split that the teacher thinks about, on average 6 a category
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,20 @@ class Level:
 # with all options at once the decoder learns nothing, with two it soon does
 LEVELS = (
     Level(2, 20, 600, 0.35),
-    Level(5, 12, 800, 0.4),
-    Level(OPTIONS, 12, 300, 0.1),
+    Level(OPTIONS, 12, 600, 0.12),
 )
-LAST_LEVEL = Level(OPTIONS, 12, 100, 0.02, decay=True)
+LAST_LEVEL = Level(OPTIONS, 12, 100, 0.1, decay=True)
 MAX_REPEATS = 5  # of the last level, until it ends below its target
-TEXT_LR = 1.5e-3
+TEXT_LR = 1e-3
 ALIGN_STEPS = 200
-ALIGN_BATCH = 32
+ALIGN_BATCH = 16
 ALIGN_LR = 1e-3
-QA_BATCH = 24
+QA_BATCH = 16
 QA_MAX_STEPS = 900  # before the learning rate decays
-QA_DECAY_STEPS = 100
+QA_DECAY_STEPS = 60
 QA_LR = 1e-3
 QA_TARGET_LOSS = 0.3  # on SEPARABLE groups; on the others the loss stays high for as long as it trains
-TEXT_PER_STEP = 6  # chain-of-thought lessons of text beside the student's QA_BATCH of clips
+TEXT_PER_STEP = 4  # chain-of-thought lessons of text beside the student's QA_BATCH of clips
 FALSE_SHARE = 0.3  # of the teacher's thoughts, which name a random option
 
 

@@ -31,7 +31,7 @@ OPTIONS = len(LETTERS)
 SPLITS = {  # clips a category
     "base": 20,  # what the toy models are trained on
     "train": 80,  # blind, for distillation
-    "analysis": 25,  # for the switch
+    "analysis": 20,  # for the switch
     "test": 30,
     "unseen": 30,  # of categories that no other split has
 }
