@@ -6,8 +6,8 @@
 Clips of all seeds count alike. Intervals (95 %) of shares are Wilson's, of their differences on the same questions
 Newcombe's, of differences of the mean reward 1.96 standard errors of the paired differences. They cover the choice of
 clips, not of seeds: the JSON has each seed's figures. SFT learns from traces of 144 clips, GRPO from the teacher's
-letters on all 1,920; a row has GRPO on the 144 alone. A trace is false if it names another sound than the world put into
-its clip. Exit status 1 when a claim does not hold. The last line is JSON.
+letters on all 1,920; a row has GRPO on the 144 alone. A trace is false if it names another sound than the world put
+into its clip. Exit status 1 when a claim does not hold. The last line is JSON.
 """
 import math
 import re
