@@ -3,8 +3,8 @@
     python -m minixmd.train toy_sightsound       (another world: … toy_sightsound seed=1 run_dir=runs/toy_sightsound-1)
 
 CPU, 2 cores, 7 minutes, 1.1 GB. The teacher, which cannot hear, names a wrong sound in three thoughts of ten; the
-checker rejects those. The student learns to reason from the rest, of 144 clips, then by GRPO on the teacher's letters of all
-1,920.
+checker rejects those. The student learns to reason from the rest, of 144 clips, then by GRPO on the teacher's letters
+of all 1,920.
 """
 from minixmd.config import Toy
 from minixmd.recipe_parts.sightsound import toy
