@@ -13,7 +13,7 @@ from minixmd.inputs.tokenizer import Processor
 from minixmd.learning.rollout import Completion, generate
 from minixmd.models.hub import base_and_adapters, model_folder
 from minixmd.models.lora import merge_lora, set_backend
-from minixmd.models.shards import listed, skipped_parts
+from minixmd.models.shards import listed
 from minixmd.models.weights import load_adapter, load_model
 
 __version__ = "0.1.0"
@@ -40,9 +40,8 @@ def load(path, *, device="cpu", dtype=torch.float32, backend="torch", sharded=Fa
     for adapter in adapters:
         merge_lora(model)  # the one that this one stands on
         load_adapter(model, adapter)
-    if skipped := skipped_parts(base, model.config.family):
-        parts = ", ".join(f"{part} ({count} tensors)" for part, count in skipped.items())
-        print(f"minixmd: {path}: not built: {parts}", file=sys.stderr)
+    if skipped := model.config.raw.get("enable_audio_output", True) and model.config.family.skipped:
+        print(f"minixmd: {path}: not built: {'*, '.join(skipped)}*", file=sys.stderr)
     if ignored := model.config.ignored:
         print(f"minixmd: {path}: config.json: passed over: {listed(ignored, ', ')}", file=sys.stderr)
     set_backend(model, backend)

@@ -11,17 +11,16 @@ from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 
-from minixmd.config import GRPO, SFT, Answers, Distill, Evaluate, FactCheck, Label, Report, Switch, Toy, Traces
+from minixmd.config import TRAINING, Answers, Evaluate, FactCheck, Label, Report, Switch, Toy, Traces
 from minixmd.config.load import load_config
-from minixmd.config.references import check_files, dependencies, input_paths, resolve, select
+from minixmd.config.references import MODELS, check_files, dependencies, input_paths, resolve, select
 from minixmd.dryrun.plan import dry_run
-from minixmd.dryrun.shortage import describe_shortage, is_shortage
 from minixmd.dryrun.slots import settle_slots
 from minixmd.models.attention import describe_attention
 from minixmd.models.hub import pinned
 from minixmd.report import gather as report
 from minixmd.runs import distributed
-from minixmd.runs.device import describe_device, prepare_backends
+from minixmd.runs.device import describe_device, out_of_memory, prepare_backends
 from minixmd.runs.heartbeat import unwatched
 from minixmd.runs.records import append_jsonl
 from minixmd.runs.stage_directory import begin, finish
@@ -31,7 +30,7 @@ from minixmd.toy import pretrain, trial
 from minixmd.train import train
 
 RUN = {Toy: pretrain.run, Evaluate: evaluate.run, Answers: answers.run, Label: label.run, Traces: traces.run,
-       FactCheck: factcheck.run, Switch: switch.run, Distill: train, SFT: train, GRPO: train, Report: report.run}
+       FactCheck: factcheck.run, Switch: switch.run, Report: report.run} | dict.fromkeys(TRAINING, train)
 
 
 def main(argv=None):
@@ -120,9 +119,10 @@ def for_each(stages, function, failed, keep_going):
 def check_machine(stage):
     """Raises ValueError for a device that this machine lacks, or a model that is not one for all processes."""
     describe_device(stage)
-    model = getattr(stage, "model", None)
-    if model is not None and not model.startswith("@") and len(set(distributed.gather(pinned(model)))) > 1:
-        raise ValueError(f"{stage.name}: {model} is not the same for all processes: name a revision")
+    for field in MODELS:
+        model = getattr(stage, field, None)
+        if model is not None and not model.startswith("@") and len(set(distributed.gather(pinned(model)))) > 1:
+            raise ValueError(f"{stage.name}: {model} is not the same for all processes: name a revision")
 
 
 def shortened(message):
@@ -146,7 +146,7 @@ def run_stage(config, rank, failed, stage):
     paths = input_paths(stage, config.run_dir, config.stages)
     folder = None
     if rank == 0:
-        hub_names = {field: pinned(path) for field, path in paths.items() if field == "model" and not path.exists()}
+        hub_names = {field: pinned(path) for field, path in paths.items() if field in MODELS and not path.exists()}
         folder = begin(config.run_dir, stage, paths, config.source, hub_names)
     folder = distributed.broadcast(folder)
     if folder is None:
@@ -164,9 +164,11 @@ def run_stage(config, rank, failed, stage):
             with unwatched() if alone else nullcontext():
                 RUN[type(stage)](with_paths(stage, config), folder, log)
         except (RuntimeError, MemoryError) as error:
-            if not is_shortage(error):
+            place = out_of_memory(error)
+            if place is None:
                 raise
-            raise ValueError(describe_shortage(error, stage, config.stages)) from error
+            raise ValueError(f"{stage.name}: {place} ran out of memory; --dry-run prints what each phase takes and "
+                             f"what to lower ({type(error).__name__}: {error})") from error
     distributed.gather(None)
     if rank == 0:
         finish(folder)

@@ -4,7 +4,8 @@ Read it from the top: a Trainer is set up, then comes the loop, then one optimiz
 
     distill_step   XMD: the teacher's answer where the gate says so, the student's own earlier one elsewhere
     sft_step       the right letter, or a teacher's chain of thought
-    grpo_step      SightSound-R1: a rollout, its rewards, and the clipped policy update
+    grpo_step      SightSound-R1: a rollout, its rewards, and the clipped policy update; in an OnPolicy stage a teacher
+                   that sees the clip also scores every token that the student wrote
 
 and last validation, saving and resuming. A run that was stopped goes on from its last state and ends with the same
 weights, bit for bit on the CPU. The command line, and the other stages of a config, are runner.py's.
@@ -23,11 +24,11 @@ from minixmd.config import GRPO, SFT, Distill
 from minixmd.inputs.batch import send
 from minixmd.inputs.examples import read_examples
 from minixmd.inputs.prompts import build_prompt, prefetch
-from minixmd.inputs.tokenizer import common_vocab_size
 from minixmd.kernels.grpo import ClipConfig
 from minixmd.learning import checkpoint, logprobs, optim, policy, steps, targets
 from minixmd.learning.reference import Reference
 from minixmd.learning.rollout import Usage
+from minixmd.learning.teacher import load_teacher
 from minixmd.models import sharding
 from minixmd.models.checkpointing import set_checkpointing
 from minixmd.models.head import CrossEntropy, DistillTopK, PolicyLoss
@@ -65,7 +66,7 @@ class Trainer:
     """One training stage: its model, its optimizer, and how far it is.
 
     Args:
-        stage: Distill, SFT or GRPO, with paths in place of "@name".
+        stage: Distill, SFT, GRPO or OnPolicy, with paths in place of "@name".
         num_items: Items that it learns from, for the number of steps.
         folder: the stage's directory. log: function that appends a dict to log.jsonl.
         load: minixmd.load, or a function like it.
@@ -109,12 +110,15 @@ class Trainer:
         self.waited_s = 0.0  # for clips, in the step
         self.seconds = defaultdict(float)  # of the steps, and their parts
         self.spare = None  # a sample of which fillers are made, where weights are sharded
-        if isinstance(stage, Distill) and stage.teacher_loss != "ce":
+        if isinstance(stage, (Distill, SFT)) and stage.teacher_loss != "ce":
             self.common_vocab, self.suppressed_ids = self.distilled_vocabulary()
             self.suppressed_Z = self.suppressed_ids.to(self.model.device)
         if isinstance(stage, GRPO):
             self.vocabulary = logprobs.SampledVocabulary.of(self.model, self.processor, stage.temperature)
             self.reference = Reference(self.model, stage.reference, self.sharded) if stage.beta else None
+        self.teacher = None  # of OnPolicy
+        if getattr(stage, "teacher_weight", 0):
+            self.teacher = self.load_teacher(load)
 
     def whole_model(self):
         """The model with all its weights in this process, for what is no training; all processes call it together."""
@@ -132,9 +136,12 @@ class Trainer:
     def load_model(self, load):
         return load(self.stage.model, **runtime_of(self.stage))
 
+    def load_teacher(self, load):
+        return load_teacher(self.stage, self.processor, self.model.device, load)
+
     def distilled_vocabulary(self):
         """How many ids student and teacher share, and the suppressed ids, which the KL leaves out."""
-        return common_vocab_size(self.processor, self.stage.teacher_labels), torch.tensor(self.processor.suppressed_ids)
+        return targets.distilled_vocabulary(self.stage, self.processor)
 
     def steps_per_epoch(self):
         return math.ceil(self.num_items / self.stage.batch_size)
@@ -157,7 +164,7 @@ class Trainer:
         self.items = items
         self.samples = prefetch(self.build_sample, self.upcoming_items(), lambda item, error: error,
                                 reading=stage.reading, ahead=2 * math.ceil(stage.batch_size / self.world_size))
-        take_step = {Distill: self.distill_step, SFT: self.sft_step, GRPO: self.grpo_step}[type(stage)]
+        take_step = {Distill: self.distill_step, SFT: self.sft_step}.get(type(stage), self.grpo_step)
         bar = tqdm(total=self.steps, initial=self.step, desc=stage.name, unit="step")
         with closing(self.samples), bar:  # its child processes end
             while True:
@@ -197,7 +204,7 @@ class Trainer:
             tqdm.write(f"{stage.name}: of its steps' time {', '.join(parts)}")
         if not any(self.optimizer.state.values()):
             raise ValueError(f"{stage.name}: no step had anything to learn: its clips were bad, or its groups left out")
-        if isinstance(stage, GRPO) and not self.varied:
+        if isinstance(stage, GRPO) and stage.reward_weight and not self.varied:
             tqdm.write(f"{stage.name}: note: rewards differed in no group: nothing was learnt from them")
 
     def upcoming_items(self):
@@ -241,6 +248,9 @@ class Trainer:
         if isinstance(stage, GRPO):
             line["note"] = GRPO_NOTE
             text += f"\n{stage.name}: {GRPO_NOTE}"
+        if self.teacher is not None:
+            common, total = self.teacher.common_vocab, self.processor.vocab_size
+            text += f"\n{stage.name}: the teacher shares {common:,} of the {total:,} ids"
         if self.merged:
             text += f"\n{stage.name}: the adapter of {stage.model} is merged into its base: training starts from both"
         if self.step == 0:
@@ -248,13 +258,20 @@ class Trainer:
         tqdm.write(text)
 
     def build_sample(self, item, load):
-        """(Prompt, Item); the Prompt ends with the target, but not in GRPO, where the model writes its own."""
+        """(Prompt, Item); the Prompt ends with the target, but not in GRPO, where the model writes its own. With a
+        teacher the Item gets its Prompt. A trace's ids, which are learnt as they are, follow the Prompt in a Group."""
         answer, max_new_tokens = item.target, 0
         if isinstance(self.stage, GRPO):
             answer, max_new_tokens = None, self.stage.max_new_tokens
+        if item.ids is not None:
+            answer, max_new_tokens = None, len(item.ids)
         prompt_format = self.stage.prompt_format
         prompt = build_prompt(self.processor, item.example, prompt_format, answer, "", load, max_new_tokens)
         steps.check_length(prompt, item.example, max_new_tokens, self.stage.micro_batch_tokens)
+        if item.shown is not None:
+            item = self.teacher.show(item, load)
+        if item.ids is not None:
+            prompt = steps.append_trace(prompt, item, self.common_vocab, self.suppressed_ids)
         return prompt, item
 
     def count_bad_clip(self, error):
@@ -316,23 +333,28 @@ class Trainer:
     # ---- SFT ----
 
     def sft_step(self, micro_batches):
-        """One optimizer step on MicroBatches: the mean cross-entropy over all target tokens. The denominator is the
-        whole step's, so the gradient does not depend on how it is cut."""
+        """One optimizer step on MicroBatches: the mean over all target tokens of -log p(token) or, with teacher_loss
+        "kl", of KL(teacher || student), the teacher at the temperature at which it sampled, the student at 1. The
+        denominator is the whole step's, so the gradient does not depend on how it is cut."""
         counts = steps.count(micro_batches)
-        loss = self.sft_gradients(micro_batches, counts)
-        return self.update({"loss": loss}) | {"tokens": counts.tokens}
+        return self.update(self.sft_gradients(micro_batches, counts)) | {"tokens": counts.tokens}
 
     def sft_gradients(self, micro_batches, counts):
-        """Gradients of a step; returns the loss, on the model's device."""
-        loss_sum = self.zero()
+        """Gradients of a step; returns {"loss", …}, on the model's device."""
+        metrics = defaultdict(self.zero)
         for micro_batch in micro_batches:
             beat()
             batch = micro_batch.batch.to(self.model.device)
-            denominator = counts.targets if micro_batch.items else math.inf
-            loss = self.cross_entropy(self.model(batch), batch, denominator)
+            hidden_ND = self.model(batch)
+            if micro_batch.items and self.stage.teacher_loss == "kl":
+                topk = [item.teacher_topk for item in micro_batch.items]
+                loss = self.teacher_kl(hidden_ND, batch.target_row_T, topk, counts.targets, metrics)
+            else:
+                denominator = counts.targets if micro_batch.items else math.inf
+                loss = self.cross_entropy(hidden_ND, batch, denominator)
             loss.backward()
-            loss_sum += loss.detach()
-        return loss_sum
+            metrics["loss"] += loss.detach()
+        return dict(metrics)
 
     def zero(self):
         """A sum to begin, on the model's device, in fp64."""
@@ -371,7 +393,10 @@ class Trainer:
             owners = micro_batch.batch.target_segment_T.tolist()  # on the CPU
             learnt = list(range(len(owners)))
             if topk:
-                losses.append(self.teacher_kl(hidden_ND, batch, owners, topk, num_clips, metrics))
+                first_K = torch.tensor([owners.index(segment) for segment in topk])  # letters: a turn's first token
+                [first_K] = send([first_K], self.model.device)
+                rows = batch.target_row_T[first_K]
+                losses.append(self.teacher_kl(hidden_ND, rows, list(topk.values()), num_clips, metrics))
             if topk and self.stage.teacher_loss == "kl":  # in the letter's place
                 learnt = [t for t in learnt if owners[t] not in topk]
             if learnt:
@@ -382,36 +407,35 @@ class Trainer:
             metrics["loss"] += loss.detach()
         return dict(metrics)
 
-    def teacher_kl(self, hidden_ND, batch, owners, topk, num_clips, metrics):
-        """T² KL(teacher || student) at the letters of some clips, {segment: the teacher's best ids}, over num_clips.
-        The KL is over the ids that both vocabularies share, less the suppressed ones. What the teacher holds elsewhere
-        is left out of its distribution and logged, as is what the student holds there. owners: segments of targets."""
+    def teacher_kl(self, hidden_ND, row_K, topk, denominator, metrics):
+        """The sum of T² KL(teacher || student) / denominator at K rows of hidden_ND. topk: the teacher's best ids. The
+        KL is over the ids that both vocabularies share, less the suppressed ones. What the teacher holds elsewhere is
+        left out of its distribution and logged, as is what the student holds there."""
         device = hidden_ND.device
-        first_K = torch.tensor([owners.index(segment) for segment in topk])  # the letter is a turn's first token
-        stored = list(topk.values())
-        id_KJ, logq_KJ, tail_K, dropped_K = targets.stored_rows(stored, self.common_vocab, self.suppressed_ids)
-        id_KJ, first_K = send([id_KJ, first_K.to(id_KJ.dtype)], device)
+        rows = targets.stored_rows(topk, self.common_vocab, self.suppressed_ids, len(row_K))
+        id_KJ, logq_KJ, tail_K, dropped_K = rows
+        [id_KJ] = send([id_KJ], device)
         logq_KJ, tail_K, dropped_K = send([logq_KJ, tail_K, dropped_K], device)
         row_loss = DistillTopK(
             id_KJ,
             logq_KJ,
             tail_K,
-            torch.full((len(topk),), 1 / num_clips, device=device),
+            torch.full((len(row_K),), 1 / denominator, device=device),
             self.common_vocab,
             self.suppressed_Z,
             self.stage.temperature,
             self.model.backend,
         )
-        loss, columns = self.model.head_loss(hidden_ND, batch.target_row_T[first_K], row_loss)
-        metrics["kl"] += columns["kl"].sum() / num_clips
-        metrics["teacher_dropped"] += dropped_K.sum() / num_clips
-        metrics["student_dropped"] += columns["student_dropped"].sum() / num_clips
+        loss, columns = self.model.head_loss(hidden_ND, row_K, row_loss)
+        metrics["kl"] += columns["kl"].sum() / denominator
+        metrics["teacher_dropped"] += dropped_K.sum() / denominator
+        metrics["student_dropped"] += columns["student_dropped"].sum() / denominator
         return loss
 
-    # ---- GRPO: equation 2 of SightSound-R1 ----
+    # ---- GRPO: equation 2 of SightSound-R1; with a teacher on-policy distillation ----
 
     def grpo_step(self, samples):
-        """One rollout of [(Prompt, Item)] and the optimizer steps on it."""
+        """One rollout of [(Prompt, Item)] and the optimizer steps on it. A teacher reads it once, before the first."""
         stage = self.stage
         prompts = [prompt for prompt, _ in samples]
         items = [item for _, item in samples]
@@ -422,7 +446,10 @@ class Trainer:
             prompts = [sampler.encode_media(prompt) for prompt in prompts]
         completions, usage = [], Usage()
         self.now()  # what is encoded is no part of the prefill
-        if prompts:
+        own_words = stage.samples == "student"
+        if not own_words:
+            completions = [policy.given_completions(item.texts, self.processor) for item in items]
+        elif prompts:
             completions = generate(
                 sampler, self.processor, prompts, num_samples=stage.group_size, max_new_tokens=stage.max_new_tokens,
                 temperature=stage.temperature, seed=stage.seed, step=self.step, stop=stage.stop,
@@ -430,14 +457,18 @@ class Trainer:
         del sampler
         letters = stage.prompt_format.asks_for_letter
         rewards = policy.score_completions(completions, items, letters)
-        every = stage.completions_every
-        if prompts and self.rank == 0 and every and self.step % every == 0:
-            policy.show_completions(self.folder, self.step + 1, completions[0], items[0], rewards)
-        rollout = policy.make_rollout(stage, prompts, completions, rewards["reward"])
+        teacher_prompts = [item.teacher_prompt for item in items]
+        rollout = policy.make_rollout(stage, prompts, completions, rewards["reward"], teacher_prompts)
         if self.sharded and rollout.learned:
             rollout.fill_up(self.spare[0], self.processor.end_id)
 
         sampled = self.now()
+        if self.teacher is not None and rollout.learned:
+            self.read_by_teacher(rollout, teacher_prompts, self.teacher.frozen_model())
+        every = stage.completions_every
+        if rollout.prompt_numbers and self.rank == 0 and every and self.step % every == 0:
+            self.show_completions(rollout, completions, items, rewards)
+        read = self.now()
         scored_T = None  # what the policy says without gradients, before its first update
         first_update = not any(self.optimizer.state.values())  # in this process or an earlier one
         if rollout.micro_batches and self.reference is not None:
@@ -460,18 +491,34 @@ class Trainer:
         metrics["learned"] = rollout.learned  # groups
         self.varied = self.varied or metrics["zero_variance"] < 1
         groups = (self.step + 1) * stage.batch_size
-        if not self.varied and groups >= MAX_EQUAL_GROUPS:
+        if not self.varied and groups >= MAX_EQUAL_GROUPS and self.teacher is None:
             raise ValueError(f"{stage.name}: in none of {groups} groups did the completions' rewards differ, so they "
                              "teach nothing: completions.jsonl shows some")
-        if rollout.learned:  # what the sampler said of its tokens against the training pass: 0 but for rounding
+        if rollout.learned and own_words:  # what the sampler said against the training pass: 0 but for rounding
             metrics |= self.logp_gaps(rollout, scored_T, first_update and self.reference is not None)
         usage.write_to(metrics.update)
         metrics["encode_s"] = round(sampled - started - usage.prefill_s - usage.decode_s, 3)  # of clips; rewards
-        metrics["scoring_s"] = round(scored - sampled, 3)
+        metrics["scoring_s"] = round(scored - read, 3)
+        if self.teacher is not None:
+            metrics["teacher_s"] = round(read - sampled, 3)
         metrics["update_s"] = round(updated - scored, 3)
         new_tokens = sum(len(completion.ids) for group in completions for completion in group)
         [tokens] = distributed.total(sum(map(len, prompts)) + new_tokens)
         return metrics | {"tokens": tokens}
+
+    def read_by_teacher(self, rollout, teacher_prompts, model):
+        rollout.teacher_TE, read_T = self.teacher.read(model, rollout, teacher_prompts)
+        weight_T = self.stage.teacher_weight * rollout.weight_T * read_T
+        [rollout.teacher_weight_T] = send([weight_T], self.model.device)
+        [rollout.taught_tokens] = distributed.total(int(read_T.sum()))
+
+    def show_completions(self, rollout, completions, items, rewards):
+        """Writes some of the completions of the rollout's first prompt into completions.jsonl."""
+        p = rollout.prompt_numbers[0]
+        said = None
+        if items[p].teacher_prompt is not None and self.stage.samples == "student":
+            said = self.teacher.comment(rollout, policy.SHOWN_COMPLETIONS)
+        policy.show_completions(self.folder, self.step + 1, p, completions, items, rewards, said)
 
     def logp_gaps(self, rollout, scored_T, scored):
         """Between the training pass and what the sampler said; with `scored` also what scoring said: scored_T, None
@@ -493,6 +540,10 @@ class Trainer:
         for name, column in {"entropy": "entropy", "clip_fraction": "clipped", "kl": "kl"}.items():
             if column in columns and (name != "kl" or self.reference is not None):
                 values[name] = columns[column][:rollout.own_tokens].sum() / rollout.tokens
+        if rollout.taught_tokens and "teacher_kl" in columns:
+            read_T = rollout.teacher_weight_T != 0
+            for name in ("teacher_kl", "teacher_dropped", "student_dropped"):
+                values[name] = columns[name].where(read_T, 0).sum() / rollout.taught_tokens
         return self.update(values)
 
     def policy_gradient(self, rollout):
@@ -503,6 +554,10 @@ class Trainer:
             A      = (r_i - mean(r)) / (std(r) + 1e-4), the advantage, over the completions of a prompt
             ratio  = exp(log pi_theta - log pi_theta_old), where old is the policy before the rollout's first update
             KL     = exp(d) - d - 1 with d = log pi_ref - log pi_theta (k3)
+
+        With a teacher, whose hidden states at the tokens are in the rollout, the bracket also has teacher_weight D,
+        with D = T² KL(teacher || policy) or T² KL(policy || teacher) over the ids that both know, at the temperature T
+        of the sampling; and A is multiplied by reward_weight.
         """
         stage, device, vocabulary = self.stage, self.model.device, self.vocabulary
         rollout.send(device)
@@ -534,6 +589,8 @@ class Trainer:
                 *vocabulary,
                 lengths,
             )
+            if self.teacher is not None:
+                row_loss = self.teacher.add_kl(row_loss, rollout, rows)
             loss, part = self.model.head_loss(hidden_ND, batch.target_row_T, row_loss)
             loss.backward()
             total += loss.detach()
@@ -561,7 +618,8 @@ class Trainer:
         """Accuracy on the validation manifest: by letters, or by greedily written answers in GRPO and with traces. The
         best weights so far (the earliest, in a tie) are kept."""
         stage = self.stage
-        accuracy, bad = validation_accuracy(self.whole_model(), self.processor, examples, stage)
+        file = self.folder / "validation" / f"{self.step:06}.jsonl"
+        accuracy, bad = validation_accuracy(self.whole_model(), self.processor, examples, stage, file)
         if accuracy > self.best_accuracy:
             self.best_accuracy = accuracy
             self.best_step = self.step

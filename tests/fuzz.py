@@ -33,7 +33,7 @@ from mini import AUDIO, OMNI, VISION, write_tokenizer
 from tiny import tiny_model
 
 import minixmd
-from minixmd.config import Distill, FactCheck, Report, Switch
+from minixmd.config import SFT, Distill, FactCheck, Report, Switch
 from minixmd.config.load import Config
 from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.inputs.media import MediaError
@@ -204,7 +204,8 @@ def make_run(folder):
                     "top": top} for clip in clips],
         "switch": [{"id": clip["id"], "p_teacher": 0.8, "oracle": 1.0} for clip in clips],
         "traces": [{"id": clip["id"], "sample": 0, "text": "<think>hm</think><answer>A</answer>", "answer": 0,
-                    "option": "dog", "unanimous": True} for clip in clips],
+                    "option": "dog", "unanimous": True, "ids": [4, 5], "top": {"ids": [4, 1, 5, 2],
+                    "logprobs": [-0.1, -3.0, -0.2, -2.0]}} for clip in clips],
         "verdicts": [{"id": clip["id"], "sample": 0, "score": 1.5, "accepted": True} for clip in clips],
         "endpoint": [{"key": clip["id"], "text": "B", "finished": True} for clip in clips],
         "log": [{"step": i, "loss": 1.0 / (i + 1), "val_accuracy": 0.5} for i in range(4)],
@@ -218,6 +219,7 @@ def make_run(folder):
         (folder / name).mkdir()
         (folder / name / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in answers))
         (folder / name / "results.json").write_text(json.dumps(tabulate(examples, answers)))
+    (folder / "results.json").write_text(json.dumps({"clips": len(clips), "clips_to_teacher": len(clips)}))
     (folder / "summary.json").write_text(json.dumps({"clips_folder": "../clips"}))
 
 
@@ -336,6 +338,14 @@ def distil(folder):
         stored_rows(stored, 100, torch.tensor([5]))
 
 
+def sft_kl(folder):
+    stage = SFT(name="z", model="x", manifest=f"{folder}/manifest.jsonl", traces=f"{folder}/traces.jsonl",
+                teacher_loss="kl")  # fmt: skip
+    check_stages(folder, stage)
+    items, _ = resolve_targets(stage, read_manifest(stage.manifest))
+    stored_rows([item.teacher_topk for item in items], 100, torch.tensor([5]), sum(len(item.ids) for item in items))
+
+
 def fact_check(folder):
     stage = FactCheck(name="z", traces=f"{folder}/traces.jsonl", manifest=f"{folder}/manifest.jsonl",
                       checker="verdicts", verdicts=f"{folder}/verdicts.jsonl")  # fmt: skip
@@ -362,6 +372,7 @@ RUN_FILES = {  # what a case of "json" damages, and who then reads it
     "labels": ("labels.jsonl", distil),
     "decisions": ("switch.jsonl", distil),
     "traces": ("traces.jsonl", fact_check),
+    "rows": ("traces.jsonl", sft_kl),
     "verdicts": ("verdicts.jsonl", fact_check),
     "endpoint": ("endpoint.jsonl", lambda folder: read_endpoint_answers(folder / "endpoint.jsonl")),
     "answers": ("teacher/answers.jsonl", switch_gains),

@@ -1,6 +1,7 @@
 """Runs of several processes, as torchrun starts them, on small models: a world, its config, comparing two runs."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,13 +29,14 @@ sys.exit(main(sys.argv[1:]))
 STEPS = """dict(batch_size=5, micro_batch_tokens=520, epochs=4, max_steps=10, lr=1e-3, eps=1e-3, save_every=4,
              manifest={manifest!r}, val_manifest={manifest!r}, eval_every=5)"""
 ROLLOUTS = """dict(group_size=3, max_new_tokens=6, beta=0.1, completions_every=5, decode_slots=6)"""
+TEACHER = """dict(teacher_model={teacher!r}, teacher_media='audio', teacher_prompt='{{options}} {{question}}')"""
 STAGES = {
     "letters": "Evaluate(name='letters', model={model!r}, manifest={manifest!r})",
     "written": "Evaluate(name='written', model={model!r}, manifest={manifest!r}, answer='generate', max_new_tokens=5)",
     "labels": "Label(name='labels', model={teacher!r}, manifest={manifest!r}, top_k=4)",
     "sharded": "Label(name='sharded', model={model!r}, manifest={manifest!r}, top_k=4, sharded=True)",
     "traces": "Traces(name='traces', model={model!r}, manifest={manifest!r}, media='audio', num_samples=2, "
-              "max_new_tokens=5)",
+              "max_new_tokens=5, top_k=3)",
     "checked": "FactCheck(name='checked', traces={traces!r}, manifest={manifest!r}, model={model!r}, threshold=-1e9)",
     "checked_sharded": "FactCheck(name='checked_sharded', traces={traces!r}, manifest={manifest!r}, model={model!r}, "
                        "threshold=-1e9, sharded=True)",
@@ -46,6 +48,8 @@ STAGES = {
     "distill": "Distill(name='distill', model={model!r}, teacher_labels='@labels', student_labels='@labels', "
                "teacher_loss='kl+ce', switch={decided!r}, gate='learned', **STEPS)",
     "sft": "SFT(name='sft', model={model!r}, traces={traces!r}, trace_filter='first', max_new_tokens=5, **STEPS)",
+    "sft_kl": "SFT(name='sft_kl', model={model!r}, traces={traces!r}, teacher_loss='kl', trainable='decoder', "
+              "max_new_tokens=5, **STEPS)",
     "sft_decoder": "SFT(name='sft_decoder', model={model!r}, trainable='decoder', checkpointing='on', **STEPS)",
     "sft_8bit": "SFT(name='sft_8bit', model={model!r}, trainable='decoder', dtype='bfloat16', moments='8bit', **STEPS)",
     "sft_full": "SFT(name='sft_full', model={model!r}, trainable='full', **STEPS)",
@@ -54,9 +58,14 @@ STAGES = {
                     "**STEPS)",
     "grpo_host": "GRPO(name='grpo_host', model={model!r}, trainable='full', reference='host', zero_variance='skip', "
                  "aggregation='constant', **ROLLOUTS, **STEPS)",
+    "on_policy": "OnPolicy(name='on_policy', model={model!r}, switch={decided!r}, gate='learned', num_iterations=2, "
+                 "**TEACHER, **ROLLOUTS, **STEPS)",
+    "on_policy_decoder": "OnPolicy(name='on_policy_decoder', model={model!r}, trainable='decoder', reward_weight=0.0, "
+                         "teacher_kl='reverse', teacher_place='sharded', **TEACHER, **ROLLOUTS, **STEPS)",
 }
 NOT_BY_DEFAULT = ("sft_8bit",)  # whose blocks of 256 depend on how many processes divide them
-TRAINED = ("distill", "sft", "sft_decoder", "sft_full", "grpo", "grpo_decoder", "grpo_host")
+TRAINED = ("distill", "sft", "sft_kl", "sft_decoder", "sft_full", "grpo", "grpo_decoder", "grpo_host", "on_policy",
+           "on_policy_decoder")
 UNLIKE = ("seconds", "_s", "logp_gap_mean", "logp_gap_max", "scoring_gap_max", "val_bad")  # ends of names in logs
 
 
@@ -68,17 +77,22 @@ def write_world(folder, names, clips=11):
     for i in range(clips):
         words = " ".join(["very"] * (i % 4))
         trace = {"id": f"clip{i}", "sample": 0, "text": f"<think>It is {words} loud.</think><answer>A</answer>"}
+        ids = [(29 * i + 7 * t) % 250 for t in range(3 + i % 4)]
+        best = [(token + j) % 250 for token in ids for j in range(3)]
+        trace |= {"ids": ids, "top": {"ids": best, "logprobs": [-0.5, -1.5, -3.0] * len(ids)}}
         lines["traces"].append({**trace, "option": ("dog", "cat", "owl")[i % 3]})
         lines["verdicts"].append({"id": f"clip{i}", "sample": 0, "score": 1.0, "accepted": i % 3 > 0})
         lines["decided"].append({"id": f"clip{i}", "p_teacher": i * 37 % 100 / 100})
     given = dict(model=str(model), teacher=str(teacher), manifest=str(manifest))
+    shutil.copyfile(model / "tokenizer.json", folder / "tokenizer.json")  # of the traces' ids
     for name, records in lines.items():
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
         given[name] = str(path)
     stages = ",\n    ".join(STAGES[name].format(**given) for name in names)
     config = write_config(folder / "config.py", f"[\n    {stages},\n]")
-    text = config.read_text().replace("stages =", f"STEPS = {STEPS.format(**given)}\nROLLOUTS = {ROLLOUTS}\nstages =")
+    shared = f"STEPS = {STEPS.format(**given)}\nROLLOUTS = {ROLLOUTS}\nTEACHER = {TEACHER.format(**given)}\n"
+    text = config.read_text().replace("stages =", f"{shared}stages =")
     config.write_text(text)
     load_config(str(config), [])
     return config

@@ -6,7 +6,8 @@ from string import ascii_uppercase
 import pytest
 
 from minixmd.inputs.examples import Example
-from minixmd.tasks.benchmarks import WAYS, benchmark_of, meant, mmau_rule, mmau_table, music_table, same, vote
+from minixmd.tasks.benchmarks import WAYS, benchmark_of, meant, mmau_rule, same, vote
+from minixmd.tasks.statistics import breakdown
 
 DATA = Path(__file__).parent / "data"
 MMAU = json.loads((DATA / "mmau-test-mini.json").read_text())  # ten real records
@@ -165,33 +166,40 @@ def test_a_manifest_is_a_benchmark_if_all_of_it_has_the_fields():
         assert benchmark_of(examples) is None
 
 
+def counted(name, metas, rights):
+    """breakdown's table with [correct, count] in the place of each summary."""
+    def short(part):
+        return [part["correct"], part["count"]] if "correct" in part else {key: short(of) for key, of in part.items()}
+
+    return short(breakdown(name, metas, rights))
+
+
 def test_mmau_accuracies_are_by_task_difficulty_and_sub_category():
     metas = [{"task": task, "difficulty": difficulty, "sub_category": "x"}
              for task, difficulty in (("sound", "easy"), ("music", "easy"), ("sound", "hard"))]
-    assert mmau_table(metas, [True, False, False]) == {
-        "all": [True, False, False], "task": {"music": [False], "sound": [True, False]},
-        "difficulty": {"easy": [True, False], "hard": [False]}, "sub_category": {"x": [True, False, False]}}
+    assert counted("mmau", metas, [True, False, False]) == {
+        "all": [1, 3], "task": {"music": [0, 1], "sound": [1, 2]}, "difficulty": {"easy": [1, 2], "hard": [0, 1]},
+        "sub_category": {"x": [1, 3]}}
     with pytest.raises(ValueError):
-        mmau_table(metas, [True])
+        breakdown("mmau", metas, [True])
 
 
 def test_mmar_accuracies_are_by_modality_category_and_sub_category():
     metas = [{"modality": modality, "category": category, "sub_category": "x"} for modality, category in
              (("sound", "Signal Layer"), ("mix-sound-speech", "Signal Layer"), ("sound", "Cultural Layer"))]
-    assert mmau_table(metas, [True, False, False], "mmar") == {
-        "all": [True, False, False], "modality": {"mix-sound-speech": [False], "sound": [True, False]},
-        "category": {"Cultural Layer": [False], "Signal Layer": [True, False]},
-        "sub_category": {"x": [True, False, False]}}
+    assert counted("mmar", metas, [True, False, False]) == {
+        "all": [1, 3], "modality": {"mix-sound-speech": [0, 1], "sound": [1, 2]},
+        "category": {"Cultural Layer": [0, 1], "Signal Layer": [1, 2]}, "sub_category": {"x": [1, 3]}}
 
 
 def test_music_accuracies_are_by_type_over_what_is_heard_and_over_all():
     kinds = [("Audio", "Counting"), ("Visual", "Counting"), ("Audio-Visual", "Temporal"), ("Audio-Visual", "Counting"),
              ("Visual", "Location")]
     metas = [{"modality": modality, "type": type, "group": f"{modality} {type}"} for modality, type in kinds]
-    table = music_table(metas, [True, False, True, False, True])
-    assert table["audio"] == {"Temporal": [True], "Comparative": [], "Counting": [True, False], "Existential": [],
-                              "Location": [], "all": [True, True, False]}
-    assert table["every"] == {"Temporal": [True], "Comparative": [], "Counting": [True, False, False],
-                              "Existential": [], "Location": [True], "all": [True, False, True, False, True]}
-    assert table["pair"] == {"Audio Counting": [True], "Audio-Visual Counting": [False],
-                             "Audio-Visual Temporal": [True], "Visual Counting": [False], "Visual Location": [True]}
+    table = counted("music_avqa", metas, [True, False, True, False, True])
+    assert table["audio"] == {"Temporal": [1, 1], "Comparative": [0, 0], "Counting": [1, 2], "Existential": [0, 0],
+                              "Location": [0, 0], "all": [2, 3]}
+    assert table["every"] == {"Temporal": [1, 1], "Comparative": [0, 0], "Counting": [1, 3],
+                              "Existential": [0, 0], "Location": [1, 1], "all": [3, 5]}
+    assert table["pair"] == {"Audio Counting": [1, 1], "Audio-Visual Counting": [0, 1],
+                             "Audio-Visual Temporal": [1, 1], "Visual Counting": [0, 1], "Visual Location": [1, 1]}

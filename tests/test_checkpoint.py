@@ -169,15 +169,6 @@ def test_a_file_is_the_one_that_safetensors_writes(tmp_path):
     assert load_file(tmp_path / "empty") == {}
 
 
-def test_one_tensor_under_two_names_is_refused(tmp_path):
-    weight = torch.randn(4, 3)
-    for other in (weight, weight.view(12), torch.nn.Parameter(weight)):
-        with pytest.raises(ValueError, match="w.safetensors: a and b share their memory"):
-            write_safetensors(tmp_path / "w.safetensors", {"b": other, "a": weight})
-    assert files(tmp_path) == []
-    write_safetensors(tmp_path / "w.safetensors", {"rest": weight[1:], "first": weight[:1], "an empty one": weight[:0]})
-
-
 # training state
 
 

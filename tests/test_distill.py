@@ -1,5 +1,6 @@
 """KL distillation, from two rows of logits and from a stored top-k, against fp64 truth from the same inputs."""
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from minixmd.kernels.logit_rows import BLOCK_V
 pytestmark = pytest.mark.usefixtures("on_device")
 
 KL = distill_kl_grad, distill_kl_ref
+REVERSE = partial(distill_kl_grad, reverse=True), partial(distill_kl_ref, reverse=True)
+DIRECTIONS = {"teacher first": KL, "student first": REVERSE}
 TOPK = distill_topk_grad, distill_topk_ref
 DTYPES = {"fp32": (torch.float32, torch.float32), "fp32-bf16": (torch.float32, torch.bfloat16),
           "fp16": (torch.float16, torch.float16), "bf16": (torch.bfloat16, torch.bfloat16)}  # fmt: skip
@@ -65,18 +68,23 @@ def softmax_by_hand(logits_NV, ids, T):
     return a_NV[:, ids].log_softmax(1), (outside_NV.logsumexp(1) - a_NV.logsumexp(1)).exp()
 
 
-def truth(student_NV, teacher_NW, g_N, ids, T):
-    """Loss, dropped shares and dstudent from the definition."""
+def truth(student_NV, teacher_NW, g_N, ids, T, operation=KL):
+    """Loss, dropped shares and dstudent from the definition of KL or REVERSE."""
     logp_NK, s_dropped_N = softmax_by_hand(student_NV, ids, T)
     logq_NK, t_dropped_N = softmax_by_hand(teacher_NW, ids, T)
-    loss_N = T * T * (logq_NK.exp() * (logq_NK - logp_NK)).sum(1)
+    if operation is REVERSE:
+        kl_N = (logp_NK.exp() * (logp_NK - logq_NK)).sum(1)
+        slope_NK = logp_NK.exp() * (logp_NK - logq_NK - kl_N[:, None])
+    else:
+        kl_N = (logq_NK.exp() * (logq_NK - logp_NK)).sum(1)
+        slope_NK = logp_NK.exp() - logq_NK.exp()
     grad_NV = torch.zeros(student_NV.shape, dtype=torch.float64)
-    grad_NV[:, ids] = T * g_N[:, None].double() * (logp_NK.exp() - logq_NK.exp())
-    return [loss_N, s_dropped_N, t_dropped_N, grad_NV]
+    grad_NV[:, ids] = T * g_N[:, None].double() * slope_NK
+    return [T * T * kl_N, s_dropped_N, t_dropped_N, grad_NV]
 
 
 def results(operation, student_NV, teacher, g_N, common_vocab, suppressed_Z, T, backend):
-    """What KL or TOPK returns, then dstudent; by autograd of the PyTorch twin if the backend is "eager"."""
+    """What KL, REVERSE or TOPK returns, then dstudent; by autograd of the PyTorch twin if the backend is "eager"."""
     with_grad, ref = operation
     options = common_vocab, suppressed_Z, T
     if backend == "eager":
@@ -94,28 +102,29 @@ def compare(kernel, eager, exact, cond):
         assert_as_good_as(a, b, c, cond)
 
 
-@pytest.mark.parametrize("size, dtypes, T", grid(SIZES, DTYPES, [2.0, 0.7]))
-def test_loss_shares_and_gradient_are_as_good_as_eager(size, dtypes, T):
+@pytest.mark.parametrize("size, dtypes, T, operation", grid(SIZES, DTYPES, [2.0, 0.7], DIRECTIONS))
+def test_loss_shares_and_gradient_are_as_good_as_eager(size, dtypes, T, operation):
     N, V, W, common_vocab, suppressed_ids = size
     student_NV, teacher_NW, suppressed_Z = problem(N, V, W, suppressed_ids, dtypes)
     g_N = torch.randn(N)
-    ours, eager = (results(KL, student_NV, [teacher_NW], g_N, common_vocab, suppressed_Z, T, backend)
+    ours, eager = (results(operation, student_NV, [teacher_NW], g_N, common_vocab, suppressed_Z, T, backend)
                    for backend in ("triton", "eager"))
-    exact = truth(student_NV, teacher_NW, g_N, kept(common_vocab, suppressed_ids), T)
+    exact = truth(student_NV, teacher_NW, g_N, kept(common_vocab, suppressed_ids), T, operation)
     compare(ours[:1], eager[:1], exact[:1], T * T)  # not cond = |logits|: only differences enter
     compare(ours[3:], eager[3:], exact[3:], T)
     compare(ours[1:3], eager[1:3], exact[1:3], 200 / T)
 
 
+@pytest.mark.parametrize("operation", DIRECTIONS.values(), ids=DIRECTIONS)
 @pytest.mark.parametrize("offset", [1e4, -1e4])
-def test_logits_of_ten_thousand_lose_nothing_beyond_their_own_rounding(offset):
+def test_logits_of_ten_thousand_lose_nothing_beyond_their_own_rounding(offset, operation):
     student_NV = (torch.randn(3, 3000) + offset).round(decimals=2)
     teacher_NW = torch.randn(3, 3100) - offset
     teacher_NW[2, :3000] = student_NV[2] - 2 * offset  # the same distribution: KL 0
     suppressed_Z = torch.tensor([4])
     g_N = torch.ones(3)
-    ours = results(KL, student_NV, [teacher_NW], g_N, 2900, suppressed_Z, 2.0, "triton")
-    exact = truth(student_NV, teacher_NW, g_N, kept(2900, [4]), 2.0)
+    ours = results(operation, student_NV, [teacher_NW], g_N, 2900, suppressed_Z, 2.0, "triton")
+    exact = truth(student_NV, teacher_NW, g_N, kept(2900, [4]), 2.0, operation)
     torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours[3].double(), exact[3], rtol=1e-5, atol=1e-8)
 
@@ -130,6 +139,10 @@ def test_an_example_to_check_by_hand(backend):
         KL, student_NV, [teacher_NW], torch.ones(1), 3, suppressed_Z, 1.0, backend)
     assert loss_N.item() == pytest.approx(0.5 * math.log(3)) and t_dropped_N.item() == pytest.approx(1 / 5)
     assert s_dropped_N.item() == pytest.approx(1) and grad_NV.tolist()[0] == pytest.approx([-0.5, 0.5, 0, 0])
+    # the reverse is as large here: (3/4 - 1/4) log 3; its gradient is p (log p/q - KL), 1/4 (-log 3 - 1/2 log 3) first
+    reverse_N, *_, slope_NV = results(REVERSE, student_NV, [teacher_NW], torch.ones(1), 3, suppressed_Z, 1.0, backend)
+    assert reverse_N.item() == pytest.approx(0.5 * math.log(3))
+    assert slope_NV.tolist()[0] == pytest.approx([-0.375 * math.log(3), 0.375 * math.log(3), 0, 0])
     student_NV[0, 2] = -torch.inf  # 4 e^5 inside, e^5 outside
     for ids in ([2], [2, 3, 7]):  # suppressing ids that are not common changes nothing
         _, share_N, _ = distill_kl(student_NV, teacher_NW, 3, torch.tensor(ids), 1.0, backend)
@@ -140,17 +153,19 @@ def test_an_example_to_check_by_hand(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operation", DIRECTIONS.values(), ids=DIRECTIONS)
 @pytest.mark.parametrize("held", [torch.nan, torch.inf, -torch.inf, 1e4])
-def test_ids_left_out_count_for_nothing_whatever_they_hold(held, backend):
+def test_ids_left_out_count_for_nothing_whatever_they_hold(held, operation, backend):
     suppressed_ids = [0, BLOCK_V, BLOCK_V + 2]
     student_NV, teacher_NW, suppressed_Z = problem(3, BLOCK_V + 9, BLOCK_V + 5, suppressed_ids, DTYPES["fp32"])
     weight_N = torch.rand(3) + 0.1
-    before = distill_kl(student_NV, teacher_NW, BLOCK_V + 3, suppressed_Z, 2.0, backend)[0]
+    with_grad, options = operation[0], (BLOCK_V + 3, suppressed_Z, 2.0)
+    before = with_grad(student_NV, teacher_NW, None, *options, None, backend)[0]
     out = [*suppressed_ids, *range(BLOCK_V + 3, BLOCK_V + 9)]
     student_NV[:, out] = held
     teacher_NW[:, out[:-4]] = held
     grad_NV = torch.full_like(student_NV, torch.nan)
-    after = distill_kl_grad(student_NV, teacher_NW, weight_N, BLOCK_V + 3, suppressed_Z, 2.0, grad_NV, backend)[0]
+    after = with_grad(student_NV, teacher_NW, weight_N, *options, grad_NV, backend)[0]
     assert torch.equal(after, before) and after.isfinite().all()
     assert grad_NV.isfinite().all() and (grad_NV[:, out] == 0).all()
 
@@ -174,24 +189,50 @@ def test_logits_of_minus_infinity_count_for_nothing(backend):
     assert ours[0].isfinite().all() and ours[3].isfinite().all() and not ours[3][:, [0, 2100]].any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_with_the_student_first_logits_of_minus_infinity_may_be_the_students_or_both(backend):
+    """A kept id that both rows rule out, or the student alone, has p = 0: no loss, no gradient, its q still counts."""
+    student_NV, teacher_NW = torch.randn(4, 2500), torch.randn(4, 2500)
+    student_NV[:, [0, 2100, 6]], teacher_NW[:, [0, 2100]] = -torch.inf, -torch.inf
+    student_NV[0, 40:] = -torch.inf  # most lanes see no number
+    g_N, none_Z = torch.rand(4), torch.zeros(0, dtype=torch.long)
+    ours = results(REVERSE, student_NV, [teacher_NW], g_N, 2400, none_Z, 2.0, backend)
+    lowest = [z_NV.clamp(min=-1e6) for z_NV in (student_NV, teacher_NW)]  # p and q of it are 0 in fp64
+    exact = truth(*lowest, g_N, kept(2400, []), 2.0, REVERSE)
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours[3].double(), exact[3], rtol=1e-5, atol=1e-7)
+    assert not ours[3][:, [0, 2100, 6]].any() and not ours[3][0, 40:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_with_the_student_first_an_id_that_the_teacher_alone_rules_out_costs_about_infinity(backend):
+    student_NV, teacher_NW, none_Z = torch.zeros(3, 9), torch.zeros(3, 9), torch.zeros(0, dtype=torch.long)
+    teacher_NW[:2, 4] = -torch.inf
+    loss_N, _, _, grad_NV = results(
+        REVERSE, student_NV, [teacher_NW], torch.tensor([1.0, 0.0, 1.0]), 9, none_Z, 1.0, backend)
+    assert (loss_N[:2] > 1e28).all() and loss_N[2].abs() < 1e-6
+    assert grad_NV[0, 4] > 1e28 and not grad_NV[1].any()  # a weight of 0 makes it 0
+
+
 @pytest.mark.slow
-def test_the_published_vocabularies_at_once():
+@pytest.mark.parametrize("operation", DIRECTIONS.values(), ids=DIRECTIONS)
+def test_the_published_vocabularies_at_once(operation):
     """Qwen2-Audio learns from Qwen2-VL: 156,032 and 152,064 columns, of which the first 151,646 are common."""
     suppressed_ids = [151_643, 151_644, 3, 100_000, 151_700, 156_031]
     student_NV, teacher_NW, suppressed_Z = problem(3, 156_032, 152_064, suppressed_ids, DTYPES["fp32-bf16"], 30.0)
     g_N = torch.tensor([1.0, -0.3, 2.0])
-    ours, eager = (results(KL, student_NV, [teacher_NW], g_N, 151_646, suppressed_Z, 2.0, backend)
+    ours, eager = (results(operation, student_NV, [teacher_NW], g_N, 151_646, suppressed_Z, 2.0, backend)
                    for backend in ("triton", "eager"))
-    exact = truth(student_NV, teacher_NW, g_N, kept(151_646, suppressed_ids), 2.0)
+    exact = truth(student_NV, teacher_NW, g_N, kept(151_646, suppressed_ids), 2.0, operation)
     compare(ours, eager, exact, 4.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("operation", [KL, TOPK], ids=["kl", "topk"])
+@pytest.mark.parametrize("operation", [KL, REVERSE, TOPK], ids=["kl", "reverse", "topk"])
 def test_the_form_without_a_gradient_returns_the_same(operation, backend):
     N, V, W, common_vocab, suppressed_ids = SIZES["several blocks"]
     student_NV, teacher_NW, suppressed_Z = problem(N, V, W, suppressed_ids, DTYPES["fp32"])
-    teacher = [teacher_NW] if operation is KL else store(teacher_NW, kept(common_vocab, suppressed_ids), 7, 2.0)
+    teacher = [teacher_NW] if operation is not TOPK else store(teacher_NW, kept(common_vocab, suppressed_ids), 7, 2.0)
     plain = operation[0](
         student_NV.requires_grad_(), *teacher, None, common_vocab, suppressed_Z, 2.0, None, backend)
     found = results(operation, student_NV, teacher, torch.ones(N), common_vocab, suppressed_Z, 2.0, backend)
@@ -202,25 +243,47 @@ def test_the_form_without_a_gradient_returns_the_same(operation, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operation", DIRECTIONS.values(), ids=DIRECTIONS)
 @pytest.mark.parametrize("out", ["fp32", "bf16", "in place"])
-def test_the_gradient_is_written_where_the_caller_says_and_inputs_are_left_alone(backend, out):
+def test_the_gradient_is_written_where_the_caller_says_and_inputs_are_left_alone(backend, out, operation):
     N = 70 if backend == "torch" else 7  # PyTorch takes 64 rows at a time
     student_NV, teacher_NW, suppressed_Z = problem(N, 2200, 2300, [3, 2100], DTYPES["fp32"])
     weight_N = torch.rand(N)
     weight_N[1::3] = 0
-    exact = truth(student_NV, teacher_NW, weight_N, kept(2150, [3, 2100]), 2.0)
+    exact = truth(student_NV, teacher_NW, weight_N, kept(2150, [3, 2100]), 2.0, operation)
     inputs = student_NV, teacher_NW, weight_N, suppressed_Z
     before = [t.clone() for t in inputs]
     out_NV = student_NV
     if out != "in place":
         out_NV = torch.empty(N, 2200, dtype=torch.float32 if out == "fp32" else torch.bfloat16)
-    parts = distill_kl_grad(student_NV, teacher_NW, weight_N, 2150, suppressed_Z, 2.0, out_NV, backend)
+    parts = operation[0](student_NV, teacher_NW, weight_N, 2150, suppressed_Z, 2.0, out_NV, backend)
     for a, b in zip((*parts, out_NV), exact, strict=True):
         eps = torch.finfo(a.dtype).eps
         torch.testing.assert_close(a.double(), b, rtol=max(eps, 1e-4), atol=1e-4 if b.ndim == 1 else 2e-6)
     assert not out_NV[1::3].any() and not out_NV[:, 2150:].any() and not out_NV[:, [3, 2100]].any()
     assert out == "in place" or torch.equal(student_NV, before[0])
     assert all(torch.equal(t, old) for t, old in zip(inputs[1:], before[1:], strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operation", DIRECTIONS.values(), ids=DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V, W", [(4200, 6200), (6200, 4200)])
+def test_the_gradient_may_be_written_over_the_teachers_logits(V, W, dtype, operation, backend):
+    """As one written elsewhere, to the bit; columns of the buffer that belong to neither are left alone."""
+    N = 70 if backend == "torch" else 5  # PyTorch takes 64 rows at a time
+    student_NV, teacher_NW, suppressed_Z = problem(N, V, W, [3, 2100], (torch.float32, dtype))
+    weight_N = torch.randn(N)
+    weight_N[1::3] = 0
+    options = weight_N, 4150, suppressed_Z, 2.0
+    elsewhere_NV, before_NV = torch.empty(N, V, dtype=dtype), student_NV.clone()
+    expected = operation[0](student_NV, teacher_NW, *options, elsewhere_NV, backend)
+    buffer = torch.full((N, max(V, W) + 5), 7.0, dtype=dtype)
+    buffer[:, :W] = teacher_NW
+    found = operation[0](student_NV, buffer[:, :W], *options, buffer[:, :V], backend)
+    assert all(torch.equal(a, b) for a, b in zip((*found, buffer[:, :V]), (*expected, elsewhere_NV), strict=True))
+    assert (buffer[:, max(V, W):] == 7).all() and torch.equal(buffer[:, V:W], teacher_NW[:, V:])
+    assert torch.equal(student_NV, before_NV) and elsewhere_NV.any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -66,10 +66,10 @@ def test_common_ids_end_where_the_tables_first_differ(tmp_path):
     audio = write_tokenizer(tmp_path / "a", AUDIO)
     vision = write_tokenizer(tmp_path / "b", VISION)
     ours = SimpleNamespace(tokenizer=audio)
-    count = common_vocab_size(ours, tmp_path / "b" / "labels.jsonl")  # the teacher's tokenizer lies beside its labels
+    count = common_vocab_size(ours, tmp_path / "b")
     assert count == audio.token_to_id("<|im_end|>") + 1 == audio.token_to_id("<|AUDIO|>") < audio.get_vocab_size()
     assert count < vision.get_vocab_size()
-    assert common_vocab_size(ours, tmp_path / "a" / "labels.jsonl") == audio.get_vocab_size()
+    assert common_vocab_size(ours, tmp_path / "a") == audio.get_vocab_size()
 
 
 # ---- the loss ----

@@ -328,13 +328,13 @@ def test_a_torn_last_line_is_dropped_and_asked_again(path, capsys):
 
 
 @pytest.mark.parametrize("line", [
-    b"", b"{", b"7", b"[]", b'{"key": "x", "text": "y"}', b'{"key": "x", "text": null, "finished": true}',
+    b"{", b"7", b"[]", b'{"key": "x", "text": "y"}', b'{"key": "x", "text": null, "finished": true}',
     b'{"key": 7, "text": "y", "finished": true}', b'{"key": "x", "text": "y", "finished": 1}',
     b'{"key": "\xff", "text": "y", "finished": true}', b'{"key": "clip 0", "text": "y", "finished": true}'])
-def test_a_malformed_line_is_an_error_and_the_file_stays_as_it_is(path, line):
+def test_a_malformed_line_is_an_error_and_stays(path, line):
     good = json.dumps({"key": "clip 0", "text": "yes", "finished": True}).encode()
-    data = good + b"\n" + line + b"\n" + good.replace(b"clip 0", b"clip 2") + b'\n{"key'
-    path.write_bytes(data)
+    data = good + b"\n" + line + b"\n" + good.replace(b"clip 0", b"clip 2") + b"\n"
+    path.write_bytes(data + b'{"key')
     with pytest.raises(ValueError, match=r"endpoint\.jsonl:2: "):
         ask(closed_url(), path, 3)
     assert path.read_bytes() == data

@@ -20,7 +20,7 @@ from minixmd.models.weights import save_model
 from minixmd.runs import distributed
 from minixmd.runs.records import read_jsonl
 from minixmd.stages import evaluate, label, multiple_choice
-from minixmd.stages.multiple_choice import Writing, score_letters, write_answers
+from minixmd.stages.multiple_choice import Questions, Writing, score_letters, write_answers
 from minixmd.tasks.statistics import compare, digest, paired_interval, wilson
 
 FRAMES = dict(min_pixels=3136, max_pixels=3136)
@@ -167,8 +167,8 @@ def test_a_written_answer_is_generates_and_the_letters_are_those_without_it(worl
     lengths = [len(build_prompt(processor, example, asked)) for example in examples]
     assert max(lengths) > 2 * min(lengths)
     pairs = max(a + b for a, b in zip(lengths[::2], lengths[1::2], strict=True))  # two or more in a batch
-    letters = score_letters(model, processor, examples, asked, batch_tokens=pairs)
-    written = write_answers(model, processor, examples, asked, Writing(9), batch_tokens=pairs)
+    letters = score_letters(model, Questions(processor, examples, asked), batch_tokens=pairs)
+    written = write_answers(model, Questions(processor, examples, asked, 9), Writing(9), batch_tokens=pairs)
     for example, plain, record in zip(examples, letters, written, strict=True):
         shown = build_conversation(example, media=media, prompt=PROMPT, video_options=asked.video_options)
         [[said]] = minixmd.generate(model, processor, [shown], max_new_tokens=9, temperature=0, seed=0)
@@ -196,8 +196,8 @@ def test_a_prompt_that_leaves_no_room_for_the_answer_is_named(puppet, tmp_path):
     asked = stage(puppet, puppet / "manifest.jsonl").prompt_format
     tokens = len(build_prompt(processor, examples[0], asked))
     processor.max_positions = tokens + 3
-    assert "bad" not in write_answers(model, processor, examples[:1], asked, Writing(3))[0]
-    [record] = write_answers(model, processor, examples[:1], asked, Writing(4))
+    assert "bad" not in write_answers(model, Questions(processor, examples[:1], asked, 3), Writing(3))[0]
+    [record] = write_answers(model, Questions(processor, examples[:1], asked, 4), Writing(4))
     said = f"has {tokens} tokens and max_new_tokens is 4, over the model's limit of {processor.max_positions}"
     assert record["bad"] == "too long" and said in record["detail"]
 

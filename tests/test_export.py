@@ -128,15 +128,6 @@ def test_of_the_whole_omni_the_thinker_is_written_and_both_of_transformers_class
     assert_close(reference_logits(reference.thinker, "omni"), truth) and not reference.speaker_map
 
 
-def test_the_parts_that_are_skipped_are_counted_by_name(whole, tmp_path):
-    folder, model = whole
-    family = model.config.family
-    assert shards.skipped_parts(folder, family) == {"talker": 2, "token2wav": 1}
-    names = ("talker.a", "token2wav.b", "thinker.c")
-    save_file({name: torch.ones(1) for name in names}, tmp_path / "model.safetensors")
-    assert shards.skipped_parts(tmp_path, family) == {"talker": 1, "token2wav": 1}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_above_the_limit_a_model_is_cut_into_shards_that_transformers_reads(tmp_path, dtype):
     model = tiny_model("vision").to(dtype)

@@ -640,8 +640,8 @@ def test_validation_counts_the_answers_that_are_written(world, tmp_path, monkeyp
     trainer, _, _ = problem(max_bad=0.5, stop=("</answer>",))
     trainer.folder, trainer.log = tmp_path, logged.append
     trainer.validate(examples)
-    ((*_, asked, prompt_format, writing),) = given
-    assert asked == examples and prompt_format == trainer.stage.prompt_format
+    ((_, questions, writing),) = given
+    assert questions.examples == examples and questions.prompt_format == trainer.stage.prompt_format
     assert writing == Writing(7, stop=("</answer>",))  # cut where a rollout's completions are
     assert logged == [{"step": 0, "val_accuracy": 2 / 5, "val_bad": {"missing": 1}}]
 

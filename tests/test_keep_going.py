@@ -85,18 +85,21 @@ def test_a_report_keeps_all_that_does_not_need_the_failed():
     cells = {row: {"test": f"@{row}", "more": f"@{row}_more"} for row in "abc"}
     report = Report(tables=cells, roles=("a", "b", "c"), gap="test", clips="clips.jsonl", gallery=("a", "b"),
                     traces="@traces", verdicts="@checked/verdicts.jsonl", switch="@switch", notes={"first": "said"},
-                    senses={"test": {"x": "@a", "y": "@c"}},
+                    senses={"test": {"x": "@a", "y": "@c"}}, scored={s: f"@{s}/completions.jsonl" for s in "bc"},
+                    differences={"b, a": ("b", "a"), "c, a": ("c", "a")},
                     curves={"x": {"a": "@a/log.jsonl", "c": "@c/log.jsonl"}, "y": {"c": "@c/log.jsonl"}})  # fmt: skip
     kept = without(report, {"c": "it burnt", "a_more": "lost", "traces": "empty"})
     assert kept.tables == {"a": {"test": "@a"}, "b": cells["b"], "c": {"more": "@c_more"}}
     assert kept.curves == {"x": {"a": "@a/log.jsonl"}} and kept.switch == "@switch"
     assert (kept.roles, kept.senses, kept.clips, kept.gallery) == (None, None, "clips.jsonl", ("a", "b"))
-    assert (kept.traces, kept.verdicts) == (None, None)
+    assert (kept.traces, kept.verdicts) == (None, None) and kept.scored == {"b": "@b/completions.jsonl"}
+    assert kept.differences == report.differences
     assert kept.notes == {"first": "said", "c, test": "it burnt", "a, more": "lost", "test, y": "it burnt",
-                          "x, c": "it burnt", "y, c": "it burnt", "traces": "empty",
+                          "x, c": "it burnt", "y, c": "it burnt", "c": "it burnt", "traces": "empty",
                           "class by class": "a row of its roles is not whole"}  # fmt: skip
     whole = without(report, {"a_more": "lost", "switch": "lost too"})
     assert (whole.roles, whole.switch) == (report.roles, None) and whole.senses == report.senses
+    assert without(report, {"c": "x", "c_more": "y"}).differences == {"b, a": ("b", "a")}
     assert without(report, {"a": "x", "b": "y"}).clips is None  # nobody is left to show
     with pytest.raises(ValueError, match="report: no row could be made"):
         without(report, dict.fromkeys(["a", "a_more", "b", "b_more", "c", "c_more"], "x"))

@@ -166,7 +166,8 @@ def reports(tmp_path_factory):
             elif stage.name.endswith("switch"):
                 write_jsonl(folder / "switch.jsonl", [{"id": "clip0", "p_teacher": 0.9}])
                 decided = tally([0.9, 0.2], [1, 1])
-                write_json(folder / "results.json", {"validation": decided, "training": decided})
+                write_json(folder / "results.json", {"clips": 1, "clips_to_teacher": 1, "validation": decided,
+                                                    "training": decided})
             (folder / "log.jsonl").touch()
         (report,) = [stage for stage in config.stages if isinstance(stage, Report)]
         tables = replace(report, clips=None, gallery=(), traces=None, verdicts=None, funnel=None)

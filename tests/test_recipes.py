@@ -173,7 +173,7 @@ def trained_for(stages, row):
     return stages.get(models.pop().removeprefix("@"))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "toy_on_policy_ablation"])
 def test_a_reports_rows_are_models_and_its_columns_are_manifests(recipe):
     stages = all_stages(recipe)
     (report,) = [stage for stage in stages.values() if isinstance(stage, Report)]

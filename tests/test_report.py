@@ -1,6 +1,7 @@
 """The report's files say what the results say and no more, and its page is safe, well-formed and complete by itself."""
 import base64
 import json
+import math
 import re
 from dataclasses import make_dataclass, replace
 from html.parser import HTMLParser
@@ -19,7 +20,8 @@ from minixmd.report import gather as report
 from minixmd.report.render import ROLES, markdown, page, ticks
 from minixmd.runner import main
 from minixmd.stages.evaluate import how_read
-from minixmd.tasks.statistics import digest, groups, tabulate, wilson
+from minixmd.tasks.statistics import digest, groups, paired_interval, tabulate, wilson
+from minixmd.tasks.yes_no import tally
 
 ROOT = Path(__file__).parents[1]
 ODD = "<b>&\"'|</script>"  # a class, a group, an option, a row and a column of this name
@@ -134,6 +136,13 @@ AFTER = {"analysis": lambda i: i % 6 < 5, "test": lambda i: None if i == 9 else 
 ROWS = {"teacher": TEACHER, ODD: BEFORE, "student after": AFTER}
 
 
+# token, its probability under student and teacher, the teacher's likeliest, its probability; the level it is drawn with
+TOLD = [("<think>", 1, 1, "<think>", 1, 0), (" dog\n", .9, .4, " cat", .6, 1), ("s", .9, .5, "s", .5, 0),
+        (ODD, .8, .02, f"{ODD}\n", .75, 2), (" a", .7, .09, " a", .09, 2), (".", .6, .005, " \t", .85, 3),
+        ("<|im_end|>", .5, 1e-4, " and", .999, 4)]  # fmt: skip
+SAID = [[word, math.log(p), math.log(q), likeliest, math.log(most) + 1e-7] for word, p, q, likeliest, most, _ in TOLD]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with three splits, three models' results on each, a switch and two logs."""
@@ -142,13 +151,19 @@ def world(tmp_path_factory):
         examples = manifest(folder, split, classes, each)
         for n, models in enumerate(ROWS.values()):
             evaluated(folder / f"{n}_{split}", examples, models[split], generate=n == 2 and split == "test")
-    write_lines(folder / "switch/switch.jsonl", [dict(id=str(i), p_teacher=i / 10, oracle=float(i > 2))
-                                                 for i in range(10)] + [dict(id="b", bad="empty", detail="")])
+    decisions = [dict(id=str(i), p_teacher=i / 10, oracle=float(i > 2)) for i in range(10)]
+    write_lines(folder / "switch/switch.jsonl", decisions)
+    decided = tally([line["p_teacher"] for line in decisions], [line["oracle"] for line in decisions])
+    (folder / "switch/results.json").write_text(json.dumps(dict(clips=10, clips_to_teacher=5, training=decided)))
     write_lines(folder / "train.jsonl", [{"step": 0, "steps": 400}] + [
         line for step in range(1, 401) for line in ([{"step": step, "loss": 3 / step, "lr": 1}] + [
             {"step": step, "val_accuracy": step / 800}] * (step % 100 == 0))])
     write_lines(folder / "epochs.jsonl", [{"epoch": e, "loss": 0.5 / e, "val_accuracy": 1 - 0.4 / e}
                                           for e in (1, 2, 3)])
+    write_lines(folder / "completions.jsonl", [
+        {"step": step, "id": f"clip{step}", "reward": i / 3, "text": "", "teacher": SAID}
+        for step in (1, 11, 21) for i in range(4)] + [{"step": 31, "id": "untaught", "reward": 1}])
+    write_lines(folder / "silent.jsonl", [{"step": 1, "id": "untaught", "reward": 1.0}])
     return folder
 
 
@@ -167,7 +182,10 @@ def whole(world, tmp_path_factory):
     """(folder, report.json, the page) of a report with everything."""
     folder = tmp_path_factory.mktemp("report")
     stage = Report(tables=tables(world), ablation={"KL on teacher's logits": {"test": f"{world}/2_test/results.json"}},
+                   differences={f"gained {ODD}": ("student after", ODD),
+                                "mine": ("student after", "KL on teacher's logits")},
                    published="xmd", roles=tuple(ROWS), bars=("test", "unseen"), clips=f"{world}/test.jsonl",
+                   scored={ODD: f"{world}/completions.jsonl", "silent": f"{world}/silent.jsonl"},
                    switch=f"{world}/switch/switch.jsonl",
                    curves={ODD: {ODD: f"{world}/train.jsonl"}, "Switch": {"switch": f"{world}/epochs.jsonl"}})
     return folder, *made(stage, folder)
@@ -242,18 +260,26 @@ def test_every_cell_of_the_accuracies_is_that_of_report_json(whole):
     assert found["tables"]["student after"]["test"]["disagreement"] == 8 / 23  # where its words are wrong
 
 
-def test_gains_are_paired_and_stand_in_the_page(whole):
-    _, found, html = whole
-    for other, counts in (("before", (23, 1, 11, 4, 4)), ("teacher", (23, 1, 1, 0, 14))):
-        gain = found["gains"]["test"][other]
-        assert (gain["count"], gain["left_out"], gain["only_a"], gain["only_b"], gain["both"]) == counts
-    for row, (split, gains) in zip(html.table(["analysis", "test", "unseen"])[1:], found["gains"].items(), strict=True):
-        cells = []
-        for one in (gains["before"], gains["teacher"]):
-            low, high = one["interval"]
-            cells += [f"{100 * one['difference']:+.1f} {100 * low:+.1f} to {100 * high:+.1f}", str(one["only_a"]),
-                      str(one["only_b"])]
-        assert row == [split, *cells]
+def test_differences_are_paired_and_stand_in_page_and_markdown(world, whole, tmp_path):
+    folder, found, html = whole
+    titles = [f"gained {ODD}", "the student after, less before", "the student after, less the teacher"]
+    differences = {(one["title"], one["column"]): one for one in found["differences"]}
+    columns = ("analysis", "test", "unseen")
+    expected = [(title, column) for title in titles for column in columns]
+    assert list(differences) == [*expected[:3], ("mine", "test"), *expected[3:]]
+    for title, counts in zip(titles, [(23, 1, 11, 4, 4)] * 2 + [(23, 1, 1, 0, 14)], strict=True):
+        one = differences[title, "test"]
+        assert (one["count"], one["left_out"], one["only_a"], one["only_b"], one["both"]) == counts
+    assert differences["mine", "test"]["difference"] == 0, "a row of either table"
+    rows = html.table([f"{title}: {column}" for title, column in differences])[1:]
+    written = (folder / "report.md").read_text()
+    for row, one in zip(rows, differences.values(), strict=True):
+        low, high = (f"{100 * limit:+.1f}" for limit in one["interval"])
+        gain, *counts = f"{100 * one['difference']:+.1f}", str(one["only_a"]), str(one["only_b"]), str(one["count"])
+        assert row[1:] == [f"{gain} {low} to {high}", *counts] and f" {gain} ({low} to {high})" in written
+    low, high = paired_interval(4, 11, 4, 4)
+    assert differences[titles[0], "test"]["interval"] == [low, high]
+    assert made(Report(tables=tables(world)), tmp_path)[0]["differences"] == []
 
 
 def test_groups_by_hand():
@@ -315,26 +341,23 @@ def test_the_switch_is_tallied_against_the_true_class(world, whole, tmp_path):
     rows = html.table(["the teacher is not better, by the class", "the teacher is better, by the class"])
     assert [row[1:] for row in rows[1:]] == [["3", "0"], ["2", "5"]]
     assert "5 of 10 clips go to the teacher." in html.text and "80.0 % of 10" in html.text
-    # what the stage Switch itself tallied comes first, and without labels there is nothing to hold it against
-    lines = [dict(id="a", p_teacher=0.9), dict(id="b", p_teacher=0.1)]
+    # without labels there is nothing to hold it against
+    counts = {"clips": 2, "clips_to_teacher": 1}
     left = {"validation": {"count": 40, "correct": 31, "accuracy": 31 / 40, "interval": list(wilson(31, 40)),
                            "majority": 0.55, "confusion": [[1111, 4], [5, 6]]}}
-    path = write_lines(tmp_path / "s/switch.jsonl", lines)
+    path = write_lines(tmp_path / "s/switch.jsonl", [dict(id="a", p_teacher=0.9), dict(id="b", p_teacher=0.1)])
     stage = Report(tables=tables(world), switch=str(path))
+    (path.parent / "results.json").write_text(json.dumps(counts))
     assert made(stage, tmp_path / "r")[0]["switch"] == {"clips": 2, "to_teacher": 1, "tallies": {}, "words": {}}
-    (path.parent / "results.json").write_text(json.dumps(left))
+    (path.parent / "results.json").write_text(json.dumps(counts | left))
     found, html = made(stage, tmp_path / "r")
     assert found["switch"]["tallies"] == left and "77.5 % of 40" in html.text
     assert "always the more frequent answer: 55.0 %" in html.text
     assert html.tables[-1][1:] == [["the teacher is not better, by the class", "1,111", "4"],
                                    ["the teacher is better, by the class", "5", "6"]]
-    write_lines(path, [dict(line, oracle=0.0) for line in lines] + [dict(id="c", p_teacher=0.9)])
-    tallies = made(stage, tmp_path / "r")[0]["switch"]["tallies"]
-    assert tallies["validation"] == left["validation"] and tallies["training"]["confusion"] == [[1, 1], [0, 0]]
-    for records in ([dict(id="a", option="dog")], [dict(id="a", bad="empty")]):
-        write_lines(path, records)
-        with pytest.raises(ValueError, match="switch.jsonl: not the decisions of a Switch stage: no record has 'p_te"):
-            made(stage, tmp_path / "r")
+    (path.parent / "results.json").write_text(json.dumps(left))
+    with pytest.raises(ValueError, match="switch.jsonl: not a Switch stage's: its results.json needs 'clips'"):
+        made(stage, tmp_path / "r")
 
 
 def test_curves_hold_the_logs_values(whole):
@@ -356,6 +379,31 @@ def test_curves_hold_the_logs_values(whole):
         for point, (_, value) in zip(points, next(iter(panel["lines"].values())), strict=True):
             read = low + (float(point.split(",")[1]) - y0) / (y1 - y0) * (high - low)
             assert read == pytest.approx(scale * value, abs=0.002 * (high - low))
+
+
+def test_the_teacher_scores_every_token_of_an_early_and_the_last_step(whole):
+    folder, found, html = whole
+    shown = found["scored"][ODD]
+    assert [(one["step"], one["id"]) for one in shown] == [(1, "clip1")] * 2 + [(21, "clip21")] * 2
+    assert "clip21 step 21, reward 0.333" in html.text and found["scored"]["silent"] == []
+    assert "The teacher scored none of the completions that were kept." in html.text
+    drawn = [attrs for tag, attrs in html.tags if tag == "span" and "title" in attrs]
+    assert len(drawn) == 4 * len(TOLD)
+    for attrs, (_, p, q, likeliest, most, level) in zip(drawn, TOLD * 4, strict=True):
+        likeliest = re.sub(r"\s", "␣", likeliest.replace("\n", "↵"))
+        assert attrs["class"] == f"u{level}"
+        assert attrs["title"] == f"student {pct(p)} %, teacher {pct(q)} %; likeliest: “{likeliest}”, {pct(most)} %"
+    text = f"<think> dog↵ s{ODD}{ODD}↵ 75 % a.␣␣ 85 %<|im_end|>␣and 100 %"
+    assert html.text.count(text) == 4, "the likeliest stands only under a doubted token that is another"
+    line = f"“{ODD}” 2.0 → “{ODD}↵” 75.0; “.” 0.5 → “␣␣” 85.0; “<|im_end|>” 0.0 → “␣and” 99.9."
+    assert f"{ODD}, step 1, clip clip1, reward 0.333: {line}\n" in (folder / "report.md").read_text()
+
+
+def test_completions_that_hold_something_else_are_refused(world, tmp_path):
+    for told in ([["a", 0.0, -1.0, "b"]], [["a", 0.0, 2.0, "b", -1.0]], [["a", 0.0, -1.0, 3, -1.0]], "text"):
+        path = write_lines(tmp_path / "completions.jsonl", [{"step": 1, "id": "x", "reward": 0.0, "teacher": told}])
+        with pytest.raises(ValueError, match="completions.jsonl:1: needs 'teacher', a list of tuple, got"):
+            made(Report(tables={}, scored={"x": str(path)}), tmp_path / "r")
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0, 0.37), (93.3, 98.3), (0, 1e-5), (5, 5), (0, 0), (0.2, 12345.0)])
@@ -434,13 +482,13 @@ FORM = set("""
     difference chosen_on won tied lost bars to_teacher tallies validation training majority confusion steps step of
     verifier verdicts agreement auc roc what x lines column kinds title embed_mib id question options right media
     kind path bytes embedded answers option text traces sample verdict score source columns notes others version
-    senses averages people
+    senses averages people differences row less scored reward
 """.split())  # keys of report.json that are not data
 FIXED = ("kind", "what", "x")  # keys whose values come from a short list of ours
 HOSTILE = "</script><b onload='x'>&amp;\"|\n\n# |"
 ATTRIBUTES = set("""
     aria-hidden aria-label charset class colspan content controls cx cy height href id lang muted name points
-    preload r rel role scope src tabindex text-anchor viewbox width x x1 x2 y y1 y2
+    preload r rel role scope src tabindex text-anchor title viewbox width x x1 x2 y y1 y2
 """.split())
 
 
@@ -477,7 +525,7 @@ def check_escaping(report, in_page, in_markdown):
 
 
 def test_every_string_of_the_report_is_escaped(whole):
-    check_escaping(whole[1], in_page=296, in_markdown=83)
+    check_escaping(whole[1], in_page=319, in_markdown=108)
 
 
 def asked_of_people(folder, world, condition, right):
@@ -577,6 +625,9 @@ def test_every_figure_of_the_paper_is_the_papers(whole):
      "roles need column 'unseen' in row 'teacher' of tables"),
     (dict(roles=("teacher",) * 3, bars=(), clips="x", clips_of="val"),
      "roles need column 'val' in row 'teacher' of tables"),
+    (dict(differences={"d": ("teacher", "x")}), "difference 'd' needs row 'x' in a table"),
+    (dict(differences={"d": ("teacher", "teacher", "x")}),
+     "differences must be a dict of lists of str or None, got {'d': ('teacher', 'teacher', 'x')}"),
 ])
 def test_a_report_that_cannot_be_made_is_refused_before_any_work(given, said):
     with pytest.raises(ConfigError) as error:
@@ -586,17 +637,20 @@ def test_a_report_that_cannot_be_made_is_refused_before_any_work(given, said):
 
 def test_references_in_every_field_are_resolved():
     stage = Report(tables={"t": {"analysis": "@e", "test": "@e"}}, ablation={"a": {"test": "@e"}}, roles=("t",) * 3,
-                   clips="@toy/test.jsonl", switch="@s", curves={"c": {"one": "@s/log.jsonl"}})
+                   clips="@toy/test.jsonl", switch="@s", curves={"c": {"one": "@s/log.jsonl"}},
+                   scored={"o": "@s/completions.jsonl"})
     before = [make_dataclass(name, ["name"])(short) for name, short in (
         ("Evaluate", "e"), ("Toy", "toy"), ("Switch", "s"), ("Label", "l"))]  # fmt: skip
     check_references([*before, stage])
-    for field, value in (("ablation", {"a": {"test": "@l"}}), ("switch", "@e"), ("clips", "@e")):
+    for field, value in (("ablation", {"a": {"test": "@l"}}), ("switch", "@e"), ("clips", "@e"),
+                         ("scored", {"o": "@e"})):
         with pytest.raises(ConfigError, match=f"report 'report' {field}.* is the output of a"):
             check_references([*before, replace(stage, **{field: value})])
     assert input_paths(stage, "run", before) == {
         "tables.t.analysis": Path("run/e/results.json"), "tables.t.test": Path("run/e/results.json"),
         "ablation.a.test": Path("run/e/results.json"), "clips": Path("run/toy/test.jsonl"),
-        "switch": Path("run/s/switch.jsonl"), "curves.c.one": Path("run/s/log.jsonl")}
+        "switch": Path("run/s/switch.jsonl"), "curves.c.one": Path("run/s/log.jsonl"),
+        "scored.o": Path("run/s/completions.jsonl")}
 
 
 def run(tmp_path, world, **fields):

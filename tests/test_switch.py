@@ -22,6 +22,7 @@ from minixmd.config import Switch
 from minixmd.config.field_checks import ConfigError
 from minixmd.config.load import load_config
 from minixmd.inputs.examples import read_manifest
+from minixmd.inputs.panns import front_end
 from minixmd.models.cnn14 import make_cnn14
 from minixmd.runs import distributed
 from minixmd.runs.records import append_jsonl
@@ -392,7 +393,7 @@ def test_a_stage_stopped_among_its_decisions_goes_on_with_the_shards_it_has(worl
 
 def test_it_starts_from_a_checkpoint_with_a_head_of_its_own(world, tmp_path):
     theirs = make_cnn14(527, 1 / 16, 5)
-    torch.save({"iteration": 1, "model": theirs.state_dict()}, tmp_path / "c.pth")
+    torch.save({"iteration": 1, "model": {**theirs.state_dict(), **front_end()}}, tmp_path / "c.pth")
     _, scratch = run(world, tmp_path / "scratch", epochs=1)
     _, tuned = run(world, tmp_path / "tuned", epochs=1, weights=f"{tmp_path}/c.pth", lr=1e-9, warmup_ratio=0.0)
     assert scratch[1]["loss"] != tuned[1]["loss"]

@@ -27,7 +27,7 @@ from minixmd.config import GRPO, SFT, Distill, FactCheck, Label, Traces
 from minixmd.inputs.examples import Example, read_manifest
 from minixmd.inputs.prompts import build_prompt
 from minixmd.kernels import logprob
-from minixmd.learning import decoder, logprobs
+from minixmd.learning import decoder
 from minixmd.learning.optim import adamw, optimizer_tensors, restore_optimizer
 from minixmd.learning.targets import Item, resolve_targets
 from minixmd.models import head, weights
@@ -84,22 +84,16 @@ def python(*_):
 
 
 @pytest.mark.parametrize("name, ran_out, said", [
-    ("backward of SFT", gpu, "student: the GPU ran out of memory in phase 'update', for which --dry-run expects 1.0 "
-     "GiB with the driver and what the allocator cannot use; to lower: micro_batch_tokens [(]now 8192, at least [0-9]+"
-     "[)], checkpointing=on"),
-    ("backward of SFT", host, "student: this machine ran out of memory in phase 'update', .*; to lower: micro_batch.*"),
-    ("optimizer", gpu, r"student: the GPU ran out of memory in phase 'optimizer', for which --dry-run expects .* use"),
-    ("rollout", python, r"student: this machine ran out of memory in phase 'rollout', .*; to lower: decode_slots.*"),
-    ("scoring", gpu, r"student: the GPU ran out of memory in phase 'scoring', .*; to lower: micro_batch_tokens.*"),
-    ("validation", gpu, r"student: the GPU ran out of memory in phase 'validation', .*"),
-    ("loading", host, r"student: this machine ran out of memory while the model was loaded or clips were read: .*"),
+    ("backward of SFT", gpu, "the GPU ran out of memory; .* what to lower [(]OutOfMemoryError: CUDA out of memory.*"),
+    ("backward of SFT", host, "this machine ran out of memory; .* [(]RuntimeError: .*DefaultCPUAllocator.*"),
+    ("rollout", python, "this machine ran out of memory; .* [(]MemoryError: [)]"),
+    ("loading", host, "this machine ran out of memory; .*"),
 ])
-def test_memory_that_runs_out_is_a_line_with_the_phase_the_estimate_and_what_to_lower(
+def test_memory_that_runs_out_is_a_line_and_the_same_command_goes_on(
         world, tmp_path, capsys, monkeypatch, name, ran_out, said):
     holder, function = {
-        "backward of SFT": (head, "raw_logits"), "optimizer": (torch.optim.AdamW, "step"),
-        "rollout": (decoder, "KVCache"), "scoring": (logprobs, "token_logprob"),
-        "validation": (multiple_choice, "pack"), "loading": (weights, "build")}[name]  # fmt: skip
+        "backward of SFT": (head, "raw_logits"), "rollout": (decoder, "KVCache"),
+        "loading": (weights, "build")}[name]  # fmt: skip
     works, calls = getattr(holder, function), []
 
     def fails_once(*args, **options):
@@ -107,11 +101,11 @@ def test_memory_that_runs_out_is_a_line_with_the_phase_the_estimate_and_what_to_
         return works(*args, **options) if len(calls) > 1 else ran_out()
 
     monkeypatch.setattr(holder, function, fails_once)
-    fields = dict(kind="GRPO", group_size=2, max_new_tokens=4) if name in ("rollout", "scoring") else {}
+    fields = dict(kind="GRPO", group_size=2, max_new_tokens=4) if name == "rollout" else {}
     stage = train(world, max_steps=1, val_manifest=f"{world}/clips/manifest.jsonl", **fields)
     assert run(tmp_path, stage) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minixmd: student")]
-    assert re.fullmatch(f"minixmd: {said}", line), line
+    assert re.fullmatch(f"minixmd: student: {said}", line), line
     assert run(tmp_path, stage) == 0  # from where it stopped
 
 

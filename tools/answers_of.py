@@ -70,7 +70,7 @@ def answered_before(args, name, revision):
                                  "delete that file or name another one")
     write_json(settings, made_by)
     drop_torn_line(args.out, "; it is asked again")
-    return list(read_records(args.out, ANSWER, own=True, key="id")) if args.out.exists() else []
+    return list(read_records(args.out, ANSWER, key="id")) if args.out.exists() else []
 
 
 def first_line(error):

@@ -38,10 +38,12 @@ def distill(module):
     configs = []
     for teacher in ("bf16", "fp32"):
         for out, grad in (("fp32", False), ("fp32", True), ("bf16", True)):
-            types = (f"*fp32:16 *{teacher}:16 *i8:16 *fp32:16 *fp32:16 *fp32:16 *fp32:16 *{out}:16 "
-                     "i32:16 i32:16 i32:16 i32 i32:16 i32:16 fp32")
-            constants = {"BLOCK_V": module.BLOCK_V, "GRAD": grad}
-            configs.append((module._kl_kernel, types, constants, module.NUM_WARPS, module.NUM_STAGES, "row"))
+            for reverse in (False, True):
+                front, behind = ("fp32", teacher) if reverse else (teacher, "fp32")
+                types = (f"*{front}:16 *{behind}:16 *i8:16 *fp32:16 *fp32:16 *fp32:16 *fp32:16 *{out}:16 "
+                         "i32:16 i32:16 i32:16 i32 i32:16 i32:16 fp32")
+                constants = {"BLOCK_V": module.BLOCK_V, "REVERSE": reverse, "GRAD": grad}
+                configs.append((module._kl_kernel, types, constants, module.NUM_WARPS, module.NUM_STAGES, "row"))
     return configs
 
 

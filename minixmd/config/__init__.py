@@ -9,14 +9,15 @@ from minixmd.config.stages import (
     Evaluate,
     FactCheck,
     Label,
+    OnPolicy,
     Report,
     Switch,
     Toy,
     Traces,
 )
 
-TRAINING = (Distill, SFT, GRPO)
+TRAINING = (Distill, SFT, GRPO, OnPolicy)
 STAGES = (Toy, Evaluate, Label, Answers, Traces, FactCheck, Switch, *TRAINING, Report)
 __all__ = ["AUDIO_COT_PROMPT", "CHECK_PROMPT", "GRPO", "PROMPT", "SFT", "STAGES", "THINK_PROMPT", "TRACE_PROMPT",
-           "TRAINING", "Answers", "ConfigError", "Distill", "Evaluate", "FactCheck", "Label", "PromptFormat", "Report",
-           "Switch", "Toy", "Traces"]  # fmt: skip
+           "TRAINING", "Answers", "ConfigError", "Distill", "Evaluate", "FactCheck", "Label", "OnPolicy",
+           "PromptFormat", "Report", "Switch", "Toy", "Traces"]  # fmt: skip

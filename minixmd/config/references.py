@@ -7,14 +7,16 @@ from minixmd.config.field_checks import ConfigError, kind, nearest
 from minixmd.runs.hub_names import parse_hub_name
 
 # what a bare "@name" means; of factcheck the traces that were accepted
-OUTPUTS = {"distill": "best", "sft": "best", "grpo": "best", "label": "labels.jsonl", "switch": "switch.jsonl",
-           "evaluate": "results.json", "answers": "results.json", "traces": "traces.jsonl", "factcheck": "traces.jsonl"}
+OUTPUTS = {"distill": "best", "sft": "best", "grpo": "best", "onpolicy": "best", "label": "labels.jsonl",
+           "switch": "switch.jsonl", "evaluate": "results.json", "answers": "results.json", "traces": "traces.jsonl",
+           "factcheck": "traces.jsonl"}
+MODELS = ("model", "teacher_model")  # fields that may name a model on the hub
 INPUTS = {  # the fields that name a file or folder, and the kinds of stage that a bare "@name" in them may be
-    "model": "distill sft grpo", "traces": "traces factcheck", "switch": "switch",
+    **dict.fromkeys(MODELS, "distill sft grpo onpolicy"), "traces": "traces factcheck", "switch": "switch",
     **dict.fromkeys(("teacher_labels", "student_labels"), "label"),
     **dict.fromkeys(("teacher", "student", "tables", "ablation", "senses"), "evaluate answers"),
     **dict.fromkeys(("manifest", "val_manifest", "train_manifest", "clips", "weights", "verdicts", "curves", "funnel",
-                     "file")),
+                     "scored", "file")),
 }  # fmt: skip
 
 
@@ -32,14 +34,20 @@ def input_paths(item, run_dir, stages):
     return {field: resolve(value, run_dir, stages) for field, value, _ in _inputs(item)}
 
 
-def check_files(stages):
-    """Raises ConfigError for a file or folder that the user must bring and has not. Called before any work starts."""
+def absent_files(stages):
+    """Yields (stage, field, value, whether it may be a name on the hub) of what the user must bring and has not."""
     for item in stages:
         for field, value, _ in _inputs(item):
-            on_hub = field == "model" and parse_hub_name(value)  # the stage's fingerprint asks the hub for its commit
-            if not (on_hub or value.startswith("@") or Path(value).exists()):
-                moved = "" if "." in field else f"; if it moved, add {item.name}.{field}=PATH to the command"
-                raise ConfigError(f"config: {kind(type(item))} {item.name!r} {field} {value!r} does not exist{moved}")
+            if not (value.startswith("@") or Path(value).exists()):
+                yield item, field, value, field in MODELS and parse_hub_name(value) is not None
+
+
+def check_files(stages):
+    """Raises ConfigError for a file or folder that the user must bring and has not. Called before any work starts."""
+    for item, field, value, on_hub in absent_files(stages):
+        if not on_hub:  # else the stage's fingerprint asks the hub for its commit
+            moved = "" if "." in field else f"; if it moved, add {item.name}.{field}=PATH to the command"
+            raise ConfigError(f"config: {kind(type(item))} {item.name!r} {field} {value!r} does not exist{moved}")
 
 
 def stage_of(value):
@@ -97,6 +105,9 @@ def _inputs(item):
             continue
         if isinstance(value, dict):
             for row, cells in value.items():
-                yield from ((f"{field.name}.{row}.{column}", cell, needs) for column, cell in cells.items())
+                if isinstance(cells, str):
+                    yield f"{field.name}.{row}", cells, needs
+                else:
+                    yield from ((f"{field.name}.{row}.{column}", cell, needs) for column, cell in cells.items())
         else:
             yield field.name, value, needs

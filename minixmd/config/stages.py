@@ -1,5 +1,6 @@
 """The stages of a run, one frozen dataclass each. A field that names a file may hold "@name" (references.py)."""
 import re
+from dataclasses import replace
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -13,6 +14,8 @@ NonNegative = Annotated[float, ">= 0"]
 Share = Annotated[float, ">= 0", "<= 1"]
 Media = Literal["audio", "video", "both", "sounded", "none"]
 MOST_SLOTS = 256  # of decode_slots "auto"
+# without effect where an endpoint answers: its server chooses a video's frames itself
+LOCAL_FIELDS = "cache sharded decode_slots stop top_k fps min_pixels max_pixels nframes"
 
 
 @stage
@@ -117,12 +120,9 @@ class _Endpoint:
                 valid = False
             if not valid:  # without a scheme the client would take it for a model on the hub
                 raise ConfigError(f"config: endpoint {self.endpoint!r} is no URL such as http://localhost:8000/v1")
-            check_unused(self, "an endpoint", "cache")
+            check_unused(self, "an endpoint", LOCAL_FIELDS)
             if getattr(self, "media", "audio") == "sounded":
                 raise ConfigError("config: an endpoint is shown 'video' or 'audio', 'both' or 'none', got 'sounded'")
-            if hasattr(self, "fps"):
-                check_unused(self, "the server at an endpoint chooses the frames and",
-                             "fps min_pixels max_pixels nframes")
         if (self.endpoint is None) != (self.served is None):
             raise ConfigError(f"config: endpoint {self.endpoint!r} with served {self.served!r}: both or neither")
 
@@ -159,8 +159,6 @@ class _Answering(_Prompted, _Sharded, _Endpoint, _Writing):
             check_unused(self, "answer 'generate'", "sharded")
         super().check(placeholders)
         self.check_endpoint(self.model)
-        if self.endpoint is not None:
-            check_unused(self, "an endpoint", "sharded decode_slots")
 
 
 @stage
@@ -176,8 +174,6 @@ class Evaluate(_Answering):
         super().check(() if self.traces is None else ("trace",))
         if self.answer == "letters":
             check_unused(self, "answer 'letters'", "rule num_samples temperature stop")
-        if self.endpoint is not None:
-            check_unused(self, "an endpoint", "stop")
         if self.num_samples > 1 and self.temperature == 0:
             raise ConfigError(f"config: num_samples {self.num_samples} at temperature 0.0 would give equal answers")
 
@@ -187,11 +183,6 @@ class Label(_Answering):
     """A model's predicted letters on a manifest, with the letters' logits."""
     top_k: Annotated[int, ">= 0", "<= 64"] = 0  # best ids of the vocabulary stored with each letter, for KL; 0 = none
     temperature: Positive = 2.0  # of the distillation: the mass of all other ids is stored at this temperature
-
-    def check(self):
-        super().check()
-        if self.endpoint is not None:
-            check_unused(self, "an endpoint", "top_k")
 
 
 @stage
@@ -217,12 +208,11 @@ class Traces(_Prompted, _Endpoint, _Writing):
     num_samples: Count = 8  # samples a clip
     temperature: Positive = 1.0  # of the sampling
     max_new_tokens: Annotated[int, ">= 2"] = 512  # of a sample, the end of turn included; a longer one is not used
+    top_k: Annotated[int, ">= 0", "<= 64"] = 0  # best ids stored with each token of a trace, for SFT's "kl"; 0 = none
 
     def check(self):
         super().check()
         self.check_endpoint(self.model)
-        if self.endpoint is not None:
-            check_unused(self, "an endpoint", "decode_slots")
 
 
 @stage
@@ -313,6 +303,12 @@ class _Training(_Prompted):
             raise ConfigError(f"config: lora_targets {self.lora_targets!r} is no regular expression: {error}") from None
 
 
+def check_switch(item):
+    if (item.gate in ("learned", "oracle")) != (item.switch is not None):
+        raise ConfigError(f"config: gate {item.gate!r} with switch {item.switch!r}: 'learned' and 'oracle' need a "
+                          "switch, others none")
+
+
 @stage
 class Distill(_Training):
     """Trains a model on a teacher's labels where the gate says so, and on its own earlier ones elsewhere (XMD)."""
@@ -327,9 +323,7 @@ class Distill(_Training):
         super().check()
         if self.teacher_labels is None and self.gate != "never":
             raise ConfigError("config: distill needs teacher_labels, got None")
-        if (self.gate in ("learned", "oracle")) != (self.switch is not None):
-            raise ConfigError(f"config: gate {self.gate!r} with switch {self.switch!r}: 'learned' and 'oracle' need a "
-                              "switch, 'always' and 'never' none")
+        check_switch(self)
         if self.gate == "always":
             check_unused(self, "gate 'always'", "student_labels")
         if self.gate == "never":
@@ -344,7 +338,9 @@ class SFT(_Training, _Writing):
     prompt: str | None = None  # as in Evaluate; None = PROMPT, with traces THINK_PROMPT
     traces: str | None = None  # JSONL of {"id", "text"}: the text to learn for each clip; None = the right letter
     trace_filter: Literal["all", "first", "unanimous"] = "all"  # all | a clip's first | of clips where all agree
+    teacher_loss: Literal["ce", "kl"] = "ce"  # on a trace's tokens | to its teacher's best ids at each (Traces.top_k)
     max_new_tokens: Count = 512  # with traces: tokens of an answer in validation, the end of turn included
+    temperature = 1.0  # no field: of the KL
 
     @property
     def writes(self):
@@ -355,7 +351,7 @@ class SFT(_Training, _Writing):
             object.__setattr__(self, "prompt", PROMPT if self.traces is None else THINK_PROMPT)
         super().check()
         if self.traces is None:
-            check_unused(self, "sft without traces", "trace_filter max_new_tokens decode_slots")
+            check_unused(self, "sft without traces", "trace_filter teacher_loss max_new_tokens decode_slots")
 
 
 @stage
@@ -382,6 +378,7 @@ class GRPO(_Training, _Writing):
     zero_variance: Literal["keep", "skip"] = "keep"  # groups of equal rewards, which only have a KL
     num_iterations: Count = 1  # optimizer steps on each rollout
     completions_every: NonNegativeInt = 10  # steps between those of which completions.jsonl shows some; 0 = none
+    reward_weight, samples = 1.0, "student"  # no fields here; of OnPolicy
 
     def check(self):
         super().check()
@@ -392,11 +389,62 @@ class GRPO(_Training, _Writing):
 
 
 @stage
+class OnPolicy(GRPO):
+    """Trains a model on what it writes itself, by rewards as GRPO and by a teacher that perceives the clip in its own
+    way and says of every token what it would have written there: GRPO's loss + teacher_weight * KL, token by token."""
+    group_size: Count = 8  # as in GRPO; without a reward 1 will do
+    # the teacher
+    teacher_model: str  # folder, hub name or "@stage"; it must share the student's vocabulary
+    teacher_media: Literal["audio", "video", "both", "sounded", "none", "shuffled"] = "video"  # as media, or
+    # "shuffled": the video of another clip, a control
+    teacher_prompt: str | None = None  # as prompt; None = prompt
+    teacher_place: Literal["device", "host", "sharded"] = "device"  # where its weights are: | on the host, copied in to
+    # read | a part of the decoder's layers in each process of torchrun
+    # objective
+    teacher_kl: Literal["forward", "reverse"] = "forward"  # KL(teacher || student) | KL(student || teacher)
+    teacher_weight: NonNegative = 1.0  # of that KL; 0 = no teacher
+    reward_weight: NonNegative = 1.0  # of the clipped policy loss; 0 = no reward. beta weighs the KL to the reference
+    gate: Literal["always", "learned", "oracle"] = "always"  # the clips on which the teacher speaks; others are GRPO's
+    switch: str | None = None  # "@switch"; what the gates "learned" and "oracle" look up
+    samples: Literal["student", "teacher"] = "student"  # whose words are scored; "teacher": those of traces, no rollout
+    traces: str | None = None  # "@traces": the words of samples "teacher", group_size a clip
+
+    @property
+    def teacher_format(self):
+        """The PromptFormat in which the teacher is asked."""
+        media = "video" if self.teacher_media == "shuffled" else self.teacher_media
+        return replace(self.prompt_format, media=media, template=self.teacher_prompt or self.prompt)
+
+    def check(self):
+        super().check()
+        if self.teacher_prompt is not None:
+            check_prompt(self.teacher_prompt)
+        if not self.teacher_weight and not self.reward_weight:
+            raise ConfigError("config: teacher_weight and reward_weight are both 0.0: nothing would be learnt")
+        if self.reward_weight and self.group_size == 1:
+            raise ConfigError("config: group_size 1 has no advantage: a reward needs 2 or more, or reward_weight=0")
+        if self.teacher_weight:
+            check_unused(self, "a teacher, whose KL groups of equal rewards have too,", "zero_variance")
+        else:
+            check_unused(self, "teacher_weight 0.0", "gate samples teacher_kl teacher_place")
+        check_switch(self)
+        if (self.samples == "teacher") != (self.traces is not None):
+            raise ConfigError(f"config: samples {self.samples!r} with traces {self.traces!r}: 'teacher' needs some, "
+                              "'student' none")
+        if self.samples == "teacher" and self.reward_weight:
+            raise ConfigError("config: samples 'teacher' needs reward_weight 0: rewards are of the student's own words")
+        if self.teacher_media == self.media and self.teacher_model == self.model:
+            raise ConfigError(f"config: teacher_model {self.teacher_model!r} is the student, and both perceive "
+                              f"{self.media!r}: it has nothing to say")
+
+
+@stage
 class Report:
     """What a run found, as a page, report.html, and with the same figures as report.json and report.md."""
     name: str = "report"
     tables: dict[str, dict[str, str]]  # row title -> {column title: "@evaluate"}
     ablation: dict[str, dict[str, str]] | None = None  # a second table of the same form; None = none
+    differences: dict[str, tuple[str, str]] | None = None  # title -> (row, row taken from it), clip by clip
     notes: dict[str, str] | None = None  # row title or other subject -> what to know; --keep-going, --trial set them
     published: Literal["xmd", "sightsound"] | None = None  # a paper whose figures stand beside rows of its titles
     # class by class and clip by clip
@@ -416,6 +464,7 @@ class Report:
     # how it was trained
     switch: str | None = None  # "@switch", against the true classes; None = none
     curves: dict[str, dict[str, str]] | None = None  # title -> {line title: "@stage/log.jsonl"}; None = none
+    scored: dict[str, str] | None = None  # title -> "@onpolicy/completions.jsonl": what the teacher says of each token
 
     def check(self):
         if self.clips is not None and self.roles is None and not self.gallery:
@@ -424,8 +473,12 @@ class Report:
         for name, needed in needs.items():
             if getattr(self, name) and not getattr(self, needed):
                 raise ConfigError(f"config: {name} {getattr(self, name)!r} needs {needed}, got none")
+        rows = {**self.tables, **(self.ablation or {})}
+        for title, pair in (self.differences or {}).items():
+            if missing := set(pair) - set(rows):
+                raise ConfigError(f"config: difference {title!r} needs row {missing.pop()!r} in a table")
         for row in self.gallery:
-            if self.clips_of not in {**self.tables, **(self.ablation or {})}.get(row, {}):
+            if self.clips_of not in rows.get(row, {}):
                 raise ConfigError(f"config: gallery needs column {self.clips_of!r} in row {row!r} of a table")
         for title, steps in (self.funnel or {}).items():
             if unknown := set(steps) - {"traces", "checked", "verifier"}:

@@ -14,19 +14,18 @@ LINK_TB_PER_S = 0.3  # what each of several sends, by NVLink
 SLOT_USE = {True: 0.65, False: 0.85}  # share of the decode slots that write, in training's short rollouts and elsewhere
 ANSWER_TOKENS = 200
 CLIPS = 10_000  # of a manifest
-# by phase the fields that make it take less, and by field what it saves at most, in shares of what the phase holds
+# by phase the fields that make it take less
 LOWERED = {
     "forward": ("batch_tokens",),
     "generate": ("decode_slots", "batch_tokens"),
-    "rollout": ("decode_slots", "moments", "reference"),
-    "scoring": ("micro_batch_tokens", "moments", "reference"),
-    "update": ("micro_batch_tokens", "checkpointing", "moments", "reference"),
-    "optimizer": ("moments", "reference"),
-    "validation": ("moments", "reference"),
+    "rollout": ("decode_slots", "moments", "reference", "teacher_place"),
+    "reading": ("micro_batch_tokens", "moments", "reference"),
+    "scoring": ("micro_batch_tokens", "moments", "reference", "teacher_place"),
+    "update": ("micro_batch_tokens", "checkpointing", "moments", "reference", "teacher_place"),
+    "optimizer": ("moments", "reference", "teacher_place"),
+    "validation": ("moments", "reference", "teacher_place"),
     "training": ("batch_size",),
 }
-SAVED = {"moments": {"optimizer": 2 / 3}, "reference": {"reference": 1}}
-SAVED_BY_OTHERS = {"KV cache": 1, "logits": 1, "activations": 1}
 
 
 def needed_gib(size):
@@ -70,6 +69,8 @@ def settings_to_lower(stage, phase_name, longest=1):
         smallest["moments"] = "8bit"
         if getattr(stage, "beta", 0):
             smallest["reference"] = "host"
+    if getattr(stage, "teacher_model", None):
+        smallest["teacher_place"] = "host"
     found = {}
     for name, least in smallest.items():
         value = getattr(stage, name, least)
@@ -82,15 +83,11 @@ def settings_to_lower(stage, phase_name, longest=1):
 
 
 def to_lower(stage, phases, longest=1):
-    """Those of settings_to_lower by which a card gets room for a phase that it has none for."""
+    """Those of settings_to_lower for the phases that some card has no room for."""
     found = {}
     for phase in phases:
-        settings, saved = settings_to_lower(stage, phase.name, longest), {}
-        for name in settings:
-            saved |= SAVED.get(name, SAVED_BY_OTHERS)
-        least = phase.total - sum(share * phase.bytes[category] for category, share in saved.items())
-        if any(needed_gib(least) <= gib < needed_gib(phase.total) for gib in CARDS.values()):
-            found |= settings
+        if needed_gib(phase.total) > min(CARDS.values()):
+            found |= settings_to_lower(stage, phase.name, longest)
     return found
 
 
@@ -117,8 +114,14 @@ def sequences_of(stage, clips, others, gpus=1):
     read = steps * ceil(stage.batch_size / gpus)
     updates = getattr(stage, "num_iterations", 1)
     validated = min(others, stage.val_limit) * (ceil(steps / stage.eval_every) if stage.eval_every else 1)
-    return {"rollout": read, "scoring": read, "update": read * updates, "optimizer": steps * updates,
-            "validation": validated / gpus}
+    return {
+        "rollout": read,
+        "reading": read,
+        "scoring": read,
+        "update": read * updates,
+        "optimizer": steps * updates,
+        "validation": validated / gpus,
+    }
 
 
 def stage_hours(stage, phases, clips, others, gpus=1):

@@ -8,7 +8,7 @@ from math import ceil
 import torch
 import torch.nn.functional as F
 
-from minixmd.config import GRPO, TRAINING, Distill, FactCheck, Switch, Traces
+from minixmd.config import GRPO, TRAINING, Distill, FactCheck, Switch
 from minixmd.config.stages import MOST_SLOTS
 from minixmd.dryrun.meta_tracer import trace_memory
 from minixmd.dryrun.sharded import shard_reading, shard_training
@@ -21,6 +21,7 @@ from minixmd.learning.logprobs import reference_logprobs
 from minixmd.learning.policy import make_rollout
 from minixmd.learning.rollout import PREFILL_TOKENS, Completion, prompt_slots_for
 from minixmd.learning.targets import Item
+from minixmd.learning.teacher import Teacher
 from minixmd.models.cnn14 import Cnn14
 from minixmd.models.lora import set_backend
 from minixmd.stages.multiple_choice import BATCH_TOKENS, Writing, next_token_logits
@@ -28,9 +29,10 @@ from minixmd.stages.verifier import WIDTH
 from minixmd.train import Trainer
 
 
-def estimate(stage, model_info, prompt, gpus=1):
+def estimate(stage, model_info, prompt, gpus=1, teacher=None):
     """A stage's meta_tracer.Phases, in the order in which they run, of one of several processes. prompt: as in
-    plan.StagePlan, with its target; of a Switch None, as model_info. Raises ValueError: it cannot train this model."""
+    plan.StagePlan, with its target; of a Switch None, as model_info. teacher: of OnPolicy, the same two of its teacher.
+    Raises ValueError: it cannot train this model."""
     if isinstance(stage, TRAINING):
         stage = replace(stage, batch_size=ceil(stage.batch_size / gpus))
     device = "cpu" if stage.device == "cpu" else "cuda"
@@ -42,9 +44,12 @@ def estimate(stage, model_info, prompt, gpus=1):
             model = model_info.on_meta(getattr(torch, stage.dtype))
             set_backend(model, "torch" if device == "cpu" or stage.backend == "torch" else "triton")
             if isinstance(stage, TRAINING):
-                trace_training(tracer, MetaTrainer(stage, model, model_info.processor), prompt)
+                trainer = MetaTrainer(stage, model, model_info.processor, tracer, teacher)
+                trace_training(tracer, trainer, prompt)
                 if gpus > 1 and stage.trainable != "lora":
                     shard_training(tracer.phases, model, gpus)
+                if gpus > 1 and getattr(stage, "teacher_place", None) == "sharded":
+                    shard_reading(tracer.phases, trainer.teacher.model, gpus, "teacher")
             else:
                 trace_answers(tracer, stage, model, prompt)
                 if gpus > 1 and getattr(stage, "sharded", False):
@@ -60,16 +65,10 @@ def trace_answers(tracer, stage, model, prompt):
             prompt = replace(prompt, prompt=model.encode_media(prompt.prompt))
         else:
             prompt = model.encode_media(prompt)
-    if isinstance(stage, Traces):
-        writing = Writing(
-            stage.max_new_tokens,
-            stage.num_samples,
-            stage.temperature,
-            slots=stage.slots,
-        )
-        trace_writing(tracer, "generate", model, [prompt] * MOST_SLOTS, writing)
-    elif getattr(stage, "writes", False):
-        trace_writing(tracer, "generate", model, [prompt] * MOST_SLOTS, Writing.of(stage), stage.batch_tokens)
+    if getattr(stage, "writes", False):  # the pass for Traces' top_k takes no more than a prefill of as many tokens
+        prompts = [prompt] * MOST_SLOTS
+        prefill_tokens = getattr(stage, "batch_tokens", PREFILL_TOKENS)
+        trace_writing(tracer, "generate", model, prompts, Writing.of(stage), prefill_tokens)
     else:
         trace_letters(tracer, "forward", model, prompt, stage.batch_tokens)
     if isinstance(stage, FactCheck) and stage.checker == "verifier":
@@ -118,8 +117,10 @@ def trace_writing(tracer, phase, model, prompts, writing, prefill_tokens=PREFILL
 class MetaTrainer(Trainer):
     """A Trainer on `meta`: it loads no weights, asks for no GPU and reads no file of the teacher's."""
 
-    def __init__(self, stage, model, processor):
+    def __init__(self, stage, model, processor, tracer, teacher=None):
         self.loaded = model, processor
+        self.tracer = tracer
+        self.teacher_info, self.teacher_prompt = teacher or (None, None)
         super().__init__(stage, num_items=stage.batch_size)
         if stage.device != "cpu" and type(self.optimizer) is torch.optim.AdamW:
             for group in self.optimizer.param_groups:
@@ -130,6 +131,18 @@ class MetaTrainer(Trainer):
 
     def load_model(self, load):
         return self.loaded
+
+    def load_teacher(self, load):
+        info = self.teacher_info
+        self.tracer.category = "teacher"
+        model = info.on_meta(getattr(torch, self.stage.dtype))
+        set_backend(model, self.model.backend)
+        smaller = min(info.processor.vocab_size, self.processor.vocab_size)
+        nothing = torch.zeros(1, dtype=torch.int64)
+        device = self.model.device
+        teacher = Teacher(self.stage, model, info.processor, device, smaller, nothing)
+        self.tracer.category = "weights"
+        return teacher
 
     def distilled_vocabulary(self):
         return self.processor.vocab_size, torch.zeros(1, dtype=torch.int64)
@@ -143,7 +156,8 @@ def trace_training(tracer, trainer, prompt):
         raise ValueError(f"{stage.name}: micro_batch_tokens {stage.micro_batch_tokens} is less than the {longest} of a "
                          "clip like the one shown")
     if isinstance(stage, GRPO) and stage.beta:
-        tracer.recategorize([value for value in trainer.reference.values.values() if value.is_meta], "reference")
+        held = [value for value in trainer.reference.values.values() if value.is_meta]
+        tracer.recategorize(held, "reference")
     tracer.count_gradients(trainer.parameters.values())
     add_gradients(tracer, trainer)
     tracer.flops = 0  # of an adapter that was merged
@@ -153,12 +167,16 @@ def trace_training(tracer, trainer, prompt):
     if isinstance(stage, GRPO):
         trace_grpo(tracer, trainer, prompt)
     else:
-        topk, compute_gradients = None, trainer.sft_gradients
+        topk, ids, compute_gradients = None, None, trainer.sft_gradients
         if isinstance(stage, Distill):
             compute_gradients = trainer.distill_gradients
             topk = dict(ids=range(64), logits=[0.0] * 64, logsumexp=5.0, temperature=stage.temperature)
+        elif stage.teacher_loss == "kl":
+            ids = range(int(prompt.target_N.sum()))
+            stored = 64 * len(ids)
+            topk = dict(ids=[0] * stored, logprobs=[-5.0] * stored)
         count = min(stage.batch_size, stage.micro_batch_tokens // len(prompt))
-        micro_batches = trainer.micro_batches([(prompt, Item(None, 0, "teacher", topk))] * count)
+        micro_batches = trainer.micro_batches([(prompt, Item(None, 0, "teacher", topk, ids))] * count)
         if count < stage.batch_size:
             add_gradients(tracer, trainer)
         with tracer.phase("update", count * len(prompt), sequences=count):
@@ -191,13 +209,23 @@ def trace_grpo(tracer, trainer, prompt):
         prompts = [deepcopy(encoded) for _ in prompts]
     writing = Writing(T, G, stage.temperature, slots=stage.slots)
     trace_writing(tracer, "rollout", model, prompts, writing)
-    completion = Completion("", ids=(0,) * T, logprobs=(0.0,) * T, finished=True)
+    ids, logprobs = (0,) * T, (0.0,) * T
+    completion = Completion("", ids, logprobs, finished=True)
     reward_PG = torch.arange(G).float().expand(len(prompts), G)
-    rollout = make_rollout(stage, prompts, [[completion] * G] * len(prompts), reward_PG)
+    teacher_prompts = [trainer.teacher_prompt] * len(prompts)
+    rollout = make_rollout(stage, prompts, [[completion] * G] * len(prompts), reward_PG, teacher_prompts)
     several = len(rollout.micro_batches) > 1
     del rollout.micro_batches[1:]
     tokens = sum(map(len, rollout.micro_batches[0]))
     share = sum(len(group.completions) for group in rollout.micro_batches[0]) / G  # prompts with all G completions
+    if trainer.teacher is not None:
+        tracer.category = "teacher"
+        teacher = trainer.teacher.frozen_model()
+        longer = len(trainer.teacher_prompt) - len(prompt)
+        groups = len(rollout.micro_batches[0])
+        with tracer.phase("reading", tokens + groups * longer, sequences=share):
+            trainer.read_by_teacher(rollout, teacher_prompts, teacher)
+        del teacher
     if stage.beta:
         tracer.category = "reference"
         reference = trainer.reference.frozen_model()
@@ -214,7 +242,7 @@ def trace_cnn14(tracer, stage, classes, mixup):
     """The second training step of a Cnn14, by a stage's batch_size, clip_s and width."""
     tracer.category = "weights"
     with torch.device("meta"):
-        model = Cnn14(classes, stage.width).to("meta")  # the front end was made on the CPU
+        model = Cnn14(classes, stage.width)
     parameters = [p for p in model.parameters() if p.requires_grad]
     tracer.count_gradients(parameters)
     optimizer = torch.optim.Adam(parameters, foreach=stage.device != "cpu")

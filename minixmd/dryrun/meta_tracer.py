@@ -23,7 +23,7 @@ from minixmd.kernels import lora
 from minixmd.runs import distributed
 
 aten = torch.ops.aten
-CATEGORIES = ("weights", "reference", "gradients", "optimizer", "KV cache", "logits", "activations")
+CATEGORIES = ("weights", "reference", "teacher", "gradients", "optimizer", "KV cache", "logits", "activations")
 ATTENTION_FLOPS = {  # of operators that the registry lacks; two products forward, five backward
     "aten._scaled_dot_product_flash_attention_for_cpu": lambda q, k, *_: 4 * q.numel() * k.shape[2],
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": lambda _, q, k, *more: 10 * q.numel() * k.shape[2],

@@ -12,7 +12,7 @@ from minixmd.inputs.image import sample_frames, smart_resize
 from minixmd.inputs.tokenizer import Processor
 from minixmd.models.families import ModelConfig, read_config
 from minixmd.models.lora import add_lora, merge_lora
-from minixmd.models.weights import BASE_FILE, build, config_of, load_adapter
+from minixmd.models.weights import build, config_of, load_adapter
 from minixmd.runs.files import read_json
 from minixmd.runs.hub_names import parse_hub_name
 from minixmd.toy.models import make_model, write_processor
@@ -71,7 +71,7 @@ def find_model(value, stages, scratch):
             if isinstance(cached, str):
                 folder = Path(cached).parent
     if (folder / "adapter_config.json").is_file():
-        base = _base_of(folder)
+        base = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "unnamed")
         if Path(base).resolve() == folder.resolve():
             raise ValueError(f"{folder}: the adapter's base model is the adapter itself")
         try:
@@ -91,16 +91,6 @@ def find_model(value, stages, scratch):
     if not (folder / "tokenizer.json").is_file():
         folder, known = scratch, replace(config, section={})  # whose token ids are those of the model's own tokenizer
     return ModelInfo(name, config, Processor(folder, known), source)
-
-
-def _base_of(folder):
-    """What an adapter's folder names as its base; where that is not there, the folder in which it lay from here."""
-    name = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "unnamed")
-    if not Path(name).is_dir() and (folder / BASE_FILE).is_file():
-        moved = folder / str(read_json(folder / BASE_FILE).get("path"))
-        if moved.is_dir():
-            return str(moved)
-    return name
 
 
 def _model_of_stage(value, stages, scratch):

@@ -11,17 +11,17 @@ from jinja2 import Environment, FileSystemLoader
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from minixmd.config import GRPO, SFT, Distill, FactCheck, Switch, Traces
+from minixmd.config import GRPO, SFT, Distill, FactCheck, OnPolicy, Switch, Traces
 from minixmd.config.field_checks import kind
-from minixmd.config.references import input_paths
+from minixmd.config.references import absent_files, input_paths
 from minixmd.dryrun import costs
 from minixmd.dryrun.memory_estimate import estimate
 from minixmd.dryrun.meta_tracer import CATEGORIES
 from minixmd.dryrun.models import CLIP_S, VIDEO_FPS, VIDEO_SIZE, ModelInfo, blank_clip, find_model
 from minixmd.inputs.batch import Group, Prompt
 from minixmd.inputs.examples import Example, build_conversation, read_manifest
+from minixmd.inputs.prompts import build_prompt
 from minixmd.models.families import FAMILIES, SYSTEM
-from minixmd.runs.hub_names import parse_hub_name
 from minixmd.stages import factcheck
 from minixmd.stages.input_checks import check_inputs
 from minixmd.stages.verifier import text_prompt
@@ -48,6 +48,7 @@ class StagePlan:
     model: ModelInfo | None = None  # of a stage that runs one here
     prompt: Prompt | Group | None = None  # as long as any that the stage makes; a Group of a clip's traces to judge
     longest: int = 1  # tokens of it and of what a GRPO stage writes after it, which a pass must take
+    teacher: tuple | None = None  # of OnPolicy: its teacher's ModelInfo and Prompt
     shown: str = ""  # a typical prompt, as text
     writes: bool = False  # whether the model writes answers of its own
     phases: list = field(default_factory=list)  # meta_tracer.Phase
@@ -67,8 +68,9 @@ def dry_run(config, gpus=1):
         plans = [plan_stage(stage, config.stages, Path(scratch), clips) for stage in config.stages]
     print(TEMPLATES.get_template("stages.txt.j2").render(config=config, plans=plans, kind=kind), flush=True)
     estimate_memory(plans, gpus)  # takes a while for large models
+    missing = {value: on_hub for _, _, value, on_hub in absent_files(config.stages)}
     print(TEMPLATES.get_template("memory.txt.j2").render(
-        plans=plans, missing=missing_inputs(config), categories=CATEGORIES, costs=costs, clip_s=CLIP_S, fps=VIDEO_FPS,
+        plans=plans, missing=missing, categories=CATEGORIES, costs=costs, clip_s=CLIP_S, fps=VIDEO_FPS,
         size=VIDEO_SIZE, gpus=gpus), flush=True)
     faults = [plan.fault for plan in plans if plan.fault]
     try:
@@ -100,7 +102,10 @@ def first_example(stage, clips):
 def plan_stage(stage, stages, scratch, clips=NO_CLIPS):
     """The StagePlan of a stage, without its memory. scratch: of the stand-in tokenizer. clips: of read_manifests."""
     example = first_example(stage, clips)
-    counts = {field_name: len(found) for (name, field_name), found in clips.items() if name == stage.name}
+    counts = {}
+    for (name, field_name), found in clips.items():
+        if name == stage.name:
+            counts[field_name] = len(found)
     items, traces = costs.count_items(stage, stages, counts.get("manifest", costs.CLIPS))
     others = counts.get("train_manifest" if isinstance(stage, Switch) else "val_manifest", costs.CLIPS)
     plan = StagePlan(stage, items, others, "manifest" not in counts)
@@ -109,7 +114,9 @@ def plan_stage(stage, stages, scratch, clips=NO_CLIPS):
         if getattr(stage, "model", None):
             plan.model = find_model(stage.model, stages, scratch)
             processor = plan.model.processor
-            writers = [stage] if isinstance(stage, SFT) else [other for other in stages if isinstance(other, Traces)]
+            writers = [other for other in stages if isinstance(other, Traces)]
+            if isinstance(stage, SFT):
+                writers = [stage]
             trace_tokens = max((writer.max_new_tokens for writer in writers), default=512)
             longest_trace = " the" * ((trace_tokens - 1) // len(processor.encode(" the")))
             room = stage.max_new_tokens if plan.writes else 0
@@ -119,6 +126,12 @@ def plan_stage(stage, stages, scratch, clips=NO_CLIPS):
             text = processor.tokenizer.decode(typical.ids_N.tolist(), skip_special_tokens=False)
             text = re.sub(r"(<\|\w+\|>)\1+", lambda run: f"{run[1]} x {len(run[0]) // len(run[1])}", text)
             plan.shown = f"{text}\n({len(plan.prompt):,} tokens)"
+            if isinstance(stage, OnPolicy) and stage.teacher_weight:
+                info = find_model(stage.teacher_model, stages, scratch)
+                seen = build_prompt(info.processor, example, stage.teacher_format, load=blank_clip, max_new_tokens=room)
+                plan.teacher = info, seen
+                plan.longest = max(plan.longest, len(seen) + stage.max_new_tokens)
+                plan.shown += f"\nThe teacher's has {len(seen):,} tokens."
             if getattr(stage, "checker", None) == "model" and traces > 1:
                 pairs = [(stage, plan.prompt)] * traces + [(stage, typical)]  # whose trace begins with another word
                 _, group = next(factcheck.share_prefix(pairs, stage.batch_tokens))
@@ -165,7 +178,9 @@ def question_text(stage, example):
 def write_stand_in_tokenizer(folder, stages, clips=NO_CLIPS):
     """A tokenizer.json with a token for each word and sign of the stages' prompts, cut as Qwen2 cuts them."""
     texts = [f"system\n{SYSTEM}", "user\nAudio 1: ", "assistant\n", TRACE, "\n", *ascii_uppercase]
-    texts += [question_text(stage, first_example(stage, clips)) for stage in stages if hasattr(stage, "prompt")]
+    for stage in stages:
+        if hasattr(stage, "prompt"):
+            texts.append(question_text(stage, first_example(stage, clips)))
     tokenizer = Tokenizer(models.WordLevel(unk_token="\ufffd"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -182,7 +197,8 @@ def estimate_memory(plans, gpus):
         stage = plan.stage
         settings = {name: value for name, value in vars(stage).items() if name not in NO_EFFECT_ON_MEMORY}
         is_set = [getattr(stage, name, None) is not None for name in ("traces", "val_manifest")]
-        key = repr((type(stage), plan.model, plan.prompt and len(plan.prompt), settings, is_set))
+        tokens = plan.prompt and len(plan.prompt)
+        key = repr((type(stage), plan.model, tokens, settings, is_set))
         try:
             if key not in estimated:
                 of_one = estimate_stage(plan, 1)
@@ -201,7 +217,7 @@ def estimate_stage(plan, gpus):
     """(Phases of a stage; those by which its hours are counted; {card: decode_slots}). With decode_slots "auto" the
     first are of the fewest that are tried, and the second of as many as the largest card has room for."""
     def phases_with(**changes):
-        return estimate(replace(plan.stage, **changes), plan.model, plan.prompt, gpus)
+        return estimate(replace(plan.stage, **changes), plan.model, plan.prompt, gpus, plan.teacher)
 
     if not costs.has_open_slots(plan.stage) or plan.stage.device == "cpu":
         phases = phases_with()
@@ -217,18 +233,8 @@ def fit_slots(plan, gpus, cards):
     tried = []
     for slots in costs.slots_tried(plan.stage):
         stage = replace(plan.stage, decode_slots=slots)
-        tried.append(estimate(stage, plan.model, plan.prompt, gpus))
+        tried.append(estimate(stage, plan.model, plan.prompt, gpus, plan.teacher))
     fitting = {}
     for card, gib in cards.items():
         fitting[card] = costs.slots_that_fit(plan.stage, *tried, gib)
     return tried[0], fitting
-
-
-def missing_inputs(config):
-    """What the config reads that is neither here nor made by its stages: {path: whether it is a name on the hub}."""
-    missing = {}
-    for stage in config.stages:
-        for name, path in input_paths(stage, config.run_dir, config.stages).items():
-            if not path.exists() and config.run_dir not in path.parents:
-                missing[str(path)] = name == "model" and parse_hub_name(path) is not None
-    return missing

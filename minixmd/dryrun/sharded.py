@@ -42,9 +42,13 @@ def shard_training(phases, model, gpus):
         phase.sent = sent * (gpus - 1) // gpus
 
 
-def shard_reading(phases, model, gpus):
-    """The same of a frozen model, whose decoder's blocks are sharded."""
+def shard_reading(phases, model, gpus, category="weights"):
+    """The same of a frozen model, whose decoder's blocks are sharded. category: of its weights, "teacher" of a stage's
+    second model, which works in phase "reading" alone."""
     blocks = [size_of(block.parameters()) for block in model.model.layers]
+    total = sum(blocks)
     for phase in phases:
-        phase.bytes["weights"] += sum(blocks) // gpus + 2 * max(blocks) - sum(blocks)
-        phase.sent = sum(blocks) * (gpus - 1) // gpus
+        phase.bytes[category] -= total - total // gpus
+        phase.bytes[category] += 2 * max(blocks)
+        if category == "weights" or phase.name == "reading":
+            phase.sent = total * (gpus - 1) // gpus

@@ -1,7 +1,6 @@
 """Prompt, Batch and pack: padding does not exist; a batch is one row of tokens cut into segments.
 
-A segment sees itself (causally) and all of its parent. A Prompt is one segment; a Group's completions are children of
-its prompt, which is computed once for all of them."""
+A segment sees itself (causally) and all of its parent: a Group's completions are children of its prompt."""
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -15,7 +14,6 @@ INTEGERS = ("ids_N", "positions_3N", "target_row_T", "target_id_T", "target_segm
 @dataclass(frozen=True)
 class Media:
     """One clip's features and the rows of the token sequence that they fill."""
-
     kind: str  # "audio" | "video" | "encoded"
     features: torch.Tensor  # audio: mel_MA with its halo (fp32); video: frames_TCHW (uint8); encoded: rows for rows_P
     rows_P: torch.Tensor  # its placeholders' rows in the token sequence (int64)
@@ -34,7 +32,6 @@ class Media:
 @dataclass(frozen=True)
 class Prompt:
     """A conversation as numbers: ids with placeholders expanded, its media, positions, and what is to be learnt."""
-
     ids_N: torch.Tensor  # (N,) int64
     positions_3N: torch.Tensor  # (3, N) int64: time, height, width; equal rows for text and audio
     media: tuple[Media, ...] = ()
@@ -47,7 +44,6 @@ class Prompt:
 @dataclass(frozen=True)
 class Group:
     """A prompt and its continuations (each an int64 vector), which all become targets. Its len is the rows it takes."""
-
     prompt: Prompt
     completions: tuple[torch.Tensor, ...]
 
@@ -58,7 +54,6 @@ class Group:
 @dataclass(frozen=True)
 class Segment:
     """Rows start:start+length, which also see every row of segment number `parent` (-1: none)."""
-
     start: int
     length: int
     parent: int = -1
@@ -79,7 +74,6 @@ def consecutive_segments(lengths):
 @dataclass(frozen=True)
 class Batch:
     """N packed rows. Targets are parallel vectors: the hidden state of row target_row predicts token target_id."""
-
     ids_N: torch.Tensor
     positions_3N: torch.Tensor
     segments: Segments = Segments()

@@ -1,7 +1,6 @@
 """Runs a function in child processes: a file whose decoder hangs, crashes or fills the memory costs that file alone.
 
-Threads call the function here; each waits for one child. Children are forked, without this process's locks, from a
-server that has imported the function's module once."""
+Children are forked, without this process's locks, from a server that has imported the function's module once."""
 import os
 import pickle
 import re

@@ -20,7 +20,6 @@ MEDIA_KINDS = {"audio": ("audio",), "video": ("video",), "both": ("video", "audi
 @dataclass(frozen=True)
 class Example:
     """Neutral facts about one clip and one question; what is shown and how it is asked belongs to the stage."""
-
     id: str
     audio: str | None  # path; in a manifest relative to it
     video: str | None
@@ -63,8 +62,8 @@ def _check_line(record, place):
 
 
 def data_root(manifest):
-    """The folder that holds all files of a manifest: its own or, where tools/prepare_* wrote it, the common parent of
-    that and of the clips' folder, which is in summary.json beside it."""
+    """The folder that holds all files of a manifest: the common parent of its own and, by the summary.json of
+    tools/prepare_* beside it, of the clips'."""
     folder = os.path.realpath(Path(manifest).parent)
     try:
         clips = read_json(Path(folder, "summary.json"))["clips_folder"]

@@ -42,10 +42,9 @@ av.logging.set_level(av.logging.PANIC)  # FFmpeg writes its notes straight to st
 
 
 class MediaError(ValueError):
-    """A clip that cannot be used: its path, a reason that can be counted, and a detail. str() is a line with all three.
-    Reasons: missing, not a file, empty file, unreadable, truncated, wrong length, no audio track, no video track, no
-    samples, no frames, no frame rate, not finite, too short, too long, too large, bad shape; of child processes out of
-    time, out of memory, crashed."""
+    """A clip that cannot be used: its path, a reason to count by, and a detail. Reasons: missing, not a file, empty
+    file, unreadable, truncated, wrong length, no audio track, no video track, no samples, no frames, no frame rate, not
+    finite, too short, too long, too large, bad shape; of child processes out of time, out of memory, crashed."""
 
     def __init__(self, path, reason, detail=""):
         super().__init__(path, reason, detail)  # all three in args: the error survives pickling out of a worker process
@@ -242,8 +241,7 @@ def open_media(path, decodes_film=True):
 
 
 def _film_track(container, path):
-    """The video track: FFmpeg's choice among those of more than one frame, if there are such; None without pictures.
-    The cover picture of a song is no video, nor is a list of thumbnails."""
+    """The video track, FFmpeg's choice among those of more than one frame; None without. A song's cover is no video."""
     still = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
     streams = [stream for stream in container.streams.video if not stream.disposition & still]
     if len(streams) > 1:

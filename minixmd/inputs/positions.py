@@ -21,9 +21,8 @@ def positions_of(length, blocks):
 
 
 def grid_offsets(grid_thw, *, ids_per_s=None, fps=None):
-    """Offsets (3, t h w / 4) of a video's merged tokens. grid_thw: patch grid before the 2x2 merge; t counts frame
-    pairs. ids_per_s: ids that a second takes (Qwen2.5-VL, Omni), rounded down; None = one id a frame pair (Qwen2-VL).
-    fps: frames sampled per second; needed with ids_per_s."""
+    """Offsets (3, t h w / 4) of a video's merged tokens. grid_thw: patch grid before the 2x2 merge; t frame pairs.
+    ids_per_s: ids that a second takes, rounded down; None = one id a frame pair. fps: frames sampled per second."""
     t, h, w = grid_thw[0], grid_thw[1] // 2, grid_thw[2] // 2
     time_t = torch.arange(t)
     if ids_per_s is not None:

@@ -18,9 +18,12 @@ START, END = "<|im_start|>", "<|im_end|>"
 VIDEO_DEFAULTS = {"fps": 1.0, "min_pixels": 100_352, "max_pixels": 262_144, "nframes": None}
 
 
-def common_vocab_size(processor, labels_path):
-    """How many ids from 0 on are the same string to a model and to a teacher whose tokenizer is beside labels_path."""
-    ours, theirs = processor.tokenizer, Tokenizer.from_file(str(Path(labels_path).parent / "tokenizer.json"))
+def common_vocab_size(processor, folder):
+    """How many ids from 0 on are the same string to a model and to a teacher whose tokenizer.json is in a folder."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; it says what the ids that are stored there mean")
+    ours, theirs = processor.tokenizer, Tokenizer.from_file(str(path))
     count = min(max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1 for tokenizer in (ours, theirs))
     return next((i for i in range(count) if ours.id_to_token(i) != theirs.id_to_token(i)), count)
 
@@ -28,7 +31,6 @@ def common_vocab_size(processor, labels_path):
 @dataclass
 class Draft:
     """A Prompt that is being written."""
-
     load: Callable  # reads a clip's file, as load_clip does
     ids: list = field(default_factory=list)
     target: list = field(default_factory=list)

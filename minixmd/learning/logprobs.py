@@ -34,6 +34,22 @@ def token_logprobs(model, hidden_ND, batch, vocabulary):
 
 
 @torch.no_grad()
+def top_logprobs(model, hidden_ND, batch, vocabulary, k):
+    """The k likeliest ids at each of a batch's T targets, and their log-probabilities in nats: (T, k) both, on the CPU.
+    hidden_ND: what the model gave for the batch."""
+    ids, logprobs = [], []
+    for row_T in batch.target_row_T.split(256):  # as many rows of logits as a step of 256 decode slots has
+        logits_TV = model.logits(hidden_ND[row_T])[:, :vocabulary.vocab_limit]
+        logits_TV /= vocabulary.temperature
+        if vocabulary.suppressed_Z is not None:
+            logits_TV[:, vocabulary.suppressed_Z] = -torch.inf
+        best = logits_TV.log_softmax(-1).topk(k)
+        ids.append(best.indices.cpu())
+        logprobs.append(best.values.cpu())
+    return torch.cat(ids), torch.cat(logprobs)
+
+
+@torch.no_grad()
 def reference_logprobs(reference, micro_batches, vocabulary):
     """(T,) log-probabilities of a rollout's tokens under the reference, log pi_ref, or any other policy."""
     parts = []

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from minixmd.inputs.batch import Group, send
 from minixmd.inputs.prompts import cut_by_tokens
+from minixmd.learning.rollout import Completion
 from minixmd.runs.distributed import gather, total
 from minixmd.runs.records import append_jsonl
 from minixmd.tasks.answers import parse_answer
@@ -27,8 +28,12 @@ class Rollout:
     advantage_T: torch.Tensor
     weight_T: torch.Tensor
     sampled_T: torch.Tensor  # the log-probabilities with which the tokens were drawn
+    prompt_numbers: list[int]  # of each Group, in order, which prompt it is of
     ref_T: torch.Tensor | None = None  # those under the reference
     old_T: torch.Tensor | None = None  # those under the policy before the rollout's first update
+    teacher_TE: torch.Tensor | None = None  # hidden states of the teacher that reads them
+    teacher_weight_T: torch.Tensor | None = None  # of its KL; 0 where it is silent
+    taught_tokens: int = 0  # tokens of all processes that it read
 
     def send(self, device):
         """Puts its vectors on a device, where they stay."""
@@ -56,13 +61,25 @@ def score_completions(completions, items, letters):
     return rewards
 
 
-def show_completions(folder, step, group, item, rewards):
-    """Writes some completions of a step's first prompt, with their rewards, into completions.jsonl."""
-    for i, completion in enumerate(group[:SHOWN_COMPLETIONS]):
-        line = {"step": step, "id": item.example.id}
+def given_completions(texts, processor):
+    """Texts as Completions, as if they had been sampled here."""
+    completions = []
+    for text in texts:
+        ids = (*processor.encode(text), processor.end_id)
+        completions.append(Completion(text, ids, logprobs=(0.0,) * len(ids), finished=True))
+    return completions
+
+
+def show_completions(folder, step, p, completions, items, rewards, said=None):
+    """Writes some completions of a step's prompt p, with their rewards, into completions.jsonl. said: a list for each
+    of them of what its teacher says of every token (Teacher.comment), or None."""
+    for i, completion in enumerate(completions[p][:SHOWN_COMPLETIONS]):
+        line = {"step": step, "id": items[p].example.id}
         for name, reward_PG in rewards.items():
-            line[name] = reward_PG[0, i].item()
+            line[name] = reward_PG[p, i].item()
         line |= {"finished": completion.finished, "text": completion.text}
+        if said is not None:
+            line["teacher"] = said[i]
         append_jsonl(folder / "completions.jsonl", line)
 
 
@@ -97,20 +114,23 @@ def token_weights(lengths, aggregation, constant=None):
     return weight_C.repeat_interleave(length_C)
 
 
-def make_rollout(stage, prompts, completions, reward_PG):
+def make_rollout(stage, prompts, completions, reward_PG, teacher_prompts=None):
     """This process's Rollout of a step, by the switches of a GRPO stage, maybe an empty one. All processes call it
     together.
 
     A masked completion (truncated="mask") counts in the denominators, as one without tokens. A skipped group
     (zero_variance="skip") does not: it is as if its prompt had not been drawn. A group that is longer than
-    micro_batch_tokens is cut into several with the same prompt.
+    micro_batch_tokens is cut into several with the same prompt; also where it is longer with the teacher's.
 
-    prompts: P Prompts. completions: P lists of G Completions. reward_PG: (P, G) fp32.
+    prompts: P Prompts. completions: P lists of G Completions. reward_PG: (P, G) fp32. teacher_prompts: P Prompts, None
+        where the teacher is silent; of OnPolicy, whose reward_weight multiplies the advantages.
     """
+    if teacher_prompts is None:
+        teacher_prompts = [None] * len(prompts)
     sampled, advantage, lengths = [], [], []  # of each completion that counts
-    pieces = []  # a prompt, and the numbers of as many of its completions as fit a micro-batch
+    pieces = []  # the number of a prompt, and those of as many of its completions as fit a micro-batch
     learned = 0
-    for prompt, group, reward_G in zip(prompts, completions, reward_PG, strict=True):
+    for p, (group, reward_G) in enumerate(zip(completions, reward_PG, strict=True)):
         if stage.zero_variance == "skip" and no_variance(reward_G):
             continue
         kept = []
@@ -120,21 +140,27 @@ def make_rollout(stage, prompts, completions, reward_PG):
                 kept.append(len(lengths))
             lengths.append(len(completion.ids) if keep else 0)
         sampled += group
-        advantage += advantages(reward_G, stage.scale_rewards).tolist()
-        room = stage.micro_batch_tokens - len(prompt)
-        for cut in cut_by_tokens([lengths[i] for i in kept], room):
-            pieces.append((prompt, [kept[i] for i in cut]))
+        if stage.reward_weight:
+            advantage_G = stage.reward_weight * advantages(reward_G, stage.scale_rewards)
+        else:  # maybe of one completion, which has no advantage
+            advantage_G = torch.zeros_like(reward_G)
+        advantage += advantage_G.tolist()
+        longest = max(len(prompts[p]), len(teacher_prompts[p] or ()))
+        for cut in cut_by_tokens([lengths[i] for i in kept], stage.micro_batch_tokens - longest):
+            pieces.append((p, [kept[i] for i in cut]))
         learned += bool(kept)
 
-    order, micro_batches = [], []
+    order, micro_batches, prompt_numbers = [], [], []
     tokens = []
-    for prompt, numbers in pieces:
-        tokens.append(len(prompt) + sum(lengths[i] for i in numbers))
+    for p, numbers in pieces:
+        tokens.append(len(prompts[p]) + sum(lengths[i] for i in numbers))
     for cut in cut_by_tokens(tokens, stage.micro_batch_tokens):
         groups = []
-        for prompt, numbers in (pieces[i] for i in cut):
+        for p, numbers in (pieces[i] for i in cut):
             order += numbers
-            groups.append(Group(prompt, tuple(torch.tensor(sampled[i].ids) for i in numbers)))
+            prompt_numbers.append(p)
+            ids = [torch.tensor(sampled[i].ids) for i in numbers]
+            groups.append(Group(prompts[p], tuple(ids)))
         micro_batches.append(groups)
     weights = token_weights(lengths, stage.aggregation, stage.max_new_tokens).split(lengths)
     advantage_of_token, weight_of_token, logprob_of_token = [], [], []
@@ -149,6 +175,7 @@ def make_rollout(stage, prompts, completions, reward_PG):
         advantage_T=torch.tensor(advantage_of_token),
         weight_T=torch.tensor(weight_of_token),
         sampled_T=torch.tensor(logprob_of_token),
+        prompt_numbers=prompt_numbers,
     )
 
 

@@ -21,10 +21,8 @@ class Reference:
             self.values = {name: p.clone() for name, p in trained.items()}
             if not sharded:
                 self.resident = whole(policy, self.values)
-        elif policy.device.type == "cuda":
-            self.values = pinned_copies(trained)
         else:
-            self.values = {name: p.to("cpu", copy=True) for name, p in trained.items()}
+            self.values = copies_on_host(trained, policy.device)
 
     def frozen_model(self):
         """The frozen model on the policy's device; unless it is resident, for as long as the caller keeps it."""
@@ -35,8 +33,11 @@ class Reference:
         return whole(self.policy, values)
 
 
-def pinned_copies(tensors):
-    """{name: tensor} of one dtype, copied into one piece of pinned memory, whose size is rounded up to a power of 2."""
+def copies_on_host(tensors, device):
+    """{name: tensor} of one dtype, copied to the host: for a GPU into one piece of pinned memory, whose size is rounded
+    up to a power of 2."""
+    if device.type != "cuda":
+        return {name: x.to("cpu", copy=True) for name, x in tensors.items()}
     sizes = [x.numel() for x in tensors.values()]
     flat = torch.empty(sum(sizes), dtype=next(iter(tensors.values())).dtype, pin_memory=True)
     copies = {}

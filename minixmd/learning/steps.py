@@ -2,7 +2,9 @@
 from collections import namedtuple
 from dataclasses import dataclass
 
-from minixmd.inputs.batch import Batch, pack
+import torch
+
+from minixmd.inputs.batch import Batch, Group, pack
 from minixmd.inputs.media import MediaError
 from minixmd.inputs.prompts import cut_by_tokens
 from minixmd.learning.targets import Item
@@ -24,6 +26,14 @@ def check_length(prompt, example, max_new_tokens, most):
         written = f" and max_new_tokens is {max_new_tokens}" if max_new_tokens else ""
         detail = f"the prompt has {len(prompt)} tokens{written}, over micro_batch_tokens {most}"
         raise MediaError(example.id, "too long", detail)
+
+
+def append_trace(prompt, item, common_vocab, suppressed_Z):
+    """The Group of a Prompt and an Item's ids. Raises MediaError where the student cannot write one of them."""
+    ids_T = torch.tensor(item.ids)
+    if (ids_T >= common_vocab).any() or torch.isin(ids_T, suppressed_Z).any():
+        raise MediaError(item.example.id, "other ids", "its trace has a token that the student cannot write")
+    return Group(prompt, (ids_T,))
 
 
 def make_micro_batches(samples, most, device, spare=None):

@@ -32,13 +32,12 @@ def takes_varlen(device):
 
 
 def describe_attention(stage):
-    """Such as ", attention in one call a layer, without cuDNN", of a stage that runs a model on a GPU; else ""."""
+    """Such as ", attention in one call a layer", of a stage that runs a model on a GPU; else ""."""
     if not hasattr(stage, "backend") or resolve_device(stage.name, stage.device) != "cuda":
         return ""
     if stage.dtype != "float32" and takes_varlen(torch.device("cuda")):
-        return ", attention in one call a layer, without cuDNN"
-    why = "in float32" if stage.dtype == "float32" else f"torch {torch.__version__} has no varlen_attn for this GPU"
-    return f", attention in a call for each run of like segments ({why}), without cuDNN"
+        return ", attention in one call a layer"
+    return ", attention in a call for each run of like segments"
 
 
 def plan_of(segments, device):
@@ -80,7 +79,8 @@ def attend_at_once(q_NHK, k_NJK, v_NJK, segments, causal=True, attend=None):
     """packed_attention by one call of torch's varlen_attn, or of `attend`, a function like it."""
     *lengths, key_row_S = plan_of(segments, q_NHK.device)
     if key_row_S is not None:
-        k_NJK, v_NJK = _Gather.apply(k_NJK, key_row_S), _Gather.apply(v_NJK, key_row_S)
+        k_NJK = _Gather.apply(k_NJK, key_row_S)
+        v_NJK = _Gather.apply(v_NJK, key_row_S)
     seen = (-1, 0) if causal else (-1, -1)  # how many rows before and after a row's own; -1: all
     return (attend or varlen_attn)(q_NHK, k_NJK, v_NJK, *lengths, window_size=seen, enable_gqa=True)
 
@@ -88,7 +88,9 @@ def attend_at_once(q_NHK, k_NJK, v_NJK, segments, causal=True, attend=None):
 def attend_by_runs(q_NHK, k_NJK, v_NJK, segments, causal=True):
     """packed_attention by one scaled-dot-product call a run of segments of one length and parent."""
     runs = [list(run) for _, run in groupby(segments, key=lambda s: (s.length, s.parent))]
-    q_runs, k_runs, v_runs = (_split(x, runs) for x in (q_NHK, k_NJK, v_NJK))
+    q_runs = _split(q_NHK, runs)
+    k_runs = _split(k_NJK, runs)
+    v_runs = _split(v_NJK, runs)
     keys = list(chain(*k_runs))  # of each segment
     values = list(chain(*v_runs))
     outputs = []

@@ -1,7 +1,7 @@
 """PANN's Cnn14_16k: six blocks of 3 x 3 convolutions over a clip's log-mel frames, one embedding, then classes.
 
-Attribute names equal the published file's, Cnn14_16k_mAP=0.438.pth. Three of its tensors are the front end's: frozen
-and unused, they are kept so that a file with another front end is refused.
+Attribute names equal the published file's, Cnn14_16k_mAP=0.438.pth, but for three tensors of the front end, which are
+not kept: a file with another front end is refused.
 Letters: B clips, A frames of 10 ms, M = 64 mel bins, C channels, E the embedding's width, K classes."""
 import pickle
 from itertools import pairwise
@@ -40,12 +40,6 @@ class Cnn14(nn.Module):
     def __init__(self, classes=527, width=1.0):
         super().__init__()
         channels = [max(1, round(width * C)) for C in CHANNELS]
-        real, imag, filters = (nn.Parameter(tensor, requires_grad=False) for tensor in front_end().values())
-        stft = nn.ModuleDict()
-        stft["conv_real"] = nn.ParameterDict({"weight": real})
-        stft["conv_imag"] = nn.ParameterDict({"weight": imag})
-        self.spectrogram_extractor = nn.ModuleDict({"stft": stft})
-        self.logmel_extractor = nn.ParameterDict({"melW": filters})
         self.bn0 = nn.BatchNorm2d(MELS)
         for i, (C_in, C_out) in enumerate(pairwise([1, *channels]), 1):
             self.add_module(f"conv_block{i}", ConvBlock(C_in, C_out))
@@ -110,8 +104,7 @@ def mixup(x_B1AM, target_BK, generator):
 
 
 def make_cnn14(classes, width, seed, weights=None):
-    """A Cnn14 whose weights are drawn from `seed` and their names: Xavier's uniform, as the original's. weights: path
-    of a checkpoint, as load_weights takes it, for all but the head."""
+    """A Cnn14 of Xavier's uniform weights, drawn by `seed` and name. weights: a file for load_weights, or None."""
     with torch.device("meta"):
         model = Cnn14(classes, width)
     model.to_empty(device="cpu")
@@ -123,30 +116,27 @@ def make_cnn14(classes, width, seed, weights=None):
             t.copy_(torch.rand(t.shape, generator=generator) * 2 * bound - bound)
         else:
             t.fill_(1 if name.endswith(("weight", "running_var")) else 0)
-    model.load_state_dict(front_end(), strict=False)
     if weights:
-        load_weights(model, weights, head=False)
+        load_weights(model, weights)
     return model
 
 
-def load_weights(model, path, head=True):
-    """Fill a Cnn14 from a checkpoint: PANNs' .pth ({"model": tensors, …} or the tensors alone) or safetensors. head:
-    False leaves the model its own fc_audioset, for other classes than the file's. Raises ValueError: the file cannot be
-    read without running code; or all tensors that do not fit, together."""
+def load_weights(model, path):
+    """Fill a Cnn14, but for its head, from a checkpoint: PANNs' .pth ({"model": tensors, …} or the tensors alone) or
+    safetensors. Raises ValueError: the file cannot be read without running code; or all tensors that do not fit."""
     tensors, state = _read(Path(path)), model.state_dict()
-    if not head:
-        for name in ("fc_audioset.weight", "fc_audioset.bias"):
-            tensors.pop(name, None)
-            del state[name]
-    faults = tensor_faults(tensors, state)
+    for name in ("fc_audioset.weight", "fc_audioset.bias"):
+        tensors.pop(name, None)
+        del state[name]
+    faults = tensor_faults(tensors, {**state, **front_end()})
     for name, tensor in front_end().items():
         if name not in faults and not torch.allclose(tensors[name].float(), tensor, rtol=0, atol=1e-5):
             faults[name] = f"{name} is of another front end"
     if faults:
         listed = "; ".join(sorted(faults.values()))
         raise ValueError(f"{path}: not this Cnn14_16k, {len(faults)} tensors do not fit: {listed}")
-    for name, tensor in tensors.items():
-        state[name].copy_(tensor)
+    for name, tensor in state.items():
+        tensor.copy_(tensors[name])
 
 
 def _read(path):

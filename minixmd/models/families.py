@@ -3,57 +3,58 @@
 An absent field takes the reference's default; one that is not implemented raises, unless its value changes nothing."""
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Annotated, NamedTuple
 
 from minixmd.runs.files import read_json
+from minixmd.runs.value_checks import check_value
 
 VISION_NAMES = {"width": "hidden_size", "out_width": "out_hidden_size"}  # our field -> its name in vision_config
+Size = Annotated[int, "> 0", "<= 10000000"]
+Layers = Annotated[int, "> 0", "<= 500"]
 SYSTEM = "You are a helpful assistant."  # the system turn that the chat template adds to a conversation without one
 
 
 @dataclass(frozen=True)
 class TextConfig:
     """Defaults, here and below, are the reference's; families replace some of them. None: there is no such field."""
-
-    vocab_size: int = 152064
-    hidden_size: int = 8192
-    intermediate_size: int = 29568
-    num_hidden_layers: int = 80
-    num_attention_heads: int = 64
-    num_key_value_heads: int = 8
-    rms_norm_eps: float = 1e-5
-    max_position_embeddings: int = 32768
-    rope_theta: float = 1000000.0
-    mrope_section: tuple[int, ...] | None = (16, 24, 24)  # frequencies that turn by time, height and width; None = RoPE
+    vocab_size: Size = 152064
+    hidden_size: Size = 8192
+    intermediate_size: Size = 29568
+    num_hidden_layers: Layers = 80
+    num_attention_heads: Size = 64
+    num_key_value_heads: Size = 8
+    rms_norm_eps: Annotated[float, "> 0"] = 1e-5
+    max_position_embeddings: Size = 32768
+    rope_theta: Annotated[float, "> 0", "<= 1e12"] = 1000000.0
+    mrope_section: tuple[Size, ...] | None = (16, 24, 24)  # frequencies turned by time, height and width; None = RoPE
 
 
 @dataclass(frozen=True)
 class AudioConfig:
-    encoder_layers: int = 32
-    encoder_attention_heads: int = 20
-    encoder_ffn_dim: int = 5120
-    d_model: int = 1280
-    max_source_positions: int = 1500
-    n_window: int | None = None  # half the mel frames of a chunk encoded on its own; None = the whole clip at once
-    output_dim: int | None = None  # width after the tower's own projection; None = the projector is outside it
+    encoder_layers: Layers = 32
+    encoder_attention_heads: Size = 20
+    encoder_ffn_dim: Size = 5120
+    d_model: Size = 1280
+    max_source_positions: Size = 1500
+    n_window: Size | None = None  # half the mel frames of a chunk encoded on its own; None = the whole clip at once
+    output_dim: Size | None = None  # width after the tower's own projection; None = the projector is outside it
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    depth: int = 32
-    width: int = 1280  # E
-    out_width: int = 3584  # the decoder's D
-    num_heads: int = 16
-    mlp_ratio: float | None = 4  # blocks of LayerNorm and a plain MLP of this many times the width
-    intermediate_size: int | None = None  # or blocks of RMSNorm and a gated MLP of this width
-    window_size: int | None = None  # side of an attention window in pixels; None = every block sees the whole frame
-    fullatt_block_indexes: tuple[int, ...] | None = None  # blocks that see the whole frame all the same
-    tokens_per_second: int | None = None  # positions that a second of video takes; None = one a frame pair
+    depth: Layers = 32
+    width: Size = 1280  # E
+    out_width: Size = 3584  # the decoder's D
+    num_heads: Size = 16
+    mlp_ratio: Annotated[float, "> 0", "<= 100"] | None = 4  # blocks of LayerNorm and a plain MLP, so much wider
+    intermediate_size: Size | None = None  # or blocks of RMSNorm and a gated MLP of this width
+    window_size: Size | None = None  # side of an attention window in pixels; None = every block sees the whole frame
+    fullatt_block_indexes: tuple[Annotated[int, ">= 0"], ...] | None = None  # blocks that see it all the same
+    tokens_per_second: Size | None = None  # positions that a second of video takes; None = one a frame pair
 
 
 class ClipTemplate(NamedTuple):
     """How the chat template writes a clip; {n} in `before` is the clip's number among the conversation's audios."""
-
     before: str
     placeholder: str  # repeated until it has as many tokens as the clip has features
     after: str
@@ -75,7 +76,7 @@ class Family(NamedTuple):
     split_qkv: bool = False  # the vision tower's queries, keys and values are three matrices in the file
     checkpoint_prefixes: dict[str, str] = {"": ""}  # our prefix -> the published file's
     section: str | None = None  # config.json describes several models; this field is the one that is built
-    skipped: dict[str, str] = {}  # tensor prefix of a part that is not built -> its name
+    skipped: tuple[str, ...] = ()  # tensor prefixes of parts that are not built
 
     def checkpoint_name(self, name):
         """The published file's name for our parameter or module `name`."""
@@ -151,14 +152,12 @@ OMNI_THINKER = Family(  # the model in Qwen2.5-Omni that listens, looks and writ
 )  # fmt: skip
 OMNI = OMNI_THINKER._replace(
     model_type="qwen2_5_omni", section="thinker_config", checkpoint_prefixes={"": "thinker."},
-    skipped={"talker.": "talker", "token2wav.": "token2wav"})
+    skipped=("talker.", "token2wav."))
 FAMILIES = {family.model_type: family for family in (QWEN2_AUDIO, QWEN2_VL, QWEN2_5_VL, OMNI_THINKER, OMNI)}
 
 CONFIG_FIELDS = read_json(Path(__file__).with_name("config_fields.json"))  # how those that build nothing are taken
 FRONT_END = {"num_mel_bins": [128], "in_channels": [3], "patch_size": [14], "spatial_merge_size": [2],
              "temporal_patch_size": [2]}  # minixmd.inputs knows no others
-LARGEST = {"num_hidden_layers": 500, "encoder_layers": 500, "depth": 500, "mlp_ratio": 100, "rope_theta": 1e12}
-LISTS = {"mrope_section": ("positive ints", 1), "fullatt_block_indexes": ("block numbers", 0)}  # of what, the least
 
 
 def read_config(raw):
@@ -184,8 +183,7 @@ def read_config(raw):
         for name, defaults in (("audio_config", family.audio_defaults), ("vision_config", family.vision_defaults)))
     times = {name: section.get(name, default) for name, default in family.time_fields.items()}
     for name, value in times.items():
-        if type(value) is not int or value <= 0:
-            raise ValueError(f"config.json: {path}{name} must be a positive int, got {value!r}")
+        _checked(Size, value, path + name)
     tied = bool(section.get("tie_word_embeddings", text_section.get("tie_word_embeddings", False)))
     ids_per_s = times.get("position_id_per_seconds", vision.tokens_per_second if vision else None)
     _check_sizes(family, text, audio, vision, path)
@@ -228,7 +226,7 @@ def _read_fields(family, defaults, section, path, ignored):
             continue
         implemented = True
         if name in known:
-            values[known[name].name] = _checked_value(name, value, known[name].type, path)
+            values[known[name].name] = _checked(known[name].type, value, path + name)
         elif name in allowed:
             implemented = value in allowed[name]
         elif name == "layer_types":
@@ -260,20 +258,11 @@ def _flatten_rope(section, path):
     return flat
 
 
-def _checked_value(name, value, annotation, path):
-    """The value, if it is of the annotated type and positive; a list becomes a tuple."""
-    if name in LISTS:
-        of, least = LISTS[name]
-        if not isinstance(value, list) or not all(type(item) is int and item >= least for item in value):
-            raise ValueError(f"config.json: {path}{name} must be a list of {of}, got {value!r}")
-        return tuple(value)
-    kind = float if float in (annotation, *get_args(annotation)) else int
-    if type(value) not in (int, kind) or not value > 0:
-        raise ValueError(f"config.json: {path}{name} must be a positive {kind.__name__}, got {value!r}")
-    most = LARGEST.get(name, 10**7)
-    if value > most:
-        raise ValueError(f"config.json: {path}{name} must be at most {most:,}, got {value!r}")
-    return value
+def _checked(annotation, value, place):
+    try:
+        return check_value(annotation, value)
+    except ValueError as error:
+        raise ValueError(f"config.json: {place} must be {error}, got {value!r}") from None
 
 
 def _check_sizes(family, text, audio, vision, path):

@@ -15,22 +15,25 @@ CHUNK = 1024  # target rows whose logits exist at once: 0.6 GB of fp32 at a voca
 frozen = dataclass(frozen=True, eq=False)  # tensors have no single answer to ==
 
 
-def raw_logits(hidden_ND, weight_VD):
-    """hidden Wᵀ as (N, V) fp32: products of the storage dtype, accumulated and returned in fp32; differentiable."""
+def raw_logits(hidden_ND, weight_VD, out=None):
+    """hidden Wᵀ as (N, V) fp32: products of the storage dtype, accumulated in fp32; differentiable without `out`."""
     if weight_VD.dtype == torch.float32:
-        return hidden_ND @ weight_VD.T
+        return torch.matmul(hidden_ND, weight_VD.T, out=out)
     recorded = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
     if weight_VD.is_cuda and not recorded:  # mm has no derivative with an out_dtype
-        return torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32)
-    return hidden_ND.float() @ weight_VD.float().T
+        return torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32, out=out)
+    return torch.matmul(hidden_ND.float(), weight_VD.float().T, out=out)
 
 
 class RowLoss:
     """loss_and_grad(z_TV, rows, out_TV), which runs without autograd, computes the targets of a slice `rows`, whose
-    logits are z_TV. It returns a tuple of their columns, the loss before its weight first, and writes d sum(weight
-    loss) / dz to out_TV, which may be z_TV itself or None. backend: "triton" | "torch"."""
+    logits z_TV it may overwrite. It returns a tuple of their columns, not weighted, and writes d total / dz to out_TV,
+    which may be z_TV itself or None. total(columns): the loss of all targets. backend: "triton" | "torch"."""
 
     lengths = None  # targets of each sequence that must not be cut in two chunks
+
+    def total(self, columns):
+        return (columns[0] * self.weight_T).sum()
 
 
 @frozen
@@ -52,8 +55,8 @@ class CrossEntropy(RowLoss):
 
 @frozen
 class DistillKL(RowLoss):
-    """T² KL(teacher || student) from a live teacher, whose logits too exist for one chunk only. teacher_TE,
-    teacher_head_WE: its hidden states at the targets and its head. All else: as in kernels/distill.py."""
+    """T² KL(teacher || student), or its reverse, from a live teacher, whose logits too exist for one chunk only (in
+    teacher_TW). teacher_TE, teacher_head_WE: hidden states at the targets, head. All else: as in kernels/distill.py."""
 
     teacher_TE: torch.Tensor
     teacher_head_WE: torch.Tensor
@@ -62,12 +65,13 @@ class DistillKL(RowLoss):
     suppressed_Z: torch.Tensor
     temperature: float
     backend: str
+    reverse: bool = False
     columns = ("kl", "student_dropped", "teacher_dropped")
 
-    def loss_and_grad(self, z_TV, rows, out_TV):
-        teacher_TW = raw_logits(self.teacher_TE[rows], self.teacher_head_WE)
+    def loss_and_grad(self, z_TV, rows, out_TV, teacher_TW=None):
+        teacher_TW = raw_logits(self.teacher_TE[rows], self.teacher_head_WE, out=teacher_TW)
         return distill.distill_kl_grad(z_TV, teacher_TW, self.weight_T[rows], self.common_vocab, self.suppressed_Z,
-                                       self.temperature, out_TV, self.backend)
+                                       self.temperature, out_TV, self.backend, self.reverse)
 
 
 @frozen
@@ -127,6 +131,42 @@ class PolicyLoss(RowLoss):
         return number_T.unique_consecutive(return_inverse=True)[1].to(device)
 
 
+@frozen
+class PolicyWithTeacher(RowLoss):
+    """The policy loss plus a live teacher's divergence over the same logits: sum of policy.weight_T loss and of
+    teacher.weight_T teacher_kl; where the latter weight is 0, teacher_TE may hold anything finite. Beside the policy's
+    memory it takes one (chunk, max(V, W)) of fp32: the teacher's logits, which the divergence's gradient overwrites."""
+
+    policy: PolicyLoss
+    teacher: DistillKL
+    columns = (*PolicyLoss.columns, "teacher_kl", "student_dropped", "teacher_dropped")
+
+    @property
+    def weight_T(self):
+        return self.policy.weight_T
+
+    @property
+    def lengths(self):
+        return self.policy.lengths
+
+    def loss_and_grad(self, z_TV, rows, out_TV):
+        T, V = z_TV.shape
+        W = len(self.teacher.teacher_head_WE)
+        buffer = torch.empty(T, max(V, W), device=z_TV.device)
+        divergence_TV, policy_TV = buffer[:, :V], z_TV
+        if out_TV is None:
+            divergence_TV = policy_TV = None
+        divergence = self.teacher.loss_and_grad(z_TV, rows, divergence_TV, buffer[:, :W])
+        columns = self.policy.loss_and_grad(z_TV, rows, policy_TV)  # last: it overwrites the logits
+        if out_TV is not None:
+            torch.add(policy_TV, divergence_TV, out=out_TV)  # rounded once
+        return *columns, *divergence
+
+    def total(self, columns):
+        teacher_kl_T = columns[self.columns.index("teacher_kl")]
+        return self.policy.total(columns) + (teacher_kl_T * self.teacher.weight_T).sum()
+
+
 def _chunks(count, chunk, lengths):
     """Slices of at most `chunk` targets. With lengths no sequence is cut; one that is longer goes alone."""
     start = end = 0
@@ -161,7 +201,7 @@ class _Head(torch.autograd.Function):
             del z_TV, dz_TV  # before the next chunk's are made
         ctx.save_for_backward(grad_TD, grad_VD)
         ctx.mark_non_differentiable(*columns)
-        return (columns[0] * row_loss.weight_T).sum(), *columns
+        return row_loss.total(columns), *columns
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -171,7 +211,7 @@ class _Head(torch.autograd.Function):
 
 
 def head_loss(hidden_ND, head_VD, row_T, row_loss, chunk=CHUNK):
-    """Sum over targets of weight * loss, never with more than `chunk` rows of logits (but see PolicyLoss.lengths).
+    """The row loss's total over all targets, never with more than `chunk` rows of logits (but see PolicyLoss.lengths).
 
     hidden_ND: (N, D) from the model. head_VD: (V, D) the LM head's weight, of the same dtype. Both differentiable.
     row_T: (T,) which row predicts each target of row_loss; rows may repeat. Returns (loss, {column: (T,)}): the

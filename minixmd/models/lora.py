@@ -40,7 +40,8 @@ def apply_adapted(x_ND, layers):
     first = layers[0]
     made_of = [x_ND.dtype, [(id(tensor), tensor._version) for tensor in tensors]]
     if first.casts is None or first.casts[1] != made_of:  # the tensors are kept: no other may get the id of one
-        first.casts = cast_adapters(tensors[0::2], tensors[1::2], x_ND.dtype), made_of, tensors
+        cast = cast_adapters(tensors[0::2], tensors[1::2], x_ND.dtype)
+        first.casts = cast, made_of, tensors
     operands = [(layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scale) for layer in layers]
     return lora_linears(x_ND, operands, first.backend, first.casts[0])
 

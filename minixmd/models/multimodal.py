@@ -69,8 +69,7 @@ class MultimodalLM(nn.Module):
         return x_ND
 
     def encode(self, kind, media):
-        """An encoder's output, one row a placeholder, in the decoder's width. media: on the model's device, all of one
-        kind: "audio" | "video" | "encoded" (by `encode_media`)."""
+        """An encoder's output, one row a placeholder, in the decoder's width. media: all of one kind."""
         if kind == "encoded":
             return torch.cat([m.features for m in media])
         if kind == "audio" and self.config.audio is not None:
@@ -109,8 +108,8 @@ class MultimodalLM(nn.Module):
 
 
 def frozen_copy(model, values):
-    """A frozen reference policy: it shares the parameters that do not train, and has the `values`, {name: tensor}, of
-    those that do. It runs the same kernels, so the KL between the two is exactly 0 until the first update."""
+    """A frozen copy that shares the parameters, but for those of which `values`, {name: tensor}, holds others. It runs
+    the same kernels: as a reference policy its KL is exactly 0 until the first update."""
     with torch.device("meta"):
         copy = MultimodalLM(model.config)
     layers = dict(copy.named_modules())

@@ -1,9 +1,7 @@
 """Weights sharded among the processes of a run: torch's FSDP2, block by block.
 
-A model that trains whole is sharded with its gradients, and gathered for a rollout into a copy that is then dropped.
-What is frozen in it, as the encoders under "decoder", stays whole in every process. Of a frozen model that no card
-holds, the decoder's blocks are sharded.
-"""
+What trains of a model that trains whole is sharded with its gradients, and gathered for a rollout into a copy that is
+then dropped. Of a frozen model that no card holds, the decoder's blocks are sharded."""
 import math
 
 import torch

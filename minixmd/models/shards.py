@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 
 from minixmd.runs.files import read_json, write_json, write_safetensors
@@ -39,24 +40,18 @@ def open_safetensors(path):
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
 
 
-def _read_index(folder):
-    """{tensor: file} of a folder's index; None without an index."""
+def tensor_files(folder, family):
+    """Names of the files that hold anything that is built, in order: those of the folder's index, if it has one."""
     path = Path(folder, INDEX)
     if not path.is_file():
-        return None
-    weight_map = read_json(path).get("weight_map")
-    if not weight_map or not isinstance(weight_map, dict):
+        return [SINGLE]
+    index = read_json(path).get("weight_map")
+    if not index or not isinstance(index, dict):
         raise ValueError(f"{path}: has no weight_map that says which file holds which tensor")
-    for name, file in weight_map.items():
+    for name, file in index.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise ValueError(f"{path}: {name} must be in a file of the same folder, got {file!r}")
-    return weight_map
-
-
-def tensor_files(folder, family):
-    """Names of the files that hold anything that is built, in order."""
-    index = _read_index(folder) or {"": SINGLE}
-    return sorted({file for name, file in index.items() if not name.startswith(tuple(family.skipped))})
+    return sorted({file for name, file in index.items() if not name.startswith(family.skipped)})
 
 
 def read_headers(folder, family):
@@ -66,7 +61,7 @@ def read_headers(folder, family):
     for file in tensor_files(folder, family):
         with open_safetensors(folder / file) as shard:
             for key in shard.keys():
-                if key.startswith(tuple(family.skipped)):
+                if key.startswith(family.skipped):
                     continue
                 name = family.published_name(key)
                 if name in infos:
@@ -87,37 +82,13 @@ def tensor_faults(actual, expected):
     return faults
 
 
-def skipped_parts(folder, family):
-    """{part: number of tensors} of what the checkpoint holds beyond the model that is built, as Omni's talker."""
-    if not family.skipped:
-        return {}
-    names = _read_index(folder)
-    if names is None:
-        with open_safetensors(Path(folder) / SINGLE) as file:
-            names = file.keys()
-    counts = {part: sum(name.startswith(prefix) for name in names) for prefix, part in family.skipped.items()}
-    return {part: count for part, count in counts.items() if count}
-
-
 def write_shards(folder, state, shard_bytes):
     """Write {name: tensor} as one file or, above shard_bytes in all, as shards and their index; older ones go first."""
     folder = Path(folder)
     for stale in [folder / INDEX, folder / SINGLE, *folder.glob(SHARDS)]:
         stale.unlink(missing_ok=True)
-    shards, room = [{}], shard_bytes
-    for name, tensor in state.items():  # a tensor above the limit has a shard of its own
-        if shards[-1] and tensor.nbytes > room:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    if len(shards) == 1:
-        write_safetensors(folder / SINGLE, state, {"format": "pt"})
-        return
-    index = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, shard, {"format": "pt"})
-        index.update(dict.fromkeys(shard, file))
-    total = sum(tensor.nbytes for tensor in state.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    split = split_torch_state_dict_into_shards(state, max_shard_size=shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        write_safetensors(folder / file, {name: state[name] for name in names}, {"format": "pt"})
+    if split.is_sharded:
+        write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})

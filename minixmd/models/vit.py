@@ -110,8 +110,7 @@ class ViT(nn.Module):
         self.checkpointing = False  # checkpointing.set_checkpointing
 
     def rotary(self, media):
-        """cos, sin (P, K) fp32 in the order of the patches, merge block by merge block. The first half of the
-        frequencies turns by the patch's row, the second by its column."""
+        """cos, sin (P, K) fp32, merge block by merge block: half of the frequencies turn by row, half by column."""
         half = self.config.width // self.config.num_heads // 2
         device = media[0].features.device
         frequencies = 1.0 / 10000.0 ** (torch.arange(0, half, 2, device=device).float() / half)
@@ -145,8 +144,7 @@ class ViT(nn.Module):
         return self.merger(x_PE)[order.argsort()]
 
     def _windows(self, grids):
-        """The merged tokens of clips in window order, and the windows as Segments of patches. Windows are squares, cut
-        from a frame's top left corner; those at the right and lower edge hold what is left."""
+        """The merged tokens of clips in window order, and the windows, squares from the top left, as Segments."""
         side = self.config.window_size // SIDE
         orders, lengths, first = [], [], 0
         for t, h, w in grids:

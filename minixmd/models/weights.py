@@ -145,11 +145,8 @@ def save_adapter(model, base, folder):
     rank = len(first.lora_A)
     hub_name = None if Path(base).is_dir() else parse_hub_name(base)
     name, revision = hub_name or (str(base), None)
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision,
-        "r": rank, "lora_alpha": first.scale * rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-        "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
-    }  # fmt: skip
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision,
+              "r": rank, "lora_alpha": first.scale * rank, "inference_mode": True}
     write_adapter(folder, config, pairs, model.config.family.transformers_path)
     if hub_name is None and any(Path(base, name).is_file() for name in ("config.json", "adapter_config.json")):
         path = os.path.relpath(os.path.realpath(base), os.path.realpath(folder))
@@ -195,7 +192,8 @@ def read_adapter(model, folder):
     pairs, faults, layouts = {}, [], set()
     with open_safetensors(folder / "adapter_model.safetensors") as file:
         for key in file.keys():
-            path, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+            name = key.removeprefix("base_model.model.").removesuffix(".weight")
+            path, _, half = name.rpartition(".")
             if half not in ("lora_A", "lora_B") or path not in name_of:
                 faults.append(f"{key} fits no linear layer")
                 continue

@@ -5,7 +5,7 @@
 LADDER has the rows of the paper's Table 2; each leaves out some of this line."""
 from dataclasses import dataclass, field, replace
 
-from minixmd.config import GRPO, SFT, Distill, Evaluate, FactCheck, Label, Report, Traces
+from minixmd.config import GRPO, SFT, Distill, Evaluate, FactCheck, Label, OnPolicy, Report, Switch, Traces
 from minixmd.config.prompts import AUDIO_COT_PROMPT, CHECK_PROMPT, PROMPT, THINK_PROMPT, TRACE_PROMPT
 from minixmd.recipe_parts.xmd import short_name
 
@@ -101,7 +101,11 @@ class SightSound:
     video_fields: dict = field(default_factory=dict)  # of every stage that shows a video to a local model
     traces_fields: dict = field(default_factory=dict)  # of Traces
     sft_fields: dict = field(default_factory=dict)  # of SFT and Distill
-    grpo_fields: dict = field(default_factory=dict)  # of GRPO
+    grpo_fields: dict = field(default_factory=dict)  # of GRPO and OnPolicy
+    # of OnPolicy
+    analysis: str | None = None  # manifest of clips with classes, on which the switch learns who knows more
+    switch_fields: dict = field(default_factory=dict)
+    rewarded: dict = field(default_factory=lambda: dict(VOTES))  # by what answers
 
     def asked(self, mode):
         """Fields of a stage that puts a prompt to a model. mode: key of PROMPTS."""
@@ -146,7 +150,66 @@ class SightSound:
             fields |= LETTERS
         if name == "continued":
             fields |= {key: self.grpo_fields[key] for key in ("trainable", "max_steps")}
-        return [row.stage(name=name, model=row.model or self.student, manifest=getattr(self, row.manifest), **fields)]
+        manifest = getattr(self, row.manifest)
+        return [row.stage(name=name, model=row.model or self.student, manifest=manifest, **fields)]
+
+    def switch(self):
+        """switch: on which clips of the train split the teacher knows more than the student, by their letters on the
+        analysis split (teacher_analysis, student_analysis)."""
+        asked = dict(manifest=self.analysis, **self.device_fields)
+        seen = dict(model=self.teacher, media="video", **self.video_fields)
+        heard = dict(model=self.student, media="audio")
+        return [
+            Evaluate(name="teacher_analysis", **seen, **asked),
+            Evaluate(name="student_analysis", **heard, **asked),
+            Switch(
+                name="switch",
+                teacher="@teacher_analysis",
+                student="@student_analysis",
+                manifest=self.analysis,
+                train_manifest=self.train,
+                **self.switch_fields,
+            ),
+        ]
+
+    def on_policy(self, name="on_policy", **changes):
+        """`name`: after SFT the student writes and is rewarded as in GRPO, and the teacher, where the switch lets it,
+        scores every token. changes: fields of OnPolicy."""
+        prompt = self.asked("audio_cot")["prompt"]
+        teacher = dict(teacher_model=self.teacher, teacher_prompt=prompt, gate="learned")
+        fields = teacher | self.rewarded_fields() | self.video_fields | changes
+        if fields["gate"] == "learned":
+            fields["switch"] = "@switch"
+        return [OnPolicy(name=name, **fields)]
+
+    def rewarded_only(self, name="grpo", **changes):
+        """`name`: the same without a teacher's scores, GRPO."""
+        return [GRPO(name=name, **self.rewarded_fields() | changes)]
+
+    def rewarded_fields(self):
+        fields = dict(model="@sft", manifest=self.train, media="audio", val_manifest=self.val, **self.asked("think"))
+        return fields | self.rewarded | self.grpo_fields
+
+    def compared(self):
+        """SFT, GRPO after it and `on_policy`: evaluated on every split, and a report."""
+        rows = {"SFT": "sft", "SFT, then GRPO": "grpo", "SFT, then GRPO and the teacher's KL": "on_policy"}
+        stages, tables = [], {}
+        for title, name in rows.items():
+            tables[title] = {split: f"@{name}_{split}" for split in self.splits}
+            for split in self.splits:
+                stages.append(self.evaluate(f"{name}_{split}", f"@{name}", "think", split=split))
+        sft, grpo, taught = rows
+        report = Report(
+            tables=tables,
+            differences={"gained by GRPO": (grpo, sft), "gained by the teacher's KL": (taught, grpo)},
+            scored={taught: "@on_policy/completions.jsonl"},
+            curves={"After SFT": {title: f"@{rows[title]}/log.jsonl" for title in (grpo, taught)}},
+            switch="@switch",
+            clips=self.splits[self.main_split]["manifest"],
+            clips_of=self.main_split,
+            gallery=tuple(rows),
+        )
+        return [*stages, report]
 
     def evaluate(self, name, model, mode, media="audio", split=None, **fields):
         """An Evaluate stage, on the main split if none is named. mode: key of PROMPTS."""
@@ -237,6 +300,8 @@ def avqa(*, data="data", **changes):
         traces_fields=dict(num_samples=8, temperature=1.0),  # neither is stated
         sft_fields=sft | training,
         grpo_fields=dict(group_size=8, temperature=1.0, beta=0.04) | grpo | training,
+        analysis=f"{data}/vggsound/analysis.jsonl",
+        switch_fields=dict(weights="models/Cnn14_16k_mAP=0.438.pth", device="cuda"),
     ), **changes)  # fmt: skip
 
 
@@ -260,4 +325,7 @@ def toy(updates=200):
         traces_fields=dict(num_samples=4),
         sft_fields=dict(epochs=1000, max_steps=100, **training),
         grpo_fields=dict(epochs=100, max_steps=updates, **training),
+        analysis="@toy/analysis.jsonl",
+        switch_fields=dict(width=1 / 16, clip_s=1.0, epochs=6, lr=3e-3, augment="spec"),
+        rewarded=dict(manifest="@toy/train_truth.jsonl"),
     )  # fmt: skip

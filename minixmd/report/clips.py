@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from minixmd.inputs.contained import Contained
 from minixmd.inputs.media import MediaError, read_audio, read_frames
-from minixmd.runs.records import TRACE, read_records, read_verdicts
+from minixmd.runs.records import read_traces, read_verdicts
 from minixmd.tasks.statistics import digest
 
 MIME_TYPES = {  # of the media files that a page can hold and play
@@ -146,7 +146,7 @@ def read_judged_traces(traces_path, verdicts_path):
     """{clip: [{"sample", "text", "option", "verdict"} and, if judged, "score"]} of a file of traces. verdict:
     "accepted", "rejected", "not judged", or why not. ValueError: no FactCheck stage's verdicts, or on other traces."""
     traces = {}
-    for trace in read_records(traces_path, TRACE):
+    for trace in read_traces(traces_path):
         samples = traces.setdefault(trace["id"], {})
         sample = trace.get("sample", len(samples))  # FactCheck numbers them so where the file does not
         samples[sample] = {"sample": sample, "text": trace["text"], "option": trace.get("option"),
@@ -163,7 +163,7 @@ def read_judged_traces(traces_path, verdicts_path):
             trace["verdict"] = "accepted" if verdict["accepted"] else "rejected"
             trace["score"] = verdict["score"]
     accepted_path = verdicts_path and Path(verdicts_path).with_name("traces.jsonl")  # what FactCheck accepted
-    for judged in read_records(accepted_path, TRACE) if accepted_path and accepted_path.exists() else ():
+    for judged in read_traces(accepted_path) if accepted_path and accepted_path.exists() else ():
         trace = traces.get(judged["id"], {}).get(judged.get("sample"), judged)
         if trace["text"] != judged["text"]:
             raise ValueError(f"{verdicts_path}: sample {judged['sample']} of {judged['id']!r} was judged with other "

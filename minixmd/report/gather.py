@@ -44,25 +44,28 @@ def without(stage, failed):
     """The Report without what failed stages should have made, of which its `notes` tell. failed: {name: why}. Raises
     ValueError: no row is left."""
     notes = dict(stage.notes or {})
+
+    def left(value, *titles):
+        """A path, or dicts of them by title, of what was made; None for nothing."""
+        if isinstance(value, dict):
+            parts = {key: left(part, *titles, key) for key, part in value.items()}
+            return {key: part for key, part in parts.items() if part}
+        if why := failed.get(stage_of(value)):
+            notes[", ".join(titles)] = why
+            return None
+        return value
+
     changes = {}
-    for field in ("tables", "ablation", "senses", "funnel", "curves"):
-        table = {}
-        for title, cells in (getattr(stage, field) or {}).items():
-            for key, path in cells.items():
-                if why := failed.get(stage_of(path)):
-                    notes[f"{title}, {key}"] = why
-                else:
-                    table.setdefault(title, {})[key] = path
-        changes[field] = table
+    for field in ("tables", "ablation", "senses", "funnel", "curves", "scored"):
+        changes[field] = left(getattr(stage, field) or {})
     if not changes["tables"]:
         raise ValueError(f"{stage.name}: no row could be made")
     for field in ("clips", "traces", "verdicts", "switch"):
-        changes[field] = path = getattr(stage, field)
-        if path and (why := failed.get(stage_of(path))):
-            notes[field] = why
-            changes[field] = None
+        changes[field] = left(getattr(stage, field) or "", field) or None
     rows = changes["ablation"] | changes["tables"]
     changes["gallery"] = tuple(row for row in stage.gallery if stage.clips_of in rows.get(row, {}))
+    pairs = (stage.differences or {}).items()
+    changes["differences"] = {title: pair for title, pair in pairs if set(pair) <= rows.keys()}
     changes["roles"] = stage.roles
     columns = {stage.gap, *stage.bars, stage.clips_of}
     for row in stage.roles or ():
@@ -91,20 +94,16 @@ def gather(stage, folder):
     report = {
         "tables": tables,
         "ablation": accuracies(results["ablation"], beside.get("ablation", {})),
+        "differences": differences(stage),
         "benchmarks": {which: sections.breakdowns(rows, benchmarks) for which, rows in results.items()},
-        **dict.fromkeys(("roles", "classes", "senses", "switch", "funnel", "curves", "clips", "gallery")),
+        **dict.fromkeys(("roles", "classes", "senses", "switch", "funnel", "scored", "curves", "clips", "gallery")),
         "notes": dict(stage.notes or {}),
         "paper": paper or None,
     }
     media = Media(folder, stage.embed_mib)
     if stage.roles:
         report["roles"] = dict(zip(ROLES, stage.roles, strict=True))
-        report["gains"] = {}  # column that all three have -> by how much the student after is better
         paths = {role: stage.tables[row] for role, row in report["roles"].items()}
-        for column in paths["teacher"]:
-            if all(column in path_of for path_of in paths.values()):
-                teacher, before, after = (answers_beside(path_of[column]) for path_of in paths.values())
-                report["gains"][column] = {"before": compare(after, before), "teacher": compare(after, teacher)}
         by_role = {role: results["tables"][row] for role, row in report["roles"].items()}
         report["classes"] = sections.classes(by_role, stage.gap, stage.bars, paper.get("classes"))
         if stage.senses:
@@ -120,6 +119,8 @@ def gather(stage, folder):
         report["clips"] = clips(stage, paths, media)
     if stage.funnel:
         report["funnel"] = {title: sections.funnel(paths) for title, paths in stage.funnel.items()}
+    if stage.scored:
+        report["scored"] = {title: sections.scored(path) for title, path in stage.scored.items()}
     if stage.curves:
         report["curves"] = {title: sections.curves(logs) for title, logs in stage.curves.items()}
     for logs in (stage.curves or {}).values():
@@ -190,6 +191,23 @@ def accuracies(results, published):
         if column in published.get(row, {}):
             cell["paper"] = published[row][column]
     return table
+
+
+def differences(stage):
+    """[{"title", "column", "row", "less", what compare says}] of pairs of rows on every column that both have: those of
+    Report.differences, and the student after and each of the others."""
+    rows, pairs = {**stage.tables, **(stage.ablation or {})}, dict(stage.differences or {})
+    if stage.roles:
+        teacher, before, after = stage.roles
+        pairs |= {"the student after, less before": (after, before),
+                  "the student after, less the teacher": (after, teacher)}
+    found = []
+    for title, (row, less) in pairs.items():
+        for column in rows[row]:
+            if column in rows[less]:
+                both = (answers_beside(rows[name][column]) for name in (row, less))
+                found.append({"title": title, "column": column, "row": row, "less": less, **compare(*both)})
+    return found
 
 
 def clips(stage, rows, media):

@@ -1,13 +1,14 @@
 """Renders a report by the templates of this folder: page.html.j2, report.md.j2, and words.j2, sentences on figures."""
 import re
 from collections import Counter
-from math import floor, log10
+from math import exp, floor, log10
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from minixmd.tasks.statistics import wilson
 
+DOUBTS = (0.5, 0.1, 0.01, 0.001)  # probabilities; a token is drawn stronger below each, and doubted below the second
 ROLES = {"teacher": "teacher", "before": "student before", "after": "student after"}  # role -> what it is called
 
 
@@ -53,12 +54,14 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-TEMPLATES.globals.update(roles=ROLES, ticks=ticks, wilson=wilson)
+TEMPLATES.globals.update(roles=ROLES, ticks=ticks, wilson=wilson, doubts=DOUBTS)
 TEMPLATES.filters.update(
     columns_of=columns_of,
     commas="{:,}".format,
     count_each=Counter,
+    exp=exp,
     line=one_line,
     pct=lambda share: f"{100 * share:.1f}",
+    visible=lambda token: re.sub(r"\s", "␣", token.replace("\n", "↵")),
 )
 PLAIN_TEXT = TEMPLATES.overlay(autoescape=False)

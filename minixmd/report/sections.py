@@ -5,11 +5,10 @@ from pathlib import Path
 
 from minixmd.report.render import ROLES, words
 from minixmd.runs.files import read_json
-from minixmd.runs.records import DECISION, read_records
+from minixmd.runs.records import SCORED, read_records
 from minixmd.runs.value_checks import check_fields
 from minixmd.tasks.benchmarks import NAMES, TYPES, VERSIONED
 from minixmd.tasks.statistics import SUMMARY, groups, leads
-from minixmd.tasks.yes_no import tally
 
 # Figures that the papers published, in %. One stands beside an accuracy of this run only where row and column have the
 # paper's titles, as recipe_parts/ gives them; all stand on their own at the end of the report.
@@ -25,12 +24,16 @@ FUNNEL_SOURCES = {  # key of Report.funnel -> what only that stage's results.jso
     "checked": ("clips_with_accepted", "a FactCheck"),
     "verifier": ("calibration", "a FactCheck, with checker 'verifier',"),
 }
+SCORED_COMPLETIONS = 2  # of a step, at most
 LINE_POINTS = 150  # at most, of a line in a figure
 PANELS = {  # key of a log.jsonl -> title of the panel that draws it
     "reward": "mean reward",
     "completion_tokens": "completion length, tokens",
     "loss": "training loss",
     "kl": "KL to the teacher, in GRPO to the policy before",
+    "teacher_kl": "KL to the teacher, mean over the tokens it scores",
+    "teacher_dropped": "teacher's probability outside that KL, %",
+    "student_dropped": "student's probability outside that KL, %",
     "val_accuracy": "validation accuracy, %",
     "train_accuracy": "training accuracy, %",
 }
@@ -187,22 +190,15 @@ def count_better(better, worse, names):
 
 
 def switch(path, published):
-    """Where the clips of a switch.jsonl went, and tallies of its decisions against the table of classes: those in the
-    results.json beside it; the training clips' is made here if it lacks and records hold the right decision, "oracle".
-    published: {"validation" | "training": the paper's accuracy in %}. ValueError: no record is a Switch's decision."""
-    decided = [record for record in read_records(path, DECISION) if "p_teacher" in record]
-    if not decided:
-        raise ValueError(f"{path}: not the decisions of a Switch stage: no record has 'p_teacher'")
-    results_path = path.with_name("results.json")
-    results = read_json(results_path) if results_path.exists() else {}
+    """Where the clips of a switch.jsonl went, and tallies of its decisions against the table of classes, from the
+    results.json beside it. published: {"validation" | "training": the paper's accuracy in %}. ValueError: no Switch
+    stage's."""
+    results = read_json(path.with_name("results.json"))
+    check_fields(results, {"clips": int, "clips_to_teacher": int}, f"{path}: not a Switch stage's: its results.json")
     tallies = {part: results[part] for part in ("validation", "training") if part in results}
-    known = [record for record in decided if "oracle" in record]
-    if known and "training" not in tallies:
-        tallies["training"] = tally([record["p_teacher"] for record in known],
-                                    [record["oracle"] for record in known])
     return {
-        "clips": len(decided),
-        "to_teacher": sum(record["p_teacher"] >= 0.5 for record in decided),
+        "clips": results["clips"],
+        "to_teacher": results["clips_to_teacher"],
         "tallies": tallies,
         "words": {part: words("switch", tallies[part], published.get(part)) for part in tallies},
     }
@@ -268,6 +264,16 @@ def step(title, kept, total, left_out):
     if isinstance(left_out, str):
         left_out = {left_out: total - kept} if total > kept else {}
     return {"step": title, "count": kept, "of": total, "left_out": left_out}
+
+
+def scored(path):
+    """SCORED records of a completions.jsonl: of the first and the last step that have what the teacher says."""
+    lines = [line for line in read_records(path, SCORED) if line.get("teacher")]
+    steps = [line["step"] for line in lines]
+    found = []
+    for step in dict.fromkeys(steps[:1] + steps[-1:]):
+        found += [line for line in lines if line["step"] == step][:SCORED_COMPLETIONS]
+    return found
 
 
 def curves(logs):

@@ -39,3 +39,11 @@ def describe_device(stage):
     if device == "cpu":
         text += f", {torch.get_num_threads()} threads"
     return text
+
+
+def out_of_memory(error):
+    """Which ran out of memory, by an error: "the GPU" or "this machine"; None for another error."""
+    said = str(error).lower()
+    if isinstance(error, MemoryError) or "defaultcpuallocator" in said:
+        return "this machine"
+    return "the GPU" if "out of memory" in said or "alloc_failed" in said else None  # the second is cuBLAS's

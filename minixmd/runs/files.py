@@ -118,17 +118,12 @@ def write_json(path, value):
 
 def write_safetensors(path, tensors, metadata=None):
     """Replaces `path` by a safetensors file of {name: tensor} with string metadata. Tensors are written one by one; of
-    those on a GPU or not contiguous one at a time is copied, where safetensors' own writer would copy all. Raises
-    ValueError for memory of the CPU under two names, as it does."""
+    those on a GPU or not contiguous one at a time is copied, where safetensors' own writer would copy all."""
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # so that each is aligned
     header = {"__metadata__": metadata} if metadata else {}
-    owners, end = {}, 0
+    end = 0
     for name in order:
         tensor = tensors[name]
-        if tensor.device.type == "cpu" and tensor.nbytes:
-            owner = owners.setdefault(tensor.data_ptr(), name)
-            if owner != name:
-                raise ValueError(f"{path}: {owner} and {name} share their memory; one name must do for both")
         start, end = end, end + tensor.nbytes
         header[name] = dict(dtype=DTYPE_NAMES[tensor.dtype], shape=list(tensor.shape), data_offsets=[start, end])
     text = json.dumps(header).encode()

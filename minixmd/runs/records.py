@@ -4,7 +4,7 @@
     answers.jsonl    of Evaluate: ANSWER              switch.jsonl     of Switch: DECISION
     traces.jsonl     of Traces and FactCheck: TRACE   endpoint.jsonl   of a server: ENDPOINT_ANSWER
     samples.jsonl    of Traces: {"id", "samples": [{"text", "finished", "answer", "use"}]}
-    log.jsonl, completions.jsonl   of training
+    log.jsonl        of training                      completions.jsonl   of GRPO and OnPolicy: SCORED
 
 A clip that cannot be used has the record BAD in any of them but the last three. Lines may have other fields, too.
 """
@@ -27,11 +27,15 @@ BAD = {"id": str, "bad": str, "detail?": str}  # the reason, and what was wrong 
 TOPK = {"temperature": Annotated[float, "> 0"], "logsumexp": float, "ids": tuple[int, ...], "logits": tuple[float, ...]}
 LABEL = {"id": str, "option": str, "top?": TOPK}
 ANSWER = {"id": str, "question": str, "answer": Annotated[int, ">= 0"] | None, "right": bool}
-TRACE = {"id": str, "text": str, "sample?": int, "option?": str | None, "unanimous?": bool}
+TRACE = {"id": str, "text": str, "sample?": int, "option?": str | None, "unanimous?": bool, "ids?": tuple[int, ...],
+         "top?": {"ids": tuple[int, ...], "logprobs": tuple[float, ...]}}
 VERDICT = {"id": str, "sample": int, "score": float, "accepted?": bool}
 BAD_VERDICT = {"id": str, "sample": int, "bad": str, "detail": str}
 DECISION = {"id": str, "p_teacher?": Share, "oracle?": Share}
+LogP = Annotated[float, "<= 0.001"]  # 0 but for rounding
+SCORED = {"step": int, "id": str, "reward": float, "teacher?": tuple[tuple[str, LogP, LogP, str, LogP], ...]}
 ENDPOINT_ANSWER = {"key": str, "text": str, "finished": bool}
+ARRAYS = {"ids": "i", "logits": "d", "logprobs": "d"}  # fields of "top", with the type of their numbers
 
 
 def write_jsonl(path, records):
@@ -57,15 +61,12 @@ def read_jsonl(path):
     return [record for _, record in numbered_records(path)]
 
 
-def numbered_records(path, own=False):
-    """Yields (line number, object) of a JSONL file, UTF-8 with or without a mark; blank lines are passed over. own: the
-    file is one to which this program appends: a blank line is an error, and a last line without its end, which a kill
-    left behind, is passed over. Raises ValueError, with file and line, for a line that is not a JSON object."""
+def numbered_records(path):
+    """Yields (line number, object) of a JSONL file, UTF-8 with or without a mark; blank lines are passed over. Raises
+    ValueError, with file and line, for a line that is not a JSON object."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if own and not line.endswith(b"\n"):
-                break
-            if not own and not line.strip():
+            if not line.strip():
                 continue
             try:
                 record = parse_json(line)
@@ -86,11 +87,11 @@ def drop_torn_line(path, consequence=""):
                    file=sys.stderr)
 
 
-def read_records(path, kind, bad=BAD, own=False, key=None):
+def read_records(path, kind, bad=BAD, key=None):
     """Yields the lines of a file, each checked to have the fields of a kind, such as LABEL, or of `bad` where it has
-    "bad". key: fields of which no two records may have the same values, such as "id sample". own: numbered_records'."""
+    "bad". key: fields of which no two records may have the same values, such as "id sample"."""
     line_of = {}
-    for number, record in numbered_records(path, own):
+    for number, record in numbered_records(path):
         check_fields(record, bad if "bad" in record else kind, f"{path}:{number}:")
         if key:
             value = itemgetter(*key.split())(record)
@@ -100,9 +101,11 @@ def read_records(path, kind, bad=BAD, own=False, key=None):
 
 
 def compact(record):
-    """A record with its best ids and their logits, if it has any, in arrays: a quarter of the memory of lists."""
-    if top := record.get("top"):
-        top["ids"], top["logits"] = array("i", top["ids"]), array("d", top["logits"])
+    """A record with its best ids and their numbers, or its samples', in arrays: a quarter of the memory of lists."""
+    for holder in (record, *record.get("samples", ())):
+        top = holder.get("top", {})
+        for name in top.keys() & ARRAYS:
+            top[name] = array(ARRAYS[name], top[name])
     return record
 
 
@@ -122,6 +125,24 @@ def read_labels(path):
     return found
 
 
+def read_traces(path):
+    """Yields the records of traces. One with "top" has the "ids" that its teacher sampled and, in "top", a row of the
+    teacher's best ids and one of their log-probabilities for each, row after row, of one width in all the file."""
+    width = None
+    for record in read_records(path, TRACE):
+        if "top" in record and "bad" not in record:
+            top = record["top"]
+            sampled, ids, logprobs = record.get("ids", ()), top["ids"], top["logprobs"]
+            width = width or len(ids) // max(len(sampled), 1)
+            if not (sampled and 1 <= width <= 64 and len(ids) == len(logprobs) == width * len(sampled)):
+                raise ValueError(f"{path}: 'top' of {record['id']!r} must hold 1 to 64 ids and logprobs for each of "
+                                 f"its {len(sampled)} 'ids', as in other lines, got {len(ids)} and {len(logprobs)}")
+            if min(*sampled, *ids) < 0 or max(*sampled, *ids) >= 2**31 or max(logprobs) > 0:
+                raise ValueError(f"{path}: {record['id']!r} must hold ids from 0 to 2**31 - 1, and logprobs up to 0")
+            compact(record)
+        yield record
+
+
 @remembered(2)
 def read_decisions(path):
     """{clip id: record} of a switch's decisions."""
@@ -139,9 +160,9 @@ def read_verdicts(path, needs_accepted=False):
 
 
 def read_endpoint_answers(path):
-    """{key: record} of endpoint.jsonl; empty if there is none. A torn last line is dropped if the others are good."""
-    records = list(read_records(path, ENDPOINT_ANSWER, own=True, key="key")) if path.exists() else ()
+    """{key: record} of endpoint.jsonl; empty if there is none. A torn last line is dropped first."""
     drop_torn_line(path, "; it is asked again")
+    records = read_records(path, ENDPOINT_ANSWER, key="key") if path.exists() else ()
     return {record["key"]: record for record in records}
 
 

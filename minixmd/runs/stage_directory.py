@@ -4,6 +4,7 @@
     config.py      the config file as given        versions.json      what it last ran with
     log.jsonl      one line a step or event        completions.jsonl  GRPO: some completions as text
     state.json     training: where to resume, with the weights and the optimizer (training_state.py), until it is done
+    validation/    training: answers to val_manifest, a file for each step after which it was validated
     slots.json     what decode_slots "auto" was, on a GPU
     done.json      written last: the stage is finished
 
@@ -27,7 +28,7 @@ from minixmd.runs.training_state import LOGS, load_state, remove_leftovers
 # fields that may change between two starts of an unfinished stage, those for memory among them, which change results
 # by rounding (but a clip may be too long for one micro_batch_tokens and not for another); a local model in an
 # endpoint's place, or the reverse, changes `model` and `served` too and is refused
-MAY_CHANGE = ("micro_batch_tokens", "checkpointing", "reference", "decode_slots",
+MAY_CHANGE = ("micro_batch_tokens", "checkpointing", "reference", "teacher_place", "decode_slots",
               "max_bad", "clip_limit_s", "allow_outside", "cache_gib", "endpoint", "api_key_env", "concurrency",
               "timeout_s", "attempts", "retry_backoff_s", "logprobs")
 

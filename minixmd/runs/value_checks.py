@@ -98,11 +98,13 @@ def describe(annotation):
         *most, last = map(repr, inner)
         text = f"{', '.join(most)} or {last}"
     elif origin is tuple:
-        text = f"a list of {inner[0].__name__}" if inner[-1] is ... else f"{len(inner)} {inner[0].__name__}s"
+        kind = take_apart(inner[0])[0].__name__
+        text = f"a list of {kind}" if inner[-1] is ... else f"{len(inner)} {kind}s"
     elif isinstance(annotation, dict):
         text = f"an object of {', '.join(name for name in annotation if not name.endswith('?'))}"
     elif inner:
-        text = "a dict of dicts of str" if get_origin(inner[1]) else "a dict of objects"
+        values = {dict: "dicts of str", tuple: "lists of str"}.get(get_origin(inner[1]))
+        text = f"a dict of {values or ('str' if inner[1] is str else 'objects')}"
     else:
         text = TYPE_NAMES[annotation]
     return " or ".join([text, *map(repr, others)])

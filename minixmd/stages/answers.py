@@ -1,9 +1,8 @@
 """Stage Answers: what people or another system answered, as the results that Evaluate gives.
 
 Another system's file has a line a question: {"id", "answer": index or text of an option, or null}, {"id", "text": what
-it wrote}, or {"id", "bad": why it could not be asked}; tools/answers_of.py writes such lines. People's answers are a
-folder with a file a participant, as the page of tools/listening_test.py makes it.
-"""
+it wrote}, or {"id", "bad": why it could not be asked}, as tools/answers_of.py writes them. People's answers are a
+folder with a file a participant, as the page of tools/listening_test.py makes it."""
 import json
 from collections import Counter
 from pathlib import Path
@@ -33,8 +32,7 @@ def run(stage, folder, log):
 
 
 def read(stage, examples):
-    """(a record an example, participants who {"finished", "stopped"}, or None). Raises ValueError as the functions
-    below."""
+    """(a record an example, participants who {"finished", "stopped"}, or None). Raises as the functions below."""
     if Path(stage.file).is_dir() != (stage.condition is not None):
         raise ValueError(f"{stage.name}: file {stage.file!r} with condition {stage.condition!r}: a folder of "
                          "participants' files needs one, another system's file none")
@@ -44,8 +42,8 @@ def read(stage, examples):
 
 
 def read_answers(stage, by_id):
-    """{id of an Example: its record} of another system's file. Raises ValueError for a line about none of them, or two
-    about one, without an answer, or with one that is no option."""
+    """{id of an Example: its record} of another system's file. Raises ValueError for a line that answers none of them,
+    or one again, or by no option."""
     found = {}
     for number, line in numbered_records(stage.file):
         where = f"{stage.file}:{number}:"
@@ -76,9 +74,8 @@ def option_index(answer, example, where):
 
 
 def read_trials(stage, by_id):
-    """({id of an Example: its record}, how many participants {"finished", "stopped"}) of a folder of participants'
-    files. Raises ValueError for a file that was changed, is of another test or a participant's second one, and for a
-    question that two answered."""
+    """({id of an Example: its record}, how many {"finished", "stopped"}) of a folder of participants' files. Raises
+    ValueError: a file was changed, is of another test or a participant's second one; or two answered a question."""
     sessions = Counter(finished=0, stopped=0)
     found = {}
     files = {}  # number of a participant -> the file
@@ -116,7 +113,6 @@ def read_trials(stage, by_id):
 
 
 def checksum(session):
-    """What a participant's file must have as its checksum."""
     rest = {name: value for name, value in session.items() if name != "checksum"}
     return fnv_1a(json.dumps(rest, separators=(",", ":"), ensure_ascii=False).encode())
 

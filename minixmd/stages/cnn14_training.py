@@ -37,10 +37,9 @@ def load_logmels(examples, stage):
 
 
 def train_epochs(stage, model, optimizer, batch_loss, items, batch_size, first_epoch=0):
-    """Trains epoch by epoch on every item in a new order, by the seed and its number; a smaller last batch is left out.
-    batch_loss: function(items of a batch, generator on the model's device for augmentation and dropout) -> scalar.
-    first_epoch: epochs that are done. Yields after each epoch its number, from 1, and the losses of its steps: (S,)
-    fp32, on the model's device. Raises ValueError where one is not finite."""
+    """Trains epoch by epoch on every item in a new order, by seed and epoch; a smaller last batch is left out.
+    batch_loss: function(items of a batch, generator for augmentation and dropout) -> scalar. first_epoch: epochs that
+    are done. Yields after each its number, from 1, and its steps' losses (S,), fp32. Raises ValueError: not finite."""
     device = next(model.parameters()).device
     steps = len(items) // batch_size
     bar = tqdm(range(first_epoch, stage.epochs), stage.name, stage.epochs, initial=first_epoch, unit="epoch")

@@ -1,13 +1,10 @@
 """Asks an OpenAI-compatible endpoint, such as a vLLM server: several requests at a time, each answer on disk at once.
 
 A request that fails is tried again. One that keeps failing is counted under its reason and not written down, so that
-the same command asks it again:
+the same command asks it again. Any other status than these means a wrong key, model or URL and stops the stage at once:
 
     the endpoint's fault          timed out, no connection, rate limited (HTTP 429), server error (5xx)
-    possibly the clip's fault     rejected (400, 413, 422; not tried again), nonsense (no chat completion, or no use)
-
-Any other status means a wrong key, model or URL and stops the stage at once.
-"""
+    possibly the clip's fault     rejected (400, 413, 422; not tried again), nonsense (no chat completion, or no use)"""
 import base64
 import io
 import math
@@ -18,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
-from types import MappingProxyType
 
 import av
 import soundfile
@@ -39,8 +35,6 @@ DETAIL_CHARS = 300  # of the server's words that a failed request's record quote
 CACHED_CLIPS = 16  # that are kept as they are sent: all requests about a clip are made in a row
 REASONS = {400: "rejected", 408: "timed out", 413: "rejected", 422: "rejected", 429: "rate limited"}
 ENDPOINT_FAULTS = ("timed out", "no connection", "rate limited", "server error")
-WITHOUT_LOGPROBS = "answer='generate', and another run_dir"
-NO_TRACES = MappingProxyType({})
 CLIP_FAULTS = ("rejected", "nonsense")
 
 
@@ -86,7 +80,8 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
                 records[record["key"]] = record
                 bar.update()
                 if needs_logprobs and "top" not in record and "bad" not in record:
-                    raise ValueError(f"{stage.name}: {stage.endpoint} gives no log-probs; set {WITHOUT_LOGPROBS}")
+                    raise ValueError(f"{stage.name}: {stage.endpoint} gives no log-probs; set answer='generate', and "
+                                     "another run_dir")
         finally:
             client.stop.set()
             client.contained.stop()
@@ -100,12 +95,11 @@ def ask_endpoint(stage, requests, path, unit, *, max_tokens, temperature, logpro
     return results
 
 
-def ask_about(stage, examples, path, unit, *, num_samples, traces=NO_TRACES, **options):
-    """[an Example's answers, `num_samples` records of ask_endpoint], in order. traces: {id: text for the prompt's
-    {trace}}. options: of ask_endpoint."""
+def ask_about(stage, examples, path, unit, *, num_samples, traces=None, **options):
+    """[an Example's `num_samples` records of ask_endpoint], in order. traces: {id: text for the prompt's {trace}}."""
     requests = []
     for example in examples:
-        make_messages = partial(messages, example, stage.media, stage.prompt, traces.get(example.id, ""))
+        make_messages = partial(messages, example, stage.media, stage.prompt, (traces or {}).get(example.id, ""))
         for i in range(num_samples):
             seed = hash_seed(stage.seed, example.id, i) % 2**31
             requests.append(Request(f"{example.id}/{i}", make_messages, seed))
@@ -191,9 +185,6 @@ class _Client:
             key = f"{'the' if self.api_key else 'no'} key in environment variable {self.stage.api_key_env}"
             raise ValueError(f"{self.stage.name}: {self.stage.endpoint} refuses model {self.stage.served!r}, asked "
                              f"with {key}: {detail}") from None
-        if "logprobs" in self.options and reason == "rejected" and "logprob" in response.text.lower():
-            how = "logprobs=False" if hasattr(self.stage, "logprobs") else WITHOUT_LOGPROBS
-            detail += f" (if the server gives no log-probs, set {how})"
         pause = response.headers.get("Retry-After", "")
         return reason or "server error", detail, float(pause) if pause.isdecimal() else 0.0
 

@@ -5,12 +5,11 @@ from tqdm import tqdm
 
 from minixmd.inputs.examples import SPECIAL_TOKEN, check_answers, read_examples
 from minixmd.runs.files import write_json
-from minixmd.runs.records import TRACE, count_bad, read_records, write_jsonl
+from minixmd.runs.records import count_bad, read_traces, write_jsonl
 from minixmd.stages.multiple_choice import answer_examples
-from minixmd.tasks.benchmarks import NAMES, VERSIONED, WAYS, benchmark_of, mmau_table, music_table, same
-from minixmd.tasks.statistics import clustered_interval, digest, summary, tabulate
+from minixmd.tasks.benchmarks import NAMES, VERSIONED, WAYS, benchmark_of, same
+from minixmd.tasks.statistics import breakdown, clustered_interval, digest, tabulate
 
-PRINTED_TABLES = ("task", "difficulty", "modality", "category", "audio", "every")  # of a benchmark, where it has them
 WRITING_FIELDS = ("answer", "max_new_tokens", "rule", "stop", "num_samples", "temperature", "seed")  # in results.json
 LOGGED = ("count", "correct", "accuracy", "interval", "bad", "without_trace", "how", "unfinished", "disagreement")
 
@@ -36,8 +35,8 @@ def run(stage, folder, log):
 
 
 def collect(stage, folder, log, examples, records, asked, benchmark):
-    """Writes results.json and answers.jsonl: a record a clip, with a digest of the question and whether it is right.
-    asked: who answered what and how, for results.json."""
+    """Writes results.json, with `asked` (who answered what and how), and answers.jsonl: the records, each with a digest
+    of its question and whether it is right."""
     results = asked | {"bad": count_bad(records, stage.name, stage.max_bad)}
     results |= tabulate(examples, records, stage.rule)
     results |= how_read(examples, records, stage.rule)
@@ -86,7 +85,7 @@ def first_traces(stage, examples):
     if stage.traces is None:
         return {}, {}
     in_file = {}
-    for record in read_records(stage.traces, TRACE):
+    for record in read_traces(stage.traces):
         in_file.setdefault(record["id"], record["text"])
     traces, without = {}, {}
     for example in examples:
@@ -103,8 +102,7 @@ def first_traces(stage, examples):
 
 
 def describe_benchmark(stage, examples):
-    """{"name", of MMAU and MMAR also "version", "sha256"} of a manifest's benchmark, or None. ValueError: two versions
-    of it."""
+    """{"name", of MMAU and MMAR also "version", "sha256"} of a manifest's benchmark, or None. ValueError: two of it."""
     name = benchmark_of(examples)
     sources = {(e.source or "").casefold()[:4] for e in examples}
     official = [other for other in VERSIONED if other == name or other in sources]
@@ -123,25 +121,14 @@ def describe_benchmark(stage, examples):
     return {"name": name, "version": version, "sha256": sha256}
 
 
-def breakdown(name, metas, rights):
-    """The tables of a benchmark with a summary for each list, from the meta of all good clips and a boolean each."""
-    grouped = music_table(metas, rights) if name == "music_avqa" else mmau_table(metas, rights, name)
-    tables = {}
-    for title, table in grouped.items():
-        if isinstance(table, list):
-            tables[title] = summary(table)
-        else:
-            tables[title] = {row: summary(hits) for row, hits in table.items()}
-    return tables
-
-
 def print_results(stage, results):
     benchmark = results.get("benchmark", {})
     title = " ".join(benchmark[key] for key in ("name", "version") if key in benchmark)
     line = f"{stage.name}: {percent(results)} of {results['count']} right" + (f" on {title}" if title else "")
     if results.get("num_samples", 1) > 1:
         line += f" by the majority of {results['num_samples']}"
-    line += f" (95 % interval {interval(results)})"
+    low, high = results["interval"]
+    line += f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
     if "letters" in results:
         line += (f"; by the letters' logits {percent(results['letters'])}, which differ on "
                  f"{100 * results['disagreement']:.1f} %")
@@ -150,18 +137,7 @@ def print_results(stage, results):
     if results.get("without_trace"):
         line += f"; asked without a trace: {results['without_trace']}"
     tqdm.write(line + (f", bad: {results['bad']}" if results["bad"] else ""))
-    if benchmark:
-        tqdm.write(f"{stage.name}: {title}")
-        for table in PRINTED_TABLES:
-            for name, row in benchmark.get(table, {}).items():
-                if row["count"]:
-                    tqdm.write(f"  {table:12}{name:24}{percent(row):>7} of {row['count']:<5} ({interval(row)})")
 
 
 def percent(part):
     return f"{100 * part['accuracy']:.1f} %"
-
-
-def interval(part):
-    low, high = part["interval"]
-    return f"{100 * low:.1f} to {100 * high:.1f}"

@@ -1,12 +1,13 @@
 """Stage FactCheck: does a trace claim only what its clip holds? Section 3.2 of SightSound-R1.
 
 A checker judges the thoughts and is not shown the answer after them: whether the two agree can be seen without
-listening. Each verdict keeps its score. A trace that could not be judged is not accepted.
-"""
+listening. A trace that could not be judged is not accepted."""
+import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -17,7 +18,7 @@ from minixmd.inputs.prompts import batch_by_tokens, prefetch
 from minixmd.runs.device import resolve_device
 from minixmd.runs.distributed import compute_shards, gather, rank_and_world_size
 from minixmd.runs.files import read_json, write_json, write_safetensors
-from minixmd.runs.records import TRACE, count_bad, read_records, read_verdicts, write_jsonl
+from minixmd.runs.records import count_bad, read_traces, read_verdicts, write_jsonl
 from minixmd.runs.seeds import hash_seed
 from minixmd.stages import endpoint
 from minixmd.stages.cnn14_training import load_logmels
@@ -82,6 +83,9 @@ def collect(stage, folder, log, traces, verdicts, calibration):
         results["unanimous"][part] = sum(record["unanimous"] for record in records)
     write_jsonl(folder / "verdicts.jsonl", verdicts)
     write_jsonl(folder / "traces.jsonl", accepted)
+    tokenizer = Path(stage.traces).with_name("tokenizer.json")  # of ids that go with the traces
+    if tokenizer.exists():
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
     write_json(folder / "results.json", results)
     log(results)
     tqdm.write(f"{stage.name}: {len(accepted):,} of {len(traces):,} traces accepted, of "
@@ -95,7 +99,7 @@ def select_traces(stage, examples):
     may leave out "sample" (numbered then, clip by clip) and "unanimous" (true). Raises ValueError for a line that is no
     trace, of no clip of the manifest, or a duplicate; or for nothing to judge."""
     traces, counts = {}, Counter()
-    for number, record in enumerate(read_records(stage.traces, TRACE), 1):
+    for number, record in enumerate(read_traces(stage.traces), 1):
         clip_id = record["id"]
         if clip_id not in examples:
             raise ValueError(f"{stage.traces}: trace {number} is of {clip_id!r}, which is not in {stage.manifest}")
@@ -160,8 +164,7 @@ def judge_by_model(stage, folder, traces):
 
 
 def usable_prompts(stage, model, processor, runs, verdicts):
-    """Yields share_prefix's pairs of what can be judged; fills in the other verdicts. A run of traces is of one clip,
-    which is read and encoded once."""
+    """Yields share_prefix's pairs of what can be judged; fills in the other verdicts. A run's clip is read once."""
     def build(run, load):
         heard = []  # what was read of the clip
 

@@ -1,14 +1,12 @@
-"""Opens and checks all files that the stages of a config will read, before the first of them runs.
-
-What an earlier stage has yet to write ("@name") cannot be checked; a field beside it is then read by itself.
-"""
+"""Opens and checks all files that the stages of a config will read, before the first of them runs; those that an
+earlier stage has yet to write ("@name") are left out."""
 import os
 
 from minixmd.config import TRAINING, Answers, Distill, Evaluate, FactCheck, Report, Switch
 from minixmd.inputs.examples import MEDIA_KINDS, check_answers, check_media, read_manifest
 from minixmd.learning.targets import follows_teacher, resolve_targets
 from minixmd.models.cnn14 import make_cnn14
-from minixmd.runs.records import TRACE, read_decisions, read_labels, read_records, read_verdicts
+from minixmd.runs.records import read_decisions, read_labels, read_traces, read_verdicts
 from minixmd.stages import answers
 from minixmd.stages.evaluate import first_traces
 from minixmd.stages.factcheck import select_traces
@@ -16,7 +14,7 @@ from minixmd.stages.switch import check_labels
 
 MANIFESTS = ("manifest", "val_manifest", "train_manifest", "clips")
 READERS = {
-    "traces": lambda path: list(read_records(path, TRACE)),
+    "traces": lambda path: [None for _ in read_traces(path)],
     "verdicts": read_verdicts,
     "switch": read_decisions,
     "teacher_labels": read_labels,

@@ -12,14 +12,12 @@ def run(stage, folder, log):
     records = answer_examples(stage, folder, examples, log)
     if records is None:
         return
-    bad = count_bad(records, stage.name, stage.max_bad)
+    count_bad(records, stage.name, stage.max_bad)
     for i, record in enumerate(records):
         if "bad" not in record and record["option"] is None:
             detail = f"its answer names none: {record['text']!r}"
             records[i] = {"id": record["id"], "bad": "no option", "detail": detail}
-            bad["no option"] = bad.get("no option", 0) + 1
-    if sum(bad.values()) == len(records):
-        raise ValueError(f"{stage.name}: no clip is labelled: {bad}, such as {records[0]}")
+    bad = count_bad(records, stage.name, 1.0)
     write_jsonl(folder / "labels.jsonl", records)
     log({"count": len(records), "bad": bad})
     tqdm.write(f"{stage.name}: {len(records) - sum(bad.values())} clips labelled" + (f", bad: {bad}" if bad else ""))

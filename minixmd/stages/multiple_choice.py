@@ -1,8 +1,7 @@
-"""Puts a manifest's multiple-choice questions to a model: by the letters' logits, or by what the model writes. A clip
-that cannot be used becomes a record with the reason."""
+"""Puts a manifest's multiple-choice questions to a model: by the letters' logits, or by what the model writes."""
 import math
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from string import ascii_uppercase
 
@@ -22,7 +21,7 @@ from minixmd.models.sharding import finish_passes
 from minixmd.runs.device import runtime_of
 from minixmd.runs.distributed import compute_shards, gather, rank_and_world_size, written_shard
 from minixmd.runs.heartbeat import beat
-from minixmd.runs.records import bad_record, count_bad
+from minixmd.runs.records import bad_record, count_bad, write_jsonl
 from minixmd.runs.seeds import shuffled
 from minixmd.stages.endpoint import ask_about
 from minixmd.tasks.answers import parse_answer
@@ -44,11 +43,10 @@ class Writing:
 
     @classmethod
     def of(cls, stage):
-        """How an Evaluate or Label stage's answers are written; a label is one greedy answer."""
-        if isinstance(stage, Label):
+        """How a stage's model writes; a label is one greedy answer."""
+        if isinstance(stage, Label):  # its temperature is that of the distillation
             return cls(stage.max_new_tokens, slots=stage.slots)
-        return cls(stage.max_new_tokens, stage.num_samples, stage.temperature, stage.stop, stage.rule, stage.seed,
-                   stage.slots)
+        return cls(**{f.name: getattr(stage, f.name) for f in fields(cls) if hasattr(stage, f.name)})
 
 
 def model_of(stage):
@@ -60,28 +58,34 @@ def model_of(stage):
 
 
 def answer_examples(stage, folder, examples, log, traces=None):
-    """The records of an Evaluate or Label stage's examples, in order, by its model or endpoint; None on all processes
-    but the first. traces: as in Questions."""
+    """The records of an Evaluate or Label stage's examples; None on all processes but the first. traces: Questions'."""
     if stage.endpoint is not None:
-        return ask_for_answers(stage, folder, examples, traces or {})
+        return ask_for_answers(stage, folder, examples, traces)
     get_model, finish = model_of(stage)
-    ask, shard_size, usage = score_letters, None, Usage()
+    ask, shard_size, room, usage = score_letters, None, 0, Usage()
     if stage.answer == "generate":
         ask = partial(write_answers, writing=Writing.of(stage), kept={}, usage=usage)
-        shard_size = written_shard(len(examples))
+        shard_size, room = written_shard(len(examples)), stage.max_new_tokens
     top = {}
     if isinstance(stage, Label):
         top = dict(top_k=stage.top_k, top_temperature=stage.temperature)
 
     def compute(examples):
-        return ask(*get_model(), examples, stage.prompt_format, batch_tokens=stage.batch_tokens, traces=traces, **top)
+        model, processor = get_model()
+        questions = Questions(processor, examples, stage.prompt_format, room, traces or {}, **top)
+        return ask(model, questions, batch_tokens=stage.batch_tokens)
 
     records = compute_shards(compute, examples, folder / "shards", stage.name, "clip", shard_size, finish)
     usage.write_to(log)
-    if records is not None and top.get("top_k"):  # the tokenizer says what the stored ids mean
-        base, _ = base_and_adapters(model_folder(stage.model))
-        shutil.copyfile(base / "tokenizer.json", folder / "tokenizer.json")
+    if records is not None and top.get("top_k"):
+        copy_tokenizer(stage, folder)
     return records
+
+
+def copy_tokenizer(stage, folder):
+    """Copies the tokenizer.json of a stage's model beside what it writes: it says what stored ids mean."""
+    base, _ = base_and_adapters(model_folder(stage.model))
+    shutil.copyfile(base / "tokenizer.json", folder / "tokenizer.json")
 
 
 def ask_for_answers(stage, folder, examples, traces):
@@ -169,8 +173,7 @@ class Questions:
 
 
 def next_token_logits(model, items):
-    """Logits of the first token after each Prompt, and each completion of a Group, in order, from one packed forward
-    pass: (B, V) on the CPU."""
+    """Logits of the first token after each Prompt, and each completion of a Group, in order: (B, V) on the CPU."""
     beat()
     batch = pack(items).to(model.device)
     parents = {segment.parent for segment in batch.segments}
@@ -180,15 +183,12 @@ def next_token_logits(model, items):
 
 
 @torch.inference_mode()
-def score_letters(model, processor, examples, prompt_format, *, batch_tokens=BATCH_TOKENS, traces=None, top_k=0,
-                  top_temperature=1.0):
-    """Reads the letters' logits where the answer would start, in one forward pass a batch. prompt_format, traces and
-    top_k, top_temperature: as in Questions.
+def score_letters(model, questions, batch_tokens=BATCH_TOKENS):
+    """Reads the letters' logits where the answers of Questions would start, in one forward pass a batch.
 
     Returns a JSON-able record an example, in order: {"id", "answer": index, "option", "logits"} or {"id", "bad",
     "detail"}; with top_k also "top": {"ids", "logits", "temperature", "logsumexp"}. Raises ValueError for an example
     that lacks the medium, a prompt over the limit, or logits that are not finite."""
-    questions = Questions(processor, examples, prompt_format, 0, traces or {}, top_k, top_temperature)
     for pairs in batch_by_tokens(questions.prompts(), batch_tokens):
         logits_BV = next_token_logits(model, [prompt for _, prompt in pairs])
         for (example, _), logits_V in zip(pairs, logits_BV, strict=True):
@@ -225,14 +225,12 @@ def write(model, questions, writing, *, prefill_tokens=BATCH_TOKENS, on_prompts=
 
 
 @torch.inference_mode()
-def write_answers(model, processor, examples, prompt_format, writing, *, batch_tokens=BATCH_TOKENS, traces=None,
-                  top_k=0, top_temperature=1.0, kept=None, usage=None):
-    """Lets the model write its answers, and reads which option each means. Returns and raises as score_letters, where
-    "answer" and "option" may be None, with "by_letters": index by the logits, "how": one of benchmarks.WAYS, "text",
-    and "finished": the model ended its turn or wrote a stop. With num_samples > 1 those are of the sample that was
-    chosen by vote, beside "votes": {option: count} and all "texts"."""
-    questions = Questions(processor, examples, prompt_format, writing.max_new_tokens, traces or {}, top_k,
-                          top_temperature)
+def write_answers(model, questions, writing, *, batch_tokens=BATCH_TOKENS, kept=None, usage=None):
+    """Lets the model answer Questions, and reads which option each answer means. Returns and raises as score_letters,
+    where "answer" and "option" may be None, with "by_letters": index by the logits, "how": one of benchmarks.WAYS,
+    "text", and "finished": the model ended its turn or wrote a stop. With num_samples > 1 those are of the sample that
+    was chosen by vote, beside "votes": {option: count} and all "texts"."""
+    prompt_format = questions.prompt_format
 
     def read_first_letters(examples, logits_GV):
         for example, logits_V in zip(examples, logits_GV.cpu(), strict=True):
@@ -249,8 +247,7 @@ def write_answers(model, processor, examples, prompt_format, writing, *, batch_t
 
 
 def read_texts(record, example, completions, rule, letters):
-    """Adds to an example's record what most of its completions, [(text, finished)], mean. rule, letters: as of
-    benchmarks.vote."""
+    """Adds to an example's record what most of its completions, [(text, finished)], mean, by benchmarks.vote."""
     texts = [text for text, _ in completions]
     chosen, index, how, votes = vote(texts, example.options, rule, letters)
     option = None if index is None else example.options[index]
@@ -271,19 +268,24 @@ def read_validation(stage):
     return shuffled(examples, stage.seed, "validation")[:stage.val_limit]
 
 
-def validation_accuracy(model, processor, examples, stage):
+def validation_accuracy(model, processor, examples, stage, file):
     """(accuracy, {reason: number of bad clips}) on a training stage's validation examples: by letters, or in GRPO and
-    with traces by greedily written answers, read as strictly as the reward reads them."""
+    with traces by greedily written answers, read as strictly as the reward reads them. file: of the records."""
     rank, world_size = rank_and_world_size()
     own = examples[rank::world_size]
     if getattr(stage, "writes", False):
         writing = Writing(stage.max_new_tokens, stop=getattr(stage, "stop", ()), slots=stage.slots)
-        records = write_answers(model, processor, own, stage.prompt_format, writing)
+        questions = Questions(processor, own, stage.prompt_format, stage.max_new_tokens)
+        records = write_answers(model, questions, writing)
         for example, record in zip(own, records, strict=True):
             if "bad" not in record:
                 record["answer"] = parse_answer(record["text"], example.options, stage.prompt_format.asks_for_letter)
     else:
-        records = score_letters(model, processor, own, stage.prompt_format)
+        records = score_letters(model, Questions(processor, own, stage.prompt_format))
     shares = gather(records)
     records = [shares[i % world_size][i // world_size] for i in range(len(examples))]
-    return tabulate(examples, records)["accuracy"], count_bad(records, stage.name, stage.max_bad)
+    bad = count_bad(records, stage.name, stage.max_bad)
+    if rank == 0:
+        file.parent.mkdir(exist_ok=True)
+        write_jsonl(file, records)
+    return tabulate(examples, records)["accuracy"], bad

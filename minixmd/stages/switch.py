@@ -3,8 +3,7 @@
 Section 4.2 of "Bridging Ears and Eyes". Every clip of the analysis split gets its class's label: 1 where the teacher
 got more of the class right than the student, else 0 (a tie leaves the student its own answer). The Cnn14 learns that
 label on nine clips in ten of each class; the others validate it. Then it decides for every clip of another split, whose
-labels are read for two things only: how often the decision is right, and "oracle", what the true class would have said.
-"""
+labels are read for two figures only: how often the decision is right, and "oracle", what the true class would say."""
 from collections import defaultdict
 from functools import partial
 
@@ -159,7 +158,7 @@ def fit(stage, folder, log, examples, gain):
     if len(train) < 2 or not val:
         raise ValueError(f"{stage.manifest}: {len(examples)} examples are too few to learn from and to validate")
     model, state = restore(stage, folder)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = dict(model.named_parameters())
     optimizer = torch.optim.Adam(parameters.values(), lr=stage.lr)
     lines = []
     if state is not None:

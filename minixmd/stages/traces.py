@@ -3,18 +3,27 @@
 Section 3.1 of SightSound-R1. A sample is usable if it ended in time and has the form that the student shall learn,
 <think>…</think><answer>…</answer> with one of the options in it. A clip whose samples are all usable and agree is
 unanimous, and their answer is the teacher's label. A sample depends on (seed, clip, sample number) alone.
+
+With top_k a trace also has the "ids" that were sampled and, in "top", for each of them the teacher's best ids and their
+log-probabilities as it samples: at its temperature, without suppressed ids. All other ids have the rest of 1.
 """
 from collections import Counter
+from itertools import chain
 
+import torch
 from tqdm import tqdm
 
+from minixmd.inputs.batch import Group, pack
 from minixmd.inputs.examples import SPECIAL_TOKEN, read_examples
+from minixmd.inputs.prompts import batch_by_tokens
+from minixmd.learning.logprobs import SampledVocabulary, top_logprobs
 from minixmd.learning.rollout import Usage
 from minixmd.runs.distributed import compute_shards, written_shard
 from minixmd.runs.files import write_json
-from minixmd.runs.records import count_bad, write_jsonl
+from minixmd.runs.heartbeat import beat
+from minixmd.runs.records import compact, count_bad, write_jsonl
 from minixmd.stages import endpoint
-from minixmd.stages.multiple_choice import Questions, Writing, model_of, write
+from minixmd.stages.multiple_choice import BATCH_TOKENS, Questions, Writing, copy_tokenizer, model_of, write
 from minixmd.tasks.answers import parse_answer
 from minixmd.tasks.rewards import FORMAT
 
@@ -49,10 +58,11 @@ def collect(stage, folder, log, examples, records):
         else:
             labels.append({"id": example.id, "bad": outcome, "detail": "no answer on which all samples agree"})
         for i, sample in enumerate(samples):
+            stored = {name: sample.pop(name) for name in ("ids", "top") if name in sample}
             if sample["use"] == "ok":
                 option = example.options[sample["answer"]]
                 traces.append({"id": example.id, "sample": i, "text": sample["text"], "answer": sample["answer"],
-                               "option": option, "unanimous": outcome == "unanimous"})
+                               "option": option, "unanimous": outcome == "unanimous", **stored})
     count = uses.total()
     del uses["ok"]
     results = {
@@ -98,28 +108,59 @@ def outcome_of(example, samples):
 
 
 def sample_locally(stage, folder, examples, log):
-    """A record a clip: {"id", "samples": [{"text", "finished"}]}, or a bad one."""
+    """A record a clip: {"id", "samples": [{"text", "finished"}]}, or a bad one. With top_k also "ids", and "top" of
+    what is finished."""
     get_model, _ = model_of(stage)
-    writing = Writing(
-        stage.max_new_tokens,
-        stage.num_samples,
-        stage.temperature,
-        seed=stage.seed,
-        slots=stage.slots,
-    )
-    kept, usage = {}, Usage()
+    writing, kept, usage = Writing.of(stage), {}, Usage()
 
     def sample(examples):
         model, processor = get_model()
         questions = Questions(processor, examples, stage.prompt_format, stage.max_new_tokens)
         for example, own in write(model, questions, writing, kept=kept, usage=usage):
             samples = [{"text": c.text.strip(), "finished": c.finished} for c in own]
+            if stage.top_k:
+                for sample, completion in zip(samples, own, strict=True):
+                    sample["ids"] = completion.ids
             questions.records[example.id] = {"id": example.id, "samples": samples}
+        if stage.top_k:
+            add_best_ids(model, questions, stage.temperature, stage.top_k)
         return questions.in_order()
 
     records = compute_shards(sample, examples, folder / "shards", stage.name, "clip", written_shard(len(examples)))
     usage.write_to(log)
+    if records is not None and stage.top_k:
+        copy_tokenizer(stage, folder)
     return records
+
+
+@torch.inference_mode()
+def add_best_ids(model, questions, temperature, top_k):
+    """Adds "top" to the finished samples of Questions, in passes over prompts with their samples behind them. Clips are
+    read anew, for a whole shard's frames would fill the memory. With 5 decimals a log-probability puts a probability,
+    and the sum of a row's, off by 5e-6 of itself, far less than weights in 16 bits do."""
+    vocabulary = SampledVocabulary.of(model, questions.processor, temperature)
+
+    def groups():
+        for example, prompt in questions.prompts():
+            samples = questions.records[example.id].get("samples", ())
+            pairs = [(sample, torch.tensor(sample["ids"])) for sample in samples if sample["finished"]]
+            for part in batch_by_tokens(pairs, BATCH_TOKENS - len(prompt)):
+                finished, ids = zip(*part, strict=True)
+                yield finished, Group(prompt, ids)
+
+    for run in batch_by_tokens(groups(), BATCH_TOKENS):
+        beat()
+        batch = pack([group for _, group in run]).to(model.device)
+        id_TK, logprob_TK = top_logprobs(model, model(batch), batch, vocabulary, top_k)
+        end = 0
+        for sample in chain(*(finished for finished, _ in run)):
+            begin, end = end, end + len(sample["ids"])
+            logprobs = logprob_TK[begin:end].flatten().tolist()
+            sample["top"] = {
+                "ids": id_TK[begin:end].flatten().tolist(),
+                "logprobs": [round(logprob, 5) for logprob in logprobs],
+            }
+            compact(sample)
 
 
 def sample_at_endpoint(stage, folder, examples, log):

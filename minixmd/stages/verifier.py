@@ -5,8 +5,7 @@ the trace is the mean hidden state of its tokens in the frozen student's decoder
 scaled product is the score. Audio embeddings are mean-centred, so text alone carries no score. Beside each judged pair
 stands a mismatched one, the same clip with the trace of a clip that was answered otherwise, which is taken to be false:
 a few hundred verdicts hold too few falsehoods to learn from. Four judged traces in five train; the others calibrate: a
-scale and an offset make the score a log-odds of the checker's "yes".
-"""
+scale and an offset make the score a log-odds of the checker's "yes"."""
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -122,8 +121,8 @@ def fit_verifier(stage, verifier, pairs, log):
 
 
 def batch_loss(verifier, pairs, noise):
-    """Binary cross-entropy of judged Pairs and of as many mismatched ones, which count as false: each clip with the
-    trace of the next pair in the batch that gives another answer, if there is one."""
+    """Binary cross-entropy of judged Pairs and of mismatched ones, which count as false: each clip with the next trace
+    in the batch that gives another answer."""
     logmel_BAM, text_BD = _stack(pairs, noise.device)
     x_B1AM = spec_augment(verifier.cnn.normalise(logmel_BAM), noise)
     clip_BC = verifier.centre(verifier.cnn.fc_audioset(verifier.cnn.embed(x_B1AM, noise)))

@@ -99,31 +99,3 @@ def benchmark_of(examples):
         if all(isinstance(example.meta.get(field), str) for example in examples for field in fields):
             return name
     return None
-
-
-def mmau_table(metas, rights, benchmark="mmau"):
-    """{"all": rights, field of FIELDS[benchmark]: {name: rights}} of Examples' metas and booleans. Also of "mmar"."""
-    table = {"all": list(rights)}
-    for field in FIELDS[benchmark]:
-        table[field] = _group([meta[field] for meta in metas], rights)
-    return table
-
-
-def music_table(metas, rights):
-    """MUSIC-AVQA's tables: {"audio": {type: rights, "all": rights}, "every": the same over all modalities, "pair":
-    {"Audio Counting": rights}}. "audio" is of audio and audio-visual questions, as we read the paper's "7k"."""
-    asked = list(zip(metas, rights, strict=True))
-    heard = [pair for pair in asked if pair[0]["modality"] != "Visual"]
-    table = {}
-    for name, part in (("audio", heard), ("every", asked)):
-        table[name] = {kind: [right for meta, right in part if meta["type"] == kind] for kind in TYPES}
-        table[name]["all"] = [right for _, right in part]
-    table["pair"] = _group([f"{meta['modality']} {meta['type']}" for meta in metas], rights)
-    return table
-
-
-def _group(names, rights):
-    groups = {name: [] for name in sorted(names)}
-    for name, right in zip(names, rights, strict=True):
-        groups[name].append(right)
-    return groups

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from math import sqrt
 from random import Random
 
-from minixmd.tasks.benchmarks import same
+from minixmd.tasks.benchmarks import FIELDS, TYPES, same
 
 SUMMARY = {"count": int, "correct": int, "accuracy": float | None, "interval": tuple[float, float]}
 
@@ -63,6 +63,36 @@ def tabulate(examples, records, rule="option"):
     return {**summary(hits),
             "groups": {name: summary(of_group) for name, of_group in sorted(groups.items())},
             "classes": {name: summary(of_class) for name, of_class in sorted(classes.items())}}
+
+
+def breakdown(name, metas, rights):
+    """Summaries of a benchmark's clips, from their Examples' metas and booleans: {"all": summary, field of FIELDS:
+    {value: summary}}. Of MUSIC-AVQA {"audio": {type: summary, "all": summary}, "every": the same over all modalities,
+    "pair": {"Audio Counting": summary}}, where "audio" is of audio and audio-visual questions, our reading of the
+    paper's "7k"."""
+    if name != "music_avqa":
+        table = {"all": summary(rights)}
+        for field in FIELDS[name]:
+            table[field] = _by_value([meta[field] for meta in metas], rights)
+        return table
+    asked = list(zip(metas, rights, strict=True))
+    heard = [pair for pair in asked if pair[0]["modality"] != "Visual"]
+    table = {}
+    for title, part in (("audio", heard), ("every", asked)):
+        table[title] = {}
+        for kind in TYPES:
+            table[title][kind] = summary([right for meta, right in part if meta["type"] == kind])
+        table[title]["all"] = summary([right for _, right in part])
+    both = [f"{meta['modality']} {meta['type']}" for meta in metas]
+    table["pair"] = _by_value(both, rights)
+    return table
+
+
+def _by_value(values, rights):
+    hits = {value: [] for value in sorted(values)}
+    for value, right in zip(values, rights, strict=True):
+        hits[value].append(right)
+    return {value: summary(of_value) for value, of_value in hits.items()}
 
 
 def digest(example):

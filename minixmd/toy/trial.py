@@ -10,7 +10,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from minixmd.config import FactCheck, Report, Toy, prompts
 from minixmd.config.load import Config
-from minixmd.config.references import stage_of
+from minixmd.config.references import MODELS, stage_of
 from minixmd.inputs.examples import MEDIA_KINDS, manifest_text, read_manifest
 from minixmd.runs.files import write_json, write_text
 from minixmd.runs.hub_names import parse_hub_name
@@ -25,6 +25,7 @@ WORLD = Path("runs/trial-world")  # one for all trials
 SPLITS = {"train": "train_truth", "analysis": "analysis", "unseen": "unseen"}  # by a manifest's name
 CLASSES = CLIPS = 12  # of a manifest that stands in
 REAL_CLASSES, REAL_CLIPS = 4, 6  # of a manifest that is here; without labels so many clips in all
+TOY_TEACHER = {"min_pixels": 3_136, "max_pixels": 3_136}  # its clips are 56 x 56
 MANIFESTS = ("manifest", "val_manifest", "train_manifest", "clips")
 MOST = {"max_steps": 2, "epochs": 1, "batch_size": 8, "eval_every": 2, "save_every": 2, "num_samples": 2, "limit": 24,
         "group_size": 4, "top_k": 16}  # fmt: skip
@@ -46,7 +47,7 @@ def absent_inputs(config):
     """{what the user must bring and has not: the field that names it}"""
     absent = {}
     for stage in config.stages:
-        for name in (*MANIFESTS, "model", "weights", "file"):
+        for name in (*MANIFESTS, *MODELS, "weights", "file"):
             if is_absent(name, getattr(stage, name, None)):
                 absent[getattr(stage, name)] = name
     return absent
@@ -55,7 +56,7 @@ def absent_inputs(config):
 def is_absent(name, value):
     if value is None or value.startswith("@") or os.path.exists(value):
         return False
-    repo_revision = parse_hub_name(value) if name == "model" else None
+    repo_revision = parse_hub_name(value) if name in MODELS else None
     return repo_revision is None or not isinstance(try_to_load_from_cache(repo_revision[0], "config.json"), str)
 
 
@@ -86,6 +87,9 @@ def shrink(config):
             changes["prompt"] = PROMPTS.get(stage.prompt, stage.prompt)
             if hasattr(stage, "max_new_tokens") and getattr(stage, "traces", "") is not None:
                 changes["max_new_tokens"] = min(stage.max_new_tokens, 40)
+        if getattr(stage, "teacher_model", None) in absent:
+            prompt = PROMPTS.get(stage.teacher_prompt, stage.teacher_prompt)
+            changes |= {**TOY_TEACHER, "teacher_model": f"{WORLD}/toy/teacher", "teacher_prompt": prompt}
         if getattr(stage, "weights", None) in absent:
             changes |= {"weights": None, "width": 1 / 16, "clip_s": 1.0}
         if getattr(stage, "file", None) in absent:
@@ -174,7 +178,7 @@ def stand_in_model(stage):
         return {"model": f"{WORLD}/toy/checker"}
     if "video" not in MEDIA_KINDS[stage.media]:
         return {"model": f"{WORLD}/toy/student"}
-    return {"model": f"{WORLD}/toy/teacher", "media": "video", "min_pixels": 3_136, "max_pixels": 3_136}
+    return {"model": f"{WORLD}/toy/teacher", "media": "video", **TOY_TEACHER}
 
 
 def make_answers(stage, manifest, run_dir):

@@ -1,10 +1,11 @@
 """The check against transformers' implementation of the same model."""
 import importlib.util
+from contextlib import contextmanager
 
 import torch
 from torch.nn.functional import pad
 
-from minixmd.verify.invariances import without_adapter
+from minixmd.models.lora import adapted
 from minixmd.verify.subject import ROWS, Outcome
 
 LARGE = 1e9  # parameters from which a second copy of the model is made only when asked for
@@ -33,6 +34,18 @@ def same_logits(subject):
         f"{outcome.bound}, <= 2 %",
         outcome.passed and max(gaps) <= 0.02,
     )
+
+
+@contextmanager
+def without_adapter(model):
+    kept = {m: (m.lora_A, m.lora_B) for m in adapted(model).values()}
+    for m in kept:
+        m.lora_A = m.lora_B = None
+    try:
+        yield
+    finally:
+        for m, adapter in kept.items():
+            m.lora_A, m.lora_B = adapter
 
 
 def reference_logits(subject):
