@@ -245,7 +245,7 @@ class Trainer:
             text += ", blocks checkpointed"
         if self.step:
             text += f", from step {self.step}"
-        if isinstance(stage, GRPO):
+        if isinstance(stage, GRPO) and self.teacher is None:
             line["note"] = GRPO_NOTE
             text += f"\n{stage.name}: {GRPO_NOTE}"
         if self.teacher is not None:
@@ -448,7 +448,8 @@ class Trainer:
         self.now()  # what is encoded is no part of the prefill
         own_words = stage.samples == "student"
         if not own_words:
-            completions = [policy.given_completions(item.texts, self.processor) for item in items]
+            completions = [policy.given_completions(item.texts, self.processor, stage.max_new_tokens)
+                           for item in items]
         elif prompts:
             completions = generate(
                 sampler, self.processor, prompts, num_samples=stage.group_size, max_new_tokens=stage.max_new_tokens,
@@ -466,7 +467,7 @@ class Trainer:
         if self.teacher is not None and rollout.learned:
             self.read_by_teacher(rollout, teacher_prompts, self.teacher.frozen_model())
         every = stage.completions_every
-        if rollout.prompt_numbers and self.rank == 0 and every and self.step % every == 0:
+        if prompts and self.rank == 0 and every and self.step % every == 0:
             self.show_completions(rollout, completions, items, rewards)
         read = self.now()
         scored_T = None  # what the policy says without gradients, before its first update
@@ -513,10 +514,10 @@ class Trainer:
         [rollout.taught_tokens] = distributed.total(int(read_T.sum()))
 
     def show_completions(self, rollout, completions, items, rewards):
-        """Writes some of the completions of the rollout's first prompt into completions.jsonl."""
-        p = rollout.prompt_numbers[0]
-        said = None
-        if items[p].teacher_prompt is not None and self.stage.samples == "student":
+        """Writes some completions of one prompt, the first that is learnt from, into completions.jsonl."""
+        p = rollout.pieces[0][0] if rollout.pieces else 0
+        said = {}
+        if rollout.pieces and items[p].teacher_prompt is not None and self.stage.samples == "student":
             said = self.teacher.comment(rollout, policy.SHOWN_COMPLETIONS)
         policy.show_completions(self.folder, self.step + 1, p, completions, items, rewards, said)
 

@@ -60,8 +60,9 @@ STAGES = {
                  "aggregation='constant', **ROLLOUTS, **STEPS)",
     "on_policy": "OnPolicy(name='on_policy', model={model!r}, switch={decided!r}, gate='learned', num_iterations=2, "
                  "**TEACHER, **ROLLOUTS, **STEPS)",
-    "on_policy_decoder": "OnPolicy(name='on_policy_decoder', model={model!r}, trainable='decoder', reward_weight=0.0, "
-                         "teacher_kl='reverse', teacher_place='sharded', **TEACHER, **ROLLOUTS, **STEPS)",
+    "on_policy_decoder": "OnPolicy(name='on_policy_decoder', model={model!r}, trainable='decoder', switch={few!r}, "
+                         "gate='learned', teacher_kl='reverse', teacher_place='sharded', **TEACHER, **ROLLOUTS, "
+                         "**STEPS)",
 }
 NOT_BY_DEFAULT = ("sft_8bit",)  # whose blocks of 256 depend on how many processes divide them
 TRAINED = ("distill", "sft", "sft_kl", "sft_decoder", "sft_full", "grpo", "grpo_decoder", "grpo_host", "on_policy",
@@ -73,7 +74,7 @@ def write_world(folder, names, clips=11):
     """A config of the named stages with all that they read; returns its path."""
     model, manifest = write_model(folder / "ears", "audio"), write_clips(folder / "clips", clips)
     teacher = write_model(folder / "teacher", "audio", seed=7)
-    lines = {"traces": [], "verdicts": [], "decided": []}
+    lines = {"traces": [], "verdicts": [], "decided": [], "few": []}
     for i in range(clips):
         words = " ".join(["very"] * (i % 4))
         trace = {"id": f"clip{i}", "sample": 0, "text": f"<think>It is {words} loud.</think><answer>A</answer>"}
@@ -83,6 +84,7 @@ def write_world(folder, names, clips=11):
         lines["traces"].append({**trace, "option": ("dog", "cat", "owl")[i % 3]})
         lines["verdicts"].append({"id": f"clip{i}", "sample": 0, "score": 1.0, "accepted": i % 3 > 0})
         lines["decided"].append({"id": f"clip{i}", "p_teacher": i * 37 % 100 / 100})
+        lines["few"].append({"id": f"clip{i}", "p_teacher": float(i in (2, 7))})  # most processes' teachers are silent
     given = dict(model=str(model), teacher=str(teacher), manifest=str(manifest))
     shutil.copyfile(model / "tokenizer.json", folder / "tokenizer.json")  # of the traces' ids
     for name, records in lines.items():

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,18 +203,45 @@ def test_no_pass_of_the_teacher_takes_more_than_the_budget_where_its_prompt_is_t
     assert len(passes) > 1 and max(passes) <= stage.micro_batch_tokens
 
 
-def test_a_teacher_on_the_host_reads_the_same(world, monkeypatch):
+def test_a_teacher_on_the_host_reads_the_same_and_is_gone_after_that(world):
     trainer, samples, completions = problem(world)
     loss, *_ = ours(trainer, samples, completions)
-    copied = []
-    monkeypatch.setattr("minixmd.learning.teacher.copies_on_host", lambda tensors, device: copied.append(len(tensors))
-                        or {name: x.clone() for name, x in tensors.items()})  # fmt: skip
     elsewhere, *_ = problem(world, teacher_place="host")
-    model, processor = minixmd.load(world / "eyes")
-    device = torch.device("meta")  # as if it were another one
-    teacher = Teacher(replace(trainer.stage, teacher_place="host"), model, processor, device, 303, torch.tensor([300]))
-    assert copied == [len(list(model.parameters()))] and teacher.frozen_model().device == device
-    assert ours(elsewhere, samples, completions)[0] == loss
+    teacher = elsewhere.teacher
+    assert teacher.values.keys() == {name for name, _ in trainer.teacher.model.named_parameters()}
+    read = teacher.frozen_model()
+    assert read is not teacher.model and trainer.teacher.frozen_model() is trainer.teacher.model
+    alive = weakref.ref(read)
+    del read
+    assert alive() is None and ours(elsewhere, samples, completions)[0] == loss
+
+
+@pytest.mark.parametrize("changes, finished, shown", [
+    ({"micro_batch_tokens": 195}, [True] * 4, 2), ({"truncated": "mask"}, [False, True, False, True], 2),
+    ({}, [True] * 4, 4)])  # fmt: skip
+def test_what_the_teacher_says_stands_beside_the_completion_it_is_about(world, tmp_path, changes, finished, shown):
+    trainer, samples, completions = problem(world, **changes)
+    completions = [[replace(c, finished=f) for c, f in zip(group, finished, strict=True)] for group in completions]
+    *_, rollout = ours(trainer, samples, completions)
+    rewards = {"reward": REWARDS}
+    trainer.folder = tmp_path
+    trainer.show_completions(rollout, completions, [item for _, item in samples], rewards)
+    p = rollout.pieces[0][0]
+    lines = lines_of(tmp_path, "completions.jsonl")
+    assert [line["reward"] for line in lines] == REWARDS[p].tolist()
+    told = {i: line["teacher"] for i, line in enumerate(lines) if "teacher" in line}
+    assert len(told) == shown or "micro_batch_tokens" in changes and 0 < len(told) < 4
+    for i, rows in told.items():
+        ids = completions[p][i].ids
+        tokens = [trainer.processor.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+        assert [row[0] for row in rows] == tokens
+
+
+def test_the_teachers_words_are_cut_at_max_new_tokens(world):
+    processor = minixmd.load(world / "ears")[1]
+    [whole] = policy.given_completions(["dog and cat"], processor, 100)
+    [cut] = policy.given_completions(["dog and cat"], processor, 2)
+    assert whole.finished and whole.ids[-1] == processor.end_id and cut.ids == whole.ids[:2] and not cut.finished
 
 
 def test_the_teacher_is_silent_after_an_id_that_it_does_not_know(world):
@@ -225,8 +253,7 @@ def test_the_teacher_is_silent_after_an_id_that_it_does_not_know(world):
     prompts = [prompt for prompt, _ in samples]
     rollout = make_rollout(trainer.stage, prompts, completions, REWARDS, prompts)
     _, read_T = trainer.teacher.read(trainer.teacher.model, rollout, [samples[0][1].teacher_prompt, None, None])
-    numbers = dict(zip(rollout.prompt_numbers, rollout.micro_batches[0], strict=True))
-    assert list(numbers) == [0, 1, 2]
+    assert rollout.pieces == [(0, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (2, [0, 1, 2, 3])]
     assert read_T[:9].tolist() == [True, False, False, False, True, True, True, True, True]
     assert not read_T[11:].any()
 
@@ -278,7 +305,9 @@ def test_the_teachers_own_words_stand_in_place_of_a_rollout(world, tmp_path, ear
     (dict(gate="learned"), "gate 'learned' with switch None"),
     (dict(samples="teacher", reward_weight=0.0), "samples 'teacher' with traces None"),
     (dict(samples="teacher", traces="t"), "samples 'teacher' needs reward_weight 0"),
-    (dict(teacher_weight=0.0, teacher_kl="reverse"), "teacher_weight 0.0 does not use teacher_kl"),
+    (dict(teacher_weight=0.0, teacher_kl="reverse", teacher_prompt=None), "does not use teacher_kl"),
+    (dict(teacher_weight=0.0), "teacher_weight 0.0 does not use teacher_prompt"),
+    (dict(reward_weight=0.0, clip_low=0.1), "reward_weight 0.0 does not use clip_low"),
     (dict(zero_variance="skip"), "does not use zero_variance"),
     (dict(teacher_prompt="{quest}"), "prompt has no placeholder 'quest'"),
     (dict(teacher_model="m", model="m", teacher_media="audio"), "is the student, and both perceive 'audio'")])
@@ -298,7 +327,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(world, tmp_path, capsys, ear
 def test_a_prompt_of_the_teacher_that_does_not_fit_makes_a_bad_clip(world, tmp_path, capsys, earns):
     long = "{options} " + "Look! " * 300
     assert run(tmp_path, train(world, teacher_prompt=long, micro_batch_tokens=400)) == 1
-    assert "too long" in capsys.readouterr().err
+    assert "too long (the teacher's prompt has" in capsys.readouterr().err
 
 
 # ---- a run ----

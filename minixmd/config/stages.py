@@ -403,7 +403,8 @@ class OnPolicy(GRPO):
     # objective
     teacher_kl: Literal["forward", "reverse"] = "forward"  # KL(teacher || student) | KL(student || teacher)
     teacher_weight: NonNegative = 1.0  # of that KL; 0 = no teacher
-    reward_weight: NonNegative = 1.0  # of the clipped policy loss; 0 = no reward. beta weighs the KL to the reference
+    reward_weight: NonNegative = 1.0  # of the clipped policy loss; 0 = rewards are logged alone. beta weighs the KL to
+    # the reference
     gate: Literal["always", "learned", "oracle"] = "always"  # the clips on which the teacher speaks; others are GRPO's
     switch: str | None = None  # "@switch"; what the gates "learned" and "oracle" look up
     samples: Literal["student", "teacher"] = "student"  # whose words are scored; "teacher": those of traces, no rollout
@@ -426,14 +427,17 @@ class OnPolicy(GRPO):
         if self.teacher_weight:
             check_unused(self, "a teacher, whose KL groups of equal rewards have too,", "zero_variance")
         else:
-            check_unused(self, "teacher_weight 0.0", "gate samples teacher_kl teacher_place")
+            check_unused(self, "teacher_weight 0.0",
+                         "gate samples teacher_media teacher_prompt teacher_kl teacher_place")
+        if not self.reward_weight:
+            check_unused(self, "reward_weight 0.0", "scale_rewards clip_low clip_high ratio")
         check_switch(self)
         if (self.samples == "teacher") != (self.traces is not None):
             raise ConfigError(f"config: samples {self.samples!r} with traces {self.traces!r}: 'teacher' needs some, "
                               "'student' none")
         if self.samples == "teacher" and self.reward_weight:
             raise ConfigError("config: samples 'teacher' needs reward_weight 0: rewards are of the student's own words")
-        if self.teacher_media == self.media and self.teacher_model == self.model:
+        if self.teacher_weight and self.teacher_media == self.media and self.teacher_model == self.model:
             raise ConfigError(f"config: teacher_model {self.teacher_model!r} is the student, and both perceive "
                               f"{self.media!r}: it has nothing to say")
 

@@ -69,7 +69,7 @@ def settings_to_lower(stage, phase_name, longest=1):
         smallest["moments"] = "8bit"
         if getattr(stage, "beta", 0):
             smallest["reference"] = "host"
-    if getattr(stage, "teacher_model", None):
+    if getattr(stage, "teacher_weight", 0):
         smallest["teacher_place"] = "host"
     found = {}
     for name, least in smallest.items():

@@ -152,9 +152,11 @@ def trace_training(tracer, trainer, prompt):
     """A step whose optimizer has its state already, of several micro-batches the last, and validation."""
     stage = trainer.stage
     longest = len(prompt) + (stage.max_new_tokens if isinstance(stage, GRPO) else 0)
+    if trainer.teacher is not None:
+        longest = max(longest, len(trainer.teacher_prompt) + stage.max_new_tokens)
     if longest > stage.micro_batch_tokens:
         raise ValueError(f"{stage.name}: micro_batch_tokens {stage.micro_batch_tokens} is less than the {longest} of a "
-                         "clip like the one shown")
+                         "clip like the one shown, or of the teacher's prompt and what it reads")
     if isinstance(stage, GRPO) and stage.beta:
         held = [value for value in trainer.reference.values.values() if value.is_meta]
         tracer.recategorize(held, "reference")
@@ -207,8 +209,9 @@ def trace_grpo(tracer, trainer, prompt):
     if model.encoders_frozen():
         encoded = model.encode_media(prompt)
         prompts = [deepcopy(encoded) for _ in prompts]
-    writing = Writing(T, G, stage.temperature, slots=stage.slots)
-    trace_writing(tracer, "rollout", model, prompts, writing)
+    if stage.samples == "student":
+        writing = Writing(T, G, stage.temperature, slots=stage.slots)
+        trace_writing(tracer, "rollout", model, prompts, writing)
     ids, logprobs = (0,) * T, (0.0,) * T
     completion = Completion("", ids, logprobs, finished=True)
     reward_PG = torch.arange(G).float().expand(len(prompts), G)

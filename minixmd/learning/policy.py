@@ -28,7 +28,7 @@ class Rollout:
     advantage_T: torch.Tensor
     weight_T: torch.Tensor
     sampled_T: torch.Tensor  # the log-probabilities with which the tokens were drawn
-    prompt_numbers: list[int]  # of each Group, in order, which prompt it is of
+    pieces: list[tuple[int, list[int]]]  # of each Group, in order: the number of its prompt, and of its completions
     ref_T: torch.Tensor | None = None  # those under the reference
     old_T: torch.Tensor | None = None  # those under the policy before the rollout's first update
     teacher_TE: torch.Tensor | None = None  # hidden states of the teacher that reads them
@@ -61,24 +61,24 @@ def score_completions(completions, items, letters):
     return rewards
 
 
-def given_completions(texts, processor):
-    """Texts as Completions, as if they had been sampled here."""
+def given_completions(texts, processor, max_new_tokens):
+    """Texts as Completions, as if they had been sampled here; of a longer one its beginning."""
     completions = []
     for text in texts:
-        ids = (*processor.encode(text), processor.end_id)
-        completions.append(Completion(text, ids, logprobs=(0.0,) * len(ids), finished=True))
+        ids = (*processor.encode(text), processor.end_id)[:max_new_tokens]
+        completions.append(Completion(text, ids, logprobs=(0.0,) * len(ids), finished=ids[-1] == processor.end_id))
     return completions
 
 
-def show_completions(folder, step, p, completions, items, rewards, said=None):
-    """Writes some completions of a step's prompt p, with their rewards, into completions.jsonl. said: a list for each
-    of them of what its teacher says of every token (Teacher.comment), or None."""
+def show_completions(folder, step, p, completions, items, rewards, said):
+    """Writes some completions of a step's prompt p, with their rewards, into completions.jsonl. said: {number of one of
+    them: what its teacher says of every token} (Teacher.comment)."""
     for i, completion in enumerate(completions[p][:SHOWN_COMPLETIONS]):
         line = {"step": step, "id": items[p].example.id}
         for name, reward_PG in rewards.items():
             line[name] = reward_PG[p, i].item()
         line |= {"finished": completion.finished, "text": completion.text}
-        if said is not None:
+        if i in said:
             line["teacher"] = said[i]
         append_jsonl(folder / "completions.jsonl", line)
 
@@ -128,12 +128,13 @@ def make_rollout(stage, prompts, completions, reward_PG, teacher_prompts=None):
     if teacher_prompts is None:
         teacher_prompts = [None] * len(prompts)
     sampled, advantage, lengths = [], [], []  # of each completion that counts
+    first_of = {}  # prompt -> the number of its first completion
     pieces = []  # the number of a prompt, and those of as many of its completions as fit a micro-batch
     learned = 0
     for p, (group, reward_G) in enumerate(zip(completions, reward_PG, strict=True)):
         if stage.zero_variance == "skip" and no_variance(reward_G):
             continue
-        kept = []
+        first_of[p], kept = len(lengths), []
         for completion in group:
             keep = completion.finished or stage.truncated == "keep"
             if keep:
@@ -150,7 +151,7 @@ def make_rollout(stage, prompts, completions, reward_PG, teacher_prompts=None):
             pieces.append((p, [kept[i] for i in cut]))
         learned += bool(kept)
 
-    order, micro_batches, prompt_numbers = [], [], []
+    order, micro_batches, taken = [], [], []
     tokens = []
     for p, numbers in pieces:
         tokens.append(len(prompts[p]) + sum(lengths[i] for i in numbers))
@@ -158,7 +159,7 @@ def make_rollout(stage, prompts, completions, reward_PG, teacher_prompts=None):
         groups = []
         for p, numbers in (pieces[i] for i in cut):
             order += numbers
-            prompt_numbers.append(p)
+            taken.append((p, [i - first_of[p] for i in numbers]))
             ids = [torch.tensor(sampled[i].ids) for i in numbers]
             groups.append(Group(prompts[p], tuple(ids)))
         micro_batches.append(groups)
@@ -175,7 +176,7 @@ def make_rollout(stage, prompts, completions, reward_PG, teacher_prompts=None):
         advantage_T=torch.tensor(advantage_of_token),
         weight_T=torch.tensor(weight_of_token),
         sampled_T=torch.tensor(logprob_of_token),
-        prompt_numbers=prompt_numbers,
+        pieces=taken,
     )
 
 

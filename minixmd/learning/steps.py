@@ -20,11 +20,11 @@ class MicroBatch:
     batch: Batch  # of their Prompts, in this order, on the CPU; in pinned memory if a GPU learns
 
 
-def check_length(prompt, example, max_new_tokens, most):
+def check_length(prompt, example, max_new_tokens, most, whose="the prompt"):
     """Raises MediaError where a prompt and what is written after it cannot share a pass of `most` tokens."""
     if len(prompt) + max_new_tokens > most:
         written = f" and max_new_tokens is {max_new_tokens}" if max_new_tokens else ""
-        detail = f"the prompt has {len(prompt)} tokens{written}, over micro_batch_tokens {most}"
+        detail = f"{whose} has {len(prompt)} tokens{written}, over micro_batch_tokens {most}"
         raise MediaError(example.id, "too long", detail)
 
 

@@ -48,7 +48,7 @@ def resolve_targets(stage, examples):
     else:
         items, counts = label_items(stage, examples)
     if isinstance(stage, OnPolicy):
-        items, more = taught_items(stage, items)
+        items, more = taught_items(stage, examples, items)
         counts = counts + more
     if not items and not counts["left out: switch open"]:
         raise ValueError(f"{stage.name}: no clip is left to learn from ({dict(counts)})")
@@ -91,17 +91,17 @@ def label_items(stage, examples):
     return items, counts
 
 
-def taught_items(stage, items):
+def taught_items(stage, examples, items):
     """The Items of an OnPolicy stage with what its teacher is shown where the gate lets it speak, and with its texts,
     in turns until there are group_size, where those are learnt from. Returns them and {reason: count}."""
     texts, counts = {}, Counter()
     if stage.traces is not None:
-        found, counts = trace_items([item.example for item in items], stage.manifest, stage.traces, "all")
+        found, counts = trace_items(examples, stage.manifest, stage.traces, "all")
         for trace in found:
             texts.setdefault(trace.example.id, []).append(trace.target)
         items = [item for item in items if item.example.id in texts]
-    examples = [item.example for item in items]
-    check_media(stage.name, stage.manifest, stage.teacher_format.media, examples)
+    if stage.teacher_weight:
+        check_media(stage.name, stage.manifest, stage.teacher_format.media, examples)
     shown = {example.id: example for example in examples}
     if stage.teacher_media == "shuffled":
         shown = other_videos(stage, examples)

@@ -42,7 +42,7 @@ def load_teacher(stage, student, device, load):
 class Teacher:
     """Args:
         stage: OnPolicy.
-        model, processor: the teacher's, which is merged with an adapter.
+        model, processor: the teacher's. Its head stays on the device, also where the others are on the host.
         device: on which it reads.
         common_vocab: how many ids from 0 on mean the same to student and teacher. suppressed_Z: those that the student
             never writes.
@@ -55,9 +55,9 @@ class Teacher:
         self.common_vocab = common_vocab
         self.suppressed_Z = suppressed_Z.to(device)
         self.head_VE = model.lm_head.weight.detach().to(device)
-        merge_lora(model)
         self.model, self.values = model, None
-        if stage.teacher_place == "host" and device.type != "cpu":
+        if stage.teacher_place == "host":
+            merge_lora(model)  # then all weights have one dtype
             self.values = copies_on_host({name: p.detach() for name, p in model.named_parameters()}, device)
             self.model = frozen_copy(model, self.values)
 
@@ -74,7 +74,7 @@ class Teacher:
         """The Item with the Prompt in which the teacher is shown its clip. load: reads a file, as load_clip."""
         stage = self.stage
         prompt = build_prompt(self.processor, item.shown, stage.teacher_format, None, "", load, stage.max_new_tokens)
-        check_length(prompt, item.shown, stage.max_new_tokens, stage.micro_batch_tokens)
+        check_length(prompt, item.shown, stage.max_new_tokens, stage.micro_batch_tokens, "the teacher's prompt")
         return replace(item, teacher_prompt=prompt)
 
     @torch.no_grad()
@@ -91,7 +91,7 @@ class Teacher:
         groups, places = [], []  # what it reads, and the numbers of those tokens
         end = 0
         read_by_student = chain.from_iterable(rollout.micro_batches)
-        for p, group in zip(rollout.prompt_numbers, read_by_student, strict=False):  # without those of fillers
+        for (p, _), group in zip(rollout.pieces, read_by_student, strict=False):  # without those of fillers
             known, place = [], []
             for ids_T in group.completions:
                 count = self.count_known(ids_T)
@@ -127,33 +127,43 @@ class Teacher:
 
     @torch.no_grad()
     def comment(self, rollout, most):
-        """What it says of the first Group's first completions, at most so many: for each a list of [token, its
-        log-probability under the student, under the teacher, what the teacher would have written there, that one's
-        under the teacher], up to an id that it does not know. Log-probabilities are at the stage's temperature, the
+        """What it says of the first Group's first completions, at most so many: {number of one: for each token [token,
+        its log-probability under the student, under the teacher, what the teacher would have written there, that one's
+        under the teacher], up to an id that it does not know}. Log-probabilities are at the stage's temperature, the
         teacher's over the common ids."""
-        said, end = [], 0
-        for ids_T in rollout.micro_batches[0][0].completions[:most]:
+        said, end = {}, 0
+        _, numbers = rollout.pieces[0]
+        completions = rollout.micro_batches[0][0].completions
+        for number, ids_T in list(zip(numbers, completions, strict=True))[:most]:
             begin, end = end, end + len(ids_T)
             ids_T = ids_T[:self.count_known(ids_T)]
-            hidden_TE = rollout.teacher_TE[begin:begin + len(ids_T)]
-            logits_TV = raw_logits(hidden_TE, self.head_VE)[:, :self.common_vocab]
-            logits_TV[:, self.suppressed_Z[self.suppressed_Z < self.common_vocab]] = -torch.inf
-            logp_TV = (logits_TV / self.stage.temperature).log_softmax(-1)
-            best_T, best_id_T = logp_TV.max(-1)
-            own_T = logp_TV.gather(1, ids_T[:, None].to(self.device))[:, 0]
+            own, best, best_ids = self.score(rollout.teacher_TE[begin:begin + len(ids_T)], ids_T)
             columns = [
-                self.tokens_of(ids_T),
+                self.tokens_of(ids_T.tolist()),
                 rollout.sampled_T[begin:begin + len(ids_T)].tolist(),
-                own_T.tolist(),
-                self.tokens_of(best_id_T),
-                best_T.tolist(),
+                own,
+                self.tokens_of(best_ids),
+                best,
             ]
-            said.append(list(zip(*columns, strict=True)))
+            said[number] = list(zip(*columns, strict=True))
         return said
+
+    def score(self, hidden_TE, ids_T):
+        """Lists of T numbers: the log-probability of each id, the largest one there, and whose it is."""
+        suppressed_Z = self.suppressed_Z[self.suppressed_Z < self.common_vocab]
+        own, best, best_ids = [], [], []
+        for rows_TE, id_T in zip(hidden_TE.split(256), ids_T.to(self.device).split(256), strict=True):
+            logits_TV = raw_logits(rows_TE, self.head_VE)[:, :self.common_vocab] / self.stage.temperature
+            logp_TV = logits_TV.index_fill_(1, suppressed_Z, -torch.inf).log_softmax(-1)
+            largest = logp_TV.max(-1)
+            own += logp_TV.gather(1, id_T[:, None])[:, 0].tolist()
+            best += largest.values.tolist()
+            best_ids += largest.indices.tolist()
+        return own, best, best_ids
 
     def count_known(self, ids_T):
         """How many ids there are before one that the teacher does not know."""
         return int((ids_T < self.common_vocab).cumprod(0).sum())
 
-    def tokens_of(self, ids_T):
-        return [self.processor.tokenizer.decode([i], skip_special_tokens=False) for i in ids_T.tolist()]
+    def tokens_of(self, ids):
+        return [self.processor.tokenizer.decode([i], skip_special_tokens=False) for i in ids]

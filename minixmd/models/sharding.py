@@ -49,9 +49,9 @@ def shard_frozen(model, device):
     model.register_forward_pre_hook(lambda *_: all_reduce(torch.ones(1)) and None)
 
 
-@torch.inference_mode()
 def finish_passes(model):
-    """Takes part in the passes of other processes until none is made, if the model is one that shard_frozen sharded."""
+    """Takes part in the passes of other processes until none is made, if the model is one that shard_frozen sharded.
+    The caller's mode, no_grad or inference_mode, is that of all passes: FSDP keeps what it makes in the first."""
     if not isinstance(model.model, FSDPModule):
         return
     x_1D = torch.zeros(1, model.config.text.hidden_size, device=model.device, dtype=model.dtype)

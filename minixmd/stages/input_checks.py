@@ -2,7 +2,7 @@
 earlier stage has yet to write ("@name") are left out."""
 import os
 
-from minixmd.config import TRAINING, Answers, Distill, Evaluate, FactCheck, Report, Switch
+from minixmd.config import TRAINING, Answers, Distill, Evaluate, FactCheck, OnPolicy, Report, Switch
 from minixmd.inputs.examples import MEDIA_KINDS, check_answers, check_media, read_manifest
 from minixmd.learning.targets import follows_teacher, resolve_targets
 from minixmd.models.cnn14 import make_cnn14
@@ -42,9 +42,13 @@ def check_stage(stage, look_for_clips):
     for name in MANIFESTS:
         if name in files:
             examples[name] = read_manifest(files[name], stage.allow_outside)
-            check_media(stage.name, files[name], media, examples[name])
-            if look_for_clips and getattr(stage, "checker", None) != "verdicts":
-                check_clips(examples[name], files[name], MEDIA_KINDS[media])
+            shown = [media]
+            if name == "manifest" and getattr(stage, "teacher_weight", 0):
+                shown.append(stage.teacher_format.media)
+            for medium in shown:
+                check_media(stage.name, files[name], medium, examples[name])
+                if look_for_clips and getattr(stage, "checker", None) != "verdicts":
+                    check_clips(examples[name], files[name], MEDIA_KINDS[medium])
     check_answers(examples.get("val_manifest", ()), files.get("val_manifest"), "validate against")
     clips = examples.get("manifest", ())
     needed = [name for name in READERS if getattr(stage, name, None)]
@@ -65,7 +69,7 @@ def check_stage(stage, look_for_clips):
             select_traces(stage, {example.id: example for example in clips})
         if isinstance(stage, Evaluate):
             first_traces(stage, clips)
-    if clips and "switch" in needed and "switch" in files and isinstance(stage, Distill):
+    if clips and "switch" in needed and "switch" in files and isinstance(stage, (Distill, OnPolicy)):
         follows_teacher(stage, clips)
     if "weights" in files:
         make_cnn14(2, stage.width, 0, files["weights"])

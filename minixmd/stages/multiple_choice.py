@@ -54,7 +54,8 @@ def model_of(stage):
     a stage that has nothing left to compute loads none; compute_shards' `finish`)."""
     sharded = getattr(stage, "sharded", False) and rank_and_world_size()[1] > 1
     get_model = cache(lambda: load(stage.model, **runtime_of(stage), sharded=sharded))
-    return get_model, (lambda: finish_passes(get_model()[0])) if sharded else None
+    finish = torch.inference_mode()(lambda: finish_passes(get_model()[0]))
+    return get_model, finish if sharded else None
 
 
 def answer_examples(stage, folder, examples, log, traces=None):

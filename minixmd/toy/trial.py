@@ -88,8 +88,10 @@ def shrink(config):
             if hasattr(stage, "max_new_tokens") and getattr(stage, "traces", "") is not None:
                 changes["max_new_tokens"] = min(stage.max_new_tokens, 40)
         if getattr(stage, "teacher_model", None) in absent:
-            prompt = PROMPTS.get(stage.teacher_prompt, stage.teacher_prompt)
-            changes |= {**TOY_TEACHER, "teacher_model": f"{WORLD}/toy/teacher", "teacher_prompt": prompt}
+            changes["teacher_prompt"] = PROMPTS.get(stage.teacher_prompt, stage.teacher_prompt)
+            stand_in = stand_in_model(replace(stage, media=stage.teacher_format.media))
+            changes |= {f"teacher_{name}": stand_in.pop(name) for name in ("model", "media") if name in stand_in}
+            changes |= stand_in
         if getattr(stage, "weights", None) in absent:
             changes |= {"weights": None, "width": 1 / 16, "clip_s": 1.0}
         if getattr(stage, "file", None) in absent:
