@@ -134,13 +134,16 @@ class Teacher:
         said, end = {}, 0
         _, numbers = rollout.pieces[0]
         completions = rollout.micro_batches[0][0].completions
-        for number, ids_T in list(zip(numbers, completions, strict=True))[:most]:
+        for number, ids_T in zip(numbers, completions, strict=True):
+            if len(said) == most:
+                break
             begin, end = end, end + len(ids_T)
             ids_T = ids_T[:self.count_known(ids_T)]
-            own, best, best_ids = self.score(rollout.teacher_TE[begin:begin + len(ids_T)], ids_T)
+            read = slice(begin, begin + len(ids_T))
+            own, best, best_ids = self.score(rollout.teacher_TE[read], ids_T)
             columns = [
                 self.tokens_of(ids_T.tolist()),
-                rollout.sampled_T[begin:begin + len(ids_T)].tolist(),
+                rollout.sampled_T[read].tolist(),
                 own,
                 self.tokens_of(best_ids),
                 best,
