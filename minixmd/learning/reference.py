@@ -36,11 +36,13 @@ class Reference:
 def copies_on_host(tensors, device):
     """{name: tensor} of one dtype, copied to the host: for a GPU into one piece of pinned memory, whose size is rounded
     up to a power of 2."""
+    copies = {}
     if device.type != "cuda":
-        return {name: x.to("cpu", copy=True) for name, x in tensors.items()}
+        for name, x in tensors.items():
+            copies[name] = x.to("cpu", copy=True)
+        return copies
     sizes = [x.numel() for x in tensors.values()]
     flat = torch.empty(sum(sizes), dtype=next(iter(tensors.values())).dtype, pin_memory=True)
-    copies = {}
     for (name, x), part in zip(tensors.items(), flat.split(sizes), strict=True):
         copies[name] = part.view(x.shape).copy_(x)
     return copies
