@@ -124,7 +124,7 @@ def recorded_lengths(path):
     for line in Path(path).read_text().splitlines():
         record = json.loads(line)
         for sample in record.get("samples", [record]):
-            lengths.append(len(sample["text"].split()) + 1)
+            lengths.append(len(sample["ids"]) if "ids" in sample else len(sample["text"].split()) + 1)
     return lengths
 
 
