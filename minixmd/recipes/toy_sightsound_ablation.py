@@ -3,7 +3,8 @@
     python -m minixmd.train toy_sightsound_ablation    (another world: … seed=1 run_dir=runs/toy_sightsound_ablation-1)
 
 CPU, 2 cores, about half an hour with one thread (by arithmetic), 0.8 GB. `python -m bench.toy_sightsound RUN…` pools
-several worlds and checks the claims. Controls: as many more steps of SFT as GRPO has, and GRPO on the clips with traces alone.
+several worlds and checks the claims. Controls: as many more steps of SFT as GRPO has, and GRPO on the clips with traces
+alone.
 """
 from minixmd.config import Toy
 from minixmd.recipe_parts.sightsound import ALONE, CONTROLS, LADDER, Mode, toy
