@@ -41,6 +41,8 @@ DIFFERENCES = {  # title -> (stage, stage subtracted from it, column)
     "learned less before, test": ("distilled", "audio", "test"),
     "learned less before, unseen": ("distilled", "audio", "unseen"),
     "learned less before, unseen: eye": ("distilled", "audio", "unseen: eye"),
+    "learned less before, unseen: ear": ("distilled", "audio", "unseen: ear"),
+    "learned less the video model, test": ("distilled", "video", "test"),
     "video model taught less before, test": ("video_distilled", "video", "test"),
     "video model taught less before, test: ear": ("video_distilled", "video", "test: ear"),
     **{f"ground truth less {title}, test": ("truth", stage, "test")

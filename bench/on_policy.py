@@ -3,21 +3,26 @@
     python -m minixmd.train toy_on_policy_ablation seed=K run_dir=runs/on_policy-K SEEDS        for K in 0, 1, 2
     python -m bench.on_policy runs/on_policy-0 runs/on_policy-1 runs/on_policy-2 [--out FILE.json]
 
-SEEDS: grpo_2.seed=10K grpo_3.seed=20K on_policy_2.seed=10K on_policy_3.seed=20K, the other randomness of four arms.
+SEEDS: grpo_2.seed=101 grpo_3.seed=102 on_policy_2.seed=101 on_policy_3.seed=102 in world 0, from 111 in 1, from 121 in
+2: the other randomness of four arms, which may be left out.
 Clips of all seeds count alike. Intervals (95 %) of shares are Wilson's, of differences on the same questions
 Newcombe's; they cover the choice of clips, not of seeds or of other randomness, whose spread stands beside. A thought
 leaks if, on a clip of group "ear", it names another category of the same noun: one that looks like the clip and sounds
-otherwise. Tokens are those that an arm's updates read and wrote. Exit status 1 when a claim does not hold. The last
-line is JSON.
+otherwise. Tokens are those that an arm's updates read and wrote; FLOPs an update are the dry run's, with completions of
+max_new_tokens. Exit status 1 when a claim does not hold. The last line is JSON.
 """
 import re
 import sys
+from dataclasses import replace
 from functools import cache
 from statistics import mean
 
 from bench.claims import judge_runs
+from minixmd.dryrun.memory_estimate import estimate
+from minixmd.dryrun.plan import plan_alone
 from minixmd.inputs.examples import read_manifest
-from minixmd.recipes.toy_on_policy_ablation import AGAIN, ARMS
+from minixmd.recipes.toy_on_policy_ablation import AGAIN, ARMS, stages
+from minixmd.runs.files import read_json
 from minixmd.runs.records import read_jsonl
 from minixmd.tasks.statistics import compare, digest, summary
 
@@ -104,13 +109,29 @@ def read_training(run, stage):
     return found | {name: sum(line.get(name, 0) for line in lines) for name in ("step_s", "teacher_s")}
 
 
+def flops_an_update(stage):
+    """Of rollout, scoring, the teacher's reading, forward and backward passes; the optimizer's are left out."""
+    plan = plan_alone(stage, stages)
+    settled = replace(stage, decode_slots=stage.slots)
+    total = 0
+    for phase in estimate(settled, plan.model, plan.prompt, teacher=plan.teacher):
+        if phase.name not in ("optimizer", "validation"):
+            passes = stage.batch_size / phase.sequences
+            total += passes * (phase.flops + stage.max_new_tokens * phase.step_flops)
+    return total
+
+
 def spread(runs, title):
-    """{run: accuracy at the end of an arm and of its further runs with other randomness}"""
-    stages = [STAGES[title], *(arm[0].name for arm in AGAIN[title])]
+    """{run: accuracy at the end of an arm and of those of its further runs that are there, with other seeds}"""
+    names = [STAGES[title], *(arm[0].name for arm in AGAIN[title])]
     found = {}
     for run in runs:
+        there = [name for name in names if (run / name / "done.json").exists()]
+        seeds = [read_json(run / name / "config.json")["seed"] for name in there]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{run}: {', '.join(there)} have seeds {seeds}: give each its own")
         accuracies = []
-        for stage in stages:
+        for stage in there:
             hits = [record["right"] for record in read_answers(run, stage, STEPS[-1])]
             accuracies.append(mean(hits))
         found[run.name] = accuracies
@@ -124,6 +145,7 @@ def gather(runs):
             "by_step": {step: accuracy_by_group(runs, stage, step) for step in STEPS},
             "seeds": {run.name: summary([r["right"] for r in read_answers(run, stage, STEPS[-1])]) for run in runs},
             "training": {run.name: read_training(run, stage) for run in runs},
+            "flops_an_update": flops_an_update(ARMS[title][0]),
         }
     return {
         "arms": arms,
@@ -154,6 +176,12 @@ def print_results(results):
             cells.append(f"{mean(values):.3f}" if values else "")
         leaking = 100 * arm["by_step"][STEPS[-1]]["leaks"]["accuracy"]
         print(f"| {title} | {' | '.join(cells[:len(STEPS)])} | {leaking:.1f} | {' | '.join(cells[len(STEPS):])} |")
+    print("\n| arm | GFLOPs an update | tokens an update | seconds an update |\n|---|---|---|---|")
+    for title, arm in results["arms"].items():
+        training = arm["training"].values()
+        tokens = mean(values[f"tokens_{STEPS[-1]}"] for values in training) / STEPS[-1]
+        seconds = mean(values["step_s"] for values in training) / STEPS[-1]
+        print(f"| {title} | {arm['flops_an_update'] / 1e9:.1f} | {tokens:,.0f} | {seconds:.2f} |")
     print()
     for title, value in (results["claimed"] | results["reported"]).items():
         low, high = value["interval"]

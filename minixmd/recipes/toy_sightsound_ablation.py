@@ -2,9 +2,9 @@
 
     python -m minixmd.train toy_sightsound_ablation    (another world: … seed=1 run_dir=runs/toy_sightsound_ablation-1)
 
-CPU, 2 cores, about an hour with one thread, 0.8 GB. `python -m bench.toy_sightsound RUN…` pools several worlds and
-checks the claims. On seeds 0 to 2 the student is right on 71 % of the test clips, after SFT on 75 %, after GRPO on
-88 %. Controls: 77 % after as many more steps of SFT as GRPO has, 78 % after GRPO on the clips with traces alone.
+CPU, 2 cores, about half an hour with one thread (by arithmetic), 0.8 GB. `python -m bench.toy_sightsound RUN…` pools
+several worlds and checks the claims. Controls: as many more steps of SFT as GRPO has, and GRPO on the clips with traces
+alone.
 """
 from minixmd.config import Toy
 from minixmd.recipe_parts.sightsound import ALONE, CONTROLS, LADDER, Mode, toy
