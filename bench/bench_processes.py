@@ -75,7 +75,8 @@ JOBS = {  # title -> (class, its fields)
         "SFT, full": (SFT, dict(max_steps=2, trainable="full", **LETTERS)),
         "GRPO, full": (GRPO, dict(max_steps=2, trainable="full", **ROLLOUTS)),
     },
-    "memory": {"GRPO, decoder": (GRPO, dict(max_steps=2, trainable="decoder", **ROLLOUTS))},
+    # all prompts are computed at once, as the dry run assumes
+    "memory": {"GRPO, decoder": (GRPO, dict(max_steps=2, trainable="decoder", **ROLLOUTS | dict(decode_slots=16)))},
 }
 SHORT = dict(max_new_tokens=8)  # with --small
 PHASES = ("rollout", "scoring", "update", "optimizer")
