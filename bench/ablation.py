@@ -38,6 +38,7 @@ DIFFERENCES = {  # title -> (stage, stage subtracted from it, column)
     "learned less always, test": ("distilled", "always", "test"),
     "learned less always, test: ear": ("distilled", "always", "test: ear"),
     "learned less never, test": ("distilled", "never", "test"),
+    "learned less never, unseen": ("distilled", "never", "unseen"),
     "learned less before, test": ("distilled", "audio", "test"),
     "learned less before, unseen": ("distilled", "audio", "unseen"),
     "learned less before, unseen: eye": ("distilled", "audio", "unseen: eye"),
