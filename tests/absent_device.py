@@ -247,8 +247,8 @@ class AbsentDevice:
         host_args, host_kwargs = tree_map(host_of, (args, kwargs))
         if "device" in host_kwargs:
             host_kwargs["device"] = CPU
-        if function is aten.mm.dtype:  # of 16 bits into fp32, which the CPU does not have
-            out = host_args[0].float() @ host_args[1].float()
+        if function in (aten.mm.dtype, aten.mm.dtype_out):  # of 16 bits into fp32, which the CPU does not have
+            out = torch.matmul(host_args[0].float(), host_args[1].float(), out=host_kwargs.get("out"))
         else:
             out = function(*host_args, **host_kwargs)
         out = tree_map(on_device, out)

@@ -12,7 +12,7 @@ from mini import CLASSES, write_clips, write_model
 from tiny import published_config, randomise
 
 from minixmd import pack
-from minixmd.config import GRPO, SFT, TRAINING, Distill, Evaluate, FactCheck, Label, Switch, Traces
+from minixmd.config import GRPO, SFT, TRAINING, Distill, Evaluate, FactCheck, Label, OnPolicy, Switch, Traces
 from minixmd.inputs.batch import Batch, Prompt
 from minixmd.kernels.swiglu import swiglu
 from minixmd.learning import decoder, policy, rollout
@@ -40,13 +40,14 @@ def _poison_empty():
 STEPS = dict(batch_size=4, micro_batch_tokens=300, max_steps=2, epochs=2, lr=1e-3, save_every=1)
 ROLLOUT = dict(batch_size=2, micro_batch_tokens=200, max_steps=2, epochs=2, lr=1e-3, group_size=3, max_new_tokens=5,
                decode_slots=3)  # fmt: skip
+TAUGHT = ROLLOUT | dict(micro_batch_tokens=300, min_pixels=784, max_pixels=3136)
 FROM_LABELS = dict(teacher_labels="labels.jsonl", gate="learned", student_labels="labels.jsonl", switch="switch.jsonl")
 STAGES = {  # class, whether it sees, and the fields that it has beside a model and a manifest
     "letters": (Evaluate, False, {}),
     "letters of video": (Evaluate, True, {}),
     "written": (Evaluate, False, dict(answer="generate", max_new_tokens=6)),
     "labels": (Label, True, dict(top_k=8)),
-    "traces": (Traces, True, dict(num_samples=2, decode_slots=4, max_new_tokens=5, max_bad=1.0)),
+    "traces": (Traces, True, dict(num_samples=2, decode_slots=4, max_new_tokens=5, max_bad=1.0, top_k=4)),
     "sft": (SFT, False, dict(val_manifest="manifest.jsonl", **STEPS)),
     "sft of video": (SFT, True, STEPS),
     "sft, decoder": (SFT, False, dict(trainable="decoder", **STEPS)),
@@ -60,6 +61,9 @@ STAGES = {  # class, whether it sees, and the fields that it has beside a model 
     "grpo": (GRPO, False, ROLLOUT),
     "grpo, decoder": (GRPO, False, dict(trainable="decoder", **ROLLOUT)),
     "grpo, full, by sequence": (GRPO, False, dict(trainable="full", ratio="sequence", num_iterations=2, **ROLLOUT)),
+    "on policy": (OnPolicy, False, dict(gate="learned", switch="switch.jsonl", completions_every=1, **TAUGHT)),
+    "on policy, decoder": (OnPolicy, False, dict(trainable="decoder", teacher_place="host", teacher_kl="reverse",
+                                                 **TAUGHT)),
     "checker": (FactCheck, False, dict(traces="traces.jsonl", threshold=-50.0)),
     "verifier": (FactCheck, False, dict(traces="traces.jsonl", checker="verifier", verdicts="verdicts.jsonl",
                                         width=1 / 64, batch_size=4, threshold=-50.0)),
@@ -101,7 +105,7 @@ def run(world, folder, name, device, backend, dtype, small=False):
     """Runs a stage of STAGES in an empty folder. Returns what it logs, without times. small: with small rollouts, for
     the interpreter is slow."""
     kind, sees, fields = STAGES[name]
-    if small and kind is GRPO:
+    if small and issubclass(kind, GRPO):
         fields = fields | dict(batch_size=1, group_size=2, decode_slots=2, max_new_tokens=3)
     files = {field: str(world / value) for field, value in fields.items() if str(value).endswith((".jsonl", ".json"))}
     model = {}
@@ -109,6 +113,8 @@ def run(world, folder, name, device, backend, dtype, small=False):
         model = dict(model=str(world / ("eyes" if sees else "ears")), backend=backend, dtype=dtype)
     if backend == "triton" and kind in TRAINING and "full" not in name:  # the interpreter is slow
         model["checkpointing"] = "off"
+    if kind is OnPolicy:
+        model["teacher_model"] = str(world / "eyes")
     if kind not in WITHOUT_MEDIA:
         model["media"] = "video" if sees else "audio"
     if sees:

@@ -253,7 +253,7 @@ def test_the_teacher_is_silent_after_an_id_that_it_does_not_know(world):
     prompts = [prompt for prompt, _ in samples]
     rollout = make_rollout(trainer.stage, prompts, completions, REWARDS, prompts)
     _, read_T = trainer.teacher.read(trainer.teacher.model, rollout, [samples[0][1].teacher_prompt, None, None])
-    assert rollout.pieces == [(0, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (2, [0, 1, 2, 3])]
+    assert rollout.pieces == ((0, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (2, [0, 1, 2, 3]))
     assert read_T[:9].tolist() == [True, False, False, False, True, True, True, True, True]
     assert not read_T[11:].any()
 

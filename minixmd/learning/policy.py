@@ -28,8 +28,8 @@ class Rollout:
     advantage_T: torch.Tensor
     weight_T: torch.Tensor
     sampled_T: torch.Tensor  # the log-probabilities with which the tokens were drawn
-    pieces: list[tuple[int, list[int]]]  # of each Group, in order: the number of its prompt, and of its completions
-    ref_T: torch.Tensor | None = None  # those under the reference
+    pieces: tuple[tuple[int, list[int]], ...] = ()  # of each Group: the number of its prompt, and of its completions
+    ref_T: torch.Tensor | None = None  # log-probabilities under the reference
     old_T: torch.Tensor | None = None  # those under the policy before the rollout's first update
     teacher_TE: torch.Tensor | None = None  # hidden states of the teacher that reads them
     teacher_weight_T: torch.Tensor | None = None  # of its KL; 0 where it is silent
@@ -176,7 +176,7 @@ def make_rollout(stage, prompts, completions, reward_PG, teacher_prompts=None):
         advantage_T=torch.tensor(advantage_of_token),
         weight_T=torch.tensor(weight_of_token),
         sampled_T=torch.tensor(logprob_of_token),
-        pieces=taken,
+        pieces=tuple(taken),
     )
 
 

@@ -5,7 +5,7 @@ from itertools import chain
 
 import torch
 
-from minixmd.inputs.batch import Group, pack
+from minixmd.inputs.batch import Group, pack, send
 from minixmd.inputs.prompts import build_prompt, cut_by_tokens
 from minixmd.inputs.tokenizer import common_vocab_size
 from minixmd.learning.reference import copies_on_host
@@ -53,7 +53,7 @@ class Teacher:
         self.device = device
         self.processor = processor
         self.common_vocab = common_vocab
-        self.suppressed_Z = suppressed_Z.to(device)
+        self.suppressed_Z = suppressed_Z[suppressed_Z < common_vocab].to(device)
         self.head_VE = model.lm_head.weight.detach().to(device)
         self.model, self.values = model, None
         if stage.teacher_place == "host":
@@ -107,7 +107,8 @@ class Teacher:
             batch = pack([groups[i] for i in cut]).to(self.device)
             place_K = torch.cat([places[i] for i in cut])
             read_T[place_K] = True
-            hidden_TE[place_K.to(self.device)] = model(batch)[batch.target_row_T]
+            [place_K] = send([place_K], self.device)
+            hidden_TE.index_copy_(0, place_K, model(batch)[batch.target_row_T])
         finish_passes(model)
         return hidden_TE, read_T
 
@@ -153,11 +154,13 @@ class Teacher:
 
     def score(self, hidden_TE, ids_T):
         """Lists of T numbers: the log-probability of each id, the largest one there, and whose it is."""
-        suppressed_Z = self.suppressed_Z[self.suppressed_Z < self.common_vocab]
-        own, best, best_ids = [], [], []
-        for rows_TE, id_T in zip(hidden_TE.split(256), ids_T.to(self.device).split(256), strict=True):
-            logits_TV = raw_logits(rows_TE, self.head_VE)[:, :self.common_vocab] / self.stage.temperature
-            logp_TV = logits_TV.index_fill_(1, suppressed_Z, -torch.inf).log_softmax(-1)
+        own, best = [], []
+        best_ids = []
+        [ids_T] = send([ids_T], self.device)
+        for rows_TE, id_T in zip(hidden_TE.split(256), ids_T.split(256), strict=True):
+            logits_TV = raw_logits(rows_TE, self.head_VE)[:, :self.common_vocab]
+            logits_TV[:, self.suppressed_Z] = -torch.inf
+            logp_TV = (logits_TV / self.stage.temperature).log_softmax(-1)
             largest = logp_TV.max(-1)
             own += logp_TV.gather(1, id_T[:, None])[:, 0].tolist()
             best += largest.values.tolist()
