@@ -30,7 +30,7 @@ from warnings import catch_warnings, simplefilter
 import numpy as np
 import torch
 from mini import AUDIO, OMNI, VISION, write_tokenizer
-from tiny import tiny_model
+from tiny import TOKENS, tiny_model
 
 import minixmd
 from minixmd.config import SFT, Distill, FactCheck, Report, Switch
@@ -177,16 +177,17 @@ def make_world(folder):
             path = folder / f"{name}{'-tied' * tie}"
             rows = tokenizer.get_vocab_size() + 3
             model = tiny_model(name, tie=tie, vocab=rows)
-            settle_ids(model.config.section, model.config.family, tokenizer)
+            settle_ids(model.config, tokenizer)
             save_model(model, folder / name, path, shard_bytes=20_000 if tie else 5_000_000)
         add_lora(model, rank=3, alpha=5, targets=r"model\.layers\..*", seed=0)
         save_adapter(model, path, folder / f"{name}-adapter")
     make_run(folder / "run")
 
 
-def settle_ids(section, family, tokenizer):
+def settle_ids(config, tokenizer):
     """Gives a config the ids that its tokenizer has for the media tokens."""
-    for field, token in family.token_fields.items():
+    section = config.raw.get("thinker_config", config.raw)
+    for field, token in TOKENS[config.family.model_type].items():
         if field in section:
             section[field] = tokenizer.token_to_id(token)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from media_files import write_mp4, write_wav
 from mini import OMNI, write_model, write_tokenizer
-from tiny import published_config, randomise
+from tiny import TOKENS, published_config, randomise
 
 import minixmd
-from minixmd.models.families import FAMILIES, read_config
+from minixmd.models.families import read_config
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.weights import save_model
 
@@ -39,7 +39,7 @@ def models(tmp_path_factory):
     found["omni"], found["clips"] = tmp_path_factory.mktemp("omni"), tmp_path_factory.mktemp("clips")
     tokenizer, raw = write_tokenizer(found["omni"], OMNI), published_config("omni", vocab=340)
     part = raw["thinker_config"]
-    for name, token in FAMILIES["qwen2_5_omni"].token_fields.items():
+    for name, token in TOKENS["qwen2_5_omni"].items():
         if name in part:
             part[name] = tokenizer.token_to_id(token)
     save_model(randomise(MultimodalLM(read_config(raw))), found["omni"], found["omni"])

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from mini import CLASSES, OMNI, write_clips, write_model, write_tokenizer
-from tiny import published_config, randomise
+from tiny import TOKENS, published_config, randomise
 
 import minixmd
 from minixmd.config import PROMPT, Evaluate, Label
@@ -14,7 +14,7 @@ from minixmd.config.field_checks import ConfigError
 from minixmd.inputs.batch import pack
 from minixmd.inputs.examples import build_conversation, read_manifest
 from minixmd.inputs.prompts import build_prompt
-from minixmd.models.families import FAMILIES, read_config
+from minixmd.models.families import read_config
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.weights import save_model
 from minixmd.runs import distributed
@@ -44,7 +44,7 @@ def world(tmp_path_factory):
     write_model(folder / "eyes", "vision")
     tokenizer, raw = write_tokenizer(folder / "omni", OMNI), published_config("omni", vocab=340)
     part = raw["thinker_config"]
-    part.update({name: tokenizer.token_to_id(token) for name, token in FAMILIES["qwen2_5_omni"].token_fields.items()
+    part.update({name: tokenizer.token_to_id(token) for name, token in TOKENS["qwen2_5_omni"].items()
                  if name in part})
     save_model(randomise(MultimodalLM(read_config(raw))), folder / "omni", folder / "omni")
     write_clips(folder / "clips")

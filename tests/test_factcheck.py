@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from mini import CLASSES, OMNI, write_clips, write_model, write_tokenizer
-from tiny import published_config, randomise
+from tiny import TOKENS, published_config, randomise
 from torch.utils.flop_counter import FlopCounterMode
 
 import minixmd
@@ -15,7 +15,7 @@ from minixmd.inputs.batch import Group, Media, Prompt, pack
 from minixmd.inputs.clips import load_clip
 from minixmd.inputs.examples import read_manifest
 from minixmd.inputs.positions import positions_of
-from minixmd.models.families import FAMILIES, read_config
+from minixmd.models.families import read_config
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.weights import save_model
 from minixmd.models.whisper import Whisper
@@ -160,7 +160,7 @@ def hearing(request, world, tmp_path_factory):
     else:
         tokenizer, raw = write_tokenizer(folder / "ears", OMNI), published_config("omni", vocab=340)
         part = raw["thinker_config"]
-        for field, token in FAMILIES[request.param].token_fields.items():
+        for field, token in TOKENS[request.param].items():
             if field in part:
                 part[field] = tokenizer.token_to_id(token)
         save_model(randomise(MultimodalLM(read_config(raw))), folder / "ears", folder / "ears")

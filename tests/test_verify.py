@@ -12,11 +12,11 @@ import torch
 from media_files import write_mp4, write_wav
 from mini import AUDIO, OMNI, VISION, write_tokenizer
 from safetensors.torch import load_file, save_file
-from tiny import published_config, randomise
+from tiny import TOKENS, published_config, randomise
 
 from minixmd import load
 from minixmd.inputs.batch import Segment, Segments
-from minixmd.models.families import FAMILIES, read_config
+from minixmd.models.families import read_config
 from minixmd.models.lora import add_lora
 from minixmd.models.multimodal import MultimodalLM
 from minixmd.models.weights import adapted, save_adapter, save_model
@@ -33,7 +33,7 @@ def write_model(folder, kind):
     """A tiny random model of a family with its tokenizer, in the published layout."""
     tokenizer, raw = write_tokenizer(folder, SPECIAL[kind]), published_config(kind, vocab=340)
     part = raw.get("thinker_config", raw)
-    for name, token in FAMILIES[raw["model_type"]].token_fields.items():
+    for name, token in TOKENS[raw["model_type"]].items():
         if name in part:
             part[name] = tokenizer.token_to_id(token)
     save_model(randomise(MultimodalLM(read_config(raw))), folder, folder)

@@ -18,11 +18,11 @@ from checkpoints import (
 )
 from mini import write_tokenizer
 from safetensors.torch import load_file, save_file
-from tiny import REFERENCES, published_config, randomise, reference_audio, tiny_model
+from tiny import REFERENCES, TOKENS, published_config, randomise, reference_audio, tiny_model
 
 import minixmd
 from minixmd.models import shards, weights
-from minixmd.models.families import FAMILIES, read_config
+from minixmd.models.families import read_config
 from minixmd.models.hub import base_folder
 from minixmd.models.lora import add_lora, merge_lora
 from minixmd.models.multimodal import MultimodalLM
@@ -252,7 +252,7 @@ def whole_omni(folder, extra):
     tokenizer = write_tokenizer(folder, ["<|AUDIO|>", "<|VIDEO|>", "<|IMAGE|>", "<|audio_bos|>", "<|audio_eos|>",
                                          "<|vision_bos|>", "<|vision_eos|>"])
     raw = published_config("omni", vocab=340)
-    for name, token in FAMILIES["qwen2_5_omni"].token_fields.items():
+    for name, token in TOKENS["qwen2_5_omni"].items():
         raw["thinker_config"][name] = tokenizer.token_to_id(token)
     model = randomise(MultimodalLM(read_config(raw)))
     save_model(model, folder, folder)

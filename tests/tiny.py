@@ -16,6 +16,15 @@ from minixmd.models.multimodal import MultimodalLM
 from minixmd.train import Trainer
 
 AUDIO_ID, VIDEO_ID = 90, 91  # placeholders inside a vocabulary of 97
+OMNI_TOKENS = {"audio_token_index": "<|AUDIO|>", "audio_token_id": "<|AUDIO|>", "video_token_index": "<|VIDEO|>",
+               "video_token_id": "<|VIDEO|>", "image_token_index": "<|IMAGE|>", "image_token_id": "<|IMAGE|>",
+               "audio_start_token_id": "<|audio_bos|>", "audio_end_token_id": "<|audio_eos|>",
+               "vision_start_token_id": "<|vision_bos|>", "vision_end_token_id": "<|vision_eos|>"}
+VL_TOKENS = {"video_token_id": "<|video_pad|>", "image_token_id": "<|image_pad|>",
+             "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+TOKENS = {  # model_type -> {field of config.json: the token whose id it holds}, which transformers goes by
+    "qwen2_audio": {"audio_token_index": "<|AUDIO|>", "audio_token_id": "<|AUDIO|>"}, "qwen2_vl": VL_TOKENS,
+    "qwen2_5_vl": VL_TOKENS, "qwen2_5_omni": OMNI_TOKENS, "qwen2_5_omni_thinker": OMNI_TOKENS}
 
 
 def randomise(model, seed=0):
@@ -89,7 +98,7 @@ def trainer_of(stage, model, suppressed_ids=(), num_items=1, folder=None, log=No
 
 def processor_of(folder, config, limit=4096):
     """A Processor for a model whose config.json does not say the media tokens' ids."""
-    return Processor(folder, replace(config, section={}, text=replace(config.text, max_position_embeddings=limit)))
+    return Processor(folder, replace(config, text=replace(config.text, max_position_embeddings=limit)))
 
 
 def reference_audio(kv=2):

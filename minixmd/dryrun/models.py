@@ -87,10 +87,9 @@ def find_model(value, stages, scratch):
     else:
         raise ValueError(f"model {value!r} is neither here nor in the hub's cache, and not one of those known by name: "
                          f"{', '.join(PUBLISHED)}")
-    known = config
     if not (folder / "tokenizer.json").is_file():
-        folder, known = scratch, replace(config, section={})  # whose token ids are those of the model's own tokenizer
-    return ModelInfo(name, config, Processor(folder, known), source)
+        folder = scratch
+    return ModelInfo(name, config, Processor(folder, config), source)
 
 
 def _model_of_stage(value, stages, scratch):

@@ -79,11 +79,6 @@ class Processor:
         for token in (END, START, *self.placeholders):
             if self.tokenizer.token_to_id(token) is None:
                 raise ValueError(f"{path}: has no token {token}; it is not a {self.family.model_type} tokenizer")
-        for name, token in self.family.token_fields.items():
-            token_id = self.tokenizer.token_to_id(token)
-            if (config_id := self.config.section.get(name, token_id)) != token_id:
-                raise ValueError(f"{path}: {token} is {token_id}, but config.json has {name} {config_id}; wrong "
-                                 "tokenizer for the model")
         highest = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
         if highest >= self.vocab_size:
             raise ValueError(f"{path}: highest id {highest}, but the model has {self.vocab_size} rows; wrong tokenizer "

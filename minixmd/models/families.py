@@ -63,7 +63,6 @@ class ClipTemplate(NamedTuple):
 class Family(NamedTuple):
     model_type: str
     text_defaults: TextConfig
-    token_fields: dict[str, str]  # config field -> the token whose id it must hold
     system: str = SYSTEM
     audio_defaults: AudioConfig | None = None
     audio: ClipTemplate | None = None  # None: the model takes no audio
@@ -112,7 +111,6 @@ class ModelConfig:
     ids_per_s: int | None  # positions that a second of video takes; None = one a frame pair
     chunk_s: int | None  # seconds after which picture and sound take turns in a sounded video
     ignored: tuple[str, ...]  # fields that neither this program nor transformers' classes know
-    section: dict  # the part of config.json that describes this model
     raw: dict  # config.json as read, for saving
 
 
@@ -126,14 +124,11 @@ QWEN2_AUDIO = Family(
     audio_defaults=AudioConfig(), max_audio_s=30,
     audio=ClipTemplate("Audio {n}: <|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>\n"),
     checkpoint_prefixes={"model.": "language_model.model.", "lm_head.": "language_model.lm_head.", "": ""},
-    token_fields={"audio_token_index": "<|AUDIO|>", "audio_token_id": "<|AUDIO|>"},
 )  # fmt: skip
 QWEN2_VL = Family(
     model_type="qwen2_vl", text_defaults=TextConfig(), vision_defaults=VisionConfig(),
     vision_names={"width": "embed_dim", "out_width": "hidden_size"},
     video=ClipTemplate("<|vision_start|>", "<|video_pad|>", "<|vision_end|>"),
-    token_fields={"video_token_id": "<|video_pad|>", "image_token_id": "<|image_pad|>",
-                  "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"},
 )  # fmt: skip
 QWEN2_5_VL = QWEN2_VL._replace(model_type="qwen2_5_vl", vision_names=VISION_NAMES,
                                vision_defaults=replace(WINDOWED_VISION, tokens_per_second=4))
@@ -144,10 +139,6 @@ OMNI_THINKER = Family(  # the model in Qwen2.5-Omni that listens, looks and writ
     audio_defaults=AudioConfig(n_window=100, output_dim=3584), max_audio_s=300, vision_defaults=WINDOWED_VISION,
     audio=ClipTemplate("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"),
     video=ClipTemplate("<|vision_bos|>", "<|VIDEO|>", "<|vision_eos|>"),
-    token_fields={"audio_token_index": "<|AUDIO|>", "audio_token_id": "<|AUDIO|>", "video_token_index": "<|VIDEO|>",
-                  "video_token_id": "<|VIDEO|>", "image_token_index": "<|IMAGE|>", "image_token_id": "<|IMAGE|>",
-                  "audio_start_token_id": "<|audio_bos|>", "audio_end_token_id": "<|audio_eos|>",
-                  "vision_start_token_id": "<|vision_bos|>", "vision_end_token_id": "<|vision_eos|>"},
     time_fields={"position_id_per_seconds": 25, "seconds_per_chunk": 2}, sampled_fps=False, split_qkv=True,
 )  # fmt: skip
 OMNI = OMNI_THINKER._replace(
@@ -189,7 +180,7 @@ def read_config(raw):
     _check_sizes(family, text, audio, vision, path)
     ignored = tuple(dict.fromkeys(ignored))
     chunk_s = times.get("seconds_per_chunk")
-    return ModelConfig(family, text, audio, vision, tied, ids_per_s, chunk_s, ignored, section, raw)
+    return ModelConfig(family, text, audio, vision, tied, ids_per_s, chunk_s, ignored, raw)
 
 
 def _object(section, name, path):
@@ -202,7 +193,7 @@ def _object(section, name, path):
 
 def _text_section(family, section, path, ignored):
     """The decoder's fields: those of text_config, or in a flat file those beside the encoders' sections."""
-    read_elsewhere = {"text_config", *family.token_fields, *family.time_fields}
+    read_elsewhere = {"text_config", *family.time_fields}
     read_elsewhere.update(["audio_config"] if family.audio else [], ["vision_config"] if family.video else [])
     beside = {name: value for name, value in section.items() if name not in read_elsewhere}
     nested = _object(section, "text_config", path)
@@ -210,7 +201,7 @@ def _text_section(family, section, path, ignored):
         return beside
     beside.pop("vocab_size", None)
     _read_fields(family, family.text_defaults, beside, path, ignored)  # only to refuse what is not implemented
-    return {name: value for name, value in nested.items() if name not in family.token_fields}
+    return nested
 
 
 def _read_fields(family, defaults, section, path, ignored):
