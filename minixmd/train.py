@@ -33,11 +33,12 @@ from minixmd.models import sharding
 from minixmd.models.checkpointing import set_checkpointing
 from minixmd.models.head import CrossEntropy, DistillTopK, PolicyLoss
 from minixmd.models.lora import make_trainable
-from minixmd.runs import distributed, training_state
+from minixmd.runs import distributed
 from minixmd.runs.device import runtime_of
 from minixmd.runs.heartbeat import beat
 from minixmd.runs.seeds import hash_seed
 from minixmd.stages.multiple_choice import read_validation, validation_accuracy
+from minixmd.stages.shown_completions import show_completions
 
 GRPO_NOTE = ("the GRPO loss is about 0 while the ratio is 1, as it is in the first update after a rollout: what is "
              "left is the KL and the mean of the advantages, 0 where all completions weigh the same. Its gradient is "
@@ -468,7 +469,8 @@ class Trainer:
             self.read_by_teacher(rollout, teacher_prompts, self.teacher.frozen_model())
         every = stage.completions_every
         if prompts and self.rank == 0 and every and self.step % every == 0:
-            self.show_completions(rollout, completions, items, rewards)
+            reader = self.teacher if own_words else None
+            show_completions(self.folder, self.step + 1, rollout, completions, items, rewards, reader)
         read = self.now()
         scored_T = None  # what the policy says without gradients, before its first update
         first_update = not any(self.optimizer.state.values())  # in this process or an earlier one
@@ -512,14 +514,6 @@ class Trainer:
         weight_T = self.stage.teacher_weight * rollout.weight_T * read_T
         [rollout.teacher_weight_T] = send([weight_T], self.model.device)
         [rollout.taught_tokens] = distributed.total(int(read_T.sum()))
-
-    def show_completions(self, rollout, completions, items, rewards):
-        """Writes some completions of one prompt, the first that is learnt from, into completions.jsonl."""
-        p = rollout.pieces[0][0] if rollout.pieces else 0
-        said = {}
-        if rollout.pieces and items[p].teacher_prompt is not None and self.stage.samples == "student":
-            said = self.teacher.comment(rollout, policy.SHOWN_COMPLETIONS)
-        policy.show_completions(self.folder, self.step + 1, p, completions, items, rewards, said)
 
     def logp_gaps(self, rollout, scored_T, scored):
         """Between the training pass and what the sampler said; with `scored` also what scoring said: scored_T, None
@@ -654,8 +648,7 @@ class Trainer:
     def publish(self):
         """Writes best/: the best weights in validation (the last ones without it), as `load` and others read them."""
         if self.best_step:  # as this process knows it: the first one may not have written it yet
-            saved = training_state.tensor_files(self.folder, "weights", self.best_step)
-            training_state.fill(self.parameters, saved, self.rows())
+            checkpoint.restore_weights(self.folder, self.best_step, self.parameters, self.rows())
         model = self.whole_model()
         if self.rank == 0:
             checkpoint.publish(self.folder, model, self.processor, self.stage.model)

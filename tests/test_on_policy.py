@@ -25,6 +25,7 @@ from minixmd.learning.targets import resolve_targets
 from minixmd.learning.teacher import Teacher
 from minixmd.runner import main
 from minixmd.runs.records import write_jsonl
+from minixmd.stages import shown_completions
 from minixmd.train import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,8 +225,8 @@ def test_what_the_teacher_says_stands_beside_the_completion_it_is_about(world, t
     completions = [[replace(c, finished=f) for c, f in zip(group, finished, strict=True)] for group in completions]
     *_, rollout = ours(trainer, samples, completions)
     rewards = {"reward": REWARDS}
-    trainer.folder = tmp_path
-    trainer.show_completions(rollout, completions, [item for _, item in samples], rewards)
+    items = [item for _, item in samples]
+    shown_completions.show_completions(tmp_path, 1, rollout, completions, items, rewards, trainer.teacher)
     p = rollout.pieces[0][0]
     lines = lines_of(tmp_path, "completions.jsonl")
     assert [line["reward"] for line in lines] == REWARDS[p].tolist()
@@ -334,13 +335,13 @@ def test_a_prompt_of_the_teacher_that_does_not_fit_makes_a_bad_clip(world, tmp_p
 
 
 def test_what_is_logged_and_shown(world, tmp_path, earns, capsys, monkeypatch):
-    written, comment = [], Teacher.comment
+    written, comments = [], shown_completions.comments
 
-    def noted(teacher, rollout, most):
+    def noted(teacher, rollout):
         written.extend(ids_T.tolist() for ids_T in rollout.micro_batches[0][0].completions)
-        return comment(teacher, rollout, most)
+        return comments(teacher, rollout)
 
-    monkeypatch.setattr(Teacher, "comment", noted)
+    monkeypatch.setattr(shown_completions, "comments", noted)
     assert run(tmp_path, train(world, max_steps=2, completions_every=1, gate="learned",
                                switch=f"{world}/switch.jsonl")) == 0
     assert "the teacher shares 303 of the 340 ids" in capsys.readouterr().out

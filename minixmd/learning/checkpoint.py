@@ -21,10 +21,15 @@ def restore(folder, parameters, optimizer, rows=None):
     state, step = load_state(folder), 0
     if state is not None:
         step = state["step"]
-        fill(parameters, tensor_files(folder, "weights", step), rows)
+        restore_weights(folder, step, parameters, rows)
         restore_optimizer(optimizer, parameters, tensor_files(folder, "optimizer", step), rows)
     lines = rewind_logs(folder, step) if rank_and_world_size()[0] == 0 else None
     return state, broadcast(lines)
+
+
+def restore_weights(folder, step, parameters, rows=None):
+    """Puts back the weights that were saved after a step."""
+    fill(parameters, tensor_files(folder, "weights", step), rows)
 
 
 def publish(folder, model, processor, base):

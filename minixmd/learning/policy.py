@@ -9,11 +9,9 @@ from minixmd.inputs.batch import Group, send
 from minixmd.inputs.prompts import cut_by_tokens
 from minixmd.learning.rollout import Completion
 from minixmd.runs.distributed import gather, total
-from minixmd.runs.records import append_jsonl
 from minixmd.tasks.answers import parse_answer
 from minixmd.tasks.rewards import REWARDS
 
-SHOWN_COMPLETIONS = 4  # of a step, written as text
 EPS = 1e-4  # keeps the advantage finite where all rewards are equal
 
 
@@ -68,19 +66,6 @@ def given_completions(texts, processor, max_new_tokens):
         ids = (*processor.encode(text), processor.end_id)[:max_new_tokens]
         completions.append(Completion(text, ids, logprobs=(0.0,) * len(ids), finished=ids[-1] == processor.end_id))
     return completions
-
-
-def show_completions(folder, step, p, completions, items, rewards, said):
-    """Writes some completions of a step's prompt p, with their rewards, into completions.jsonl. said: {number of one of
-    them: what its teacher says of every token} (Teacher.comment)."""
-    for i, completion in enumerate(completions[p][:SHOWN_COMPLETIONS]):
-        line = {"step": step, "id": items[p].example.id}
-        for name, reward_PG in rewards.items():
-            line[name] = reward_PG[p, i].item()
-        line |= {"finished": completion.finished, "text": completion.text}
-        if i in said:
-            line["teacher"] = said[i]
-        append_jsonl(folder / "completions.jsonl", line)
 
 
 def advantages(reward_G, scale):

@@ -10,7 +10,7 @@ from minixmd.inputs.prompts import build_prompt, cut_by_tokens
 from minixmd.inputs.tokenizer import common_vocab_size
 from minixmd.learning.reference import copies_on_host
 from minixmd.learning.steps import check_length
-from minixmd.models.head import DistillKL, PolicyWithTeacher, raw_logits
+from minixmd.models.head import DistillKL, PolicyWithTeacher
 from minixmd.models.lora import merge_lora
 from minixmd.models.multimodal import frozen_copy
 from minixmd.models.sharding import finish_passes
@@ -126,50 +126,6 @@ class Teacher:
         )
         return PolicyWithTeacher(policy_loss, divergence)
 
-    @torch.no_grad()
-    def comment(self, rollout, most):
-        """What it says of the first Group's first completions, at most so many: {number of one: for each token [token,
-        its log-probability under the student, under the teacher, what the teacher would have written there, that one's
-        under the teacher], up to an id that it does not know}. Log-probabilities are at the stage's temperature, the
-        teacher's over the common ids."""
-        said, end = {}, 0
-        _, numbers = rollout.pieces[0]
-        completions = rollout.micro_batches[0][0].completions
-        for number, ids_T in zip(numbers, completions, strict=True):
-            if len(said) == most:
-                break
-            begin, end = end, end + len(ids_T)
-            ids_T = ids_T[:self.count_known(ids_T)]
-            read = slice(begin, begin + len(ids_T))
-            own, best, best_ids = self.score(rollout.teacher_TE[read], ids_T)
-            columns = [
-                self.tokens_of(ids_T.tolist()),
-                rollout.sampled_T[read].tolist(),
-                own,
-                self.tokens_of(best_ids),
-                best,
-            ]
-            said[number] = list(zip(*columns, strict=True))
-        return said
-
-    def score(self, hidden_TE, ids_T):
-        """Lists of T numbers: the log-probability of each id, the largest one there, and whose it is."""
-        own, best = [], []
-        best_ids = []
-        [ids_T] = send([ids_T], self.device)
-        for rows_TE, id_T in zip(hidden_TE.split(256), ids_T.split(256), strict=True):
-            logits_TV = raw_logits(rows_TE, self.head_VE)[:, :self.common_vocab]
-            logits_TV[:, self.suppressed_Z] = -torch.inf
-            logp_TV = (logits_TV / self.stage.temperature).log_softmax(-1)
-            largest = logp_TV.max(-1)
-            own += logp_TV.gather(1, id_T[:, None])[:, 0].tolist()
-            best += largest.values.tolist()
-            best_ids += largest.indices.tolist()
-        return own, best, best_ids
-
     def count_known(self, ids_T):
         """How many ids there are before one that the teacher does not know."""
         return int((ids_T < self.common_vocab).cumprod(0).sum())
-
-    def tokens_of(self, ids):
-        return [self.processor.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
