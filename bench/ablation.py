@@ -137,8 +137,6 @@ def print_results(results):
                   for split, share in splits.items()]
         print(f"{run}: " + ", ".join(shares))
     print()
-    for claim, holds in results["claims"].items():
-        print(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}")
 
 
 def main(argv=None):

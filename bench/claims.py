@@ -12,7 +12,7 @@ def judge_runs(argv, doc, gather, check_claims, print_results):
     Args:
         argv: arguments, None = the command line's. doc: the script's docstring.
         gather: function(run directories) -> results. check_claims: function(results) -> {claim: whether it holds}.
-        print_results: function(results), in which "claims" are by then.
+        print_results: function(results); the claims are printed after it.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
@@ -21,6 +21,8 @@ def judge_runs(argv, doc, gather, check_claims, print_results):
     results = gather(args.runs)
     results["claims"] = check_claims(results)
     print_results(results)
+    for claim, holds in results["claims"].items():
+        print(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}")
     if args.out:
         write_json(args.out, results)
     print(json.dumps({"claims": results["claims"]}))

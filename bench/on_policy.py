@@ -188,8 +188,6 @@ def print_results(results):
         print(f"{title}: {100 * value['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})")
     for title, runs in results["other randomness"].items():
         print(f"{title}: " + "; ".join(", ".join(f"{100 * share:.1f}" for share in run) for run in runs.values()))
-    for claim, holds in results["claims"].items():
-        print(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}")
 
 
 def main(argv=None):

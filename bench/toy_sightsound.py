@@ -243,8 +243,6 @@ def print_results(results):
               f"{judged['checker_auc']:.3f}")
     for run, curve in results["curves"].items():
         print(f"{run}: {curve['steps']} steps, reward {curve['reward']}, largest KL {curve['largest_kl']:.3f}")
-    for claim, holds in results["claims"].items():
-        print(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}")
 
 
 def main(argv=None):

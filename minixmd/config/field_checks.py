@@ -90,11 +90,9 @@ def parse_field(item, name, text):
 
 
 def check_unused(item, because, names):
-    """Raises ConfigError for a field of `names`, all without effect, that the item has and that is not at its
-    default."""
-    for field in fields(item):
-        name = field.name
-        if name in names.split() and getattr(item, name) != field.default:
+    """Raises ConfigError for one of the fields in `names`, all without effect, that is not at its default."""
+    for name in names.split():
+        if getattr(item, name) != item.__dataclass_fields__[name].default:
             raise ConfigError(f"config: {because} does not use {name}, got {getattr(item, name)!r}")
 
 

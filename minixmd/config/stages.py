@@ -120,7 +120,8 @@ class _Endpoint:
                 valid = False
             if not valid:  # without a scheme the client would take it for a model on the hub
                 raise ConfigError(f"config: endpoint {self.endpoint!r} is no URL such as http://localhost:8000/v1")
-            check_unused(self, "an endpoint", LOCAL_FIELDS)
+            own = [name for name in LOCAL_FIELDS.split() if name in self.__dataclass_fields__]
+            check_unused(self, "an endpoint", " ".join(own))
             if getattr(self, "media", "audio") == "sounded":
                 raise ConfigError("config: an endpoint is shown 'video' or 'audio', 'both' or 'none', got 'sounded'")
         if (self.endpoint is None) != (self.served is None):

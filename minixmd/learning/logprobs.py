@@ -22,6 +22,14 @@ class SampledVocabulary(NamedTuple):
         suppressed_Z = torch.tensor(listed, device=model.device) if listed else None
         return cls(temperature, suppressed_Z, limit)
 
+    def log_softmax(self, logits_TV):
+        """(T, vocab_limit) log-probabilities in nats. logits_TV: (T, V) fp32, which it overwrites."""
+        logits_TV = logits_TV[:, :self.vocab_limit]
+        logits_TV /= self.temperature
+        if self.suppressed_Z is not None:
+            logits_TV[:, self.suppressed_Z] = -torch.inf
+        return logits_TV.log_softmax(-1)
+
 
 @torch.no_grad()
 def token_logprobs(model, hidden_ND, batch, vocabulary):
@@ -39,11 +47,7 @@ def top_logprobs(model, hidden_ND, batch, vocabulary, k):
     hidden_ND: what the model gave for the batch."""
     ids, logprobs = [], []
     for row_T in batch.target_row_T.split(256):  # as many rows of logits as a step of 256 decode slots has
-        logits_TV = model.logits(hidden_ND[row_T])[:, :vocabulary.vocab_limit]
-        logits_TV /= vocabulary.temperature
-        if vocabulary.suppressed_Z is not None:
-            logits_TV[:, vocabulary.suppressed_Z] = -torch.inf
-        best = logits_TV.log_softmax(-1).topk(k)
+        best = vocabulary.log_softmax(model.logits(hidden_ND[row_T])).topk(k)
         ids.append(best.indices.cpu())
         logprobs.append(best.values.cpu())
     return torch.cat(ids), torch.cat(logprobs)

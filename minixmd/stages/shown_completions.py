@@ -2,6 +2,7 @@
 import torch
 
 from minixmd.inputs.batch import send
+from minixmd.learning.logprobs import SampledVocabulary
 from minixmd.models.head import raw_logits
 from minixmd.runs.records import append_jsonl
 
@@ -33,24 +34,22 @@ def comments(teacher, rollout):
     the student, under the teacher, what the teacher would have written there, that one's under the teacher] for every
     token up to an id that it does not know. Log-probabilities are at the stage's temperature, the teacher's over the
     common ids."""
+    vocabulary = SampledVocabulary(teacher.stage.temperature, teacher.suppressed_Z, teacher.common_vocab)
     end = 0
     for ids_T in rollout.micro_batches[0][0].completions[:COMPLETIONS]:
         begin, end = end, end + len(ids_T)
         ids_T = ids_T[:teacher.count_known(ids_T)]
         read = slice(begin, begin + len(ids_T))
-        z_TV = raw_logits(rollout.teacher_TE[read], teacher.head_VE)[:, :teacher.common_vocab]
-        z_TV[:, teacher.suppressed_Z] = -torch.inf
-        z_TV /= teacher.stage.temperature
-        total_T = z_TV.logsumexp(-1)
-        best = z_TV.max(-1)
+        logp_TV = vocabulary.log_softmax(raw_logits(rollout.teacher_TE[read], teacher.head_VE))
+        best = logp_TV.max(-1)
         [id_T] = send([ids_T], teacher.device)
-        own_T = z_TV.gather(1, id_T[:, None])[:, 0]
+        own_T = logp_TV.gather(1, id_T[:, None])[:, 0]
         columns = [
             tokens_of(teacher, ids_T),
             rollout.sampled_T[read].tolist(),
-            (own_T - total_T).tolist(),
+            own_T.tolist(),
             tokens_of(teacher, best.indices),
-            (best.values - total_T).tolist(),
+            best.values.tolist(),
         ]
         yield list(zip(*columns, strict=True))
 
